@@ -1,0 +1,58 @@
+"""Language models that talk to each other through their KV caches.
+
+A Sharer reads a prompt; its KV cache is projected by a trained Fuser and merged into the cache of a
+Receiver, which answers. ``C2CModel`` is the door: see its docstring, or ``docs/concepts.md``.
+
+Names load on first use, so that ``import c2c`` (and ``c2c --help``) does not import torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from c2c.version import __version__
+
+if TYPE_CHECKING:
+    from c2c.chat import Chat
+    from c2c.errors import C2CError
+    from c2c.fusers import Fuser
+    from c2c.model import C2CModel
+    from c2c.receiver import Receiver
+    from c2c.report import FusionReport, GenerationResult
+    from c2c.sharer import Sharer
+
+_HOMES = {
+    "C2CError": "c2c.errors",
+    "C2CModel": "c2c.model",
+    "Chat": "c2c.chat",
+    "Fuser": "c2c.fusers",
+    "FusionReport": "c2c.report",
+    "GenerationResult": "c2c.report",
+    "Receiver": "c2c.receiver",
+    "Sharer": "c2c.sharer",
+}
+
+__all__ = [
+    "C2CError",
+    "C2CModel",
+    "Chat",
+    "Fuser",
+    "FusionReport",
+    "GenerationResult",
+    "Receiver",
+    "Sharer",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the module that holds ``name`` on first use."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'c2c' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    """The public names, loaded or not."""
+    return sorted(__all__)

@@ -1,0 +1,128 @@
+"""The default alignment, by character spans: each model reads its own natural tokens.
+
+A receiver token of a message takes the sharer token that covers its last character, since that token has read the
+same text. Template positions after a message take the sharer's last position of the same stretch of template: it has
+read everything so far, and in the closing template everything there is. Positions before the first message are not
+fused, and neither is the last token, which the receiver runs on the fused cache.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from c2c.alignment.plan import Alignment, Chunk, Prompt
+from c2c.errors import AlignmentError
+from c2c.messages import Conversation
+from c2c.prompting import Encoded, RenderOptions, encode, render, require_tokenizer, text_tokens
+from c2c.tokens import left_pad
+
+
+@dataclass(frozen=True)
+class SpanAligner:
+    """Aligns by characters.
+
+    Attributes:
+        fuse_template: fuse the template positions after a message as well.
+    """
+
+    fuse_template: bool = True
+
+    def to_dict(self) -> dict[str, Any]:
+        """Name and options, for the fuser's config."""
+        return {"name": "spans", "fuse_template": self.fuse_template}
+
+    def align(
+        self, receiver: Any, sharers: Sequence[Any], batch: Sequence[Conversation], options: RenderOptions
+    ) -> list[Prompt]:
+        """One prompt for the whole batch, left-padded. See :class:`~c2c.alignment.plan.Aligner`."""
+        ours = _encode_all(receiver, batch, options, "receiver")
+        theirs = [_encode_all(tokenizer, batch, options, "sharer") for tokenizer in sharers]
+        receiver_batch = left_pad([row.ids for row in ours], _pad_id(receiver))
+        sharer_batches = tuple(
+            left_pad([row.ids for row in rows], _pad_id(tokenizer))
+            for rows, tokenizer in zip(theirs, sharers, strict=True)
+        )
+        skipped: Counter[str] = Counter()
+        alignments = [
+            self._align_batch(ours, rows, receiver_batch.length, other.length, skipped)
+            for rows, other in zip(theirs, sharer_batches, strict=True)
+        ]
+        chunk = Chunk(receiver_batch.length - 1, tuple(alignments))
+        return [Prompt(receiver_batch, sharer_batches, (chunk,), dict(skipped))]
+
+    def _align_batch(
+        self, ours: list[Encoded], theirs: list[Encoded], width: int, other_width: int, skipped: Counter[str]
+    ) -> Alignment:
+        pairs: list[tuple[int, int, int]] = []
+        skipped.clear()  # the reasons are the same for every sharer
+        for row, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
+            shift, other_shift = width - len(mine.ids), other_width - len(other.ids)
+            targets = self.pairs(mine, other)
+            fused = [(t, s) for t, s in enumerate(targets) if s is not None and t < len(mine.ids) - 1]
+            if not fused:
+                raise AlignmentError(
+                    f"no token of prompt {row} can be fused: no message text was found in both models' rendered "
+                    f"prompts. Receiver reads {mine.rendered.text!r}; sharer reads {other.rendered.text!r}. Check "
+                    "that neither chat template drops the message."
+                )
+            skipped["last token, run on the fused cache"] += 1
+            skipped["template before the first message"] += len(mine.ids) - 1 - len(fused)
+            pairs += [(row, t + shift, s + other_shift) for t, s in fused]
+        return Alignment.from_pairs(pairs)
+
+    def pairs(self, receiver: Encoded, sharer: Encoded) -> list[int | None]:
+        """For each receiver token the sharer token that it takes, or None."""
+        owner = text_tokens(receiver)
+        starts = [start for start, _ in sharer.offsets]
+        borders = _stretch_ends(sharer)
+        result: list[int | None] = []
+        last_message: int | None = None
+        for token, message in enumerate(owner):
+            if message is not None and sharer.rendered.spans[message] is not None:
+                last_message = message
+                result.append(_covering(receiver, sharer, starts, token, message))
+            elif last_message is not None and self.fuse_template:
+                result.append(borders[last_message])
+            else:
+                result.append(None)
+        return result
+
+
+def _covering(receiver: Encoded, sharer: Encoded, starts: list[int], token: int, message: int) -> int:
+    """The sharer token that covers the last character of a receiver token of ``message``."""
+    mine, other = receiver.rendered.spans[message], sharer.rendered.spans[message]
+    assert mine is not None
+    assert other is not None
+    (start, end), trimmed = mine
+    (other_start, other_end), other_trimmed = other
+    character = min(receiver.offsets[token][1], end) - 1 - start + trimmed  # within the message as given
+    target = min(max(character - other_trimmed + other_start, other_start), other_end - 1)
+    return max(bisect_right(starts, target) - 1, 0)
+
+
+def _stretch_ends(sharer: Encoded) -> dict[int, int]:
+    """For each message, the last sharer token before the text of the next one begins."""
+    owner = text_tokens(sharer)
+    ends: dict[int, int] = {}
+    current: int | None = None
+    for token, message in enumerate(owner):
+        current = message if message is not None else current
+        if current is not None:
+            ends[current] = token
+    return ends
+
+
+def _encode_all(
+    tokenizer: Any, batch: Sequence[Conversation], options: RenderOptions, whose: str
+) -> list[Encoded]:
+    require_tokenizer(tokenizer, whose)
+    return [encode(tokenizer, render(tokenizer, conversation, options)) for conversation in batch]
+
+
+def _pad_id(tokenizer: Any) -> int:
+    """Any id will do: padding is masked everywhere."""
+    return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0)

@@ -1,0 +1,46 @@
+"""Everything a user can get wrong, as one family of exceptions.
+
+Each message says what was given, what was expected, and what to do. The second base class lets code that
+catches the built-in type keep working.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class C2CError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+
+class PromptError(C2CError, ValueError):
+    """A prompt that cannot be encoded, aligned or run: empty, too long, right-padded, without a template."""
+
+
+class AlignmentError(PromptError):
+    """The tokens of two models could not be aligned."""
+
+
+class CacheError(C2CError, ValueError):
+    """A KV cache that cannot be fused or decoded from: wrong length, wrong layer type, wrong shape."""
+
+
+class FuserError(C2CError, ValueError):
+    """A fuser, its configuration, or a published checkpoint is not usable."""
+
+
+class MismatchError(FuserError):
+    """The fuser was trained for other models than those given. Lists every difference.
+
+    Attributes:
+        differences: one line per difference, "what: fuser expects X, got Y".
+    """
+
+    def __init__(self, differences: Sequence[str], advice: str) -> None:
+        self.differences = list(differences)
+        lines = "\n".join(f"  - {line}" for line in self.differences)
+        super().__init__(f"this fuser does not fit these models:\n{lines}\n{advice}")
+
+
+class ModelLoadError(C2CError, OSError):
+    """A model, tokenizer or file could not be found, read or downloaded."""

@@ -1,0 +1,165 @@
+"""What every fuser is: a ``PreTrainedModel`` from aligned cache entries to fused ones."""
+
+from __future__ import annotations
+
+import json
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.dataclasses import strict
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from c2c.errors import FuserError, ModelLoadError
+from c2c.files import save_atomically
+from c2c.identity import ModelIdentity
+from c2c.kv import KeyValue, KVGeometry
+from c2c.rope import Rotary
+
+
+@dataclass(frozen=True)
+class Entries:
+    """Aligned cache entries of one model, one item per fused receiver layer.
+
+    Attributes:
+        keys: each ``[batch, kv_heads, tokens, head_dim]``, as they lie in the cache.
+        values: the same shapes.
+        rotary: the rotary tables of these tokens, for fusers that take the rotation off; None without rotary.
+    """
+
+    keys: Sequence[Tensor]
+    values: Sequence[Tensor]
+    rotary: Sequence[Rotary] | None = None
+
+    def layer(self, index: int) -> KeyValue:
+        """Keys and values of one item."""
+        return self.keys[index], self.values[index]
+
+
+@strict
+class FuserConfig(PreTrainedConfig):
+    """What all fuser families store.
+
+    Attributes:
+        layer_map: for each receiver layer the sharer layer that it reads, or None.
+        sharer_kv: geometry of the sharer's cache (layers, kv_heads, head_dim).
+        receiver_kv: geometry of the receiver's cache.
+        sharer: identity of the sharer, None if not recorded.
+        receiver: identity of the receiver, None if not recorded.
+        alignment: the aligner that the fuser was trained with.
+        training: what it was trained on and how; None for an untrained fuser.
+        c2c_version: the package version that wrote it.
+    """
+
+    model_type = "c2c_fuser"
+    layer_map: list[int | None] = field(default_factory=list)
+    sharer_kv: dict[str, int] = field(default_factory=dict)
+    receiver_kv: dict[str, int] = field(default_factory=dict)
+    sharer: dict[str, Any] | None = None
+    receiver: dict[str, Any] | None = None
+    alignment: dict[str, Any] | None = None
+    training: dict[str, Any] | None = None
+    c2c_version: str | None = None
+
+    @property
+    def fused_layers(self) -> list[int]:
+        """Receiver layers that are fused, in order."""
+        return [index for index, source in enumerate(self.layer_map) if source is not None]
+
+    @property
+    def source_layers(self) -> list[int]:
+        """For each fused receiver layer, the sharer layer that it reads."""
+        return [source for source in self.layer_map if source is not None]
+
+    def identity(self, role: str) -> ModelIdentity | None:
+        """The recorded identity of the ``sharer`` or ``receiver``."""
+        data = getattr(self, role)
+        return ModelIdentity.from_dict(data) if data else None
+
+
+class Fuser(PreTrainedModel):
+    """Projects a sharer's cache entries into the receiver's space and merges them.
+
+    A family sets ``config_class``, ``family``, ``needs_rotary``, and implements ``forward``, ``gates``
+    and ``from_geometry``.
+    """
+
+    config_class = FuserConfig
+    base_model_prefix = "fuser"
+    main_input_name = "sharer"
+    family: ClassVar[str]
+    needs_rotary: ClassVar[bool] = False
+
+    @abstractmethod
+    def forward(self, sharer: Entries, receiver: Entries) -> list[KeyValue]:
+        """Fuse.
+
+        Args:
+            sharer: entries of the sharer, one item per fused receiver layer (the layer map is already applied).
+            receiver: entries of the receiver at the same positions.
+
+        Returns:
+            The receiver's new keys and values, one pair per fused layer, shapes as in ``receiver``.
+        """
+
+    @abstractmethod
+    def gates(self) -> Tensor:
+        """How open each fused layer is at inference, from 0 to 1: ``[layers, 2]``, keys and values."""
+
+    @classmethod
+    @abstractmethod
+    def from_geometry(cls, sharer: KVGeometry, receiver: KVGeometry, layer_map: list[int | None], **options: Any) -> Self:
+        """A new, untrained fuser for these cache shapes."""
+
+    @property
+    def trained(self) -> bool:
+        """Whether the fuser has been trained. An untrained one leaves the receiver as it is."""
+        return self.config.training is not None
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
+        """Write config and weights. Files are complete or absent: each is renamed into place when it is written."""
+        save_atomically(Path(save_directory), lambda folder: super(Fuser, self).save_pretrained(folder, **kwargs))
+
+
+def load_fuser(source: str | Path, **kwargs: Any) -> Fuser:
+    """Load a fuser of any family from a folder or hub id.
+
+    Raises:
+        ModelLoadError: no such folder or hub id.
+        FuserError: the folder holds no fuser.
+    """
+    from c2c.fusers import family
+
+    folder = resolve(source)
+    path = folder / "config.json"
+    if not path.exists():
+        hint = ""
+        if (folder / "final").is_dir() or list(folder.glob("projector_*.pt")):
+            hint = " It looks like a published checkpoint: run `c2c convert`, or C2CModel.from_published."
+        raise FuserError(f"{source} holds no fuser: config.json is missing.{hint}")
+    config = json.loads(path.read_text())
+    name = str(config.get("model_type", "")).removeprefix("c2c_fuser_")
+    if not str(config.get("model_type", "")).startswith("c2c_fuser_"):
+        raise FuserError(
+            f"{source} is not a fuser: model_type is {config.get('model_type')!r}, expected 'c2c_fuser_<family>'. "
+            "For a published checkpoint run `c2c convert`, or use C2CModel.from_published."
+        )
+    fuser: Fuser = family(name).from_pretrained(str(folder), **kwargs)
+    return fuser.eval()
+
+
+def resolve(source: str | Path) -> Path:
+    """The local folder of a fuser, downloaded first if ``source`` is a hub id."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path
+    if str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
+        raise ModelLoadError(f"no such folder: {source}. Expected a fuser's folder, or a hub id like 'owner/name'.")
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors", "*.md"]))
+    except Exception as error:
+        raise ModelLoadError(f"could not get fuser {source!s}: not a local folder, and the hub said: {error}") from error

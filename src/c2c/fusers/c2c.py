@@ -1,0 +1,190 @@
+"""The published fuser, parameter for parameter (Cache-to-Cache, ICLR 2026, section 3.3; ``C2CProjector``).
+
+Per receiver layer, and separately for keys and values: concatenate the sharer's and the receiver's channels, run a
+residual MLP, then a feature branch (what to add) and a weight branch (how much, per head and token). A scalar gate
+per layer decides whether anything is added. Keys are read as they lie in the cache, rotated.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Self
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import Tensor, nn
+
+from c2c import gating
+from c2c.fusers.base import Entries, Fuser, FuserConfig
+from c2c.kv import KeyValue, KVGeometry
+from c2c.version import __version__
+
+KINDS = ("key", "value")
+
+
+@strict
+class C2CFuserConfig(FuserConfig):
+    """Configuration of the published fuser.
+
+    Attributes:
+        hidden_dim: width of the residual stream.
+        intermediate_dim: inner width of its blocks.
+        num_layers: 3 or more; the feature branch has ``num_layers - 2`` blocks.
+        dropout: inside the blocks, in training.
+        zero_init: start the feature branch at zero.
+        initial_temperature: of the training gate.
+        final_temperature: after ``anneal_steps``.
+        anneal_steps: optimizer steps of the schedule.
+        gate_temperature: where the schedule stands.
+    """
+
+    model_type = "c2c_fuser_c2c"
+    hidden_dim: int = 1024
+    intermediate_dim: int = 1024
+    num_layers: int = 3
+    dropout: float = 0.1
+    zero_init: bool = False
+    initial_temperature: float = 1.0
+    final_temperature: float = 0.001
+    anneal_steps: int = 1929
+    gate_temperature: float = 1.0
+
+
+class ResidualBlock(nn.Module):
+    """``x + Dropout(W2 GELU(W1 RMSNorm(x)))``, without biases."""
+
+    def __init__(self, width: int, inner: int, dropout: float) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(width, eps=1e-6)
+        self.w1 = nn.Linear(width, inner, bias=False)
+        self.w2 = nn.Linear(inner, width, bias=False)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shape in and out: ``[..., width]``."""
+        out: Tensor = x + self.dropout(self.w2(nn.functional.gelu(self.w1(self.norm(x)))))
+        return out
+
+
+class ResidualStack(nn.Module):
+    """Blocks one after the other; the attribute name is that of the published state dict."""
+
+    def __init__(self, blocks: int, width: int, inner: int, dropout: float) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([ResidualBlock(width, inner, dropout) for _ in range(blocks)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shape in and out: ``[..., width]``."""
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class Projector(nn.Module):
+    """The fuser of one receiver layer. Parameter names are those of the published ``projector_*.pt``."""
+
+    def __init__(self, config: C2CFuserConfig) -> None:
+        super().__init__()
+        sharer, receiver = KVGeometry(**config.sharer_kv), KVGeometry(**config.receiver_kv)
+        width, inner, dropout = config.hidden_dim, config.intermediate_dim, config.dropout
+        for kind in KINDS:
+            self.register_parameter(f"{kind}_gate_logit", nn.Parameter(torch.zeros(())))
+        for kind in KINDS:
+            self.add_module(f"{kind}_in", nn.Linear(sharer.width + receiver.width, width))
+            self.add_module(f"{kind}_mlp1", ResidualStack(1, width, inner, dropout))
+            self.add_module(f"{kind}_scalar_mlp2", ResidualStack(1, width, width, dropout))
+            self.add_module(f"{kind}_scalar_head", nn.Linear(width, receiver.kv_heads))
+            self.add_module(f"{kind}_proj_mlp2", ResidualStack(config.num_layers - 2, width, inner, dropout))
+            self.add_module(f"{kind}_proj_out", nn.Linear(width, receiver.width))
+            if config.zero_init:
+                nn.init.zeros_(self.get_parameter(f"{kind}_proj_out.weight"))
+                nn.init.zeros_(self.get_parameter(f"{kind}_proj_out.bias"))
+
+    def fuse(self, kind: str, sharer: Tensor, receiver: Tensor, gate: Tensor) -> Tensor:
+        """``receiver + gate * weight * projection``; all ``[batch, kv_heads, tokens, head_dim]``."""
+        batch, heads, tokens, dim = receiver.shape
+        weight_dtype = self.get_parameter(f"{kind}_in.weight").dtype
+        x = torch.cat([_flatten(sharer), _flatten(receiver)], dim=-1).to(weight_dtype)
+        hidden = self.get_submodule(f"{kind}_mlp1")(self.get_submodule(f"{kind}_in")(x))
+        feature = self.get_submodule(f"{kind}_proj_out")(self.get_submodule(f"{kind}_proj_mlp2")(hidden))
+        feature = feature.view(batch, tokens, heads, dim).transpose(1, 2)
+        scalar = self.get_submodule(f"{kind}_scalar_head")(self.get_submodule(f"{kind}_scalar_mlp2")(hidden))
+        weight = torch.sigmoid(scalar).permute(0, 2, 1).unsqueeze(-1)
+        return receiver + gate * weight * feature
+
+
+class C2CFuser(Fuser):
+    """The published fuser for all receiver layers.
+
+    In ``train()`` mode gates are Gumbel-sigmoid with a fresh draw per head and position; in ``eval()`` they are hard.
+    """
+
+    config_class = C2CFuserConfig
+    config: C2CFuserConfig
+    family: ClassVar[str] = "c2c"
+
+    def __init__(self, config: C2CFuserConfig) -> None:
+        super().__init__(config)
+        if config.num_layers < 3:
+            raise ValueError(f"num_layers must be 3 or more, got {config.num_layers}")
+        self.temperature = config.gate_temperature
+        self.uniform: gating.UniformSource | None = None
+        self.layers = nn.ModuleList([Projector(config) for _ in config.fused_layers])
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Keep torch's default initialisation, as the published code does."""
+
+    @classmethod
+    def from_geometry(cls, sharer: KVGeometry, receiver: KVGeometry, layer_map: list[int | None], **options: Any) -> Self:
+        """A fresh fuser; gate logits start at 0, which is closed in ``eval()``."""
+        config = C2CFuserConfig(
+            layer_map=layer_map,
+            sharer_kv=sharer.to_dict(),
+            receiver_kv=receiver.to_dict(),
+            c2c_version=__version__,
+            **options,
+        )
+        return cls(config)
+
+    def set_step(self, step: int) -> None:
+        """Move the temperature schedule to an optimizer step."""
+        c = self.config
+        self.temperature = gating.annealed_temperature(
+            step, c.initial_temperature, c.final_temperature, c.anneal_steps
+        )
+        self.config.gate_temperature = self.temperature
+
+    def forward(self, sharer: Entries, receiver: Entries) -> list[KeyValue]:
+        """See :meth:`Fuser.forward`."""
+        return [
+            self._fuse_layer(projector, sharer.layer(index), receiver.layer(index))
+            for index, projector in enumerate(self.layers)
+        ]
+
+    def gates(self) -> Tensor:
+        """0 or 1 for every layer: ``[layers, 2]``."""
+        return gating.hard_gate(self.gate_logits())
+
+    def gate_logits(self) -> Tensor:
+        """The raw gate parameters, ``[layers, 2]``."""
+        rows = [torch.stack([p.get_parameter(f"{kind}_gate_logit") for kind in KINDS]) for p in self.layers]
+        return torch.stack(rows).detach()
+
+    def _fuse_layer(self, projector: Any, sharer: KeyValue, receiver: KeyValue) -> KeyValue:
+        keys, values = (
+            projector.fuse(kind, theirs, ours, self._gate(projector.get_parameter(f"{kind}_gate_logit"), ours))
+            for kind, theirs, ours in zip(KINDS, sharer, receiver, strict=True)
+        )
+        return keys, values
+
+    def _gate(self, logit: Tensor, receiver: Tensor) -> Tensor:
+        if not self.training:
+            return gating.hard_gate(logit)
+        shape = (*receiver.shape[:3], 1)
+        uniform = self.uniform(shape) if self.uniform else torch.rand(shape, device=logit.device, dtype=logit.dtype)
+        return gating.gumbel_gate(logit, uniform, self.temperature)
+
+
+def _flatten(x: Tensor) -> Tensor:
+    """``[batch, heads, tokens, dim]`` to ``[batch, tokens, heads * dim]``, head 0 first."""
+    return x.transpose(1, 2).flatten(2)

@@ -1,0 +1,148 @@
+"""Who a model is: what a fuser was trained for, and what it is compared with before it is used."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from c2c.errors import MismatchError
+from c2c.kv import KVGeometry
+
+_SAMPLES = 32
+_STRUCTURE = ("architecture", "kv", "rope")
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """Everything about a model that changes what its KV cache means.
+
+    Attributes:
+        name: id or path that it was loaded from; informative, never compared.
+        revision: commit of the hub repository, where known; informative.
+        architecture: the model class.
+        kv: layers, kv_heads and head_dim of its cache.
+        rope: the rotary parameters of its config, as JSON.
+        weights: fingerprint of the weights, None where they are not in memory.
+        tokenizer: hash of the tokenizer's vocabulary and rules, None without a tokenizer.
+        template: hash of the chat template, None without one.
+    """
+
+    name: str
+    revision: str | None
+    architecture: str
+    kv: dict[str, int]
+    rope: str | None
+    weights: str | None
+    tokenizer: str | None
+    template: str | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As a plain dict, for the fuser's config."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> ModelIdentity:
+        """Read what :meth:`to_dict` wrote; unknown keys of a newer version are ignored."""
+        known = {field.name for field in fields(cls)}
+        return cls(**{key: value for key, value in data.items() if key in known})
+
+
+def identify(model: PreTrainedModel, tokenizer: Any, name: str, geometry: KVGeometry) -> ModelIdentity:
+    """The identity of a loaded model."""
+    rope = getattr(model.config.get_text_config(decoder=True), "rope_parameters", None)
+    template = getattr(tokenizer, "chat_template", None)
+    return ModelIdentity(
+        name=name,
+        revision=getattr(model.config, "_commit_hash", None),
+        architecture=type(model).__name__,
+        kv=geometry.to_dict(),
+        rope=json.dumps(rope, sort_keys=True, default=str) if rope else None,
+        weights=weights_fingerprint(model),
+        tokenizer=tokenizer_hash(tokenizer),
+        template=_digest(str(template).encode()) if template else None,
+    )
+
+
+def weights_fingerprint(model: PreTrainedModel) -> str | None:
+    """Hash of names, shapes and some values of all weights: milliseconds, where a full hash takes many seconds.
+
+    Values are compared as bfloat16, so that a model loaded in float32 and in bfloat16 is the same model.
+    """
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.named_parameters()):
+        if weight.is_meta:
+            return None
+        flat = weight.detach().reshape(-1)
+        step = max(1, flat.numel() // _SAMPLES)
+        sample = flat[::step][:_SAMPLES].to(device="cpu", dtype=torch.bfloat16).view(torch.int16)
+        digest.update(f"{name}{tuple(weight.shape)}".encode())
+        digest.update(sample.contiguous().numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+def tokenizer_hash(tokenizer: Any) -> str | None:
+    """Hash of a fast tokenizer's vocabulary and rules; padding and truncation state is left out."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return None
+    rules = json.loads(backend.to_str())
+    rules.pop("padding", None)
+    rules.pop("truncation", None)
+    return _digest(json.dumps(rules, sort_keys=True).encode())
+
+
+def differences(role: str, expected: ModelIdentity, given: ModelIdentity) -> tuple[list[str], list[str]]:
+    """Compare two identities.
+
+    Returns:
+        Differences that make fusion impossible (cache shape, rotary embedding, architecture), and differences that
+        make it doubtful (weights, tokenizer, template). Facts that either side does not know are not compared.
+    """
+    hard: list[str] = []
+    soft: list[str] = []
+    for field in fields(ModelIdentity):
+        if field.name in ("name", "revision"):
+            continue
+        want, got = getattr(expected, field.name), getattr(given, field.name)
+        if want is None or got is None or want == got:
+            continue
+        line = f"{role} {field.name}: the fuser was made for {want} ({expected.name}), got {got} ({given.name})"
+        (hard if field.name in _STRUCTURE else soft).append(line)
+    return hard, soft
+
+
+def check(pairs: list[tuple[str, ModelIdentity | None, ModelIdentity]], allow_mismatch: bool) -> list[str]:
+    """Compare what a fuser expects with the models given, all of them, before complaining.
+
+    Args:
+        pairs: (role, expected or None if the fuser does not say, given).
+        allow_mismatch: accept other weights, tokenizers or templates of the same structure.
+
+    Returns:
+        The differences that were accepted.
+
+    Raises:
+        MismatchError: listing every difference.
+    """
+    hard: list[str] = []
+    soft: list[str] = []
+    for role, expected, given in pairs:
+        if expected is not None:
+            more_hard, more_soft = differences(role, expected, given)
+            hard += more_hard
+            soft += more_soft
+    if hard or (soft and not allow_mismatch):
+        advice = "Load the models that the fuser names (c2c inspect FUSER), or train a fuser for this pair."
+        if not hard:
+            advice += " If you know that the models are equivalent, pass allow_mismatch=True."
+        raise MismatchError(hard + soft, advice)
+    return soft
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:32]

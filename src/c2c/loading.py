@@ -1,0 +1,130 @@
+"""From a name to a model: an alias of ``c2c pull``, a hub id, a local folder, or a GGUF file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
+
+from c2c import pull
+from c2c.errors import ModelLoadError, PromptError
+from c2c.pull.aliases import ALIASES
+
+Dtype = str | torch.dtype | None
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model with its tokenizer (None where the source has none) and the name that it came by."""
+
+    model: PreTrainedModel
+    tokenizer: Any
+    name: str
+
+
+def load(
+    source: str | Path | PreTrainedModel,
+    *,
+    tokenizer: Any = None,
+    dtype: Dtype = None,
+    device_map: Any = None,
+    revision: str | None = None,
+    **model_kwargs: Any,
+) -> LoadedModel:
+    """Load a causal language model and its tokenizer.
+
+    Args:
+        source: alias (``smollm2-135m``), hub id, local folder, path of a ``.gguf`` file, ``repo/id/file.gguf``, or a
+            model that is already loaded.
+        tokenizer: tokenizer object, or where to load it from; by default from ``source``.
+        dtype: weights' type; by default float32 on a CPU (bfloat16 is slow on most), else the checkpoint's own.
+        device_map: as in ``from_pretrained``, for instance ``"cuda"`` or ``"auto"``.
+        revision: commit, branch or tag of a hub id.
+        **model_kwargs: passed on to ``from_pretrained``, for instance ``attn_implementation``.
+
+    Raises:
+        ModelLoadError: the source does not exist, or can't be read; an alias that was not pulled yet.
+        PromptError: the tokenizer is a slow one, which knows no character offsets.
+    """
+    if isinstance(source, PreTrainedModel):
+        found = _load_tokenizer(tokenizer) if isinstance(tokenizer, str | Path) else tokenizer
+        return LoadedModel(source, _require_fast(found), str(source.config._name_or_path or type(source).__name__))
+    name = str(source)
+    folder, gguf = _locate(name)
+    kwargs = _drop_none(device_map=device_map, revision=revision, **model_kwargs)
+    try:
+        model = _load_model(folder, gguf, dtype or _default_dtype(device_map), kwargs)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelLoadError(
+            f"could not load model {name!r}: {error}\nExpected an alias ({', '.join(ALIASES)}), a hub id, "
+            "a folder with config.json and weights, or a .gguf file."
+        ) from error
+    if not isinstance(tokenizer, str | Path | None):
+        return LoadedModel(model, _require_fast(tokenizer), name)
+    found = _load_tokenizer(tokenizer) if tokenizer else _find_tokenizer(folder, gguf, revision)
+    return LoadedModel(model, _require_fast(found), name)
+
+
+def _locate(name: str) -> tuple[str, str | None]:
+    """The folder or hub id, and the GGUF file inside it if one is named."""
+    if name in ALIASES and not Path(name).exists():
+        return str(pull.local_path(name)), None
+    if name.endswith(".gguf"):
+        path = Path(name)
+        if path.exists() or not name.count("/") >= 2:
+            if not path.exists():
+                raise ModelLoadError(f"no such file: {name}. Expected the path of a GGUF file.")
+            return str(path.parent), path.name
+        repo, file = name.rsplit("/", 1)
+        return repo, file
+    if name.startswith((".", "/", "~")):
+        path = Path(name).expanduser()
+        if not path.is_dir():
+            raise ModelLoadError(f"no such folder: {name}. Expected a folder with config.json and weights.")
+        return str(path), None
+    return name, None
+
+
+def _load_model(folder: str, gguf: str | None, dtype: Dtype, kwargs: dict[str, Any]) -> PreTrainedModel:
+    if gguf is not None:
+        kwargs = {"gguf_file": gguf, "quantization_config": GgufConfig(dequantize=True)} | kwargs
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **kwargs)
+    return model
+
+
+def _find_tokenizer(folder: str, gguf: str | None, revision: str | None) -> Any:
+    """The tokenizer beside a model, or None: token ids can be fused without one."""
+    if Path(folder).is_dir() and gguf is None:
+        names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+        if not any((Path(folder) / name).exists() for name in names):
+            return None
+    return _load_tokenizer(folder, gguf, revision)
+
+
+def _load_tokenizer(source: str | Path, gguf: str | None = None, revision: str | None = None) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(str(source), **_drop_none(gguf_file=gguf, revision=revision))
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelLoadError(f"could not load a tokenizer from {source!s}: {error}") from error
+
+
+def _require_fast(tokenizer: Any) -> Any:
+    if tokenizer is not None and not getattr(tokenizer, "is_fast", False):
+        raise PromptError(
+            f"{type(tokenizer).__name__} is a slow tokenizer without character offsets, which token alignment needs. "
+            "Load the fast one (AutoTokenizer.from_pretrained with a tokenizer.json), or convert it with "
+            "transformers' convert_slow_tokenizer."
+        )
+    return tokenizer
+
+
+def _default_dtype(device_map: Any) -> Dtype:
+    on_cpu = device_map in (None, "cpu") or (device_map == "auto" and not torch.cuda.is_available())
+    return torch.float32 if on_cpu else "auto"
+
+
+def _drop_none(**kwargs: Any) -> dict[str, Any]:
+    return {key: value for key, value in kwargs.items() if value is not None}

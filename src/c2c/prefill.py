@@ -1,0 +1,48 @@
+"""Prefill: run a frozen model over prompt tokens and keep its KV cache. The only module that passes positions."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import Cache, PreTrainedModel
+
+from c2c import kv
+from c2c.tokens import TokenBatch
+
+
+@torch.no_grad()
+def prefill(model: PreTrainedModel, batch: TokenBatch, stop: int, cache: Cache | None = None) -> Cache:
+    """Extend ``cache`` (empty by default) to the first ``stop`` columns of ``batch``; the cache is changed.
+
+    The decoder is called without its language-model head: no logits are needed here, and a head over 150,000 words
+    costs a tenth of the prefill of a small model.
+
+    Returns:
+        The cache, whose layers hold ``[batch, kv_heads, stop, head_dim]``.
+    """
+    cache = kv.empty_cache() if cache is None else cache
+    start = kv.length(cache) if cache.layers else 0
+    if start < stop:
+        model.get_decoder()(
+            input_ids=batch.ids[:, start:stop],
+            attention_mask=batch.mask_until(stop),
+            position_ids=batch.positions[:, start:stop],
+            past_key_values=cache,
+            use_cache=True,
+        )
+    return cache
+
+
+def next_logits(model: PreTrainedModel, batch: TokenBatch, cache: Cache) -> Tensor:
+    """Run the columns that ``cache`` does not hold yet and return the logits after the last, ``[batch, vocab]``."""
+    start = kv.length(cache)
+    out = model(
+        input_ids=batch.ids[:, start:],
+        attention_mask=batch.mask_until(batch.length),
+        position_ids=batch.positions[:, start:],
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    logits: Tensor = out.logits[:, -1]
+    return logits

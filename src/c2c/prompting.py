@@ -1,0 +1,165 @@
+"""Prompt rendering: messages to text through a model's own chat template, with the span of every message."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from c2c.errors import PromptError
+from c2c.messages import Conversation
+
+# For base models, which have no chat template of their own.
+PLAIN_TEMPLATE = (
+    "{{ bos_token if bos_token is defined and bos_token else '' }}"
+    "{% for m in messages %}{{ m['role'] | capitalize }}: {{ m['content'] }}\n\n{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """One conversation as the text that one model reads.
+
+    Attributes:
+        text: the whole prompt.
+        contents: the text of each message, as given.
+        spans: for each message, where it lies in ``text`` as ``(start, end)`` and where that piece begins in the
+            message (templates may trim), or None if the template left it out or it is empty.
+    """
+
+    text: str
+    contents: tuple[str, ...]
+    spans: tuple[tuple[Span, int] | None, ...]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A rendered prompt as tokens: ids, and the characters of ``rendered.text`` that each covers."""
+
+    rendered: Rendered
+    ids: list[int]
+    offsets: list[Span]
+
+
+@dataclass(frozen=True)
+class RenderOptions:
+    """How a conversation is rendered, the same for all models.
+
+    Attributes:
+        add_generation_prompt: end with the opening of the assistant's turn.
+        answer_prefix: text appended after it, which the answer continues ("The answer is").
+        enable_thinking: passed to templates that know it (Qwen3).
+    """
+
+    add_generation_prompt: bool = True
+    answer_prefix: str = ""
+    enable_thinking: bool = False
+
+
+def require_tokenizer(tokenizer: Any, whose: str) -> Any:
+    """The tokenizer, or a clear error where a model came without one."""
+    if tokenizer is None:
+        raise PromptError(
+            f"the {whose} was loaded without a tokenizer, so text can't be encoded. Pass tokenizer=..., or use token "
+            "ids: generate_ids(receiver_ids, sharer_ids, fuse_mask=...)."
+        )
+    return tokenizer
+
+
+def render_text(tokenizer: Any, conversation: Conversation, options: RenderOptions) -> str:
+    """The prompt text of a conversation.
+
+    Raises:
+        PromptError: the chat template refuses the conversation, for instance a system message.
+    """
+    template = None if getattr(tokenizer, "chat_template", None) else PLAIN_TEMPLATE
+    try:
+        text = tokenizer.apply_chat_template(
+            conversation,
+            tokenize=False,
+            chat_template=template,
+            add_generation_prompt=options.add_generation_prompt,
+            enable_thinking=options.enable_thinking,
+        )
+    except Exception as error:  # templates raise what they like
+        roles = [message["role"] for message in conversation]
+        raise PromptError(
+            f"the chat template of {tokenizer.name_or_path!r} refused messages with the roles {roles}: {error}. "
+            "Some templates know no system role, or want user and assistant in turns."
+        ) from error
+    return str(text) + options.answer_prefix
+
+
+def render(tokenizer: Any, conversation: Conversation, options: RenderOptions) -> Rendered:
+    """Render a conversation and find each message in the result.
+
+    The template is rendered a second time with a mark in place of each message. What stands between the marks is
+    template text, so that messages are found even where their words also occur in the template.
+    """
+    text = render_text(tokenizer, conversation, options)
+    contents = tuple(message["content"] for message in conversation)
+    return Rendered(text, contents, tuple(_find_spans(tokenizer, conversation, options, text)))
+
+
+def encode(tokenizer: Any, rendered: Rendered) -> Encoded:
+    """Tokenise a rendered prompt; special tokens come from the template alone."""
+    out = tokenizer(rendered.text, add_special_tokens=False, return_offsets_mapping=True)
+    return Encoded(rendered, list(out["input_ids"]), [(int(a), int(b)) for a, b in out["offset_mapping"]])
+
+
+def _mark(index: int) -> str:
+    return f"\ue000{index}\ue001"
+
+
+def _find_spans(
+    tokenizer: Any, conversation: Conversation, options: RenderOptions, text: str
+) -> list[tuple[Span, int] | None]:
+    marked = [
+        {**message, "content": _mark(i) if message["content"] else ""} for i, message in enumerate(conversation)
+    ]
+    skeleton = render_text(tokenizer, marked, options)
+    order = [i for i, message in enumerate(conversation) if message["content"] and _mark(i) in skeleton]
+    order.sort(key=lambda i: skeleton.index(_mark(i)))
+    spans: list[tuple[Span, int] | None] = [None] * len(conversation)
+    position, cursor = 0, 0
+    for place, index in enumerate(order):
+        before = skeleton[cursor : skeleton.index(_mark(index))]
+        cursor = skeleton.index(_mark(index)) + len(_mark(index))
+        after = skeleton[cursor : skeleton.index(_mark(order[place + 1]))] if place + 1 < len(order) else skeleton[cursor:]
+        found = _locate(text, conversation[index]["content"], before, after, position)
+        if found is not None:
+            spans[index] = found
+            position = found[0][1]
+    return spans
+
+
+def _locate(text: str, content: str, before: str, after: str, start: int) -> tuple[Span, int] | None:
+    """Find a message, as given or trimmed, between the template texts around it; else its first occurrence."""
+    candidates = dict.fromkeys([content, content.strip(), content.lstrip(), content.rstrip()])
+    for exact in (True, False):
+        for piece in candidates:
+            if not piece:
+                continue
+            if exact:
+                at = text.find(before + piece + after, start)
+                at = at + len(before) if at >= 0 else -1
+            else:
+                at = text.find(piece, start)
+            if at >= 0:
+                return (at, at + len(piece)), content.index(piece)
+    return None
+
+
+def text_tokens(encoded: Encoded) -> Sequence[int | None]:
+    """For each token, the index of the message whose text it touches, or None for a template token."""
+    owner: list[int | None] = [None] * len(encoded.ids)
+    for index, found in enumerate(encoded.rendered.spans):
+        if found is not None:
+            (start, end), _ = found
+            for token, (first, last) in enumerate(encoded.offsets):
+                if first < end and last > start and last > first:
+                    owner[token] = index
+    return owner

@@ -1,0 +1,97 @@
+"""A batch of token ids for one model, with its mask and positions: the only form in which tokens travel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from c2c.errors import PromptError
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Token ids of one model.
+
+    Attributes:
+        ids: token ids, ``[batch, tokens]``, int64.
+        mask: True where a token is real and False on padding, ``[batch, tokens]``, bool.
+        positions: position ids used for the rotary embedding, ``[batch, tokens]``, int64.
+        padded: whether any row has padding. Known on the host, so that no device has to be asked.
+        natural: whether ``positions`` count the unmasked tokens of each row, as ``generate`` would.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    positions: Tensor
+    padded: bool
+    natural: bool = True
+
+    @property
+    def length(self) -> int:
+        """Number of columns, padding included."""
+        return self.ids.shape[1]
+
+    @property
+    def rows(self) -> int:
+        """Batch size."""
+        return self.ids.shape[0]
+
+    def to(self, device: torch.device) -> TokenBatch:
+        """The same batch on another device."""
+        return TokenBatch(
+            self.ids.to(device), self.mask.to(device), self.positions.to(device), self.padded, self.natural
+        )
+
+    def select(self, rows: Sequence[int]) -> TokenBatch:
+        """The batch of these rows only."""
+        index = torch.tensor(list(rows), device=self.ids.device)
+        return TokenBatch(
+            self.ids[index], self.mask[index], self.positions[index], self.padded, self.natural
+        )
+
+    def mask_until(self, stop: int) -> Tensor | None:
+        """The attention mask of the first ``stop`` columns, or None where nothing is padded.
+
+        None lets attention kernels take their causal fast path without looking at the mask on the device.
+        """
+        return self.mask[:, :stop].long() if self.padded else None
+
+
+def natural_positions(mask: Tensor) -> Tensor:
+    """Positions that count the unmasked tokens of each row, 0 on padding. ``[batch, tokens]``.
+
+    A forward pass without them numbers padding as well, which rotates a left-padded row wrongly.
+    """
+    return (mask.long().cumsum(-1) - 1).clamp_min(0) * mask.long()
+
+
+def left_pad(rows: Sequence[Sequence[int]], pad_id: int) -> TokenBatch:
+    """Left-pad rows of ids to one length.
+
+    Raises:
+        PromptError: there is no row, or a row is empty.
+    """
+    if not rows or any(len(row) == 0 for row in rows):
+        raise PromptError("empty prompt: at least one token per row is needed. Pass a non-empty text or messages.")
+    width = max(len(row) for row in rows)
+    ids = torch.tensor([[pad_id] * (width - len(row)) + list(row) for row in rows])
+    mask = torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in rows])
+    return TokenBatch(ids, mask, natural_positions(mask), padded=any(len(row) < width for row in rows))
+
+
+def require_left_padding(mask: Tensor, whose: str) -> None:
+    """Refuse a batch whose last column is padding: the answer would be decoded from a padding token.
+
+    Raises:
+        PromptError: some row ends in padding.
+    """
+    ends = mask[:, -1].cpu()
+    if not bool(ends.all()):
+        rows = (~ends).nonzero().flatten().tolist()
+        raise PromptError(
+            f"right-padded batch: rows {rows} of the {whose} end in padding (mask 0 in the last column), so the next "
+            "token would be predicted from a pad. Pad on the left: tokenizer.padding_side = 'left'."
+        )
