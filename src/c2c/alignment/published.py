@@ -17,7 +17,7 @@ from c2c.alignment.plan import Prompt
 from c2c.errors import AlignmentError
 from c2c.messages import Conversation
 from c2c.prompting import Rendered, RenderOptions, Span, render, render_text, require_tokenizer
-from c2c.sections import plan_sections, slot_positions
+from c2c.alignment.sections import plan_sections, slot_positions
 from c2c.tokens import TokenBatch
 
 Strategy = Literal["first", "longest"]

@@ -1,0 +1,267 @@
+"""A frozen language model with its tokenizer: what Sharer and Receiver have in common."""
+
+from __future__ import annotations
+
+import time
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from transformers import Cache, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+
+from c2c import kv, rope
+from c2c.errors import CacheError, PromptError
+from c2c.identity import ModelIdentity, identify
+from c2c.loading import load
+from c2c.messages import conversations
+from c2c.prefill import prefill
+from c2c.prompting import RenderOptions, encode, render, require_tokenizer
+from c2c.report import GenerationResult
+from c2c.tokens import TokenBatch, left_pad, require_left_padding
+
+DEFAULT_NEW_TOKENS = 256
+
+
+class FirstTokenClock(StoppingCriteria):
+    """Notes when the first new token is there. Never stops anything."""
+
+    def __init__(self) -> None:
+        self.began = time.perf_counter()
+        self.first: float | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:  # type: ignore[override]
+        """Called by ``generate`` after every token."""
+        if self.first is None:
+            self.first = time.perf_counter()
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
+class LanguageModel:
+    """A causal language model, frozen and in ``eval()`` mode.
+
+    Raises:
+        CacheError: the model has layers without a fusable KV cache, or rotates its keys in an unknown way.
+    """
+
+    role = "model"
+
+    def __init__(self, model: PreTrainedModel, tokenizer: Any = None, name: str | None = None) -> None:
+        kv.check_model_layers(model.config)
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.name = name or str(model.config._name_or_path or type(model).__name__)
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path | PreTrainedModel, **kwargs: Any) -> Self:
+        """Load by alias, hub id, folder or GGUF file; arguments as in :func:`c2c.loading.load`."""
+        loaded = load(source, **kwargs)
+        return cls(loaded.model, loaded.tokenizer, loaded.name)
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go."""
+        return torch.device(self.model.device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights, and so of the cache."""
+        return self.model.dtype
+
+    @property
+    def context_length(self) -> int | None:
+        """Positions that the model was made for, None where its config does not say."""
+        return getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+    @cached_property
+    def geometry(self) -> kv.KVGeometry:
+        """Shape of the KV cache, read from a one-token prefill: configs of some families do not tell."""
+        return kv.geometry(self._probe)
+
+    @cached_property
+    def identity(self) -> ModelIdentity:
+        """Who this model is, for fusers and manifests."""
+        return identify(self.model, self.tokenizer, self.name, self.geometry)
+
+    @cached_property
+    def _probe(self) -> Cache:
+        """The cache of one token at position 0 and at position 7."""
+        ids = torch.ones(2, 1, dtype=torch.long, device=self.device)
+        positions = torch.tensor([[0], [7]], device=self.device)
+        mask = torch.ones_like(ids, dtype=torch.bool)
+        return prefill(self.model, TokenBatch(ids, mask, positions, padded=False), stop=1)
+
+    def check_rotary(self) -> None:
+        """Make sure that the rotation can be taken off this model's keys.
+
+        A token alone attends only to itself, so that its keys differ between positions by their rotation and by
+        nothing else.
+
+        Raises:
+            CacheError: keys at two positions do not agree without their rotation.
+        """
+        tables = rope.tables(self.model, torch.tensor([[0], [7]], device=self.device))
+        if tables is None:
+            return
+        for index, (keys, _) in enumerate(kv.layers(self._probe)):
+            table = rope.Rotary(tables[index].cos.to(keys.device), tables[index].sin.to(keys.device))
+            bare = table.undo(keys.float())
+            tolerance = 1e-3 if keys.dtype == torch.float32 else 0.05
+            if not torch.allclose(bare[0], bare[1], rtol=tolerance, atol=tolerance * float(bare.abs().max())):
+                raise CacheError(
+                    f"{self.name}: the rotary embedding of layer {index} can't be taken off its keys (this model "
+                    "rotates them in another way than Llama, Qwen and Gemma do). Use the 'c2c' fuser, which reads "
+                    "keys as they are."
+                )
+
+    def rotary(self, positions: Tensor) -> list[rope.Rotary] | None:
+        """Rotary tables of every layer at ``positions``, ``[batch, tokens]``."""
+        return rope.tables(self.model, positions)
+
+    def encode(self, messages: Any, options: RenderOptions | None = None) -> TokenBatch:
+        """Messages to a left-padded batch of this model's own tokens."""
+        tokenizer = require_tokenizer(self.tokenizer, self.role)
+        batch, _ = conversations(messages)
+        options = options or RenderOptions()
+        rows = [encode(tokenizer, render(tokenizer, conversation, options)).ids for conversation in batch]
+        return left_pad(rows, int(tokenizer.pad_token_id or 0))
+
+    def check_prompt(self, batch: TokenBatch) -> None:
+        """Refuse a prompt that this model can't answer.
+
+        Raises:
+            PromptError: empty, right-padded, or longer than the context.
+        """
+        if batch.length == 0:
+            raise PromptError("empty prompt: no token was given. Pass at least one.")
+        if batch.padded:
+            require_left_padding(batch.mask, self.role)
+        limit = self.context_length
+        if limit is not None and batch.length > limit:
+            raise PromptError(
+                f"the prompt has {batch.length} tokens for the {self.role} {self.name}, which was made for {limit}. "
+                "Shorten the prompt, or use a model with a longer context."
+            )
+
+    def prefill(self, batch: TokenBatch, stop: int | None = None, cache: Cache | None = None) -> Cache:
+        """The KV cache of the first ``stop`` columns (all by default); extends ``cache`` where one is given."""
+        return prefill(self.model, batch.to(self.device), batch.length if stop is None else stop, cache)
+
+    def answer(self, messages: Any, *, options: RenderOptions | None = None, **kwargs: Any) -> Any:
+        """Answer alone, without any fusion.
+
+        Args:
+            messages: a text, a conversation, or a batch of them.
+            options: how to render the prompt.
+            **kwargs: passed to ``generate``.
+
+        Returns:
+            A :class:`GenerationResult`, or a list of them for a batch or several return sequences.
+        """
+        batch = self.encode(messages, options)
+        self.check_prompt(batch)
+        clock = FirstTokenClock()
+        cache = self.prefill(batch, batch.length - 1)
+        return self.results(batch, self.generate(batch, cache, clock=clock, **kwargs), clock, messages)
+
+    def generate(
+        self, batch: TokenBatch, cache: Cache, *, clock: FirstTokenClock | None = None, **kwargs: Any
+    ) -> Tensor:
+        """The model's own ``generate`` on a prepared cache.
+
+        Args:
+            batch: the whole prompt, left-padded.
+            cache: covers the first columns of ``batch``, at most all but the last. It grows while generating.
+            clock: notes the time of the first token.
+            **kwargs: whatever ``generate`` takes: sampling, beams, stop strings, streamers, logits processors.
+
+        Returns:
+            The new ids, ``[batch * num_return_sequences, new]``.
+
+        Raises:
+            CacheError: the cache covers the whole prompt or has other rows than ``batch``.
+            PromptError: right-padded or over the context length.
+        """
+        self.check_prompt(batch)
+        batch = batch.to(self.device)
+        self._check_cache(batch, cache)
+        kwargs = self._with_defaults(kwargs)
+        kv.repeat(cache, self._expansion(kwargs))
+        if clock is not None:
+            kwargs["stopping_criteria"] = StoppingCriteriaList([clock, *(kwargs.get("stopping_criteria") or [])])
+        if not batch.natural:
+            kwargs["position_ids"] = batch.positions
+        out = self.model.generate(
+            input_ids=batch.ids, attention_mask=batch.mask.long(), past_key_values=cache, **kwargs
+        )
+        sequences: Tensor = out if isinstance(out, Tensor) else out.sequences
+        return sequences[:, batch.length :]
+
+    def results(self, batch: TokenBatch, ids: Tensor, clock: FirstTokenClock, messages: Any, report: Any = None) -> Any:
+        """Wrap new ids, ``[batch * num_return_sequences, new]``, as results with text and times."""
+        ended = time.perf_counter()
+        per_row = ids.shape[0] // batch.rows
+        prompt_tokens = batch.mask.sum(-1).tolist()
+        results = [
+            GenerationResult(
+                text=self._text(row),
+                ids=row,
+                prompt_tokens=prompt_tokens[index // per_row],
+                report=report,
+                seconds_to_first_token=(clock.first or ended) - clock.began,
+                seconds_total=ended - clock.began,
+            )
+            for index, row in enumerate(self._trim(ids))
+        ]
+        single = conversations(messages)[1]
+        return results[0] if single and len(results) == 1 else results
+
+    def _trim(self, ids: Tensor) -> list[Tensor]:
+        """Cut each row after its first end token; what follows is padding."""
+        ends = _as_list(self.model.generation_config.eos_token_id)
+        rows = []
+        for row in ids.cpu():
+            hits = [i for i, token in enumerate(row.tolist()) if token in ends]
+            rows.append(row[: hits[0] + 1] if hits else row)
+        return rows
+
+    def _text(self, ids: Tensor) -> str:
+        return "" if self.tokenizer is None else str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+    def _check_cache(self, batch: TokenBatch, cache: Cache) -> None:
+        kv.check_layers(cache)
+        held = kv.length(cache) if cache.layers else 0
+        if held >= batch.length:
+            raise CacheError(
+                f"the cache covers {held} tokens and the prompt has {batch.length}: nothing is left to predict from, and "
+                f"`generate` would read the prompt twice. Cut it to {batch.length - 1} tokens: kv.crop(cache, n)."
+            )
+        if cache.layers and cache.layers[0].keys.shape[0] != batch.rows:
+            raise CacheError(f"the cache has {cache.layers[0].keys.shape[0]} rows, the prompt {batch.rows}.")
+
+    def _with_defaults(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        kwargs = dict(kwargs)
+        config = kwargs.get("generation_config") or self.model.generation_config
+        limits = ("max_new_tokens", "max_length", "max_time")
+        if not any(kwargs.get(limit) for limit in limits) and config.max_new_tokens is None:
+            kwargs["max_new_tokens"] = DEFAULT_NEW_TOKENS
+        if kwargs.get("stop_strings"):
+            kwargs.setdefault("tokenizer", require_tokenizer(self.tokenizer, self.role))
+        if config.pad_token_id is None and "pad_token_id" not in kwargs:
+            ends = _as_list(config.eos_token_id)
+            kwargs["pad_token_id"] = ends[0] if ends else 0
+        return kwargs
+
+    def _expansion(self, kwargs: dict[str, Any]) -> int:
+        """How often ``generate`` repeats each row: it repeats ids and mask, but not a cache given to it."""
+        config = kwargs.get("generation_config") or self.model.generation_config
+        beams = kwargs.get("num_beams") or config.num_beams or 1
+        sequences = kwargs.get("num_return_sequences") or config.num_return_sequences or 1
+        return max(beams, sequences)
+
+
+def _as_list(value: int | list[int] | None) -> list[int]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list | tuple) else [value]

@@ -1,0 +1,204 @@
+"""Import of published checkpoints: ``projector_*.pt`` and ``projector_*.json`` to one fuser.
+
+The format is described in ``docs/formats.md``. Weights are read with ``weights_only=True``: nothing in them is run.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from c2c.errors import FuserError
+from c2c.fusers.c2c import C2CFuser, C2CFuserConfig
+from c2c.kv import KVGeometry
+from c2c.version import __version__
+
+_OPTIONS = (
+    "hidden_dim",
+    "intermediate_dim",
+    "num_layers",
+    "dropout",
+    "zero_init",
+    "initial_temperature",
+    "final_temperature",
+    "anneal_steps",
+)
+
+
+@dataclass(frozen=True)
+class PublishedNames:
+    """What a checkpoint's ``config.json`` says about its models."""
+
+    receiver: str | None
+    sharer: str | None
+    mode: str
+
+
+def read_names(folder: str | Path) -> PublishedNames:
+    """The model names of a checkpoint, for loading them by id."""
+    model = _training_config(_weights_folder(Path(folder))).get("model", {})
+    return PublishedNames(
+        model.get("base_model"), model.get("teacher_model"), model.get("multi_source_fusion_mode", "sequential")
+    )
+
+
+def import_published(
+    folder: str | Path, *, receiver: KVGeometry | None = None, sharer: KVGeometry | None = None, dtype: Any = None
+) -> C2CFuser:
+    """Read a published checkpoint.
+
+    Args:
+        folder: the output folder of the published training script, its ``final`` or ``checkpoint-<step>`` subfolder,
+            or any folder with the projector files.
+        receiver: the receiver's cache geometry, where known; layer counts are not in the checkpoint.
+        sharer: the sharer's cache geometry, where known.
+        dtype: type of the fuser's weights; by default as stored.
+
+    Raises:
+        FuserError: files are missing, are of another fuser class, or have other shapes than they say.
+    """
+    weights = _weights_folder(Path(folder).expanduser())
+    mapping = _mapping(weights)
+    layers = max(mapping) + 1
+    sources: list[int | None] = [mapping[i][0] if i in mapping else None for i in range(layers)]
+    projectors = [mapping[i][1] for i in sorted(mapping)]
+    arguments = _arguments(weights, projectors)
+    states = [_read_state(weights / f"projector_{number}.pt") for number in projectors]
+    if receiver is not None:
+        sources += [None] * (receiver.layers - layers)
+    used = max(source for source in sources if source is not None) + 1
+    config = C2CFuserConfig(
+        layer_map=sources,
+        sharer_kv=KVGeometry(
+            sharer.layers if sharer else used, arguments["source_num_heads"], arguments["source_dim"]
+        ).to_dict(),
+        receiver_kv=KVGeometry(
+            receiver.layers if receiver else layers, arguments["target_num_heads"], arguments["target_dim"]
+        ).to_dict(),
+        alignment=_alignment(weights),
+        training={"source": "published checkpoint", "config": _training_config(weights)},
+        gate_temperature=float(states[0]["gate_temperature"]) if "gate_temperature" in states[0] else 1.0,
+        c2c_version=__version__,
+        **{name: arguments[name] for name in _OPTIONS if name in arguments},
+    )
+    fuser = C2CFuser(config)
+    _load_states(fuser, states, projectors)
+    stored = next(value.dtype for name, value in states[0].items() if name.endswith(".weight"))
+    return fuser.to(dtype=_torch_dtype(dtype) or stored).eval()
+
+
+def _weights_folder(folder: Path) -> Path:
+    for candidate in (folder, folder / "final", *sorted(folder.glob("checkpoint-*"), key=_step, reverse=True)):
+        if list(candidate.glob("projector_*.pt")):
+            return candidate
+    raise FuserError(
+        f"{folder} holds no published checkpoint: expected projector_<i>.pt and projector_<i>.json in it, or in its "
+        "'final' or 'checkpoint-<step>' subfolder."
+    )
+
+
+def _step(path: Path) -> int:
+    tail = path.name.rsplit("-", 1)[-1]
+    return int(tail) if tail.isdigit() else -1
+
+
+def _mapping(weights: Path) -> dict[int, tuple[int, int]]:
+    """Receiver layer to (sharer layer, projector number)."""
+    path = weights / "projector_config.json"
+    table = _read_json(path)
+    try:
+        by_sharer = next(iter(table.values()))
+        if len(by_sharer) != 1:
+            raise FuserError(f"{path} names {len(by_sharer)} sharers; convert single-sharer checkpoints one by one.")
+        layers = next(iter(by_sharer.values()))
+        # of several pairs for a layer the published code uses the first
+        result = {int(layer): (int(pairs[0][0]), int(pairs[0][1])) for layer, pairs in layers.items() if pairs}
+    except (StopIteration, AttributeError, TypeError, IndexError, ValueError) as error:
+        raise FuserError(
+            f"{path} is not a layer map: expected {{receiver: {{sharer: {{layer: [[sharer layer, projector]]}}}}}}."
+        ) from error
+    if not result:
+        raise FuserError(f"{path} maps no layer.")
+    return result
+
+
+def _arguments(weights: Path, projectors: list[int]) -> dict[str, Any]:
+    """The constructor arguments that all projectors share."""
+    found: dict[str, Any] = {}
+    for number in projectors:
+        path = weights / f"projector_{number}.json"
+        data = _read_json(path)
+        if str(data.get("class", "")).lower() != "c2cprojector":
+            raise FuserError(f"{path} is a {data.get('class')!r}; only C2CProjector can be imported.")
+        arguments = {key: value for key, value in data.get("init_args", {}).items() if key != "dtype"}
+        if found and arguments != found:
+            raise FuserError(f"{path} has other arguments than the projectors before it; one fuser has one shape.")
+        found = arguments
+    missing = [
+        key
+        for key in ("source_dim", "target_dim", "source_num_heads", "target_num_heads")
+        if key not in found
+    ]
+    if missing:
+        # The published class has defaults of 1 head; guessing would load the weights into wrong heads.
+        raise FuserError(f"projector_*.json in {weights} lacks {', '.join(missing)}.")
+    return found
+
+
+def _read_state(path: Path) -> dict[str, Tensor]:
+    if not path.exists():
+        raise FuserError(f"{path} is missing, though projector_config.json names it.")
+    try:
+        state: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+    except (UnpicklingError, RuntimeError, EOFError) as error:
+        raise FuserError(f"{path} can't be read safely (weights_only): {error}") from error
+    return state
+
+
+def _load_states(fuser: C2CFuser, states: list[dict[str, Tensor]], projectors: list[int]) -> None:
+    for number, projector, state in zip(projectors, fuser.layers, states, strict=True):
+        values = {name: value for name, value in state.items() if name != "gate_temperature"}
+        expected = {name: tuple(value.shape) for name, value in projector.state_dict().items()}
+        given = {name: tuple(value.shape) for name, value in values.items()}
+        if expected != given:
+            wrong = [
+                f"{name}: expected {expected.get(name, 'nothing')}, got {given.get(name, 'nothing')}"
+                for name in sorted(expected.keys() | given.keys())
+                if expected.get(name) != given.get(name)
+            ]
+            raise FuserError(f"projector_{number}.pt does not fit its json:\n  " + "\n  ".join(wrong))
+        projector.to(dtype=next(iter(values.values())).dtype).load_state_dict(values)
+
+
+def _alignment(weights: Path) -> dict[str, Any]:
+    model = _training_config(weights).get("model", {})
+    enabled = bool(model.get("is_do_alignment", False))
+    return {"name": "published", "strategy": model.get("alignment_strategy", "first"), "enabled": enabled}
+
+
+def _training_config(weights: Path) -> dict[str, Any]:
+    for path in (weights / "config.json", weights.parent / "config.json"):
+        if path.exists():
+            data: dict[str, Any] = _read_json(path)
+            if "model" in data:
+                return data
+    return {}
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise FuserError(f"{path} is missing: a published checkpoint has it beside projector_*.pt.") from error
+    except json.JSONDecodeError as error:
+        raise FuserError(f"{path} is not JSON: {error}") from error
+
+
+def _torch_dtype(dtype: Any) -> torch.dtype | None:
+    return getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else (dtype if dtype != "auto" else None)
