@@ -24,4 +24,6 @@ def save_atomically(folder: Path, write: Callable[[str], Any]) -> None:
 
 def write_json(path: Path, data: Any) -> None:
     """Write JSON to a temporary file beside ``path`` and rename it."""
-    save_atomically(path.parent, lambda folder: (Path(folder) / path.name).write_text(json.dumps(data, indent=2) + "\n"))
+    save_atomically(
+        path.parent, lambda folder: (Path(folder) / path.name).write_text(json.dumps(data, indent=2) + "\n")
+    )

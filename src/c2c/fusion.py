@@ -81,7 +81,10 @@ def _fuse_one(
     pick_theirs = _Picker(alignment, alignment.sharer, 1)
     mine = _entries(ours, pick_ours, device, _rotary(receiver, tokens, pick_ours, source.fuser, config.fused_layers))
     other = _entries(
-        theirs, pick_theirs, device, _rotary(source.sharer, source.tokens, pick_theirs, source.fuser, config.source_layers)
+        theirs,
+        pick_theirs,
+        device,
+        _rotary(source.sharer, source.tokens, pick_theirs, source.fuser, config.source_layers),
     )
     fused = source.fuser(other, mine)
     for place, layer in enumerate(config.fused_layers):

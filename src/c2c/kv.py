@@ -104,7 +104,7 @@ def length(cache: Cache) -> int:
 
 def layer(cache: Cache, index: int) -> KeyValue:
     """Keys and values of one layer, each ``[batch, kv_heads, tokens, head_dim]``; not copied."""
-    entry = cache.layers[index]
+    entry: Any = cache.layers[index]
     return entry.keys, entry.values
 
 
@@ -119,7 +119,7 @@ def set_layer(cache: Cache, index: int, keys: Tensor, values: Tensor) -> None:
     Raises:
         CacheError: the new tensors have another shape than the old ones.
     """
-    entry = cache.layers[index]
+    entry: Any = cache.layers[index]
     if keys.shape != entry.keys.shape or values.shape != entry.values.shape:
         raise CacheError(
             f"layer {index}: fused keys {tuple(keys.shape)} and values {tuple(values.shape)} do not have the shape of "

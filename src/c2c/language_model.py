@@ -31,7 +31,7 @@ class FirstTokenClock(StoppingCriteria):
         self.began = time.perf_counter()
         self.first: float | None = None
 
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:  # type: ignore[override]
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
         """Called by ``generate`` after every token."""
         if self.first is None:
             self.first = time.perf_counter()
@@ -67,7 +67,8 @@ class LanguageModel:
     @property
     def dtype(self) -> torch.dtype:
         """Type of the weights, and so of the cache."""
-        return self.model.dtype
+        dtype: torch.dtype = self.model.dtype
+        return dtype
 
     @property
     def context_length(self) -> int | None:
@@ -234,11 +235,12 @@ class LanguageModel:
         held = kv.length(cache) if cache.layers else 0
         if held >= batch.length:
             raise CacheError(
-                f"the cache covers {held} tokens and the prompt has {batch.length}: nothing is left to predict from, and "
+                f"the cache covers {held} tokens and the prompt has {batch.length}: nothing is left to predict, and "
                 f"`generate` would read the prompt twice. Cut it to {batch.length - 1} tokens: kv.crop(cache, n)."
             )
-        if cache.layers and cache.layers[0].keys.shape[0] != batch.rows:
-            raise CacheError(f"the cache has {cache.layers[0].keys.shape[0]} rows, the prompt {batch.rows}.")
+        rows = kv.layer(cache, 0)[0].shape[0] if held else batch.rows
+        if rows != batch.rows:
+            raise CacheError(f"the cache has {rows} rows, the prompt {batch.rows}.")
 
     def _with_defaults(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         kwargs = dict(kwargs)

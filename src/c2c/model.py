@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -142,7 +142,7 @@ class C2CModel(nn.Module):
             new = family(fuser).from_geometry(model.geometry, ours.geometry, layers, **(fuser_options or {}))
             new.config.sharer, new.config.receiver = model.identity.to_dict(), ours.identity.to_dict()
             new.config.alignment = aligner.to_dict()
-            fusers.append(new.to(ours.device).eval())
+            fusers.append(_place(new, ours.device))
         return cls(ours, theirs, fusers, aligner=aligner, mode=mode)
 
     @classmethod
@@ -176,7 +176,7 @@ class C2CModel(nn.Module):
         sharer = sharer if sharer is not None else [_recorded(fuser, "sharer") for fuser in fusers]
         ours, theirs = _load_models(receiver, sharer, load_kwargs)
         chosen = mode or manifest.get("mode", "sequential")
-        fusers = [fuser.to(ours.device) for fuser in fusers]
+        fusers = [_place(fuser, ours.device) for fuser in fusers]
         return cls(ours, theirs, fusers, aligner=aligner, mode=chosen, allow_mismatch=allow_mismatch)
 
     @classmethod
@@ -210,9 +210,14 @@ class C2CModel(nn.Module):
             raise FuserError(f"{folders[0]} does not name its models; pass receiver=... and sharer=....")
         ours, theirs = _load_models(receiver, sharer, load_kwargs | {"dtype": dtype})
         if len(theirs) != len(folders):
-            raise FuserError(f"got {len(folders)} checkpoints and {len(theirs)} sharers; give one sharer per checkpoint.")
+            raise FuserError(
+                f"got {len(folders)} checkpoints and {len(theirs)} sharers; give one sharer per checkpoint."
+            )
         fusers = [
-            import_published(f, receiver=ours.geometry, sharer=model.geometry, dtype=dtype or ours.dtype).to(ours.device)
+            _place(
+                import_published(f, receiver=ours.geometry, sharer=model.geometry, dtype=dtype or ours.dtype),
+                ours.device,
+            )
             for f, model in zip(folders, theirs, strict=True)
         ]
         chosen: Any = mode or names[0].mode
@@ -384,7 +389,13 @@ class C2CModel(nn.Module):
         return Source(sharer, tokens, sharer.prefill(tokens, stop), self._fusers[index])
 
     def _fuse_ids(
-        self, receiver_ids: Any, sharer_ids: Any, fuse_mask: Any, receiver_mask: Any, sharer_mask: Any, sections: Any
+        self,
+        receiver_ids: Any,
+        sharer_ids: Any,
+        fuse_mask: Any,
+        receiver_mask: Any,
+        sharer_mask: Any,
+        sections: Any,
     ) -> FusedPrompt:
         ids = _ids(receiver_ids, "receiver_ids")
         others = [_ids(entry, "sharer_ids") for entry in _per_sharer(sharer_ids, len(self.sharers))]
@@ -397,7 +408,7 @@ class C2CModel(nn.Module):
         for other in others:
             if other.shape != ids.shape:
                 raise AlignmentError(
-                    f"unaligned prompt: receiver_ids are {tuple(ids.shape)}, sharer_ids {tuple(other.shape)}. Token ids "
+                    f"unaligned prompt: receiver_ids are {tuple(ids.shape)}, sharer_ids {tuple(other.shape)}. Ids "
                     "must be aligned one to one; for text use generate(messages), which aligns."
                 )
         groups: dict[tuple[int, ...], list[int]] = {}
@@ -420,18 +431,26 @@ class C2CModel(nn.Module):
 
     def _selection(self, fuse_mask: Any, ids: Tensor) -> Tensor:
         """The fuse mask as bit masks of sharers, ``[batch, tokens]``."""
-        mask = torch.as_tensor(fuse_mask).cpu()
+        mask: Tensor = torch.as_tensor(fuse_mask).cpu()
         if mask.dim() == 1:
             mask = mask.expand(ids.shape[0], -1)
         if mask.shape != ids.shape:
             raise PromptError(f"fuse_mask is {tuple(mask.shape)}, expected {tuple(ids.shape)} like receiver_ids.")
         everyone = 2 ** len(self.sharers) - 1
         if mask.dtype == torch.bool:
-            return mask.long() * everyone
+            chosen: Tensor = mask.long() * everyone
+            return chosen
         bits = mask.long().clamp_min(0)
         if int(bits.max()) > everyone:
-            raise PromptError(f"fuse_mask selects sharers by bit mask {int(bits.max())}; the largest here is {everyone}.")
+            raise PromptError(
+                f"fuse_mask selects sharers by bit mask {int(bits.max())}; the largest here is {everyone}."
+            )
         return bits
+
+    @property
+    def trained(self) -> bool:
+        """Whether every fuser has been trained; an untrained one leaves the receiver as it is."""
+        return all(fuser.trained for fuser in self._fusers)
 
     @property
     def _fusers(self) -> list[Fuser]:
@@ -450,7 +469,7 @@ class C2CModel(nn.Module):
 
     def _report(self, prompts: Sequence[Prompt], stopwatch: Stopwatch) -> FusionReport:
         report = FusionReport(stopwatch=stopwatch, notes=list(self.notes))
-        report.trained = all(fuser.trained for fuser in self._fusers)
+        report.trained = self.trained
         for prompt in prompts:
             report.prompt_tokens += int(prompt.receiver.mask.sum())
             report.fused_tokens += prompt.fused_tokens
@@ -468,9 +487,15 @@ class C2CModel(nn.Module):
         return report
 
 
+def _place(fuser: Fuser, device: torch.device) -> Fuser:
+    nn.Module.to(fuser, device)
+    fuser.eval()
+    return fuser
+
+
 def _expected(fuser: Fuser, role: str, model: Any) -> identity.ModelIdentity:
     """What a fuser was made for: its recorded identity, or at least its cache geometry."""
-    recorded = fuser.config.identity(role)
+    recorded: identity.ModelIdentity | None = fuser.config.identity(role)
     if recorded is not None:
         return recorded
     geometry = kv.KVGeometry(**getattr(fuser.config, f"{role}_kv"))
@@ -505,7 +530,7 @@ def _fuser_folders(source: str | Path | Sequence[str | Path]) -> tuple[list[str 
 
 
 def _recorded(fuser: Fuser, role: str) -> str:
-    recorded = fuser.config.identity(role)
+    recorded: identity.ModelIdentity | None = fuser.config.identity(role)
     if recorded is None:
         raise FuserError(f"this fuser does not say which {role} it was made for; pass {role}=....")
     return recorded.name
@@ -532,7 +557,9 @@ def _ids(value: Any, name: str) -> Tensor:
     ids = torch.as_tensor(value).cpu()
     ids = ids.unsqueeze(0) if ids.dim() == 1 else ids
     if ids.dim() != 2 or ids.numel() == 0 or ids.is_floating_point():
-        raise PromptError(f"{name} has shape {tuple(ids.shape)} and type {ids.dtype}; expected integers [batch, tokens].")
+        raise PromptError(
+            f"{name} has shape {tuple(ids.shape)} and type {ids.dtype}; expected integers [batch, tokens]."
+        )
     return ids.long()
 
 

@@ -117,9 +117,7 @@ def _mark(index: int) -> str:
 def _find_spans(
     tokenizer: Any, conversation: Conversation, options: RenderOptions, text: str
 ) -> list[tuple[Span, int] | None]:
-    marked = [
-        {**message, "content": _mark(i) if message["content"] else ""} for i, message in enumerate(conversation)
-    ]
+    marked = [{**message, "content": _mark(i) if message["content"] else ""} for i, message in enumerate(conversation)]
     skeleton = render_text(tokenizer, marked, options)
     order = [i for i, message in enumerate(conversation) if message["content"] and _mark(i) in skeleton]
     order.sort(key=lambda i: skeleton.index(_mark(i)))
@@ -128,7 +126,9 @@ def _find_spans(
     for place, index in enumerate(order):
         before = skeleton[cursor : skeleton.index(_mark(index))]
         cursor = skeleton.index(_mark(index)) + len(_mark(index))
-        after = skeleton[cursor : skeleton.index(_mark(order[place + 1]))] if place + 1 < len(order) else skeleton[cursor:]
+        after = (
+            skeleton[cursor : skeleton.index(_mark(order[place + 1]))] if place + 1 < len(order) else skeleton[cursor:]
+        )
         found = _locate(text, conversation[index]["content"], before, after, position)
         if found is not None:
             spans[index] = found

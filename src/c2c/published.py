@@ -44,12 +44,18 @@ def read_names(folder: str | Path) -> PublishedNames:
     """The model names of a checkpoint, for loading them by id."""
     model = _training_config(_weights_folder(Path(folder))).get("model", {})
     return PublishedNames(
-        model.get("base_model"), model.get("teacher_model"), model.get("multi_source_fusion_mode", "sequential")
+        model.get("base_model"),
+        model.get("teacher_model"),
+        model.get("multi_source_fusion_mode", "sequential"),
     )
 
 
 def import_published(
-    folder: str | Path, *, receiver: KVGeometry | None = None, sharer: KVGeometry | None = None, dtype: Any = None
+    folder: str | Path,
+    *,
+    receiver: KVGeometry | None = None,
+    sharer: KVGeometry | None = None,
+    dtype: Any = None,
 ) -> C2CFuser:
     """Read a published checkpoint.
 
@@ -90,11 +96,17 @@ def import_published(
     fuser = C2CFuser(config)
     _load_states(fuser, states, projectors)
     stored = next(value.dtype for name, value in states[0].items() if name.endswith(".weight"))
-    return fuser.to(dtype=_torch_dtype(dtype) or stored).eval()
+    fuser.to(dtype=_torch_dtype(dtype) or stored)  # type: ignore[call-arg]
+    fuser.eval()
+    return fuser
 
 
 def _weights_folder(folder: Path) -> Path:
-    for candidate in (folder, folder / "final", *sorted(folder.glob("checkpoint-*"), key=_step, reverse=True)):
+    for candidate in (
+        folder,
+        folder / "final",
+        *sorted(folder.glob("checkpoint-*"), key=_step, reverse=True),
+    ):
         if list(candidate.glob("projector_*.pt")):
             return candidate
     raise FuserError(
@@ -140,11 +152,7 @@ def _arguments(weights: Path, projectors: list[int]) -> dict[str, Any]:
         if found and arguments != found:
             raise FuserError(f"{path} has other arguments than the projectors before it; one fuser has one shape.")
         found = arguments
-    missing = [
-        key
-        for key in ("source_dim", "target_dim", "source_num_heads", "target_num_heads")
-        if key not in found
-    ]
+    missing = [key for key in ("source_dim", "target_dim", "source_num_heads", "target_num_heads") if key not in found]
     if missing:
         # The published class has defaults of 1 head; guessing would load the weights into wrong heads.
         raise FuserError(f"projector_*.json in {weights} lacks {', '.join(missing)}.")

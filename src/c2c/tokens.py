@@ -48,9 +48,7 @@ class TokenBatch:
     def select(self, rows: Sequence[int]) -> TokenBatch:
         """The batch of these rows only."""
         index = torch.tensor(list(rows), device=self.ids.device)
-        return TokenBatch(
-            self.ids[index], self.mask[index], self.positions[index], self.padded, self.natural
-        )
+        return TokenBatch(self.ids[index], self.mask[index], self.positions[index], self.padded, self.natural)
 
     def mask_until(self, stop: int) -> Tensor | None:
         """The attention mask of the first ``stop`` columns, or None where nothing is padded.

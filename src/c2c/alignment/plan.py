@@ -38,7 +38,8 @@ class Alignment:
     def from_pairs(cls, pairs: Sequence[tuple[int, int, int]]) -> Alignment:
         """From ``(row, receiver column, sharer column)``."""
         table = torch.tensor(pairs, dtype=torch.long).reshape(-1, 3)
-        return cls(*table.t().contiguous().unbind())
+        rows, receiver, sharer = table.t().contiguous().unbind()
+        return cls(rows, receiver, sharer)
 
     @classmethod
     def from_block(cls, batch: int, start: int, stop: int) -> Alignment:

@@ -14,10 +14,10 @@ from typing import Any, Literal
 import torch
 
 from c2c.alignment.plan import Prompt
+from c2c.alignment.sections import plan_sections, slot_positions
 from c2c.errors import AlignmentError
 from c2c.messages import Conversation
 from c2c.prompting import Rendered, RenderOptions, Span, render, render_text, require_tokenizer
-from c2c.alignment.sections import plan_sections, slot_positions
 from c2c.tokens import TokenBatch
 
 Strategy = Literal["first", "longest"]
@@ -126,9 +126,7 @@ class PublishedAligner:
                 "Use alignment='spans', or sharers that read the receiver's ids."
             )
         require_tokenizer(sharers[0], "sharer")
-        slots = align_conversation(
-            receiver, sharers[0], conversation, options=options, strategy=self.strategy
-        )
+        slots = align_conversation(receiver, sharers[0], conversation, options=options, strategy=self.strategy)
         return _prompt(slots)
 
 
@@ -145,7 +143,11 @@ def _prompt(slots: AlignedSlots) -> Prompt:
             "this prompt has no message before it. Use alignment='spans', or end the prompt with the generation prompt."
         )
     receiver = TokenBatch(
-        torch.tensor([slots.receiver_ids[:keep]]), ours, positions, bool((~ours).any()), natural=not bool((~ours).any())
+        torch.tensor([slots.receiver_ids[:keep]]),
+        ours,
+        positions,
+        bool((~ours).any()),
+        natural=not bool((~ours).any()),
     )
     sharer = TokenBatch(torch.tensor([slots.sharer_ids[:keep]]), theirs, positions, bool((~theirs).any()))
     return Prompt(receiver, (sharer,), chunks, skipped)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ def runs(selection: Tensor) -> list[tuple[int, int, int]]:
     """``(value, start, stop)`` of each run of equal values in a 1-D tensor."""
     values = selection.tolist()
     borders = [0, *(i for i in range(1, len(values)) if values[i] != values[i - 1]), len(values)]
-    return [(int(values[a]), a, b) for a, b in zip(borders, borders[1:], strict=False) if a < b]
+    return [(int(values[a]), a, b) for a, b in pairwise(borders) if a < b]
 
 
 def plan_sections(

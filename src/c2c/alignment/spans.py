@@ -116,9 +116,7 @@ def _stretch_ends(sharer: Encoded) -> dict[int, int]:
     return ends
 
 
-def _encode_all(
-    tokenizer: Any, batch: Sequence[Conversation], options: RenderOptions, whose: str
-) -> list[Encoded]:
+def _encode_all(tokenizer: Any, batch: Sequence[Conversation], options: RenderOptions, whose: str) -> list[Encoded]:
     require_tokenizer(tokenizer, whose)
     return [encode(tokenizer, render(tokenizer, conversation, options)) for conversation in batch]
 

@@ -112,7 +112,9 @@ class Fuser(PreTrainedModel):
 
     @classmethod
     @abstractmethod
-    def from_geometry(cls, sharer: KVGeometry, receiver: KVGeometry, layer_map: list[int | None], **options: Any) -> Self:
+    def from_geometry(
+        cls, sharer: KVGeometry, receiver: KVGeometry, layer_map: list[int | None], **options: Any
+    ) -> Self:
         """A new, untrained fuser for these cache shapes."""
 
     @property
@@ -149,7 +151,8 @@ def load_fuser(source: str | Path, **kwargs: Any) -> Fuser:
             "For a published checkpoint run `c2c convert`, or use C2CModel.from_published."
         )
     fuser: Fuser = family(name).from_pretrained(str(folder), **kwargs)
-    return fuser.eval()
+    fuser.eval()
+    return fuser
 
 
 def resolve(source: str | Path) -> Path:
@@ -162,4 +165,6 @@ def resolve(source: str | Path) -> Path:
     try:
         return Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors", "*.md"]))
     except Exception as error:
-        raise ModelLoadError(f"could not get fuser {source!s}: not a local folder, and the hub said: {error}") from error
+        raise ModelLoadError(
+            f"could not get fuser {source!s}: not a local folder, and the hub said: {error}"
+        ) from error

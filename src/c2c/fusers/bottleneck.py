@@ -41,7 +41,14 @@ class BottleneckFuser(Fuser):
     family: ClassVar[str] = "bottleneck"
     needs_rotary: ClassVar[bool] = True
     # a gate rounded to bfloat16 cannot move by small steps
-    _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["gate_logit", "head_weight", "head_bias"]
+    _keep_in_fp32_modules_strict = [  # noqa: RUF012 - as the base class has it
+        "gate_logit",
+        "head_weight",
+        "head_bias",
+    ]
+
+    mean: Tensor
+    scale: Tensor
 
     def __init__(self, config: BottleneckConfig) -> None:
         super().__init__(config)
@@ -63,7 +70,9 @@ class BottleneckFuser(Fuser):
         """Initialised in the constructor."""
 
     @classmethod
-    def from_geometry(cls, sharer: KVGeometry, receiver: KVGeometry, layer_map: list[int | None], **options: Any) -> Self:
+    def from_geometry(
+        cls, sharer: KVGeometry, receiver: KVGeometry, layer_map: list[int | None], **options: Any
+    ) -> Self:
         """A fresh fuser, which changes nothing until it is trained."""
         config = BottleneckConfig(
             layer_map=layer_map,

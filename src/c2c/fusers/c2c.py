@@ -109,7 +109,8 @@ class Projector(nn.Module):
         feature = feature.view(batch, tokens, heads, dim).transpose(1, 2)
         scalar = self.get_submodule(f"{kind}_scalar_head")(self.get_submodule(f"{kind}_scalar_mlp2")(hidden))
         weight = torch.sigmoid(scalar).permute(0, 2, 1).unsqueeze(-1)
-        return receiver + gate * weight * feature
+        fused: Tensor = receiver + gate * weight * feature
+        return fused
 
 
 class C2CFuser(Fuser):
@@ -135,7 +136,9 @@ class C2CFuser(Fuser):
         """Keep torch's default initialisation, as the published code does."""
 
     @classmethod
-    def from_geometry(cls, sharer: KVGeometry, receiver: KVGeometry, layer_map: list[int | None], **options: Any) -> Self:
+    def from_geometry(
+        cls, sharer: KVGeometry, receiver: KVGeometry, layer_map: list[int | None], **options: Any
+    ) -> Self:
         """A fresh fuser; gate logits start at 0, which is closed in ``eval()``."""
         config = C2CFuserConfig(
             layer_map=layer_map,
@@ -149,9 +152,7 @@ class C2CFuser(Fuser):
     def set_step(self, step: int) -> None:
         """Move the temperature schedule to an optimizer step."""
         c = self.config
-        self.temperature = gating.annealed_temperature(
-            step, c.initial_temperature, c.final_temperature, c.anneal_steps
-        )
+        self.temperature = gating.annealed_temperature(step, c.initial_temperature, c.final_temperature, c.anneal_steps)
         self.config.gate_temperature = self.temperature
 
     def forward(self, sharer: Entries, receiver: Entries) -> list[KeyValue]:

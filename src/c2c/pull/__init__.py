@@ -6,12 +6,13 @@ Nothing here imports torch or transformers before a model is converted.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from c2c.errors import ModelLoadError
 from c2c.pull.aliases import ALIASES, Alias, WheelPart, find_alias
-from c2c.pull.cache import cache_dir, download_dir, gguf_path, is_pulled, local_path, model_dir
+from c2c.pull.cache import cache_dir, download_dir, gguf_path, is_pulled, local_path, lock_path, model_dir
 from c2c.pull.convert import convert
 from c2c.pull.download import download, hash_file
 from c2c.pull.gguf_file import join_parts
@@ -35,9 +36,7 @@ __all__ = [
 ]
 
 
-def pull(
-    alias: str, *, force: bool = False, keep_gguf: bool = False, progress: Progress | None = None
-) -> Path:
+def pull(alias: str, *, force: bool = False, keep_gguf: bool = False, progress: Progress | None = None) -> Path:
     """Download a model, convert it, and keep it in the cache; at once if it is there already.
 
     Args:
@@ -55,7 +54,7 @@ def pull(
     wanted = find_alias(alias)
     task = _Pull(wanted, keep_gguf, progress or ignore)
     try:
-        with locked(download_dir(alias).with_suffix(".lock"), lambda: task.progress(Event("wait"))):
+        with locked(lock_path(alias), lambda: task.progress(Event("wait"))):
             if force or not task.is_done():
                 task.run(force)
     except ModelLoadError:
@@ -101,8 +100,8 @@ class _Pull:
         free = shutil.disk_usage(folder).free
         if free < needed:
             raise ModelLoadError(
-                f"{self.alias.name} needs {needed / 1e9:.1f} GB and {cache_dir()} has {free / 1e9:.1f} GB free. "
-                "Set C2C_CACHE to a folder with more room."
+                f"{self.alias.name} needs {needed / 1e9:.1f} GB and {cache_dir()} has {free / 1e9:.1f} GB "
+                "free. Set C2C_CACHE to a folder with more room."
             )
 
     def _download(self) -> list[Path]:
@@ -118,7 +117,7 @@ class _Pull:
         self.progress(Event("download", before, before))
         return [folder / file.filename for file in files]
 
-    def _reporter(self, before: int, total: int):  # type: ignore[no-untyped-def]
+    def _reporter(self, before: int, total: int) -> Callable[[int], None]:
         return lambda done: self.progress(Event("download", before + done, total))
 
     def _total(self, files: list[WheelFile]) -> int:

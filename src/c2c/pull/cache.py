@@ -34,6 +34,11 @@ def gguf_path(alias: str) -> Path:
     return download_dir(alias) / f"{alias}.gguf"
 
 
+def lock_path(alias: str) -> Path:
+    """The file that the process holds which pulls the model of that name."""
+    return cache_dir() / "downloads" / f"{alias}.lock"
+
+
 def is_pulled(alias: str) -> bool:
     """Whether the model of that name is in the cache, complete."""
     return (model_dir(alias) / SOURCE_FILE).is_file()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 from c2c.errors import ModelLoadError
 from c2c.pull.aliases import Alias
 from c2c.pull.cache import SOURCE_FILE
+from c2c.version import __version__
 
 
 def convert(alias: Alias, gguf: Path, folder: Path) -> None:
@@ -39,6 +41,7 @@ def convert(alias: Alias, gguf: Path, folder: Path) -> None:
                 f"transformers {version('transformers')} could not convert {gguf.name}: {error}. "
                 "Run `c2c doctor` to check the installed versions."
             ) from error
+        _share(fresh)
         (fresh / SOURCE_FILE).write_text(json.dumps(_describe_source(alias), indent=2) + "\n")
         _swap(fresh, folder, Path(temporary) / "old")
 
@@ -53,7 +56,7 @@ def _save_model(gguf: Path, folder: Path) -> None:
         quantization_config=GgufConfig(dequantize=True),
         dtype=torch.bfloat16,
     )
-    # The weights are unpacked, so the file on disk is no GGUF any more; save_pretrained refuses while these say so.
+    # The weights are unpacked, so what we save is no GGUF any more; save_pretrained refuses while these say so.
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
@@ -66,15 +69,23 @@ def _save_tokenizer(gguf: Path, folder: Path) -> None:
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
 
 
+def _share(folder: Path) -> None:
+    """safetensors writes files that only their owner may read; a cache may be shared."""
+    mode = (folder / "config.json").stat().st_mode
+    for path in folder.glob("*.safetensors"):
+        path.chmod(mode)
+
+
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Without its progress bars, which would break into ours."""
+    """Without its progress bars, which would break into ours; one of them ignores its own switch."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        yield
+        with redirect_stderr(io.StringIO()):
+            yield
     finally:
         if shown:
             logging.enable_progress_bar()
@@ -85,26 +96,28 @@ def _describe_source(alias: Alias) -> dict[str, Any]:
         "alias": alias.name,
         "title": alias.title,
         "wheels": [
-            {"distribution": part.distribution, "version": part.version, "member": part.member}
-            for part in alias.parts
+            {"distribution": part.distribution, "version": part.version, "member": part.member} for part in alias.parts
         ],
         "gguf_sha256": alias.sha256,
         "gguf_size": alias.size,
         "dtype": "bfloat16",
         "licence": alias.licence,
         "licence_note": alias.licence_note,
-        "versions": {name: version(name) for name in ("cache2cache", "transformers", "torch", "gguf")},
+        "versions": {"c2c": __version__} | {name: version(name) for name in ("transformers", "torch", "gguf")},
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 
 def _swap(fresh: Path, folder: Path, aside: Path) -> None:
-    """Rename ``fresh`` to ``folder``; what was there goes ``aside`` (a folder can't be renamed over a full one)."""
+    """Rename ``fresh`` to ``folder``; what was there goes ``aside``: renaming over a full folder fails."""
     if folder.is_dir():
         os.replace(folder, aside)
     try:
         os.replace(fresh, folder)
     except OSError:
-        if not (folder / SOURCE_FILE).is_file():  # else another process has put the same model there: fine
-            raise
+        if (folder / SOURCE_FILE).is_file():  # another machine that shares the folder was faster: same model
+            return
+        if aside.is_dir():
+            os.replace(aside, folder)
+        raise
     shutil.rmtree(aside, ignore_errors=True)

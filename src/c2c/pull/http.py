@@ -45,7 +45,7 @@ def open_client(timeout: httpx.Timeout | float = TIMEOUT) -> httpx.Client:
         )
     except (OSError, ssl.SSLError) as error:
         raise ModelLoadError(
-            f"could not read the certificates named by SSL_CERT_FILE, SSL_CERT_DIR or PIP_CERT: {_reason(error)}"
+            f"could not read the certificates that SSL_CERT_FILE or PIP_CERT names: {_reason(error)}"
         ) from error
 
 
@@ -69,9 +69,7 @@ def check_status(response: httpx.Response) -> None:
     if response.status_code in _TRANSIENT_STATUS or response.status_code >= 500:
         raise TransientError(f"the server answered {response.status_code} {response.reason_phrase}")
     if response.status_code >= 400:
-        raise _unreachable(
-            str(response.url), f"the server answered {response.status_code} {response.reason_phrase}"
-        )
+        raise _unreachable(str(response.url), f"the server answered {response.status_code} {response.reason_phrase}")
 
 
 def with_retries(url: str, attempt: Callable[[], T], reached: Callable[[], int] = lambda: 0) -> T:

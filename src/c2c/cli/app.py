@@ -1,0 +1,60 @@
+"""The command line's frame: subcommands, and one place that turns errors into messages and exit codes.
+
+Exit codes: 0 success, 1 something could not be done, 2 wrong usage. torch is imported by the commands that need it,
+so that ``--help`` is quick.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from c2c.cli import convert, doctor, inspect, pull, run
+from c2c.errors import C2CError
+from c2c.version import __version__
+
+app = typer.Typer(
+    name="c2c",
+    help="Language models that talk to each other through their KV caches.",
+    epilog="Start with: c2c pull smollm2-135m qwen2.5-coder-0.5b, then: c2c run 'What is a KV cache?'",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+for command in (pull, run, inspect, convert, doctor):
+    command.register(app)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"c2c {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def frame(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Language models that talk to each other through their KV caches."""
+
+
+def main() -> None:
+    """Entry point of the ``c2c`` command."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        app()
+    except C2CError as error:
+        if os.environ.get("C2C_DEBUG"):
+            raise
+        typer.echo(f"c2c: {error}", err=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        typer.echo("c2c: interrupted", err=True)
+        sys.exit(130)
