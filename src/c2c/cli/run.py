@@ -154,13 +154,15 @@ def _panel(way: Mode, result: dict[str, Any]) -> Panel:
 
 
 def _table(results: dict[str, Any]) -> Table:
-    table = Table("", "first token", "total", "tokens read", "tokens written", "crossed", title=None)
+    table = Table()
+    for title in ("", "first token", "total", "read", "written", "crossed"):
+        table.add_column(title, no_wrap=True)
     for name, result in results.items():
         report = result["report"]
         if report:
-            crossed = f"{human_bytes(report['sharer_bytes'])} of cache"
+            crossed = f"{human_bytes(report['sharer_bytes'])} cache"
         else:
-            crossed = f"{result['message_tokens']} tokens of text" if "message" in result else "-"
+            crossed = f"{result['message_tokens']} text tokens" if "message" in result else "-"
         table.add_row(
             _TITLES[Mode(name)],
             f"{result['seconds_to_first_token']:.2f} s",

@@ -104,19 +104,21 @@ class BottleneckFuser(Fuser):
 
     def _hidden(self, sharer: Entries, receiver: Entries, keys: Tensor, values: Tensor) -> Tensor:
         """The narrow layer, ``[layers, batch * tokens, rank]``."""
-        x = self.features(sharer, receiver, keys, values)
-        x = (x.to(self.down.dtype) - self.mean) / self.scale
+        x = (self.features(sharer, receiver, keys, values) - self.mean) / self.scale
         return nn.functional.gelu(torch.baddbmm(self.down_bias, x, self.down))
 
     def features(self, sharer: Entries, receiver: Entries, keys: Tensor, values: Tensor) -> Tensor:
         """What the fuser reads, ``[layers, batch * tokens, channels]``: both models' entries without rotation."""
-        theirs = torch.stack(list(sharer.keys)), torch.stack(list(sharer.values))
-        parts = [_unrotated(theirs[0], sharer.rotary), theirs[1], _unrotated(keys, receiver.rotary), values]
+        dtype = self.down.dtype  # before the rotation comes off: bfloat16 would round it
+        their_keys = torch.stack(list(sharer.keys)).to(dtype)
+        their_values = torch.stack(list(sharer.values)).to(dtype)
+        ours = _unrotated(keys.to(dtype), receiver.rotary), values.to(dtype)
+        parts = [_unrotated(their_keys, sharer.rotary), their_values, *ours]
         return torch.cat([_flatten(part) for part in parts], dim=-1)
 
     def _weights(self, hidden: Tensor) -> Tensor:
         """Head weight times layer gate, ``[layers, batch * tokens, 2 * kv_heads]``, float32."""
-        heads = torch.sigmoid(torch.baddbmm(self.head_bias, hidden.float(), self.head_weight))
+        heads = torch.sigmoid(torch.baddbmm(self.head_bias.float(), hidden.float(), self.head_weight.float()))
         gate = soft_gate(self.gate_logit).repeat_interleave(heads.shape[-1] // 2, dim=1)
         return heads * gate.unsqueeze(1)
 

@@ -1,0 +1,44 @@
+# make demo   install, fetch the default pair, run one prompt through every mode
+# make test   install, run the tests
+# make lint   formatting, lint, strict types
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test test-real lint format bench install clean
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt src/c2c/version.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/c2c pull smollm2-135m qwen2.5-coder-0.5b
+	$(BIN)/c2c run --max-new-tokens 48 "What is the capital of France, and what is it known for?"
+
+test: $(STAMP)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# the tests on real models, fetched first
+test-real: $(STAMP)
+	$(BIN)/c2c pull smollm2-135m qwen2.5-coder-0.5b gemma3-270m
+	C2C_REAL=1 $(BIN)/python -m pytest -m real $(PYTEST_ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/prefill.py
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

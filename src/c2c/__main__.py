@@ -1,0 +1,5 @@
+"""``python -m c2c``."""
+
+from c2c.cli import main
+
+main()
