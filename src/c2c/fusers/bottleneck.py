@@ -15,6 +15,7 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 
 from c2c import rope
+from c2c.errors import FuserError
 from c2c.fusers.base import Entries, Fuser, FuserConfig
 from c2c.gating import soft_gate
 from c2c.kv import KeyValue, KVGeometry
@@ -63,6 +64,7 @@ class BottleneckFuser(Fuser):
         self.head_weight = nn.Parameter(torch.zeros(layers, rank, 2 * receiver.kv_heads))
         self.head_bias = nn.Parameter(torch.zeros(layers, 1, 2 * receiver.kv_heads))
         self.gate_logit = nn.Parameter(torch.zeros(layers, 2))
+        self._moments: list[Tensor] | None = None  # running sums while calibrating
         nn.init.normal_(self.down, std=inputs**-0.5)
         self.post_init()
 
@@ -87,6 +89,20 @@ class BottleneckFuser(Fuser):
         """Layer gates, ``[layers, 2]``."""
         return soft_gate(self.gate_logit.detach())
 
+    def start_calibration(self) -> None:
+        """Collect channel statistics in the following forward passes."""
+        self._moments = [torch.zeros_like(self.mean), torch.zeros_like(self.mean), torch.zeros(())]
+
+    def finish_calibration(self) -> None:
+        """Standardise every channel by the mean and deviation of what was seen."""
+        if self._moments is None or float(self._moments[2]) == 0:
+            raise FuserError("nothing to calibrate on: run the fuser between start_calibration and finish_calibration.")
+        total, squares, count = self._moments
+        self._moments = None
+        mean = total / count.to(total.device)
+        self.mean.copy_(mean)
+        self.scale.copy_((squares / count.to(total.device) - mean.square()).clamp_min(1e-8).sqrt())
+
     def forward(self, sharer: Entries, receiver: Entries) -> list[KeyValue]:
         """See :meth:`Fuser.forward`."""
         keys, values = torch.stack(list(receiver.keys)), torch.stack(list(receiver.values))
@@ -104,7 +120,12 @@ class BottleneckFuser(Fuser):
 
     def _hidden(self, sharer: Entries, receiver: Entries, keys: Tensor, values: Tensor) -> Tensor:
         """The narrow layer, ``[layers, batch * tokens, rank]``."""
-        x = (self.features(sharer, receiver, keys, values) - self.mean) / self.scale
+        x = self.features(sharer, receiver, keys, values)
+        if self._moments is not None:
+            self._moments[0] += x.sum(1, keepdim=True)
+            self._moments[1] += x.square().sum(1, keepdim=True)
+            self._moments[2] += x.shape[1]
+        x = (x - self.mean) / self.scale
         return nn.functional.gelu(torch.baddbmm(self.down_bias, x, self.down))
 
     def features(self, sharer: Entries, receiver: Entries, keys: Tensor, values: Tensor) -> Tensor:

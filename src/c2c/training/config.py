@@ -1,0 +1,152 @@
+"""The configuration of a training run: one YAML file, every key known."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from c2c.errors import C2CError
+
+
+class ConfigError(C2CError, ValueError):
+    """A configuration with unknown or impossible keys."""
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """Rows to train or choose on.
+
+    Attributes:
+        path: JSONL file, relative to ``data_dir``.
+        kind: ``multiple_choice``, ``context_question`` or ``instruction``.
+        limit: at most this many rows, drawn with the run's seed.
+    """
+
+    path: str
+    kind: str = "multiple_choice"
+    limit: int | None = None
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides a training run.
+
+    Attributes:
+        receiver: alias, hub id, folder or GGUF file.
+        sharer: the same.
+        train: what to train on.
+        dev: what to choose the checkpoint on.
+        output_dir: where checkpoints and the chosen fuser go.
+        data_dir: folder that the paths of ``train``, ``dev`` and ``exclude`` start from.
+        exclude: files whose questions must not be trained on.
+        family: fuser family.
+        fuser_options: passed to the family's config.
+        layer_map: ``depth``, ``terminal`` or a list.
+        max_prompt_tokens: longer prompts are dropped and counted.
+        max_response_tokens: longer responses are dropped and counted.
+        epochs: passes over the data.
+        max_steps: optimizer steps; overrides ``epochs``.
+        batch_size: examples per step.
+        gradient_accumulation: steps joined to one update.
+        learning_rate: peak.
+        weight_decay: of AdamW.
+        warmup_steps: linear warm-up; below 1 it is a share of all steps.
+        schedule: name of a transformers schedule.
+        max_grad_norm: clipping.
+        guard_weight: weight of the guard: with another example's sharer cache the loss must not be lower than the
+            receiver's alone. 0 turns it off.
+        calibration: examples for the channel statistics of the bottleneck fuser.
+        eval_steps: choose among checkpoints every so many steps; by default once per epoch.
+        seed: of data order, initialisation and derangement.
+        store_dir: folder of the prefill store; None keeps it in memory.
+        store_budget_gb: at most this much; what does not fit is computed again.
+        prefill_batch: prompts per prefill.
+        dtype: of the models.
+        device_map: as in ``from_pretrained``.
+        report_to: ``none``, ``tensorboard`` or others of transformers.
+        logging_steps: how often the loss is reported.
+    """
+
+    receiver: str
+    sharer: str
+    train: list[DataSource]
+    dev: list[DataSource]
+    output_dir: str
+    data_dir: str = "."
+    exclude: list[str] = field(default_factory=list)
+    family: str = "bottleneck"
+    fuser_options: dict[str, Any] = field(default_factory=dict)
+    layer_map: str | list[int | None] = "depth"
+    max_prompt_tokens: int = 512
+    max_response_tokens: int = 128
+    epochs: float = 3.0
+    max_steps: int = -1
+    batch_size: int = 8
+    gradient_accumulation: int = 1
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.01
+    warmup_steps: float = 0.1
+    schedule: str = "cosine"
+    max_grad_norm: float = 1.0
+    guard_weight: float = 0.0
+    calibration: int = 64
+    eval_steps: int | None = None
+    seed: int = 0
+    store_dir: str | None = None
+    store_budget_gb: float = 8.0
+    prefill_batch: int = 4
+    dtype: str | None = None
+    device_map: str | None = None
+    report_to: str = "none"
+    logging_steps: int = 10
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for the fuser's config and result files."""
+        return dataclasses.asdict(self)
+
+
+def load_config(path: str | Path, **overrides: Any) -> TrainConfig:
+    """Read a YAML file.
+
+    Args:
+        path: the file.
+        **overrides: values that replace those of the file; None is ignored.
+
+    Raises:
+        ConfigError: not a mapping, an unknown key, or a missing one; names the known keys.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise ConfigError(f"no such config: {path}")
+    try:
+        data = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {error}") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: expected keys and values, got {type(data).__name__}.")
+    data |= {key: value for key, value in overrides.items() if value is not None}
+    for name in ("train", "dev"):
+        data[name] = [_build(DataSource, entry, f"{path}: {name}") for entry in data.get(name) or []]
+    config: TrainConfig = _build(TrainConfig, data, str(path))
+    if not config.train or not config.dev:
+        raise ConfigError(f"{path}: give at least one entry under 'train' and one under 'dev'.")
+    return config
+
+
+def _build(kind: Any, data: Any, where: str) -> Any:
+    if not isinstance(data, dict):
+        raise ConfigError(f"{where}: expected keys and values, got {data!r}.")
+    known = {entry.name: entry for entry in dataclasses.fields(kind)}
+    unknown = sorted(set(data) - set(known))
+    missing = [
+        name
+        for name, entry in known.items()
+        if name not in data and entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING
+    ]
+    if unknown or missing:
+        raise ConfigError(f"{where}: unknown keys {unknown}, missing keys {missing}. Known: {', '.join(known)}.")
+    return kind(**data)

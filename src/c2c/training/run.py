@@ -1,0 +1,244 @@
+"""``train``: from a configuration to a chosen fuser, resumable at any moment."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from c2c.files import write_json
+from c2c.fusers import BottleneckFuser, C2CFuser, Fuser
+from c2c.fusers.base import load_fuser
+from c2c.model import C2CModel
+from c2c.training.config import ConfigError, TrainConfig
+from c2c.training.examples import Example, build_examples
+from c2c.training.rows import load_rows, questions
+from c2c.training.selection import DevScore, score
+from c2c.training.step import FuserTraining
+from c2c.training.store import PrefillStore
+
+log = logging.getLogger("c2c.training")
+
+OnProgress = Callable[[str, int, int], None]
+
+
+@dataclass
+class Prepared:
+    """A run with its models, data and stores, before the first step."""
+
+    config: TrainConfig
+    training: FuserTraining
+    train: list[Example]
+    dev: list[Example]
+    dropped: Counter[str]
+    receiver_store: PrefillStore
+    sharer_store: PrefillStore
+
+
+class _Examples(Dataset[Example]):
+    def __init__(self, examples: Sequence[Example]) -> None:
+        self.examples = examples
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.examples[index]
+
+
+class FuserTrainer(Trainer):
+    """The Trainer of transformers; checkpoints hold the fuser alone."""
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder = output_dir or self.args.output_dir or "."
+        self._fuser.save_pretrained(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        stored = load_fuser(resume_from_checkpoint, dtype=torch.float32)
+        self._fuser.load_state_dict(stored.state_dict())
+        if isinstance(stored, C2CFuser) and isinstance(self._fuser, C2CFuser):
+            self._fuser.temperature = stored.temperature
+
+    @property
+    def _fuser(self) -> Fuser:
+        training: Any = self.accelerator.unwrap_model(self.model)
+        fuser: Fuser = training.fuser
+        return fuser
+
+
+class _Schedule(TrainerCallback):
+    """The published temperature schedule, for fusers that have one."""
+
+    def __init__(self, fuser: Any) -> None:
+        self.fuser = fuser
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if hasattr(self.fuser, "set_step"):
+            self.fuser.set_step(state.global_step)
+
+
+class _Selection(TrainerCallback):
+    """Scores the dev set and keeps the best fuser. What was scored before a resume is read back."""
+
+    def __init__(self, prepared: Prepared, every: int, folder: Path) -> None:
+        self.prepared, self.every, self.folder = prepared, every, folder
+        self.path = folder / "dev.json"
+        self.scores: dict[str, dict[str, float]] = json.loads(self.path.read_text()) if self.path.exists() else {}
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step % self.every == 0 or state.global_step == state.max_steps:
+            self.score(state.global_step)
+
+    def score(self, step: int) -> DevScore:
+        training = self.prepared.training
+        result = score(training, self.prepared.dev, self.prepared.config.batch_size)
+        log.info(
+            "step %d: receiver %.1f matched %.1f deranged %.1f", step, result.receiver, result.matched, result.deranged
+        )
+        earlier = [entry["value"] for at, entry in self.scores.items() if int(at) < step]
+        self.scores = {at: entry for at, entry in self.scores.items() if int(at) < step} | {str(step): result.to_dict()}
+        if not earlier or result.value > max(earlier):
+            fuser = training.fuser
+            fuser.config.training = {"config": self.prepared.config.to_dict(), "step": step, "dev": result.to_dict()}
+            fuser.save_pretrained(self.folder / "best")
+        write_json(self.path, self.scores)
+        return result
+
+
+def train(config: TrainConfig, *, resume: bool = True, progress: OnProgress | None = None) -> dict[str, Any]:
+    """Train a fuser.
+
+    Args:
+        config: the run.
+        resume: go on from the last checkpoint in ``output_dir`` if there is one.
+        progress: called with (stage, done, total) while prompts are prefilled.
+
+    Returns:
+        A summary: the chosen fuser's folder, its dev scores, counts and seconds.
+    """
+    prepared = prepare(config)
+    fill(prepared, progress)
+    calibrate(prepared)
+    output = Path(config.output_dir)
+    arguments = _arguments(config)
+    steps_per_epoch = max(1, len(prepared.train) // (config.batch_size * config.gradient_accumulation))
+    selection = _Selection(prepared, config.eval_steps or steps_per_epoch, output)
+    prepared.training.fuser.train()
+    trainer = FuserTrainer(
+        model=prepared.training,
+        args=arguments,
+        train_dataset=_Examples(prepared.train),
+        data_collator=lambda examples: {"examples": examples},
+        callbacks=[_Schedule(prepared.training.fuser), selection],
+    )
+    last = get_last_checkpoint(str(output)) if resume and output.is_dir() else None
+    outcome = trainer.train(resume_from_checkpoint=last)
+    best = max(selection.scores.items(), key=lambda item: item[1]["value"])
+    summary = {
+        "fuser": str(output / "best"),
+        "step": int(best[0]),
+        "dev": best[1],
+        "train_examples": len(prepared.train),
+        "dropped": dict(prepared.dropped),
+        "train_seconds": round(outcome.metrics["train_runtime"], 1),
+        "prefilled": {"receiver": prepared.receiver_store.computed, "sharer": prepared.sharer_store.computed},
+    }
+    write_json(output / "summary.json", summary)
+    return summary
+
+
+def prepare(config: TrainConfig) -> Prepared:
+    """Load models, read data, open the stores."""
+    set_seed(config.seed)
+    model = C2CModel.from_models(
+        config.receiver,
+        config.sharer,
+        fuser=config.family,
+        layer_map=config.layer_map,
+        fuser_options=config.fuser_options,
+        dtype=config.dtype,
+        device_map=config.device_map,
+    )
+    data = Path(config.data_dir)
+    forbidden = questions([data / name for name in config.exclude])
+    rows, dropped = load_rows(config.train, data, config.seed, forbidden)
+    dev_rows, _ = load_rows(config.dev, data, config.seed)
+    train_examples, too_long = build_examples(model, rows, config.max_prompt_tokens, config.max_response_tokens)
+    dev_examples, _ = build_examples(model, dev_rows, config.max_prompt_tokens, config.max_response_tokens)
+    if not train_examples or not dev_examples:
+        raise ConfigError(f"no examples are left: {len(train_examples)} to train, {len(dev_examples)} dev; {too_long}.")
+    fuser: Any = model.fusers[0].config
+    folder = Path(config.store_dir) if config.store_dir else None
+    common: dict[str, Any] = {
+        "folder": folder,
+        "budget": int(config.store_budget_gb * 5e8),
+        "batch": config.prefill_batch,
+    }
+    receiver_store = PrefillStore(model.receiver, range(model.receiver.geometry.layers), **common)
+    sharer_store = PrefillStore(model.sharers[0], fuser.source_layers, **common)
+    training = FuserTraining(model, receiver_store, sharer_store, config.guard_weight)
+    return Prepared(config, training, train_examples, dev_examples, dropped + too_long, receiver_store, sharer_store)
+
+
+def fill(prepared: Prepared, progress: OnProgress | None = None) -> None:
+    """Prefill every prompt that the store does not hold yet."""
+    examples = [*prepared.train, *prepared.dev]
+    jobs: list[tuple[str, Iterator[int]]] = [
+        ("receiver prefill", prepared.receiver_store.fill([e.receiver_ids[:-1] for e in examples])),
+        ("sharer prefill", prepared.sharer_store.fill([e.sharer_ids for e in examples])),
+    ]
+    for stage, job in jobs:
+        done = 0
+        for count in job:
+            done += count
+            if progress is not None:
+                progress(stage, done, len(examples))
+
+
+@torch.no_grad()
+def calibrate(prepared: Prepared) -> None:
+    """Set the bottleneck fuser's channel statistics from the first examples."""
+    fuser = prepared.training.fuser
+    if not isinstance(fuser, BottleneckFuser) or prepared.config.calibration <= 0:
+        return
+    fuser.start_calibration()
+    examples = prepared.train[: prepared.config.calibration]
+    size = prepared.config.batch_size
+    for start in range(0, len(examples), size):
+        batch = prepared.training.collate(examples[start : start + size])
+        prepared.training.logits(batch, "matched", width=1)
+    fuser.finish_calibration()
+
+
+def _arguments(config: TrainConfig) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=config.output_dir,
+        num_train_epochs=config.epochs,
+        max_steps=config.max_steps,
+        per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation,
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        warmup_steps=config.warmup_steps,
+        lr_scheduler_type=config.schedule,
+        max_grad_norm=config.max_grad_norm,
+        logging_steps=config.logging_steps,
+        save_strategy="steps",
+        save_steps=config.eval_steps or 25,
+        save_total_limit=2,
+        report_to=config.report_to,
+        seed=config.seed,
+        remove_unused_columns=False,
+        dataloader_drop_last=True,
+        dataloader_pin_memory=False,
+        use_cpu=config.device_map in (None, "cpu") and not torch.cuda.is_available(),
+    )

@@ -1,0 +1,170 @@
+"""A training step: the fuser over stored prompt caches, then the receiver over the response tokens only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from c2c import kv
+from c2c.alignment import Alignment, Chunk
+from c2c.fusers import Fuser
+from c2c.fusion import Source, fuse
+from c2c.model import C2CModel
+from c2c.tokens import TokenBatch, left_pad
+from c2c.training.examples import Example
+from c2c.training.store import PrefillStore, stack
+
+Message = Literal["matched", "deranged", "zero", "none"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Examples with their stored caches, left-padded.
+
+    Attributes:
+        examples: the examples, in order.
+        receiver: the receiver's prompts.
+        sharer: the sharer's prompts.
+        receiver_cache: clean cache of all receiver tokens but the last of each prompt.
+        sharer_cache: the sharer's cache; layers that the layer map does not use are empty.
+        matched: alignment with each row's own sharer cache.
+        deranged: alignment with another row's.
+        responses: ids to learn, ``[batch, response]``, right-padded with -100.
+    """
+
+    examples: Sequence[Example]
+    receiver: TokenBatch
+    sharer: TokenBatch
+    receiver_cache: DynamicCache
+    sharer_cache: DynamicCache
+    matched: Alignment
+    deranged: Alignment
+    responses: Tensor
+
+
+class FuserTraining(nn.Module):
+    """The fuser with its two frozen models: what the Trainer trains. Only the fuser is a submodule.
+
+    Args:
+        model: the pair.
+        receiver_store: the receiver's prefills.
+        sharer_store: the sharer's prefills.
+        guard_weight: see :class:`~c2c.training.config.TrainConfig`.
+    """
+
+    def __init__(
+        self, model: C2CModel, receiver_store: PrefillStore, sharer_store: PrefillStore, guard_weight: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.fuser: Fuser = model.fusers[0]  # type: ignore[assignment]
+        # in a tuple, so that the frozen models are neither parameters nor saved
+        self._frozen = (model, receiver_store, sharer_store)
+        self.guard_weight = guard_weight
+        self.accepts_loss_kwargs = False
+
+    def forward(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        """The loss of a batch of examples: next-token loss on the responses, plus the guard."""
+        batch = self.collate(examples)
+        loss = self.losses(batch, "matched").mean()
+        if self.guard_weight > 0 and len(examples) > 1:
+            with torch.no_grad():
+                alone = self.losses(batch, "none")
+            guard = torch.relu(alone - self.losses(batch, "deranged")).mean()
+            loss = loss + self.guard_weight * guard
+        return {"loss": loss}
+
+    def collate(self, examples: Sequence[Example]) -> Batch:
+        """Fetch the caches and pad."""
+        model, receiver_store, sharer_store = self._frozen
+        device = model.receiver.device
+        ours = receiver_store.get([example.receiver_ids[:-1] for example in examples])
+        theirs = sharer_store.get([example.sharer_ids for example in examples])
+        receiver = left_pad([example.receiver_ids for example in examples], 0)
+        sharer = left_pad([example.sharer_ids for example in examples], 0)
+        dtype = model.receiver.dtype
+        return Batch(
+            examples,
+            receiver.to(device),
+            sharer.to(device),
+            stack(ours, model.receiver.geometry.layers, dtype, device),
+            stack(theirs, model.sharers[0].geometry.layers, dtype, device),
+            _batch_alignment(examples, receiver.length, sharer.length, shift=0),
+            _batch_alignment(examples, receiver.length, sharer.length, shift=1),
+            nn.utils.rnn.pad_sequence(
+                [torch.tensor(example.response_ids) for example in examples], batch_first=True, padding_value=-100
+            ).to(device),
+        )
+
+    def losses(self, batch: Batch, message: Message) -> Tensor:
+        """Mean next-token loss of each example's response, ``[batch]``."""
+        logits = self.logits(batch, message)
+        flat = nn.functional.cross_entropy(
+            logits.flatten(0, 1).float(), batch.responses.flatten(), ignore_index=-100, reduction="none"
+        ).view(batch.responses.shape)
+        real = (batch.responses != -100).float()
+        return (flat * real).sum(-1) / real.sum(-1)
+
+    def logits(self, batch: Batch, message: Message, width: int | None = None) -> Tensor:
+        """The receiver's predictions of the response tokens, ``[batch, response, vocab]``."""
+        model = self._frozen[0]
+        responses = batch.responses[:, :width]
+        ids = torch.cat([batch.receiver.ids[:, -1:], responses[:, :-1].clamp_min(0)], dim=1)
+        mask = torch.cat([batch.receiver.mask, responses[:, :-1] != -100], dim=1)
+        positions = batch.receiver.positions[:, -1:] + torch.arange(ids.shape[1], device=ids.device)
+        out = model.receiver.model(
+            input_ids=ids,
+            attention_mask=mask.long(),
+            position_ids=positions,
+            past_key_values=self._fused(batch, message),
+            use_cache=True,
+        )
+        logits: Tensor = out.logits
+        return logits
+
+    def _fused(self, batch: Batch, message: Message) -> DynamicCache:
+        model = self._frozen[0]
+        cache = kv.from_layers(kv.layers(batch.receiver_cache))  # fusion replaces or overwrites these
+        if message == "none":
+            return cache
+        theirs = batch.sharer_cache
+        if message == "zero":
+            theirs = kv.from_layers((torch.zeros_like(k), torch.zeros_like(v)) for k, v in kv.layers(theirs))
+        if not torch.is_grad_enabled():
+            cache = kv.copy(cache)
+        alignment, rows, sharer = batch.matched, None, batch.sharer
+        if message == "deranged":
+            alignment = batch.deranged
+            rows = torch.arange(len(batch.examples)).roll(-1)
+            theirs, sharer = kv.select_rows(theirs, rows), sharer.select(rows.tolist())
+        source = Source(model.sharers[0], sharer, theirs, self.fuser)
+        fuse(cache, model.receiver, batch.receiver, [source], Chunk(batch.receiver.length - 1, (alignment,)))
+        return cache
+
+
+def _batch_alignment(examples: Sequence[Example], width: int, sharer_width: int, shift: int) -> Alignment:
+    """Alignment of a left-padded batch, each row with the sharer cache ``shift`` rows further on."""
+    pairs: list[tuple[int, int, int]] = []
+    for row, example in enumerate(examples):
+        other = examples[(row + shift) % len(examples)]
+        columns = example.alignment.sharer.tolist()
+        if shift:
+            columns = _proportional(columns, other.alignment.sharer.tolist())
+        ours, theirs = width - len(example.receiver_ids), sharer_width - len(other.sharer_ids)
+        pairs += [
+            (row, t + ours, s + theirs) for t, s in zip(example.alignment.receiver.tolist(), columns, strict=True)
+        ]
+    return Alignment.from_pairs(pairs)
+
+
+def _proportional(own: list[int], other: list[int]) -> list[int]:
+    """Another example's columns for our pairs: the closing template keeps the last one, the rest go by proportion."""
+    tail = sum(column == own[-1] for column in own)
+    other_body = other[: len(other) - sum(column == other[-1] for column in other)] or other
+    body = len(own) - tail
+    scale = (len(other_body) - 1) / max(body - 1, 1)
+    return [other_body[round(place * scale)] for place in range(body)] + [other[-1]] * tail

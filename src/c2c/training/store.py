@@ -1,0 +1,197 @@
+"""The frozen-prefill store: each prompt's caches, computed once and reused across epochs, seeds and fusers.
+
+Both models are frozen, so the prefill of a prompt never changes. An entry's key is a hash of the models' identities
+and the token ids that they read, so a stale entry cannot be found. One file per prompt, written whole or not at all: a
+killed run loses at most the prompts under way.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import DynamicCache
+
+from c2c import kv
+from c2c.language_model import LanguageModel
+from c2c.tokens import TokenBatch, left_pad
+
+Layers = dict[int, kv.KeyValue]
+
+
+@dataclass(frozen=True)
+class PromptCache:
+    """One model's cache of one prompt.
+
+    Attributes:
+        layers: keys and values of the layers kept, each ``[1, kv_heads, tokens, head_dim]``, bfloat16.
+    """
+
+    layers: Layers
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(keys.nbytes + values.nbytes for keys, values in self.layers.values())
+
+
+class PrefillStore:
+    """Prompt caches of one model, in memory or on disk, within a budget.
+
+    Args:
+        model: the frozen model.
+        layers: the layers to keep.
+        folder: where to keep them; None for memory.
+        budget: at most so many bytes; what does not fit is computed again when it is asked for.
+        batch: prompts per prefill.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        layers: Sequence[int],
+        *,
+        folder: Path | None = None,
+        budget: int = 8 * 10**9,
+        batch: int = 4,
+    ) -> None:
+        self.model, self.kept, self.budget, self.batch = model, sorted(set(layers)), budget, batch
+        self._memory: dict[str, PromptCache] = {}
+        identity = model.identity.to_dict()
+        identity.pop("name")  # the same model under another path is the same model
+        identity["dtype"] = str(model.dtype)
+        self._identity = json.dumps(identity, sort_keys=True)
+        self.folder = folder / _digest(self._identity)[:16] if folder is not None else None
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        self.used = self._bytes_on_disk()
+        self.computed = 0
+
+    def key(self, ids: Sequence[int]) -> str:
+        """What an entry is found by: model and tokens."""
+        return _digest(self._identity + json.dumps(list(ids)))
+
+    def __contains__(self, ids: Sequence[int]) -> bool:
+        key = self.key(ids)
+        return key in self._memory or self._holds(key)
+
+    def get(self, prompts: Sequence[Sequence[int]]) -> list[PromptCache]:
+        """The caches of these prompts, computed where they are missing."""
+        found: dict[int, PromptCache] = {}
+        for index, ids in enumerate(prompts):
+            entry = self._read(self.key(ids))
+            if entry is not None:
+                found[index] = entry
+        missing = [index for index in range(len(prompts)) if index not in found]
+        for start in range(0, len(missing), self.batch):
+            part = missing[start : start + self.batch]
+            for index, entry in zip(part, self._compute([prompts[i] for i in part]), strict=True):
+                self._write(self.key(prompts[index]), entry)
+                found[index] = entry
+        return [found[index] for index in range(len(prompts))]
+
+    def fill(self, prompts: Sequence[Sequence[int]]) -> Iterator[int]:
+        """Compute what is missing; yields the number of prompts done, for a progress bar.
+
+        Prompts of similar length are prefilled together, so that little of the work goes into padding.
+        """
+        order = sorted((ids for ids in prompts), key=len)
+        for start in range(0, len(order), self.batch):
+            part = order[start : start + self.batch]
+            missing = [ids for ids in part if ids not in self]
+            if missing:
+                self.get(missing)
+            yield len(part)
+
+    def _compute(self, prompts: Sequence[Sequence[int]]) -> list[PromptCache]:
+        self.computed += len(prompts)
+        tokens = left_pad(prompts, 0)
+        cache = self.model.prefill(tokens)
+        entries = []
+        for row, ids in enumerate(prompts):
+            first = tokens.length - len(ids)
+            layers = {}
+            for index in self.kept:
+                keys, values = kv.layer(cache, index)
+                layers[index] = (_keep(keys, row, first), _keep(values, row, first))
+            entries.append(PromptCache(layers))
+        return entries
+
+    def _read(self, key: str) -> PromptCache | None:
+        if key in self._memory:
+            return self._memory[key]
+        if not self._holds(key):
+            return None
+        with safe_open(self._path(key), framework="pt") as file:
+            layers = {i: (file.get_tensor(f"{i}.key"), file.get_tensor(f"{i}.value")) for i in self.kept}
+        return PromptCache(layers)
+
+    def _holds(self, key: str) -> bool:
+        path = self._path(key)
+        if path is None or not path.exists():
+            return False
+        with safe_open(path, framework="pt") as file:
+            names = set(file.keys())
+        return all(f"{index}.key" in names for index in self.kept)
+
+    def _write(self, key: str, entry: PromptCache) -> None:
+        if self.used + entry.nbytes > self.budget:
+            return
+        self.used += entry.nbytes
+        path = self._path(key)
+        if path is None:
+            self._memory[key] = entry
+            return
+        tensors = {f"{i}.key": keys for i, (keys, _) in entry.layers.items()}
+        tensors |= {f"{i}.value": values for i, (_, values) in entry.layers.items()}
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".writing-")
+        os.close(handle)
+        save_file(tensors, temporary)
+        os.replace(temporary, path)
+
+    def _path(self, key: str) -> Path | None:
+        return None if self.folder is None else self.folder / f"{key}.safetensors"
+
+    def _bytes_on_disk(self) -> int:
+        return sum(p.stat().st_size for p in self.folder.glob("*.safetensors")) if self.folder is not None else 0
+
+
+def stack(entries: Sequence[PromptCache], total_layers: int, dtype: torch.dtype, device: torch.device) -> DynamicCache:
+    """Join prompt caches to one left-padded batch; layers that are not kept are empty."""
+    width = max(next(iter(entry.layers.values()))[0].shape[2] for entry in entries)
+    kept = entries[0].layers.keys()
+    nothing = torch.empty(len(entries), 0, width, 0, device=device)
+
+    def join(layer: int, side: int) -> Tensor:
+        rows = [entry.layers[layer][side] for entry in entries]
+        first = rows[0]
+        out = torch.zeros(len(rows), first.shape[1], width, first.shape[3], dtype=dtype, device=device)
+        for row, tensor in enumerate(rows):
+            out[row, :, width - tensor.shape[2] :] = tensor[0].to(device)
+        return out
+
+    return kv.from_layers(
+        (join(layer, 0), join(layer, 1)) if layer in kept else (nothing, nothing) for layer in range(total_layers)
+    )
+
+
+def prompt_tokens(tokens: TokenBatch) -> list[int]:
+    """The ids of a one-row batch."""
+    return [int(token) for token in tokens.ids[0].tolist()]
+
+
+def _keep(x: Tensor, row: int, first: int) -> Tensor:
+    return x[row : row + 1, :, first:].to(device="cpu", dtype=torch.bfloat16).contiguous()
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
