@@ -1,0 +1,119 @@
+"""``c2c train`` and ``c2c prefill``: from a configuration to a trained fuser."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from c2c.cli.output import err, out, print_json
+
+_TRAIN_EPILOG = """Examples:
+
+c2c train configs/multiple_choice_1.5b.yaml
+
+c2c train config.yaml --data-dir ~/data --output-dir runs/a --seed 1
+
+c2c train config.yaml --max-steps 20 --json
+
+A run that was stopped goes on from its last checkpoint; --no-resume starts afresh."""
+
+_PREFILL_EPILOG = """Examples:
+
+c2c prefill configs/multiple_choice_1.5b.yaml
+
+Stop it at any time; the next call goes on where it was."""
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the app."""
+    app.command(name="train", epilog=_TRAIN_EPILOG)(train)
+    app.command(name="prefill", epilog=_PREFILL_EPILOG)(prefill)
+
+
+ConfigPath = Annotated[Path, typer.Argument(help="YAML file; see configs/.")]
+DataDir = Annotated[str | None, typer.Option(help="Overrides data_dir.")]
+StoreDir = Annotated[str | None, typer.Option(help="Overrides store_dir.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
+
+
+def train(
+    config: ConfigPath,
+    data_dir: DataDir = None,
+    output_dir: Annotated[str | None, typer.Option(help="Overrides output_dir.")] = None,
+    store_dir: StoreDir = None,
+    seed: Annotated[int | None, typer.Option(help="Overrides seed.")] = None,
+    max_steps: Annotated[int | None, typer.Option(help="Overrides max_steps.")] = None,
+    resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint in output_dir.")] = True,
+    json_: Json = False,
+) -> None:
+    """Train a fuser between two frozen models."""
+    from c2c.training import load_config
+    from c2c.training import train as run_training
+
+    loaded = load_config(
+        config, data_dir=data_dir, output_dir=output_dir, store_dir=store_dir, seed=seed, max_steps=max_steps
+    )
+    with _progress() as bars:
+        summary = run_training(loaded, resume=resume, progress=_Reporter(bars))
+    if json_:
+        print_json(summary)
+    else:
+        _show(summary)
+
+
+def prefill(config: ConfigPath, data_dir: DataDir = None, store_dir: StoreDir = None, json_: Json = False) -> None:
+    """Fill the prefill store of a configuration ahead of training."""
+    from c2c.errors import C2CError
+    from c2c.training import load_config
+    from c2c.training.run import fill, prepare
+
+    loaded = load_config(config, data_dir=data_dir, store_dir=store_dir)
+    if loaded.store_dir is None:
+        raise C2CError("this config keeps its prefills in memory: set store_dir, or pass --store-dir FOLDER.")
+    prepared = prepare(loaded)
+    with _progress() as bars:
+        fill(prepared, _Reporter(bars))
+    stores = {"receiver": prepared.receiver_store, "sharer": prepared.sharer_store}
+    data: dict[str, Any] = {
+        "prompts": len(prepared.train) + len(prepared.dev),
+        "computed": {name: store.computed for name, store in stores.items()},
+        "bytes": sum(store.used for store in stores.values()),
+    }
+    if json_:
+        print_json(data)
+    else:
+        out.print(f"{data['prompts']} prompts in {loaded.store_dir}, {data['bytes'] / 1e9:.2f} GB")
+
+
+class _Reporter:
+    """Turns (stage, done, total) into progress bars."""
+
+    def __init__(self, bars: Progress) -> None:
+        self.bars = bars
+        self.tasks: dict[str, Any] = {}
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if stage not in self.tasks:
+            self.tasks[stage] = self.bars.add_task(stage, total=total)
+        self.bars.update(self.tasks[stage], completed=done)
+
+
+def _progress() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=err)
+
+
+def _show(summary: dict[str, Any]) -> None:
+    dev = summary["dev"]
+    table = Table("", "dev accuracy")
+    for name in ("receiver", "matched", "deranged"):
+        table.add_row(name, f"{dev[name]:.1f} %")
+    table.add_row("G = matched - receiver", f"{dev['G']:+.1f}")
+    table.add_row("P = matched - deranged", f"{dev['P']:+.1f}")
+    out.print(table)
+    out.print(f"{summary['fuser']}, chosen at step {summary['step']} on {dev['n']} dev examples")
+    out.print(f"Try it: c2c run --fuser {summary['fuser']} 'your prompt'")

@@ -1,0 +1,311 @@
+"""Training on tiny models: the store, the step, selection, and resuming."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from c2c import C2CModel, kv
+from c2c.prompting import RenderOptions
+from c2c.receiver import Receiver
+from c2c.training.config import ConfigError, DataSource, TrainConfig, load_config
+from c2c.training.examples import build_examples
+from c2c.training.rows import load_rows, multiple_choice, questions
+from c2c.training.run import prepare, train
+from c2c.training.selection import score
+from c2c.training.step import FuserTraining, _proportional
+from c2c.training.store import PrefillStore
+
+TOKENIZERS = Path(__file__).parent / "fixtures" / "align" / "tokenizers"
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A tiny receiver and sharer, and a folder with questions whose answer only the words give away."""
+    torch.manual_seed(0)
+    common = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "vocab_size": 512}
+    models = {
+        "chatml": LlamaForCausalLM(LlamaConfig(num_hidden_layers=3, num_key_value_heads=2, **common)),
+        "llama3": Qwen2ForCausalLM(Qwen2Config(num_hidden_layers=2, num_key_value_heads=1, **common)),
+    }
+    made = []
+    for name, model in models.items():
+        folder = tmp_path_factory.mktemp(name)
+        model.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(TOKENIZERS / name).save_pretrained(folder)
+        made.append(str(folder))
+    data = tmp_path_factory.mktemp("data")
+    words = ["fox", "dog", "sun", "sea"]
+    for split, start, count in (("train", 0, 24), ("dev", 100, 6), ("test", 3, 2)):
+        rows = [
+            {"id": str(i), "question": f"Which is number {i}?", "choices": words, "answer": i % 4}
+            for i in range(start, start + count)
+        ]
+        (data / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return made[0], made[1], str(data)
+
+
+def config(folders, output, **changes) -> TrainConfig:
+    receiver, sharer, data = folders
+    values = {
+        "receiver": receiver,
+        "sharer": sharer,
+        "data_dir": data,
+        "train": [DataSource("train.jsonl")],
+        "dev": [DataSource("dev.jsonl")],
+        "output_dir": str(output),
+        "fuser_options": {"rank": 8},
+        "max_steps": 6,
+        "batch_size": 4,
+        "eval_steps": 2,
+        "calibration": 8,
+    }
+    return TrainConfig(**(values | changes))
+
+
+def open_fuser(model: C2CModel) -> None:
+    torch.nn.init.normal_(model.fusers[0].up, std=0.5, generator=torch.Generator().manual_seed(1))
+
+
+def test_loss_from_stored_caches_equals_the_loss_through_the_public_path(folders, tmp_path):
+    prepared = prepare(config(folders, tmp_path))
+    model, training = prepared.training._frozen[0], prepared.training
+    open_fuser(model)
+    example = prepared.train[0]
+    stored = float(training.losses(training.collate([example]), "matched").detach())
+    fused = model.prepare(example.row.messages, options=RenderOptions(answer_prefix=example.row.answer_prefix))
+    logits = model.receiver.next_logits(fused.tokens, fused.cache)
+    direct = float(torch.nn.functional.cross_entropy(logits, torch.tensor(example.response_ids[:1])))
+    assert stored == pytest.approx(direct, abs=0.02)  # the store keeps bfloat16
+
+
+def test_a_batch_has_the_losses_of_its_examples(folders, tmp_path):
+    training = prepare(config(folders, tmp_path)).training
+    prepared = prepare(config(folders, tmp_path))
+    training = prepared.training
+    open_fuser(training._frozen[0])
+    together = training.losses(training.collate(prepared.train[:4]), "matched")
+    alone = torch.cat([training.losses(training.collate([e]), "matched") for e in prepared.train[:4]])
+    assert torch.allclose(together, alone, atol=1e-4)
+
+
+def test_gradients_reach_the_fuser_and_nothing_else(folders, tmp_path):
+    prepared = prepare(config(folders, tmp_path))
+    training = prepared.training
+    training(prepared.train[:4])["loss"].backward()
+    assert training.fuser.up.grad.abs().sum() > 0
+    model = training._frozen[0]
+    assert all(p.grad is None for m in (model.receiver, model.sharers[0]) for p in m.model.parameters())
+    assert {id(p) for p in training.parameters()} == {id(p) for p in training.fuser.parameters()}
+
+
+def test_the_stored_caches_are_not_changed_by_a_step(folders, tmp_path):
+    prepared = prepare(config(folders, tmp_path))
+    training = prepared.training
+    open_fuser(training._frozen[0])
+    batch = training.collate(prepared.train[:4])
+    before = [keys.clone() for keys, _ in kv.layers(batch.receiver_cache)]
+    for message in ("matched", "deranged", "zero", "none"):
+        with torch.no_grad():
+            training.losses(batch, message)
+    assert all(torch.equal(a, b) for a, (b, _) in zip(before, kv.layers(batch.receiver_cache), strict=True))
+
+
+def test_messages_differ_and_none_is_the_receiver_alone(folders, tmp_path):
+    prepared = prepare(config(folders, tmp_path))
+    training = prepared.training
+    open_fuser(training._frozen[0])
+    batch = training.collate(prepared.train[:4])
+    with torch.no_grad():
+        logits = {m: training.logits(batch, m) for m in ("matched", "deranged", "zero", "none")}
+        torch.nn.init.zeros_(training.fuser.up)
+        assert torch.equal(training.logits(batch, "matched"), logits["none"])
+    assert not torch.allclose(logits["matched"], logits["deranged"])
+    assert not torch.allclose(logits["matched"], logits["zero"])
+
+
+def test_guard_adds_what_a_wrong_message_gains_over_the_receiver(folders, tmp_path):
+    prepared = prepare(config(folders, tmp_path, guard_weight=2.0))
+    training = prepared.training
+    open_fuser(training._frozen[0])
+    batch = training.collate(prepared.train[:4])
+    with torch.no_grad():
+        gained = torch.relu(training.losses(batch, "none") - training.losses(batch, "deranged")).mean()
+        expected = training.losses(batch, "matched").mean() + 2.0 * gained
+        assert torch.allclose(training(prepared.train[:4])["loss"], expected)
+
+
+def test_proportional_keeps_order_and_the_last_position():
+    assert _proportional([0, 1, 2, 3, 9, 9], [5, 6, 20, 20, 20]) == [5, 5, 6, 6, 20, 20]
+    assert _proportional([0, 0, 0], [4, 7]) == [7, 7, 7]
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_store_computes_each_prompt_once(folders, tmp_path, on_disk):
+    model = C2CModel.from_models(folders[0], folders[1])
+    folder = tmp_path if on_disk else None
+    store = PrefillStore(model.receiver, [0, 2], folder=folder, batch=2)
+    prompts = [[5, 6, 7], [8, 9], [5, 6, 7, 8, 9]]
+    assert sum(store.fill(prompts)) == 3
+    first = store.get(prompts)
+    assert store.computed == 3
+    assert set(first[0].layers) == {0, 2}
+    if on_disk:
+        again = PrefillStore(model.receiver, [0, 2], folder=folder)
+        second = again.get(prompts)
+        assert again.computed == 0
+        assert all(torch.equal(a.layers[0][0], b.layers[0][0]) for a, b in zip(first, second, strict=True))
+
+
+def test_store_entries_are_the_models_own_prefill(folders):
+    model = C2CModel.from_models(folders[0], folders[1])
+    store = PrefillStore(model.receiver, range(3), batch=2)
+    entries = store.get([[5, 6, 7], [8, 9]])
+    for ids, entry in zip([[5, 6, 7], [8, 9]], entries, strict=True):
+        from c2c.tokens import left_pad
+
+        own = model.receiver.prefill(left_pad([ids], 0))
+        for layer, (keys, values) in enumerate(kv.layers(own)):
+            assert torch.allclose(entry.layers[layer][0].float(), keys, atol=0.02)
+            assert torch.allclose(entry.layers[layer][1].float(), values, atol=0.02)
+
+
+def test_a_stale_entry_is_impossible(folders, tmp_path):
+    """Other weights under the same path, or other layers, are not found in the old store."""
+    model = C2CModel.from_models(folders[0], folders[1])
+    list(PrefillStore(model.receiver, [0], folder=tmp_path).fill([[5, 6]]))
+    assert [5, 6] not in PrefillStore(model.receiver, [0, 1], folder=tmp_path)
+    changed = C2CModel.from_models(folders[0], folders[1])
+    with torch.no_grad():
+        for parameter in changed.receiver.model.parameters():
+            parameter.mul_(1.5)
+    other = Receiver(changed.receiver.model, changed.receiver.tokenizer, name=model.receiver.name)
+    assert [5, 6] not in PrefillStore(other, [0], folder=tmp_path)
+    assert [5, 6] in PrefillStore(model.receiver, [0], folder=tmp_path)
+
+
+def test_store_keeps_to_its_budget(folders):
+    model = C2CModel.from_models(folders[0], folders[1])
+    store = PrefillStore(model.receiver, range(3), budget=1)
+    assert len(store.get([[5, 6]])) == 1
+    assert store.used == 0
+    store.get([[5, 6]])
+    assert store.computed == 2
+
+
+def test_train_chooses_on_dev_and_writes_a_fuser_that_loads(folders, tmp_path):
+    summary = train(config(folders, tmp_path / "run"))
+    scores = json.loads((tmp_path / "run" / "dev.json").read_text())
+    assert set(scores) == {"2", "4", "6"}
+    assert summary["dev"]["value"] == max(entry["value"] for entry in scores.values())
+    model = C2CModel.from_pretrained(summary["fuser"])
+    assert model.trained
+    assert model.fusers[0].config.training["step"] == summary["step"]
+    assert model.generate("Which is number 3?", max_new_tokens=2).report.trained
+
+
+def test_a_run_that_was_stopped_gives_the_result_of_one_that_was_not(folders, tmp_path):
+    train(config(folders, tmp_path / "whole"))
+    half = config(folders, tmp_path / "parts")
+
+    class Killed(Exception):
+        pass
+
+    def kill(*arguments, **kwargs):
+        raise Killed
+
+    with pytest.MonkeyPatch.context() as patch:
+        from c2c.training import run
+
+        original = run._Selection.on_step_end
+
+        def stop_at_5(self, args, state, control, **kwargs):
+            original(self, args, state, control, **kwargs)
+            if state.global_step == 5:
+                kill()
+
+        patch.setattr(run._Selection, "on_step_end", stop_at_5)
+        with pytest.raises(Killed):
+            train(half)
+    train(half)
+    weights = [
+        C2CModel.from_pretrained(tmp_path / name / "checkpoint-6", receiver=folders[0], sharer=folders[1]).fusers[0]
+        for name in ("whole", "parts")
+    ]
+    for (name, a), (_, b) in zip(weights[0].named_parameters(), weights[1].named_parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-6), name
+
+
+def test_score_counts_every_example_once(folders, tmp_path):
+    prepared = prepare(config(folders, tmp_path))
+    whole = score(prepared.training, prepared.dev, batch_size=6)
+    parts = score(prepared.training, prepared.dev[:5], batch_size=4)
+    assert whole.n == 6
+    assert parts.n == 5
+    assert 0 <= parts.matched <= 100
+    assert whole.matched == whole.receiver  # untrained
+
+
+def test_questions_of_excluded_files_are_dropped_and_counted(folders):
+    data = Path(folders[2])
+    rows, dropped = load_rows([DataSource("train.jsonl")], data, 0, questions([data / "test.jsonl"]))
+    assert len(rows) == 22
+    assert sum(dropped.values()) == 2
+
+
+def test_long_prompts_are_dropped_and_counted(folders, tmp_path):
+    prepared = prepare(config(folders, tmp_path))
+    model = prepared.training._frozen[0]
+    row = multiple_choice({"id": 1, "question": "long " * 500, "choices": ["a", "b"], "answer": 1})
+    examples, dropped = build_examples(model, [row], 512, 16)
+    assert examples == []
+    assert dropped == {"prompt too long": 1}
+
+
+def test_multiple_choice_row():
+    row = multiple_choice({"id": 1, "question": "2 + 2?", "choices": ["3", "4"], "answer": 1})
+    assert row.response == " B"
+    assert row.choices == (" A", " B")
+    assert "B. 4" in row.messages[-1]["content"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "receiver: a\nsharer: b\noutput_dir: c\ntrain: [{path: x}]\ndev: [{path: x}]\nlearning_rte: 1",
+            "learning_rte",
+        ),
+        ("receiver: a\ntrain: [{path: x}]\ndev: [{path: x}]", "missing keys"),
+        ("receiver: a\nsharer: b\noutput_dir: c\ntrain: []\ndev: []", "at least one entry"),
+        ("[1, 2]", "expected keys and values"),
+        ("a: [", "not YAML"),
+    ],
+)
+def test_config_errors_name_the_problem(tmp_path, text, message):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_config(path)
+
+
+def test_shipped_configs_load():
+    configs = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+    assert configs
+    for path in configs:
+        load_config(path)
+
+
+def test_missing_data_file_says_where_paths_start(folders, tmp_path):
+    with pytest.raises(ConfigError, match="data_dir"):
+        prepare(config(folders, tmp_path, train=[DataSource("nothing.jsonl")]))
+
+
+def test_fuser_training_is_what_the_trainer_saves(folders, tmp_path):
+    training = prepare(config(folders, tmp_path)).training
+    assert isinstance(training, FuserTraining)
+    assert all(name.startswith("fuser.") for name in training.state_dict())
