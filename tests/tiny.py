@@ -1,0 +1,90 @@
+"""Tiny random models and pairs, built in the test; no downloads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoTokenizer,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from c2c import C2CModel
+from c2c.receiver import Receiver
+from c2c.sharer import Sharer
+
+FIXTURES = Path(__file__).parent / "fixtures"
+WINDOW = 16
+
+SIZES = {
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "vocab_size": 512,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.2,
+}
+NO_SPECIALS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+
+
+def build(family: str, seed: int = 0):
+    """A random model of a family; depths, heads and head sizes differ between families."""
+    torch.manual_seed(seed)
+    common = SIZES | NO_SPECIALS
+    if family == "llama":
+        model = LlamaForCausalLM(
+            LlamaConfig(num_hidden_layers=5, num_attention_heads=6, num_key_value_heads=3, head_dim=8, **common)
+        )
+    elif family == "qwen2":
+        model = Qwen2ForCausalLM(
+            Qwen2Config(num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, **common)
+        )
+    elif family == "qwen3":
+        model = Qwen3ForCausalLM(
+            Qwen3Config(num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=1, head_dim=16, **common)
+        )
+    else:
+        types = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]
+        model = Gemma3ForCausalLM(
+            Gemma3TextConfig(
+                num_hidden_layers=4,
+                num_attention_heads=2,
+                num_key_value_heads=1,
+                head_dim=16,
+                sliding_window=WINDOW,
+                layer_types=types,
+                **common,
+            )
+        )
+    return model
+
+
+def tokenizer(name: str):
+    """One of the fixture tokenizers, each with its own vocabulary and template."""
+    return AutoTokenizer.from_pretrained(FIXTURES / "align" / "tokenizers" / name)
+
+
+def pair(receiver: str = "llama", sharer: str = "qwen2", tokenizers=("chatml", "llama3"), **options) -> C2CModel:
+    """A receiver and a sharer of two families, with an untrained fuser."""
+    ours = Receiver(build(receiver, 1), tokenizer(tokenizers[0]), receiver)
+    theirs = Sharer(build(sharer, 2), tokenizer(tokenizers[1]), sharer)
+    return C2CModel.from_models(ours, theirs, **options)
+
+
+def open_fusers(model: C2CModel, scale: float = 1.0) -> C2CModel:
+    """Give the fusers random weights, so that they really change the cache."""
+    generator = torch.Generator().manual_seed(3)
+    for fuser in model.fusers:
+        for name, parameter in fuser.named_parameters():
+            if name in ("up", "up_bias"):
+                torch.nn.init.normal_(parameter, std=scale, generator=generator)
+            elif name.endswith("gate_logit") and parameter.dim() == 0:
+                torch.nn.init.ones_(parameter)
+    return model
