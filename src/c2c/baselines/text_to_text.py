@@ -64,7 +64,7 @@ def text_to_text(
         messages: one text or conversation that ends with a user message.
         variant: ``fair`` (the sharer may give the answer) or ``published`` (it must not).
         message_tokens: at most this many tokens from the sharer (256 in the paper's evaluation).
-        **generate_kwargs: for the receiver's ``generate``.
+        **generate_kwargs: for the receiver's :meth:`~c2c.language_model.LanguageModel.answer`.
 
     Raises:
         PromptError: several conversations, or the last message is not the user's.

@@ -72,6 +72,7 @@ def run(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="At most this many tokens per answer.")] = 64,
     message_tokens: Annotated[int, typer.Option(min=1, help="At most this many for the text-to-text message.")] = 64,
     system: Annotated[str | None, typer.Option(help="System message for both models.")] = None,
+    answer_prefix: Annotated[str, typer.Option(help="Text that the answer continues, such as 'The answer is'.")] = "",
     sample: Annotated[bool, typer.Option("--sample", help="Sample instead of greedy decoding.")] = False,
     seed: Annotated[int, typer.Option(help="Seed for sampling.")] = 0,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16 or auto.")] = None,
@@ -85,7 +86,7 @@ def run(
     messages.append({"role": "user", "content": text})
     with err.status("loading models ..."):
         model = _load(fuser, receiver, sharer, allow_mismatch, dtype=dtype, device_map=device)
-    ways = _ways(model, messages, message_tokens, max_new_tokens=max_new_tokens, do_sample=sample)
+    ways = _ways(model, messages, message_tokens, answer_prefix, max_new_tokens=max_new_tokens, do_sample=sample)
     chosen = list(ways) if mode is Mode.ALL else [mode]
     if not json_:
         out.print(_header(model))
@@ -116,10 +117,12 @@ def _load(fuser: str | None, receiver: str | None, sharer: str | None, allow_mis
 
 
 def _ways(
-    model: C2CModel, messages: list[dict[str, str]], message_tokens: int, **kwargs: Any
+    model: C2CModel, messages: list[dict[str, str]], message_tokens: int, answer_prefix: str, **kwargs: Any
 ) -> dict[Mode, Callable[[], Any]]:
     from c2c.baselines.text_to_text import text_to_text
+    from c2c.prompting import RenderOptions
 
+    kwargs["options"] = RenderOptions(answer_prefix=answer_prefix)
     sharer = model.sharers[0]
     return {
         Mode.RECEIVER: lambda: model.receiver.answer(messages, **kwargs),
