@@ -16,7 +16,7 @@ from c2c.errors import CacheError, PromptError
 from c2c.identity import ModelIdentity, identify
 from c2c.loading import load
 from c2c.messages import conversations
-from c2c.prefill import prefill
+from c2c.prefill import next_logits, prefill
 from c2c.prompting import RenderOptions, encode, render, require_tokenizer
 from c2c.report import GenerationResult
 from c2c.tokens import TokenBatch, left_pad, require_left_padding
@@ -198,6 +198,12 @@ class LanguageModel:
         )
         sequences: Tensor = out if isinstance(out, Tensor) else out.sequences
         return sequences[:, batch.length :]
+
+    @torch.no_grad()
+    def next_logits(self, batch: TokenBatch, cache: Cache) -> Tensor:
+        """Read the rest of the prompt on ``cache``, which grows; logits after the last token, ``[batch, vocab]``."""
+        self._check_cache(batch, cache)
+        return next_logits(self.model, batch.to(self.device), cache)
 
     def results(self, batch: TokenBatch, ids: Tensor, clock: FirstTokenClock, messages: Any, report: Any = None) -> Any:
         """Wrap new ids, ``[batch * num_return_sequences, new]``, as results with text and times."""
