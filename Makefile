@@ -1,4 +1,4 @@
-# make demo   install, fetch the default pair, run one prompt through every mode
+# make demo   install, fetch a pair of models, ask one question in every mode with a trained fuser
 # make test   install, run the tests
 # make lint   formatting, lint, strict types
 
@@ -16,9 +16,22 @@ $(STAMP): pyproject.toml constraints.txt src/c2c/version.py
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
+FUSER := zoo/smollm2-135m_from_qwen2.5-coder-1.5b_multiple-choice
+define QUESTION
+Answer the following multiple choice question with the letter of the correct option.
+
+Question: Which of these would help a plant in a dark cupboard to grow?
+A. a louder radio
+B. a lamp
+C. a heavier pot
+D. a locked door
+endef
+export QUESTION
+
 demo: $(STAMP)
-	$(BIN)/c2c pull smollm2-135m qwen2.5-coder-0.5b
-	$(BIN)/c2c run --max-new-tokens 48 "What is the capital of France, and what is it known for?"
+	$(BIN)/c2c pull smollm2-135m qwen2.5-coder-1.5b
+	@printf '%s' "$$QUESTION" | $(BIN)/c2c run - --fuser $(FUSER) --system "You are a helpful assistant." \
+		--answer-prefix "The answer is" --max-new-tokens 2
 
 test: $(STAMP)
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -1,7 +1,7 @@
 """Accuracy of a fuser on multiple-choice test questions, with the controls that a claim needs.
 
-The prediction is the letter with the highest next-token logit after "The answer is". Systems: receiver alone, sharer alone
-(same prompt, its own template), and the receiver with the matched sharer cache, with another question's (deranged),
+The prediction is the letter with the highest next-token logit after "The answer is". Systems: receiver alone, sharer
+alone (same prompt, its own template), and the receiver with the matched sharer cache, another question's (deranged),
 and with zeros. Intervals are 95 %, from a paired bootstrap over questions.
 
     python benchmarks/multiple_choice.py FUSER --data-dir DATA openbookqa/test.jsonl --limit 100 --out result.json
