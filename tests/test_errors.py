@@ -12,6 +12,7 @@ from transformers import DynamicCache, Qwen3NextConfig, Qwen3NextForCausalLM, St
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from c2c import C2CModel, kv
+from c2c.alignment import SpanAligner
 from c2c.errors import AlignmentError, CacheError, FuserError, MismatchError, ModelLoadError, PromptError
 from c2c.fusers.base import load_fuser
 from c2c.loading import load
@@ -288,3 +289,78 @@ def test_unknown_names():
         pair(mode="serial")
     with pytest.raises(FuserError, match="terminal"):
         pair(layer_map="last")
+
+
+def test_the_aligner_survives_saving(tmp_path):
+    parts = {
+        "receiver": Receiver(build("llama", 1), tokenizer("chatml")),
+        "sharer": Sharer(build("qwen2", 2), tokenizer("llama3")),
+    }
+    model = C2CModel.from_models(**parts, aligner=SpanAligner(fuse_template=False))
+    model.fusers[0].config.alignment = None  # only the manifest knows
+    model.save_pretrained(tmp_path)
+    assert C2CModel.from_pretrained(tmp_path, **parts).aligner == SpanAligner(fuse_template=False)
+
+
+@pytest.mark.parametrize("sections", [[2, 2], [2, 2, 9], [0, 6], [3, 3]])
+def test_sections_that_do_not_fit(model, sections):
+    ids, fuse_mask = torch.ones(1, 6, dtype=torch.long), torch.tensor([1, 1, 0, 0, 0, 0])
+    with pytest.raises(PromptError, match="sections"):
+        model.fuse_ids(ids, ids, fuse_mask=fuse_mask, sections=sections)
+
+
+def test_ids_that_a_model_does_not_have(model):
+    ids = torch.full((1, 6), 600)
+    with pytest.raises(PromptError, match="knows 0 to 511"):
+        model.generate_ids(ids, torch.ones_like(ids), fuse_mask=torch.ones(6).bool())
+    with pytest.raises(PromptError, match="sharer"):
+        model.generate_ids(torch.ones_like(ids), ids, fuse_mask=torch.tensor([1, 1, 1, 1, 1, 0]))
+
+
+def test_a_mask_that_fuses_nothing_is_not_silent(model):
+    ids = torch.ones(1, 6, dtype=torch.long)
+    with pytest.warns(UserWarning, match="never fused"):
+        model.generate_ids(ids, ids, fuse_mask=torch.ones(6).bool(), max_new_tokens=1)
+
+
+def test_nested_lists_of_several_sharers():
+    receiver = Receiver(build("llama", 1))
+    model = C2CModel.from_models(receiver, [Sharer(build("qwen2", 2)), Sharer(build("qwen3", 3))])
+    lists = [[[5, 6, 7, 8]], [[8, 7, 6, 5]]]
+    fuse_mask = [True, True, True, False]
+    one = model.fuse_ids([5, 6, 7, 8], lists, fuse_mask=fuse_mask)
+    other = model.fuse_ids([5, 6, 7, 8], [torch.tensor(ids) for ids in lists], fuse_mask=fuse_mask)
+    assert torch.equal(one.last_logits, other.last_logits)
+
+
+def test_an_imported_fuser_remembers_its_models(tmp_path):
+    parts = {"receiver": A / "receiver", "sharer": A / "sharer"}
+    C2CModel.from_published(A / "checkpoint", **parts).save_pretrained(tmp_path / "a")
+    again = C2CModel.from_pretrained(tmp_path / "a")  # named in the fuser
+    assert again.receiver.identity.architecture == "Qwen3ForCausalLM"
+    with pytest.raises(MismatchError, match="sharer weights"):
+        C2CModel.from_pretrained(tmp_path / "a", receiver=A / "receiver", sharer=Sharer(altered(A / "sharer")))
+    import_published(A / "checkpoint").save_pretrained(tmp_path / "b")
+    with pytest.raises(
+        ModelLoadError, match="'receiver'"
+    ):  # the name in the checkpoint's config, which is no model here
+        C2CModel.from_pretrained(tmp_path / "b")
+
+
+def altered(folder):
+    model = load(folder).model
+    with torch.no_grad():
+        next(model.parameters()).add_(1.0)
+    return model
+
+
+def test_a_folder_with_several_fusers_names_them(tmp_path):
+    receiver = Receiver(build("llama", 1))
+    C2CModel.from_models(receiver, [Sharer(build("qwen2", 2)), Sharer(build("qwen3", 3))]).save_pretrained(tmp_path)
+    with pytest.raises(FuserError, match="fuser_1, fuser_2"):
+        load_fuser(tmp_path)
+
+
+def test_one_tokenizer_for_two_models_is_refused():
+    with pytest.raises(PromptError, match="both models"):
+        C2CModel.from_models(build("llama"), build("qwen2"), tokenizer=tokenizer("chatml"))

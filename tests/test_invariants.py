@@ -21,7 +21,7 @@ PROMPTS = [
     "What is the capital of France? Explain step by step, slowly and in many words.",
     "A 你好 🙂",
 ]
-slow = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+slow = settings(derandomize=True, max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 def close(a, b, tolerance=2e-4):
@@ -328,7 +328,8 @@ def test_alignment_takes_the_token_of_the_last_character(text, name, other):
         assert stop > place or stop == begin or target + 1 == len(theirs.ids) or theirs.offsets[target + 1][0] > place
     if name == other:
         assert list(inside) == list(range(first, last + 1)) or any(
-            ours.offsets[i] == ours.offsets[i + 1] for i in range(last)
+            ours.offsets[i][1] > ours.offsets[i + 1][0]
+            for i in range(first, last)  # a character split over two tokens
         )
 
 

@@ -132,12 +132,27 @@ class LanguageModel:
         """Refuse a prompt that this model can't answer.
 
         Raises:
-            PromptError: empty, right-padded, or longer than the context.
+            PromptError: empty, right-padded, longer than the context, or with ids that the model does not have.
         """
         if batch.length == 0:
             raise PromptError("empty prompt: no token was given. Pass at least one.")
         if batch.padded:
             require_left_padding(batch.mask, self.role)
+        self.check_tokens(batch)
+
+    def check_tokens(self, batch: TokenBatch) -> None:
+        """Refuse tokens that this model can't read.
+
+        Raises:
+            PromptError: longer than the context, or ids that the model does not have.
+        """
+        words = self.model.get_input_embeddings().num_embeddings
+        if batch.ids.device.type == "cpu" and not 0 <= int(batch.ids.min()) <= int(batch.ids.max()) < words:
+            raise PromptError(
+                f"token ids from {int(batch.ids.min())} to {int(batch.ids.max())} for the {self.role} {self.name}, which "
+                f"knows 0 to {words - 1}. Ids of another tokenizer? For text with two tokenizers use "
+                "alignment by spans, or the published alignment with enabled=True."
+            )
         limit = self.context_length
         if limit is not None and batch.length > limit:
             raise PromptError(

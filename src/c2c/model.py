@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from transformers import Cache
 
 from c2c import identity, kv
 from c2c.alignment import ALIGNERS, Aligner, Prompt, SpanAligner
-from c2c.alignment.sections import plan_sections, slot_positions
+from c2c.alignment.sections import check_sections, plan_sections, slot_positions
 from c2c.chat import Chat
 from c2c.errors import AlignmentError, FuserError, PromptError
 from c2c.files import write_json
@@ -25,7 +26,7 @@ from c2c.language_model import FirstTokenClock
 from c2c.layer_map import layer_map as make_layer_map
 from c2c.messages import conversations
 from c2c.prompting import RenderOptions
-from c2c.published import import_published, read_names
+from c2c.published import import_published, published_names, read_names
 from c2c.receiver import Receiver
 from c2c.report import FusionReport, Stopwatch
 from c2c.sharer import Sharer
@@ -176,6 +177,8 @@ class C2CModel(nn.Module):
         sharer = sharer if sharer is not None else [_recorded(fuser, "sharer") for fuser in fusers]
         ours, theirs = _load_models(receiver, sharer, load_kwargs)
         chosen = mode or manifest.get("mode", "sequential")
+        if aligner is None and "aligner" in manifest:
+            aligner = _aligner(manifest["aligner"])
         fusers = [_place(fuser, ours.device) for fuser in fusers]
         return cls(ours, theirs, fusers, aligner=aligner, mode=chosen, allow_mismatch=allow_mismatch)
 
@@ -220,6 +223,8 @@ class C2CModel(nn.Module):
             )
             for f, model in zip(folders, theirs, strict=True)
         ]
+        for fuser, model in zip(fusers, theirs, strict=True):
+            fuser.config.sharer, fuser.config.receiver = model.identity.to_dict(), ours.identity.to_dict()
         chosen: Any = mode or names[0].mode
         return cls(ours, theirs, fusers, aligner=aligner, mode=chosen)
 
@@ -378,13 +383,9 @@ class C2CModel(nn.Module):
         needed = [alignment for chunk in prompt.chunks if (alignment := chunk.alignments[index]) is not None]
         if not needed:
             return None
-        sharer, tokens = self.sharers[index], prompt.sharers[index].to(self.sharers[index].device)
-        limit = sharer.context_length
-        if limit is not None and tokens.length > limit:
-            raise PromptError(
-                f"the prompt has {tokens.length} tokens for the sharer {sharer.name}, which was made for {limit}. "
-                "Shorten the prompt, or use a model with a longer context."
-            )
+        sharer = self.sharers[index]
+        sharer.check_tokens(prompt.sharers[index])
+        tokens = prompt.sharers[index].to(sharer.device)
         stop = 1 + max(int(alignment.sharer.max()) for alignment in needed)
         return Source(sharer, tokens, sharer.prefill(tokens, stop), self._fusers[index])
 
@@ -414,6 +415,8 @@ class C2CModel(nn.Module):
         groups: dict[tuple[int, ...], list[int]] = {}
         for row, values in enumerate(selection.tolist()):
             groups.setdefault(tuple(values), []).append(row)
+        if sections is not None:
+            check_sections(selection, sections)
         positions = slot_positions(mask, other_masks)
         tokens = TokenBatch(ids, mask, positions, bool((~mask).any()), natural=False)
         sharers = [
@@ -423,6 +426,12 @@ class C2CModel(nn.Module):
         for rows in groups.values():
             chunks, skipped = plan_sections(selection[rows[0]], mask[rows], len(self.sharers), sections)
             prompts.append(Prompt(tokens.select(rows), tuple(s.select(rows) for s in sharers), chunks, skipped))
+        if bool(selection.any()) and not any(prompt.chunks for prompt in prompts):
+            warnings.warn(
+                "fuse_mask selects positions of the last section only, which is never fused: the answer is the "
+                "receiver's alone. Leave at least the last token out of the mask.",
+                stacklevel=3,
+            )
         fused = self.fuse_prompts(prompts)
         if len(prompts) > 1:  # rows were grouped by their sections: back to the caller's order
             order = torch.tensor([row for rows in groups.values() for row in rows]).argsort()
@@ -514,6 +523,11 @@ def _aligner(config: dict[str, Any] | None) -> Aligner:
 
 
 def _load_models(receiver: Any, sharer: Any, load_kwargs: dict[str, Any]) -> tuple[Receiver, list[Sharer]]:
+    if "tokenizer" in load_kwargs:
+        raise PromptError(
+            "tokenizer=... would go to both models; pass Receiver.from_pretrained(source, tokenizer=...) and "
+            "Sharer.from_pretrained(source, tokenizer=...) as receiver and sharer."
+        )
     ours = receiver if isinstance(receiver, Receiver) else Receiver.from_pretrained(receiver, **load_kwargs)
     several = list(sharer) if isinstance(sharer, list | tuple) else [sharer]
     theirs = [s if isinstance(s, Sharer) else Sharer.from_pretrained(s, **load_kwargs) for s in several]
@@ -531,6 +545,8 @@ def _fuser_folders(source: str | Path | Sequence[str | Path]) -> tuple[list[str 
 
 def _recorded(fuser: Fuser, role: str) -> str:
     recorded: identity.ModelIdentity | None = fuser.config.identity(role)
+    if recorded is None and role in (names := published_names(fuser.config.training)):
+        return names[role]
     if recorded is None:
         raise FuserError(f"this fuser does not say which {role} it was made for; pass {role}=....")
     return recorded.name
@@ -573,9 +589,14 @@ def _mask(value: Any, ids: Tensor, name: str) -> Tensor:
     return mask
 
 
+def _depth(value: Any) -> int:
+    """How deep lists are nested: 2 for ids of a batch, 3 for those of several sharers."""
+    return 1 + _depth(value[0]) if isinstance(value, list | tuple) and value else 0
+
+
 def _per_sharer(value: Any, count: int) -> list[Any]:
     """One value per sharer; a single tensor is meant for all of them."""
-    if isinstance(value, list | tuple) and value and isinstance(value[0], Tensor):
+    if isinstance(value, list | tuple) and value and (isinstance(value[0], Tensor) or _depth(value) == 3):
         if len(value) != count:
             raise PromptError(f"got {len(value)} tensors for {count} sharers; give one for each, or one for all.")
         return list(value)

@@ -63,8 +63,9 @@ def require_tokenizer(tokenizer: Any, whose: str) -> Any:
     """The tokenizer, or a clear error where a model came without one."""
     if tokenizer is None:
         raise PromptError(
-            f"the {whose} was loaded without a tokenizer, so text can't be encoded. Pass tokenizer=..., or use token "
-            "ids: generate_ids(receiver_ids, sharer_ids, fuse_mask=...)."
+            f"the {whose} was loaded without a tokenizer, so text can't be encoded. Load it with one, "
+            "Receiver.from_pretrained(source, tokenizer=...) or the same of Sharer, or use token ids: "
+            "generate_ids(receiver_ids, sharer_ids, fuse_mask=...)."
         )
     return tokenizer
 

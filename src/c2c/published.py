@@ -50,6 +50,13 @@ def read_names(folder: str | Path) -> PublishedNames:
     )
 
 
+def published_names(training: dict[str, Any] | None) -> dict[str, str]:
+    """The model names that an imported fuser carries from its checkpoint, by role."""
+    model = ((training or {}).get("config") or {}).get("model") or {}
+    found = {"receiver": model.get("base_model"), "sharer": model.get("teacher_model")}
+    return {role: name for role, name in found.items() if name}
+
+
 def import_published(
     folder: str | Path,
     *,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from c2c.alignment.plan import Alignment, Chunk
+from c2c.errors import PromptError
 
 
 def slot_positions(mask: Tensor, others: Sequence[Tensor]) -> Tensor:
@@ -72,6 +73,25 @@ def _section(mask: Tensor, start: int, stop: int) -> Alignment:
         return Alignment.from_block(mask.shape[0], start, stop)
     rows, columns = real.nonzero(as_tuple=True)
     return Alignment(rows, columns + start, columns + start)
+
+
+def check_sections(selection: Tensor, sections: Sequence[int]) -> None:
+    """Refuse sections that do not fit the selection, ``[batch, tokens]``.
+
+    Raises:
+        PromptError: lengths that do not add up, or a section with more than one value.
+    """
+    if sum(sections) != selection.shape[1] or min(sections, default=0) < 1:
+        raise PromptError(
+            f"sections {list(sections)} add up to {sum(sections)}, the prompt has {selection.shape[1]} tokens: give the "
+            "length of every section, each at least 1."
+        )
+    for row in selection:
+        for part in row.split(list(sections)):
+            if not bool((part == part[0]).all()):
+                raise PromptError(
+                    f"sections {list(sections)} do not fit fuse_mask: a section has both values in a row."
+                )
 
 
 def _given(selection: Tensor, sections: Sequence[int]) -> list[tuple[int, int, int]]:

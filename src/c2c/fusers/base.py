@@ -138,6 +138,12 @@ def load_fuser(source: str | Path, **kwargs: Any) -> Fuser:
 
     folder = resolve(source)
     path = folder / "config.json"
+    several = sorted(part.parent.name for part in folder.glob("fuser_*/config.json"))
+    if several and not path.exists():
+        raise FuserError(
+            f"{source} holds {len(several)} fusers: name one of them, {', '.join(several)}; or load them all with "
+            "C2CModel.from_pretrained."
+        )
     if not path.exists():
         hint = ""
         if (folder / "final").is_dir() or list(folder.glob("projector_*.pt")):

@@ -46,7 +46,7 @@ def pull(alias: str, *, force: bool = False, keep_gguf: bool = False, progress: 
         progress: called with an ``Event`` for each step and each piece of the download.
 
     Returns:
-        The folder, to be given to ``c2c.load`` or ``from_pretrained``.
+        The folder, to be given to ``C2CModel`` or ``from_pretrained``.
 
     Raises:
         ModelLoadError: no such alias; the index can't be reached; a wrong checksum; no room on the disk.

@@ -31,7 +31,7 @@ class Alias:
     """A model under a short name.
 
     Attributes:
-        name: what ``c2c pull`` and ``c2c.load`` take.
+        name: what ``c2c pull`` and ``C2CModel`` take.
         title: the model's full name.
         parts: the wheels, in the order in which their files make up the GGUF.
         size: bytes of the GGUF; the download is about as large.
