@@ -171,9 +171,7 @@ def test_a_batch_is_its_rows_and_the_last_token_is_never_fused(receiver, sharer,
     width, other_width = prompt.receiver.length, prompt.sharers[0].length
     assert chunk.stop == width - 1
     assert int(alignment.receiver.max()) < width - 1
-    found = list(
-        zip(alignment.rows.tolist(), alignment.receiver.tolist(), alignment.sharer.tolist(), strict=True)
-    )
+    found = list(zip(alignment.rows.tolist(), alignment.receiver.tolist(), alignment.sharer.tolist(), strict=True))
     expected = []
     for row, talk in enumerate(batch):
         ours, theirs = read(receiver, talk), read(sharer, talk)

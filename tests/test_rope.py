@@ -192,9 +192,7 @@ def test_a_model_without_rotary_has_no_tables():
 def cohere():
     torch.manual_seed(0)
     return CohereForCausalLM(
-        CohereConfig(
-            num_hidden_layers=2, num_key_value_heads=1, initializer_range=0.3, **{**SMALL, "vocab_size": 512}
-        )
+        CohereConfig(num_hidden_layers=2, num_key_value_heads=1, initializer_range=0.3, **{**SMALL, "vocab_size": 512})
     )
 
 

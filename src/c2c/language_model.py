@@ -147,9 +147,11 @@ class LanguageModel:
             PromptError: longer than the context, or ids that the model does not have.
         """
         words = self.model.get_input_embeddings().num_embeddings
-        if batch.ids.device.type == "cpu" and not 0 <= int(batch.ids.min()) <= int(batch.ids.max()) < words:
+        on_host = batch.ids.device.type == "cpu"  # a device is not asked
+        low, high = (int(batch.ids.min()), int(batch.ids.max())) if on_host else (0, 0)
+        if low < 0 or high >= words:
             raise PromptError(
-                f"token ids from {int(batch.ids.min())} to {int(batch.ids.max())} for the {self.role} {self.name}, which "
+                f"token ids from {low} to {high} for the {self.role} {self.name}, which "
                 f"knows 0 to {words - 1}. Ids of another tokenizer? For text with two tokenizers use "
                 "alignment by spans, or the published alignment with enabled=True."
             )

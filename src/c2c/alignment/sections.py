@@ -83,8 +83,8 @@ def check_sections(selection: Tensor, sections: Sequence[int]) -> None:
     """
     if sum(sections) != selection.shape[1] or min(sections, default=0) < 1:
         raise PromptError(
-            f"sections {list(sections)} add up to {sum(sections)}, the prompt has {selection.shape[1]} tokens: give the "
-            "length of every section, each at least 1."
+            f"sections {list(sections)} add up to {sum(sections)}, the prompt has {selection.shape[1]} tokens: give "
+            "the length of every section, each at least 1."
         )
     for row in selection:
         for part in row.split(list(sections)):
