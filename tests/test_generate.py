@@ -138,24 +138,26 @@ def test_beams_of_a_batch_are_those_of_its_rows(opened, kwargs):
     together = rows(opened.generate(PROMPTS, **kwargs))
     apart = [row for prompt in PROMPTS for row in rows(opened.generate(prompt, **kwargs))]
     assert together == apart
-    best = rows(opened.generate(PROMPTS, max_new_tokens=6, do_sample=False))
     assert len(together) == len(PROMPTS) * kwargs.get("num_return_sequences", 1)
-    assert together[:: kwargs.get("num_return_sequences", 1)] != best  # beams looked further
 
 
-def test_beams_score_no_worse_than_greedy(opened):
-    def log_likelihood(ids):
-        prepared = opened.prepare(PROMPTS[1])
+def test_beams_find_likelier_answers_than_greedy(opened):
+    def log_likelihood(prompt, ids):
+        prepared = opened.prepare(prompt)
         tokens, cache = prepared.tokens, prepared.cache
         whole = torch.cat([tokens.ids[:, -1:], torch.tensor([ids])], dim=1)
         positions = torch.arange(tokens.length - 1, tokens.length + len(ids)).unsqueeze(0)
         logits = opened.receiver.model(input_ids=whole, past_key_values=cache, position_ids=positions).logits[0]
         return float(logits[:-1].log_softmax(-1).gather(1, torch.tensor(ids).unsqueeze(1)).sum())
 
-    greedy, beams = (
-        opened.generate(PROMPTS[1], max_new_tokens=5, do_sample=False, num_beams=n).ids.tolist() for n in (1, 8)
-    )
-    assert log_likelihood(beams) >= log_likelihood(greedy) - 1e-4
+    gains = []
+    for prompt in (*PROMPTS, "And now?", "Paris", "a b c", "Is it so?"):
+        greedy, beams = (
+            opened.generate(prompt, max_new_tokens=8, do_sample=False, num_beams=n).ids.tolist() for n in (1, 8)
+        )
+        gains.append(log_likelihood(prompt, beams) - log_likelihood(prompt, greedy))
+    assert min(gains) > -1e-4
+    assert max(gains) > 0.01
 
 
 def test_several_samples_differ_and_share_a_report(opened):
@@ -180,11 +182,13 @@ def test_the_first_scores_come_from_the_fused_cache(opened):
 
 def test_a_stop_string_ends_the_answer(opened):
     free = opened.generate(PROMPTS[1], max_new_tokens=12, do_sample=False)
-    word = opened.receiver.tokenizer.decode(free.ids[2:4])
+    pieces = [opened.receiver.tokenizer.decode(token) for token in free.ids]
+    place = next(i for i, piece in enumerate(pieces) if i > 1 and piece.isalpha() and piece.isascii())
+    word = pieces[place]
+    assert not any(word in piece for piece in pieces[:place])
     stopped = opened.generate(PROMPTS[1], max_new_tokens=12, do_sample=False, stop_strings=[word])
-    assert 1 <= stopped.new_tokens <= 4
-    assert stopped.ids.tolist() == free.ids.tolist()[: stopped.new_tokens]
-    assert word in stopped.text
+    assert stopped.ids.tolist() == free.ids.tolist()[: place + 1]
+    assert stopped.text.endswith(word)
 
 
 @pytest.mark.parametrize("where", ["config", "argument"])
@@ -223,8 +227,8 @@ def test_unknown_arguments_are_not_swallowed(opened):
 def test_an_answer_prefix_is_read_and_not_repeated(opened):
     options = RenderOptions(answer_prefix="The answer is")
     result = opened.generate("Hello", options=options, max_new_tokens=3)
-    longer = len(opened.receiver.tokenizer("The answer is", add_special_tokens=False).input_ids)
-    assert result.prompt_tokens == opened.generate("Hello", max_new_tokens=1).prompt_tokens + longer
+    assert result.prompt_tokens == opened.receiver.encode("Hello", options).length
+    assert result.prompt_tokens > opened.receiver.encode("Hello").length
     assert not result.text.startswith("The answer is")
 
 
@@ -332,7 +336,23 @@ def test_the_pieces_of_a_stream_join_to_the_answer(opened, kwargs):
     assert len([piece for piece in pieces if piece]) > 1
     assert stream.result.ids.tolist() == result.ids.tolist()
     assert stream.result.report.fused_tokens == result.report.fused_tokens
-    assert list(stream) == []
+
+
+def in_time(work, seconds=3):
+    """What ``work`` returns; fails if it does not end."""
+    box = []
+    thread = threading.Thread(target=lambda: box.append(work()), daemon=True)
+    thread.start()
+    thread.join(seconds)
+    assert not thread.is_alive(), "it waits for ever"
+    return box[0]
+
+
+def test_a_stream_that_has_ended_stays_ended(opened):
+    """As the iterator protocol demands: asking again is an end again, and not a wait for ever."""
+    stream = opened.stream(PROMPTS[0], max_new_tokens=2)
+    assert list(stream)
+    assert in_time(lambda: list(stream)) == []
 
 
 def test_closing_a_stream_stops_the_work(opened):
