@@ -1,8 +1,11 @@
-"""What holds for every test: one thread, no user cache, and no deprecated use of transformers."""
+"""What holds for every test: one thread, no hub, no user cache, and no deprecated use of transformers."""
 
 from __future__ import annotations
 
 import logging
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when the hub's client is imported
 
 import pytest
 import torch

@@ -66,7 +66,7 @@ def test_cases_that_the_published_code_fails_on(name):
     for case in FAILING:
         if case["case"] != name:
             continue
-        slots, (receiver, sharer) = aligned(case), sides(case)
+        slots, (receiver, _) = aligned(case), sides(case)
         width = len(slots.receiver_ids)
         assert {
             len(x) for x in (slots.sharer_ids, slots.message_mask, slots.receiver_padding, slots.sharer_padding)

@@ -238,11 +238,10 @@ def test_a_system_message_that_one_template_drops(receiver):
 
 
 def test_a_prompt_without_common_text_is_refused():
-    deaf = tokenizer("llama3")
+    deaf, half = tokenizer("llama3"), tokenizer("llama3")
     deaf.chat_template = "{{ 'Hi' }}"
+    half.chat_template = "{% if messages[0]['content'] == 'b' %}Hi{% else %}{{ messages[0]['content'] }}{% endif %}"
     with pytest.raises(AlignmentError, match=r"no token of prompt 1.*Receiver reads.*sharer reads 'Hi'"):
-        half = tokenizer("llama3")
-        half.chat_template = "{% if messages[0]['content'] == 'b' %}Hi{% else %}{{ messages[0]['content'] }}{% endif %}"
         SpanAligner().align(TOKENIZERS["chatml"], [half], [say("aa"), say("b")], RenderOptions())
     with pytest.raises(AlignmentError, match="prompt 0"):
         SpanAligner().align(TOKENIZERS["chatml"], [deaf], [say("a")], RenderOptions())

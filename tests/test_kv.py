@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, QuantoQuantizedLayer, StaticLayer
 
 from c2c import kv
 from c2c.errors import CacheError
@@ -133,3 +134,19 @@ def test_layers_of_different_shapes_have_no_geometry():
     compressed = kv.from_layers([(torch.zeros(1, 2, 4, 6), torch.zeros(1, 2, 4, 4))])
     with pytest.raises(CacheError, match="different KV shapes"):
         kv.geometry(compressed)
+
+
+@pytest.mark.parametrize("kind", [DynamicSlidingWindowLayer, StaticLayer, QuantoQuantizedLayer])
+def test_layers_that_do_not_keep_every_token_as_it_is_are_named(kind):
+    cache = filled(layers=3)
+    cache.layers[1] = object.__new__(kind)
+    with pytest.raises(CacheError, match=rf"1 \({kind.__name__}\).*Use a model with"):
+        kv.check_layers(cache)
+    cache.layers[1] = DynamicLayer()
+    kv.check_layers(cache)
+
+
+@pytest.mark.parametrize("given", [None, (), [(1, 2)], torch.zeros(1)])
+def test_what_is_no_cache_is_refused(given):
+    with pytest.raises(CacheError, match=f"got a {type(given).__name__} as KV cache, expected a transformers"):
+        kv.check_layers(given)

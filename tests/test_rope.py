@@ -23,6 +23,7 @@ from transformers import (
 
 from c2c import C2CModel, kv, rope
 from c2c.errors import CacheError
+from c2c.fusers import BottleneckFuser, Entries
 from c2c.prefill import prefill
 from c2c.receiver import Receiver
 from c2c.sharer import Sharer
@@ -187,6 +188,35 @@ def test_scores_depend_on_the_distance_alone(seed, a, b):
 def test_a_model_without_rotary_has_no_tables():
     model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=32, n_head=2, vocab_size=64, n_positions=64))
     assert rope.tables(model, torch.tensor([[0, 1]])) is None
+
+
+def test_the_bottleneck_gives_the_same_at_every_position():
+    """It reads keys without their rotation and puts the receiver's back on what it adds."""
+    theirs, ours = llama(rope_theta=1e6), build("gemma3")
+    where, other_where = torch.tensor([[0, 5, 300]]), torch.tensor([[2, 90, 41]])
+    layers = [0, 1, 2, 2]
+    tables, other_tables = rope.tables(ours, where), rope.tables(theirs, other_where)
+    other_tables = [other_tables[i] for i in layers]
+    sharer, receiver = kv.KVGeometry(3, 2, 12), kv.KVGeometry(4, 1, 16)
+    fuser = BottleneckFuser.from_geometry(sharer, receiver, layers, rank=8)
+    torch.nn.init.normal_(fuser.up)
+
+    def bare(geometry):
+        one = torch.randn(1, geometry.kv_heads, 1, geometry.head_dim)
+        return one.expand(-1, -1, 3, -1)
+
+    keys, values, other_keys, other_values = (
+        [bare(geometry) for _ in layers] for geometry in (receiver, receiver, sharer, sharer)
+    )
+    mine = Entries([t.apply(k) for t, k in zip(tables, keys, strict=True)], values, tables)
+    other = Entries([t.apply(k) for t, k in zip(other_tables, other_keys, strict=True)], other_values, other_tables)
+    with torch.no_grad():
+        fused = fuser(other, mine)
+    for (new_keys, new_values), table, own in zip(fused, tables, keys, strict=True):
+        free = table.undo(new_keys)
+        assert (free - own).abs().max() > 0.1
+        assert torch.allclose(free, free[:, :, :1].expand_as(free), atol=1e-4)
+        assert torch.allclose(new_values, new_values[:, :, :1].expand_as(new_values), atol=1e-4)
 
 
 def cohere():

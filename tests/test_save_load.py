@@ -110,7 +110,9 @@ def test_saving_again_replaces(tmp_path):
     assert_same(one, C2CModel.from_pretrained(tmp_path, **models()))
 
 
-@pytest.mark.parametrize("aligner", [SpanAligner(fuse_template=False), PublishedAligner("longest")], ids=["spans", "published"])
+@pytest.mark.parametrize(
+    "aligner", [SpanAligner(fuse_template=False), PublishedAligner("longest")], ids=["spans", "published"]
+)
 def test_the_aligner_comes_back(aligner, tmp_path):
     model = made(aligner=aligner)
     model.save_pretrained(tmp_path)
@@ -138,9 +140,7 @@ def test_the_fusers_type_is_chosen_when_it_is_loaded(dtype, tmp_path):
 def test_a_published_checkpoint_converted_and_loaded_is_the_same_bit_for_bit(tmp_path):
     folders = {"receiver": C / "receiver", "sharer": [C / "sharer1", C / "sharer2"]}
     for mode in ("sequential", "parallel"):
-        model = C2CModel.from_published(
-            [C / "checkpoint1", C / "checkpoint2"], mode=mode, dtype="float32", **folders
-        )
+        model = C2CModel.from_published([C / "checkpoint1", C / "checkpoint2"], mode=mode, dtype="float32", **folders)
         model.save_pretrained(tmp_path / mode)
         again = C2CModel.from_pretrained(tmp_path / mode, dtype="float32", **folders)
         assert again.mode == mode
@@ -334,7 +334,10 @@ BROKEN_CHECKPOINTS = {
     "weights are cut off": ("projector_3.pt", lambda p: write(p, p.read_bytes()[:2000])),
     "weights are a list": ("projector_3.pt", lambda p: torch.save([torch.zeros(1)], p)),
     "a weight is missing": ("projector_3.pt", lambda p: resaved(p, lambda s: {k: s[k] for k in list(s)[3:]})),
-    "a weight has another shape": ("projector_3.pt", lambda p: resaved(p, lambda s: s | {"key_in.bias": torch.ones(5)})),
+    "a weight has another shape": (
+        "projector_3.pt",
+        lambda p: resaved(p, lambda s: s | {"key_in.bias": torch.ones(5)}),
+    ),
     "a weight too many": ("projector_3.pt", lambda p: resaved(p, lambda s: s | {"extra": torch.ones(5)})),
     "a pickle that runs code": ("projector_0.pt", lambda p: write(p, pickle.dumps(Malicious()))),
     "an archive that runs code": ("projector_0.pt", lambda p: torch.save({"key_in.bias": Malicious()}, p)),
