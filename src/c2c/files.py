@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from c2c.errors import C2CError
+
 
 def save_atomically(folder: Path, write: Callable[[str], Any]) -> None:
     """Let ``write`` fill a temporary folder, then rename its files into ``folder``, ``config.json`` last."""
@@ -21,6 +23,19 @@ def save_atomically(folder: Path, write: Callable[[str], Any]) -> None:
             target.parent.mkdir(parents=True, exist_ok=True)
             path.chmod(0o644)  # temporary files are private
             os.replace(path, target)
+
+
+def read_json_object(path: Path, error: type[C2CError]) -> dict[str, Any]:
+    """Read a JSON file that holds an object; anything else is ``error``, naming the file."""
+    try:
+        data = json.loads(path.read_text())
+    except FileNotFoundError as missing:
+        raise error(f"{path} is missing.") from missing
+    except (json.JSONDecodeError, UnicodeDecodeError) as broken:
+        raise error(f"{path} is not JSON: {broken}") from broken
+    if not isinstance(data, dict):
+        raise error(f"{path} holds a {type(data).__name__}, expected a JSON object.")
+    return data
 
 
 def write_json(path: Path, data: Any) -> None:

@@ -25,11 +25,20 @@ DEFAULT_NEW_TOKENS = 256
 
 
 class FirstTokenClock(StoppingCriteria):
-    """Notes when the first new token is there. Never stops anything."""
+    """Notes when the first new token is there, and how rows end. Never stops anything.
+
+    Attributes:
+        began: when the call began.
+        first: when the first token was there.
+        ends: the end tokens of this call.
+        filler: what rows that a stop string ended are filled with; None where only end tokens end a row.
+    """
 
     def __init__(self) -> None:
         self.began = time.perf_counter()
         self.first: float | None = None
+        self.ends: list[int] = []
+        self.filler: int | None = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
         """Called by ``generate`` after every token."""
@@ -103,13 +112,15 @@ class LanguageModel:
             CacheError: keys at two positions do not agree without their rotation.
         """
         tables = rope.tables(self.model, torch.tensor([[0], [7]], device=self.device))
-        if tables is None:
-            return
         for index, (keys, _) in enumerate(kv.layers(self._probe)):
-            table = rope.Rotary(tables[index].cos.to(keys.device), tables[index].sin.to(keys.device))
-            bare = table.undo(keys.float())
             tolerance = 1e-3 if keys.dtype == torch.float32 else 0.05
-            if not torch.allclose(bare[0], bare[1], rtol=tolerance, atol=tolerance * float(bare.abs().max())):
+            if tables is None:
+                known = not _only_turned(keys.float(), tolerance)
+            else:
+                table = rope.Rotary(tables[index].cos.to(keys.device), tables[index].sin.to(keys.device))
+                bare = table.undo(keys.float())
+                known = torch.allclose(bare[0], bare[1], rtol=tolerance, atol=tolerance * float(bare.abs().max()))
+            if not known:
                 raise CacheError(
                     f"{self.name}: the rotary embedding of layer {index} can't be taken off its keys (this model "
                     "rotates them in another way than Llama, Qwen and Gemma do). Use the 'c2c' fuser, which reads "
@@ -207,6 +218,7 @@ class LanguageModel:
         kwargs = self._with_defaults(kwargs)
         kv.repeat(cache, self._expansion(kwargs))
         if clock is not None:
+            self._note_ends(clock, kwargs)
             kwargs["stopping_criteria"] = StoppingCriteriaList([clock, *(kwargs.get("stopping_criteria") or [])])
         if not batch.natural:
             kwargs["position_ids"] = batch.positions
@@ -236,19 +248,18 @@ class LanguageModel:
                 seconds_to_first_token=(clock.first or ended) - clock.began,
                 seconds_total=ended - clock.began,
             )
-            for index, row in enumerate(self._trim(ids))
+            for index, row in enumerate(_trim(ids, clock))
         ]
         single = conversations(messages)[1]
         return results[0] if single and len(results) == 1 else results
 
-    def _trim(self, ids: Tensor) -> list[Tensor]:
-        """Cut each row after its first end token; what follows is padding."""
-        ends = _as_list(self.model.generation_config.eos_token_id)
-        rows = []
-        for row in ids.cpu():
-            hits = [i for i, token in enumerate(row.tolist()) if token in ends]
-            rows.append(row[: hits[0] + 1] if hits else row)
-        return rows
+    def _note_ends(self, clock: FirstTokenClock, kwargs: dict[str, Any]) -> None:
+        """What ends the rows of this call, and what fills them afterwards."""
+        config = kwargs.get("generation_config") or self.model.generation_config
+        clock.ends = _as_list(kwargs.get("eos_token_id", config.eos_token_id))
+        if kwargs.get("stop_strings") or kwargs.get("stopping_criteria"):
+            filler = kwargs.get("pad_token_id", config.pad_token_id)
+            clock.filler = filler if filler not in clock.ends else None
 
     def _text(self, ids: Tensor) -> str:
         return "" if self.tokenizer is None else str(self.tokenizer.decode(ids, skip_special_tokens=True))
@@ -284,6 +295,24 @@ class LanguageModel:
         beams = kwargs.get("num_beams") or config.num_beams or 1
         sequences = kwargs.get("num_return_sequences") or config.num_return_sequences or 1
         return max(beams, sequences)
+
+
+def _only_turned(keys: Tensor, tolerance: float) -> bool:
+    """Whether the keys of two positions differ, but not in length: a rotation that the model does not show us."""
+    same = torch.allclose(keys[0], keys[1], rtol=tolerance, atol=tolerance)
+    return not same and torch.allclose(keys[0].norm(dim=-1), keys[1].norm(dim=-1), rtol=tolerance)
+
+
+def _trim(ids: Tensor, clock: FirstTokenClock) -> list[Tensor]:
+    """Cut each row after its first end token, or where the filler begins."""
+    rows = []
+    for row in ids.cpu():
+        tokens = row.tolist()
+        length = next((i + 1 for i, token in enumerate(tokens) if token in clock.ends), len(tokens))
+        while length > 1 and tokens[length - 1] == clock.filler:
+            length -= 1
+        rows.append(row[:length])
+    return rows
 
 
 def _as_list(value: int | list[int] | None) -> list[int]:

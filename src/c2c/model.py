@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from c2c.alignment import ALIGNERS, Aligner, Prompt, SpanAligner
 from c2c.alignment.sections import check_sections, plan_sections, slot_positions
 from c2c.chat import Chat
 from c2c.errors import AlignmentError, FuserError, PromptError
-from c2c.files import write_json
+from c2c.files import read_json_object, save_atomically, write_json
 from c2c.fusers import Fuser, family
 from c2c.fusers.base import load_fuser, resolve
 from c2c.fusion import FusionMode, Source, fuse
@@ -230,11 +229,15 @@ class C2CModel(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the fusers; the models are named, not copied. A single fuser lies in the folder itself."""
-        folder = Path(folder)
         names = [""] if len(self.fusers) == 1 else [f"fuser_{i + 1}" for i in range(len(self.fusers))]
-        for name, fuser in zip(names, self._fusers, strict=True):
-            fuser.save_pretrained(folder / name)
-        write_json(folder / _MANIFEST, {"fusers": names, "mode": self.mode, "aligner": self.aligner.to_dict()})
+        manifest = {"fusers": names, "mode": self.mode, "aligner": self.aligner.to_dict()}
+
+        def write(temporary: str) -> None:
+            for name, fuser in zip(names, self._fusers, strict=True):
+                fuser.save_pretrained(Path(temporary) / name)
+            write_json(Path(temporary) / _MANIFEST, manifest)
+
+        save_atomically(Path(folder), write)
 
     # -- answering ---------------------------------------------------------------------------------------------------
 
@@ -539,7 +542,7 @@ def _fuser_folders(source: str | Path | Sequence[str | Path]) -> tuple[list[str 
         return list(source), {}
     folder = resolve(source)
     path = folder / _MANIFEST
-    manifest: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"fusers": [""]}
+    manifest: dict[str, Any] = read_json_object(path, FuserError) if path.exists() else {"fusers": [""]}
     return [folder / name for name in manifest["fusers"]], manifest
 
 

@@ -147,8 +147,8 @@ def _locate(text: str, content: str, before: str, after: str, start: int) -> tup
             if exact:
                 at = text.find(before + piece + after, start)
                 at = at + len(before) if at >= 0 else -1
-            else:
-                at = text.find(piece, start)
+            else:  # whitespace alone is found anywhere
+                at = text.find(piece, start) if piece.strip() else -1
             if at >= 0:
                 return (at, at + len(piece)), content.index(piece)
     return None

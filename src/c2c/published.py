@@ -5,7 +5,6 @@ The format is described in ``docs/formats.md``. Weights are read with ``weights_
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from c2c.errors import FuserError
+from c2c.files import read_json_object
 from c2c.fusers.c2c import C2CFuser, C2CFuserConfig
 from c2c.kv import KVGeometry
 from c2c.version import __version__
@@ -130,7 +130,7 @@ def _step(path: Path) -> int:
 def _mapping(weights: Path) -> dict[int, tuple[int, int]]:
     """Receiver layer to (sharer layer, projector number)."""
     path = weights / "projector_config.json"
-    table = _read_json(path)
+    table = read_json_object(path, FuserError)
     try:
         by_sharer = next(iter(table.values()))
         if len(by_sharer) != 1:
@@ -152,7 +152,7 @@ def _arguments(weights: Path, projectors: list[int]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for number in projectors:
         path = weights / f"projector_{number}.json"
-        data = _read_json(path)
+        data = read_json_object(path, FuserError)
         if str(data.get("class", "")).lower() != "c2cprojector":
             raise FuserError(f"{path} is a {data.get('class')!r}; only C2CProjector can be imported.")
         arguments = {key: value for key, value in data.get("init_args", {}).items() if key != "dtype"}
@@ -173,6 +173,8 @@ def _read_state(path: Path) -> dict[str, Tensor]:
         state: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
     except (UnpicklingError, RuntimeError, EOFError) as error:
         raise FuserError(f"{path} can't be read safely (weights_only): {error}") from error
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise FuserError(f"{path} holds no state dict: expected names with tensors, got {type(state).__name__}.")
     return state
 
 
@@ -200,19 +202,10 @@ def _alignment(weights: Path) -> dict[str, Any]:
 def _training_config(weights: Path) -> dict[str, Any]:
     for path in (weights / "config.json", weights.parent / "config.json"):
         if path.exists():
-            data: dict[str, Any] = _read_json(path)
+            data: dict[str, Any] = read_json_object(path, FuserError)
             if "model" in data:
                 return data
     return {}
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise FuserError(f"{path} is missing: a published checkpoint has it beside projector_*.pt.") from error
-    except json.JSONDecodeError as error:
-        raise FuserError(f"{path} is not JSON: {error}") from error
 
 
 def _torch_dtype(dtype: Any) -> torch.dtype | None:

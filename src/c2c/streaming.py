@@ -42,6 +42,7 @@ class TextStream(Iterator[str]):
             raise PromptError(f"only one conversation can be streamed, got {len(batch)}. Use generate for a batch.")
         self.result: GenerationResult | None = None
         self._error: BaseException | None = None
+        self._ended = False
         self._cancel = Event()
         require_tokenizer(tokenizer, "receiver")
         self._pieces = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -62,9 +63,12 @@ class TextStream(Iterator[str]):
         return self
 
     def __next__(self) -> str:
+        if self._ended:
+            raise StopIteration
         try:
             return str(next(self._pieces))
         except StopIteration:
+            self._ended = True
             self._thread.join()
             if self._error is not None:
                 raise self._error from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,11 +10,12 @@ from typing import Any, ClassVar, Self
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.dataclasses import strict
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from c2c.errors import FuserError, ModelLoadError
-from c2c.files import save_atomically
+from c2c.files import read_json_object, save_atomically
 from c2c.identity import ModelIdentity
 from c2c.kv import KeyValue, KVGeometry
 from c2c.rope import Rotary
@@ -149,16 +149,31 @@ def load_fuser(source: str | Path, **kwargs: Any) -> Fuser:
         if (folder / "final").is_dir() or list(folder.glob("projector_*.pt")):
             hint = " It looks like a published checkpoint: run `c2c convert`, or C2CModel.from_published."
         raise FuserError(f"{source} holds no fuser: config.json is missing.{hint}")
-    config = json.loads(path.read_text())
+    config = read_json_object(path, FuserError)
     name = str(config.get("model_type", "")).removeprefix("c2c_fuser_")
     if not str(config.get("model_type", "")).startswith("c2c_fuser_"):
         raise FuserError(
             f"{source} is not a fuser: model_type is {config.get('model_type')!r}, expected 'c2c_fuser_<family>'. "
             "For a published checkpoint run `c2c convert`, or use C2CModel.from_published."
         )
-    fuser: Fuser = family(name).from_pretrained(str(folder), **kwargs)
-    fuser.eval()
-    return fuser
+    return _load_weights(family(name), folder, kwargs)
+
+
+def _load_weights(kind: type[Fuser], folder: Path, kwargs: dict[str, Any]) -> Fuser:
+    """Load, and refuse what transformers would only warn about: missing, foreign or misshapen tensors."""
+    try:
+        loaded: Any = kind.from_pretrained(str(folder), output_loading_info=True, **kwargs)
+    except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
+        raise FuserError(f"{folder} holds no whole fuser (config.json and model.safetensors): {error}") from error
+    fuser, info = loaded
+    wrong = {
+        what: sorted(map(str, info.get(what) or [])) for what in ("missing_keys", "unexpected_keys", "mismatched_keys")
+    }
+    if any(wrong.values()):
+        raise FuserError(f"{folder / 'model.safetensors'} does not fit its config.json: {wrong}")
+    result: Fuser = fuser
+    result.eval()
+    return result
 
 
 def resolve(source: str | Path) -> Path:

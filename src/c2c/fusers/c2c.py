@@ -14,6 +14,7 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 
 from c2c import gating
+from c2c.errors import FuserError
 from c2c.fusers.base import Entries, Fuser, FuserConfig
 from c2c.kv import KeyValue, KVGeometry
 from c2c.version import __version__
@@ -126,7 +127,7 @@ class C2CFuser(Fuser):
     def __init__(self, config: C2CFuserConfig) -> None:
         super().__init__(config)
         if config.num_layers < 3:
-            raise ValueError(f"num_layers must be 3 or more, got {config.num_layers}")
+            raise FuserError(f"num_layers must be 3 or more, got {config.num_layers}.")
         self.temperature = config.gate_temperature
         self.uniform: gating.UniformSource | None = None
         self.layers = nn.ModuleList([Projector(config) for _ in config.fused_layers])
