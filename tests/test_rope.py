@@ -248,3 +248,12 @@ def test_the_published_fuser_takes_such_a_model_and_the_bottleneck_does_not(make
     assert published.generate("Hello", max_new_tokens=2).new_tokens == 2
     with pytest.raises(CacheError, match="rotary"):
         C2CModel.from_models(receiver, sharer)
+
+
+def test_learned_positions_are_no_rotation():
+    """GPT-2 adds positions to its input; nothing has to be taken off its keys."""
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(
+        GPT2Config(n_layer=2, n_embd=32, n_head=2, vocab_size=64, n_positions=64, initializer_range=0.3)
+    )
+    Receiver(model).check_rotary()
