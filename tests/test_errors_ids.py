@@ -109,3 +109,12 @@ def test_every_error_is_one_family_and_the_builtin_kind(model):
         assert issubclass(error, ValueError)
     with pytest.raises(ValueError, match="empty"):
         model.generate("")
+
+
+def test_padding_is_not_counted_as_a_skipped_token():
+    model = pair()
+    ids = torch.ones(2, 8, dtype=torch.long)
+    real = torch.tensor([[1] * 8, [0] * 3 + [1] * 5])
+    fuse_mask = torch.tensor([0, 0, 1, 1, 1, 1, 1, 0])
+    report = model.fuse_ids(ids, ids, fuse_mask=fuse_mask, receiver_mask=real, sharer_mask=real).report
+    assert report.prompt_tokens == 13 == report.fused_tokens + sum(report.skipped_tokens.values())

@@ -49,14 +49,13 @@ def plan_sections(
         sections: lengths of the sections, where two fused ones stand side by side; by default the runs.
 
     Returns:
-        The chunks, and how many receiver tokens are skipped, by reason.
+        The chunks, and how many real receiver tokens are skipped, by reason.
     """
     spans = runs(selection) if sections is None else _given(selection, sections)
     skipped: Counter[str] = Counter()
     chunks: list[Chunk] = []
     for place, (bits, start, stop) in enumerate(spans):
         real = int(mask[:, start:stop].sum())
-        skipped["padding"] += mask[:, start:stop].numel() - real
         if place == len(spans) - 1:
             skipped["last section, run on the fused cache"] += real
         elif bits <= 0:
