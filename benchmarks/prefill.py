@@ -61,6 +61,7 @@ def main() -> None:
         "fused_over_parts_published": first["ratios"]["fused_over_parts_published"],
         "decode_over_plain": first["ratios"]["decode_over_plain"],
         "threads": runs,
+        "parameters": first["parameters"],
         "prompt_tokens": arguments.tokens,
         "new_tokens": arguments.new_tokens,
         "rounds": arguments.rounds,
@@ -89,6 +90,7 @@ def measure(pair: tuple[Receiver, Sharer], threads: int, arguments: argparse.Nam
     prefills = times["receiver_prefill"] + times["sharer_prefill"]
     decode = _decode(models["default"], receiver, tokens, arguments)
     return {
+        "parameters": {name: sum(p.numel() for p in model.fusers.parameters()) for name, model in models.items()},
         "seconds": {name: round(value, 4) for name, value in (times | decode["seconds"]).items()},
         "ratios": {
             "fused_over_prefills_default": round(times["fused_default"] / prefills, 4),

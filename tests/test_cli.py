@@ -8,32 +8,20 @@ import sys
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from typer.testing import CliRunner
 
 from c2c.cli import app
+from tiny import pair_folders
 
 FIXTURES = Path(__file__).parent / "fixtures"
 CHECKPOINT = FIXTURES / "pair_a" / "checkpoint"
-TOKENIZERS = FIXTURES / "align" / "tokenizers"
 runner = CliRunner()
 
 
 @pytest.fixture(scope="module")
 def tiny_pair_folders(tmp_path_factory):
     """Folders of a tiny random receiver and sharer with different tokenizers."""
-    common = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "vocab_size": 512}
-    models = {
-        "chatml": LlamaForCausalLM(LlamaConfig(num_hidden_layers=3, num_key_value_heads=2, **common)),
-        "llama3": Qwen2ForCausalLM(Qwen2Config(num_hidden_layers=2, num_key_value_heads=1, **common)),
-    }
-    folders = []
-    for name, model in models.items():
-        folder = tmp_path_factory.mktemp(name)
-        model.save_pretrained(folder)
-        AutoTokenizer.from_pretrained(TOKENIZERS / name).save_pretrained(folder)
-        folders.append(str(folder))
-    return folders
+    return pair_folders(tmp_path_factory.mktemp)
 
 
 def run_process(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -10,7 +10,7 @@ from c2c import C2CModel, kv
 from c2c.prompting import RenderOptions
 from c2c.receiver import Receiver
 from c2c.sharer import Sharer
-from tiny import FIXTURES, WINDOW, build, open_fusers, pair, tokenizer
+from tiny import FIXTURES, WINDOW, Scores, build, open_fusers, pair, tokenizer
 
 PAIRS = [("llama", "qwen2"), ("qwen3", "gemma3"), ("gemma3", "llama"), ("gemma3", "gemma3")]
 OPTIONS = {"bottleneck": {"rank": 16}, "c2c": {"hidden_dim": 16, "intermediate_dim": 16, "dropout": 0.0}}
@@ -30,15 +30,6 @@ cases = pytest.mark.parametrize(
 
 def made(names, fuser, **kwargs):
     return pair(*names, fuser=fuser, fuser_options=OPTIONS[fuser], **kwargs)
-
-
-class Scores:
-    def __init__(self):
-        self.seen = []
-
-    def __call__(self, ids, scores):
-        self.seen.append(scores.clone())
-        return scores
 
 
 def entries(cache):

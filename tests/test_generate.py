@@ -15,7 +15,7 @@ from c2c.errors import PromptError
 from c2c.prompting import RenderOptions
 from c2c.receiver import Receiver
 from c2c.sharer import Sharer
-from tiny import build, open_fusers, pair, tokenizer
+from tiny import Scores, build, open_fusers, pair, tokenizer
 
 PROMPTS = ["Hello world!", "What is the capital of France? Explain step by step, slowly.", "A 你好 🙂"]
 
@@ -28,17 +28,6 @@ def closed(request):
 @pytest.fixture(scope="module")
 def opened():
     return open_fusers(pair("qwen3", "llama"))
-
-
-class Scores:
-    """A logits processor that changes nothing and keeps what it sees."""
-
-    def __init__(self):
-        self.seen = []
-
-    def __call__(self, ids, scores):
-        self.seen.append(scores.clone())
-        return scores
 
 
 class OnlyToken:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from c2c import C2CModel, kv
 from c2c.prompting import RenderOptions
@@ -19,25 +18,13 @@ from c2c.training.run import prepare, train
 from c2c.training.selection import score
 from c2c.training.step import FuserTraining, _proportional
 from c2c.training.store import PrefillStore
-
-TOKENIZERS = Path(__file__).parent / "fixtures" / "align" / "tokenizers"
+from tiny import pair_folders
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """A tiny receiver and sharer, and a folder with questions whose answer only the words give away."""
-    torch.manual_seed(0)
-    common = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "vocab_size": 512}
-    models = {
-        "chatml": LlamaForCausalLM(LlamaConfig(num_hidden_layers=3, num_key_value_heads=2, **common)),
-        "llama3": Qwen2ForCausalLM(Qwen2Config(num_hidden_layers=2, num_key_value_heads=1, **common)),
-    }
-    made = []
-    for name, model in models.items():
-        folder = tmp_path_factory.mktemp(name)
-        model.save_pretrained(folder)
-        AutoTokenizer.from_pretrained(TOKENIZERS / name).save_pretrained(folder)
-        made.append(str(folder))
+    made = pair_folders(tmp_path_factory.mktemp)
     data = tmp_path_factory.mktemp("data")
     words = ["fox", "dog", "sun", "sea"]
     for split, start, count in (("train", 0, 24), ("dev", 100, 6), ("test", 3, 2)):
@@ -163,7 +150,7 @@ def test_store_computes_each_prompt_once(folders, tmp_path, on_disk):
 
 def test_store_entries_are_the_models_own_prefill(folders):
     model = C2CModel.from_models(folders[0], folders[1])
-    store = PrefillStore(model.receiver, range(3), batch=2)
+    store = PrefillStore(model.receiver, range(model.receiver.geometry.layers), batch=2)
     entries = store.get([[5, 6, 7], [8, 9]])
     for ids, entry in zip([[5, 6, 7], [8, 9]], entries, strict=True):
         from c2c.tokens import left_pad

@@ -88,3 +88,25 @@ def open_fusers(model: C2CModel, scale: float = 1.0) -> C2CModel:
             elif name.endswith("gate_logit") and parameter.dim() == 0:
                 torch.nn.init.ones_(parameter)
     return model
+
+
+class Scores:
+    """A logits processor that changes nothing and keeps what it sees."""
+
+    def __init__(self):
+        self.seen = []
+
+    def __call__(self, ids, scores):
+        self.seen.append(scores.clone())
+        return scores
+
+
+def pair_folders(make_folder) -> list[str]:
+    """Folders of a tiny random receiver and sharer with different tokenizers; ``make_folder(name)`` makes one."""
+    folders = []
+    for name, family in (("chatml", "llama"), ("llama3", "qwen2")):
+        folder = make_folder(name)
+        build(family).save_pretrained(folder)
+        tokenizer(name).save_pretrained(folder)
+        folders.append(str(folder))
+    return folders

@@ -56,45 +56,69 @@ def fuse(
     Returns:
         Bytes of the sharers' entries that were read.
     """
-    clean = kv.layers(cache) if mode == "parallel" and len(sources) > 1 else None
-    if clean is not None:
-        clean = [(keys.clone(), values.clone()) for keys, values in clean]
+    active = [
+        (source, alignment)
+        for source, alignment in zip(sources, chunk.alignments, strict=True)
+        if source is not None and alignment is not None
+    ]
+    if mode == "parallel" and len(active) > 1:
+        outcomes = [_run(cache, receiver, tokens, *part) for part in active]  # all on the clean cache
+        for (source, _), outcome in zip(active, [_difference(outcome) for outcome in outcomes], strict=True):
+            _write(cache, source, outcome, add=True)
+        return sum(outcome.read for outcome in outcomes)
     read = 0
-    for source, alignment in zip(sources, chunk.alignments, strict=True):
-        if source is not None and alignment is not None:
-            read += _fuse_one(cache, clean, receiver, tokens, source, alignment)
+    for source, alignment in active:
+        outcome = _run(cache, receiver, tokens, source, alignment)
+        _write(cache, source, outcome)
+        read += outcome.read
     return read
 
 
-def _fuse_one(
-    cache: Cache,
-    clean: list[KeyValue] | None,
-    receiver: LanguageModel,
-    tokens: TokenBatch,
-    source: Source,
-    alignment: Alignment,
-) -> int:
-    config, device = source.fuser.config, source.fuser.device
-    ours = [clean[i] if clean is not None else kv.layer(cache, i) for i in config.fused_layers]
-    theirs = [kv.layer(source.cache, i) for i in config.source_layers]
-    pick_ours = _Picker(alignment, alignment.receiver, 0)
-    pick_theirs = _Picker(alignment, alignment.sharer, 1)
-    mine = _entries(ours, pick_ours, device, _rotary(receiver, tokens, pick_ours, source.fuser, config.fused_layers))
-    other = _entries(
-        theirs,
+@dataclass(frozen=True)
+class _Outcome:
+    """What a fuser made of aligned entries, and where it goes."""
+
+    picker: _Picker
+    ours: Entries
+    fused: list[KeyValue]
+    read: int
+
+
+def _run(cache: Cache, receiver: LanguageModel, tokens: TokenBatch, source: Source, alignment: Alignment) -> _Outcome:
+    """Run one fuser on the cache as it is now; nothing is written."""
+    fuser, config, device = source.fuser, source.fuser.config, source.fuser.device
+    pick_ours, pick_theirs = _Picker(alignment, alignment.receiver, 0), _Picker(alignment, alignment.sharer, 1)
+    ours = _entries(
+        [kv.layer(cache, i) for i in config.fused_layers],
+        pick_ours,
+        device,
+        _rotary(receiver, tokens, pick_ours, fuser, config.fused_layers),
+    )
+    theirs = _entries(
+        [kv.layer(source.cache, i) for i in config.source_layers],
         pick_theirs,
         device,
-        _rotary(source.sharer, source.tokens, pick_theirs, source.fuser, config.source_layers),
+        _rotary(source.sharer, source.tokens, pick_theirs, fuser, config.source_layers),
     )
-    fused = source.fuser(other, mine)
-    for place, layer in enumerate(config.fused_layers):
-        new_keys, new_values = fused[place]
+    read = sum(entry.nbytes for entry in (*theirs.keys, *theirs.values))
+    return _Outcome(pick_ours, ours, fuser(theirs, ours), read)
+
+
+def _difference(outcome: _Outcome) -> _Outcome:
+    """What was added to the clean entries. Taken before anything is written, since entries may be views."""
+    pairs = zip(outcome.fused, outcome.ours.keys, outcome.ours.values, strict=True)
+    added = [(fused[0] - keys, fused[1] - values) for fused, keys, values in pairs]
+    return _Outcome(outcome.picker, outcome.ours, added, outcome.read)
+
+
+def _write(cache: Cache, source: Source, outcome: _Outcome, add: bool = False) -> None:
+    """Put fused entries in the place of the receiver's, or add differences to them."""
+    for layer, (new_keys, new_values) in zip(source.fuser.config.fused_layers, outcome.fused, strict=True):
         keys, values = kv.layer(cache, layer)
-        if clean is not None:
-            new_keys = pick_ours.take(keys).to(device) + (new_keys - mine.keys[place])
-            new_values = pick_ours.take(values).to(device) + (new_values - mine.values[place])
-        kv.set_layer(cache, layer, pick_ours.put(keys, new_keys), pick_ours.put(values, new_values))
-    return sum(entry.nbytes for entry in (*other.keys, *other.values))
+        if add:
+            new_keys = outcome.picker.take(keys).to(new_keys.device) + new_keys
+            new_values = outcome.picker.take(values).to(new_values.device) + new_values
+        kv.set_layer(cache, layer, outcome.picker.put(keys, new_keys), outcome.picker.put(values, new_values))
 
 
 class _Picker:

@@ -136,7 +136,7 @@ class FuserTraining(nn.Module):
             theirs = kv.from_layers((torch.zeros_like(k), torch.zeros_like(v)) for k, v in kv.layers(theirs))
         if not torch.is_grad_enabled():
             cache = kv.copy(cache)
-        alignment, rows, sharer = batch.matched, None, batch.sharer
+        alignment, sharer = batch.matched, batch.sharer
         if message == "deranged":
             alignment = batch.deranged
             rows = torch.arange(len(batch.examples)).roll(-1)

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +20,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from c2c import kv
+from c2c.files import save_atomically
 from c2c.language_model import LanguageModel
 from c2c.tokens import TokenBatch, left_pad
 
@@ -67,7 +66,8 @@ class PrefillStore:
         self.model, self.kept, self.budget, self.batch = model, sorted(set(layers)), budget, batch
         self._memory: dict[str, PromptCache] = {}
         identity = model.identity.to_dict()
-        identity.pop("name")  # the same model under another path is the same model
+        for informative in ("name", "revision"):  # the same model under another path is the same model
+            identity.pop(informative)
         identity["dtype"] = str(model.dtype)
         self._identity = json.dumps(identity, sort_keys=True)
         self.folder = folder / _digest(self._identity)[:16] if folder is not None else None
@@ -81,8 +81,7 @@ class PrefillStore:
         return _digest(self._identity + json.dumps(list(ids)))
 
     def __contains__(self, ids: Sequence[int]) -> bool:
-        key = self.key(ids)
-        return key in self._memory or self._holds(key)
+        return self._holds(self.key(ids))
 
     def get(self, prompts: Sequence[Sequence[int]]) -> list[PromptCache]:
         """The caches of these prompts, computed where they are missing."""
@@ -127,21 +126,24 @@ class PrefillStore:
         return entries
 
     def _read(self, key: str) -> PromptCache | None:
-        if key in self._memory:
-            return self._memory[key]
-        if not self._holds(key):
-            return None
-        with safe_open(self._path(key), framework="pt") as file:
-            layers = {i: (file.get_tensor(f"{i}.key"), file.get_tensor(f"{i}.value")) for i in self.kept}
-        return PromptCache(layers)
+        path = self._path(key)
+        if path is None or not path.exists():
+            return self._memory.get(key)
+        with safe_open(path, framework="pt") as file:
+            if not self._complete(file.keys()):
+                return None
+            return PromptCache({i: (file.get_tensor(f"{i}.key"), file.get_tensor(f"{i}.value")) for i in self.kept})
 
     def _holds(self, key: str) -> bool:
         path = self._path(key)
         if path is None or not path.exists():
-            return False
+            return key in self._memory
         with safe_open(path, framework="pt") as file:
-            names = set(file.keys())
-        return all(f"{index}.key" in names for index in self.kept)
+            return self._complete(file.keys())
+
+    def _complete(self, names: Sequence[str]) -> bool:
+        """Whether a file has all the layers kept; another layer map may have written it."""
+        return {f"{index}.key" for index in self.kept} <= set(names)
 
     def _write(self, key: str, entry: PromptCache) -> None:
         if self.used + entry.nbytes > self.budget:
@@ -153,10 +155,7 @@ class PrefillStore:
             return
         tensors = {f"{i}.key": keys for i, (keys, _) in entry.layers.items()}
         tensors |= {f"{i}.value": values for i, (_, values) in entry.layers.items()}
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".writing-")
-        os.close(handle)
-        save_file(tensors, temporary)
-        os.replace(temporary, path)
+        save_atomically(path.parent, lambda folder: save_file(tensors, Path(folder) / path.name))
 
     def _path(self, key: str) -> Path | None:
         return None if self.folder is None else self.folder / f"{key}.safetensors"
