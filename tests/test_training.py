@@ -60,10 +60,10 @@ def open_fuser(model: C2CModel) -> None:
 
 def test_loss_from_stored_caches_equals_the_loss_through_the_public_path(folders, tmp_path):
     prepared = prepare(config(folders, tmp_path))
-    model, training = prepared.training._frozen[0], prepared.training
+    model, training = prepared.training.model, prepared.training
     open_fuser(model)
     example = prepared.train[0]
-    stored = float(training.losses(training.collate([example]), "matched").detach())
+    stored = float(training.token_losses(training.collate([example]), "matched")[0, 0].detach())
     fused = model.prepare(example.row.messages, options=RenderOptions(answer_prefix=example.row.answer_prefix))
     logits = model.receiver.next_logits(fused.tokens, fused.cache)
     direct = float(torch.nn.functional.cross_entropy(logits, torch.tensor(example.response_ids[:1])))
@@ -74,7 +74,7 @@ def test_a_batch_has_the_losses_of_its_examples(folders, tmp_path):
     training = prepare(config(folders, tmp_path)).training
     prepared = prepare(config(folders, tmp_path))
     training = prepared.training
-    open_fuser(training._frozen[0])
+    open_fuser(training.model)
     together = training.losses(training.collate(prepared.train[:4]), "matched")
     alone = torch.cat([training.losses(training.collate([e]), "matched") for e in prepared.train[:4]])
     assert torch.allclose(together, alone, atol=1e-4)
@@ -85,7 +85,7 @@ def test_gradients_reach_the_fuser_and_nothing_else(folders, tmp_path):
     training = prepared.training
     training(prepared.train[:4])["loss"].backward()
     assert training.fuser.up.grad.abs().sum() > 0
-    model = training._frozen[0]
+    model = training.model
     assert all(p.grad is None for m in (model.receiver, model.sharers[0]) for p in m.model.parameters())
     assert {id(p) for p in training.parameters()} == {id(p) for p in training.fuser.parameters()}
 
@@ -93,7 +93,7 @@ def test_gradients_reach_the_fuser_and_nothing_else(folders, tmp_path):
 def test_the_stored_caches_are_not_changed_by_a_step(folders, tmp_path):
     prepared = prepare(config(folders, tmp_path))
     training = prepared.training
-    open_fuser(training._frozen[0])
+    open_fuser(training.model)
     batch = training.collate(prepared.train[:4])
     before = [keys.clone() for keys, _ in kv.layers(batch.receiver_cache)]
     for message in ("matched", "deranged", "zero", "none"):
@@ -105,7 +105,7 @@ def test_the_stored_caches_are_not_changed_by_a_step(folders, tmp_path):
 def test_messages_differ_and_none_is_the_receiver_alone(folders, tmp_path):
     prepared = prepare(config(folders, tmp_path))
     training = prepared.training
-    open_fuser(training._frozen[0])
+    open_fuser(training.model)
     batch = training.collate(prepared.train[:4])
     with torch.no_grad():
         logits = {m: training.logits(batch, m) for m in ("matched", "deranged", "zero", "none")}
@@ -118,7 +118,7 @@ def test_messages_differ_and_none_is_the_receiver_alone(folders, tmp_path):
 def test_guard_adds_what_a_wrong_message_gains_over_the_receiver(folders, tmp_path):
     prepared = prepare(config(folders, tmp_path, guard_weight=2.0))
     training = prepared.training
-    open_fuser(training._frozen[0])
+    open_fuser(training.model)
     batch = training.collate(prepared.train[:4])
     with torch.no_grad():
         gained = torch.relu(training.losses(batch, "none") - training.losses(batch, "deranged")).mean()
@@ -246,18 +246,11 @@ def test_questions_of_excluded_files_are_dropped_and_counted(folders):
 
 def test_long_prompts_are_dropped_and_counted(folders, tmp_path):
     prepared = prepare(config(folders, tmp_path))
-    model = prepared.training._frozen[0]
-    row = multiple_choice({"id": 1, "question": "long " * 500, "choices": ["a", "b"], "answer": 1})
+    model = prepared.training.model
+    row = multiple_choice({"id": 1, "question": "long " * 500, "choices": ["a", "b"], "answer": 1}, DataSource())
     examples, dropped = build_examples(model, [row], 512, 16)
     assert examples == []
     assert dropped == {"prompt too long": 1}
-
-
-def test_multiple_choice_row():
-    row = multiple_choice({"id": 1, "question": "2 + 2?", "choices": ["3", "4"], "answer": 1})
-    assert row.response == " B"
-    assert row.choices == (" A", " B")
-    assert "B. 4" in row.messages[-1]["content"]
 
 
 @pytest.mark.parametrize(

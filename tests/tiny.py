@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from transformers import (
+    AddedToken,
     AutoTokenizer,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
@@ -102,11 +103,16 @@ class Scores:
 
 
 def pair_folders(make_folder) -> list[str]:
-    """Folders of a tiny random receiver and sharer with different tokenizers; ``make_folder(name)`` makes one."""
+    """Folders of a tiny random receiver and sharer with different tokenizers; ``make_folder(name)`` makes one.
+
+    The tokenizers spell " A" to " H" with a token each, as those of real models do.
+    """
     folders = []
     for name, family in (("chatml", "llama"), ("llama3", "qwen2")):
         folder = make_folder(name)
         build(family).save_pretrained(folder)
-        tokenizer(name).save_pretrained(folder)
+        words = tokenizer(name)
+        words.add_tokens([AddedToken(f" {letter}", normalized=False) for letter in "ABCDEFGH"])
+        words.save_pretrained(folder)
         folders.append(str(folder))
     return folders

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from c2c.cli.output import err, out, print_json
+from c2c.cli.output import out, print_json, progress_bars
 
 _TRAIN_EPILOG = """Examples:
 
@@ -35,6 +34,8 @@ def register(app: typer.Typer) -> None:
 
 
 ConfigPath = Annotated[Path, typer.Argument(help="YAML file; see configs/.")]
+ReceiverName = Annotated[str | None, typer.Option(help="Overrides receiver.")]
+SharerName = Annotated[str | None, typer.Option(help="Overrides sharer.")]
 DataDir = Annotated[str | None, typer.Option(help="Overrides data_dir.")]
 StoreDir = Annotated[str | None, typer.Option(help="Overrides store_dir.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
@@ -42,6 +43,8 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")
 
 def train(
     config: ConfigPath,
+    receiver: ReceiverName = None,
+    sharer: SharerName = None,
     data_dir: DataDir = None,
     output_dir: Annotated[str | None, typer.Option(help="Overrides output_dir.")] = None,
     store_dir: StoreDir = None,
@@ -55,28 +58,42 @@ def train(
     from c2c.training import train as run_training
 
     loaded = load_config(
-        config, data_dir=data_dir, output_dir=output_dir, store_dir=store_dir, seed=seed, max_steps=max_steps
+        config,
+        receiver=receiver,
+        sharer=sharer,
+        data_dir=data_dir,
+        output_dir=output_dir,
+        store_dir=store_dir,
+        seed=seed,
+        max_steps=max_steps,
     )
-    with _progress() as bars:
-        summary = run_training(loaded, resume=resume, progress=_Reporter(bars))
+    with progress_bars() as report:
+        summary = run_training(loaded, resume=resume, progress=report)
     if json_:
         print_json(summary)
     else:
         _show(summary)
 
 
-def prefill(config: ConfigPath, data_dir: DataDir = None, store_dir: StoreDir = None, json_: Json = False) -> None:
+def prefill(
+    config: ConfigPath,
+    receiver: ReceiverName = None,
+    sharer: SharerName = None,
+    data_dir: DataDir = None,
+    store_dir: StoreDir = None,
+    json_: Json = False,
+) -> None:
     """Fill the prefill store of a configuration ahead of training."""
     from c2c.errors import C2CError
     from c2c.training import load_config
     from c2c.training.run import fill, prepare
 
-    loaded = load_config(config, data_dir=data_dir, store_dir=store_dir)
+    loaded = load_config(config, receiver=receiver, sharer=sharer, data_dir=data_dir, store_dir=store_dir)
     if loaded.store_dir is None:
         raise C2CError("this config keeps its prefills in memory: set store_dir, or pass --store-dir FOLDER.")
     prepared = prepare(loaded)
-    with _progress() as bars:
-        fill(prepared, _Reporter(bars))
+    with progress_bars() as report:
+        fill(prepared, report)
     stores = {"receiver": prepared.receiver_store, "sharer": prepared.sharer_store}
     data: dict[str, Any] = {
         "prompts": len(prepared.train) + len(prepared.dev),
@@ -87,24 +104,6 @@ def prefill(config: ConfigPath, data_dir: DataDir = None, store_dir: StoreDir = 
         print_json(data)
     else:
         out.print(f"{data['prompts']} prompts in {loaded.store_dir}, {data['bytes'] / 1e9:.2f} GB")
-
-
-class _Reporter:
-    """Turns (stage, done, total) into progress bars."""
-
-    def __init__(self, bars: Progress) -> None:
-        self.bars = bars
-        self.tasks: dict[str, Any] = {}
-
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        if stage not in self.tasks:
-            self.tasks[stage] = self.bars.add_task(stage, total=total)
-        self.bars.update(self.tasks[stage], completed=done)
-
-
-def _progress() -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=err)
 
 
 def _show(summary: dict[str, Any]) -> None:

@@ -18,17 +18,37 @@ class ConfigError(C2CError, ValueError):
 
 @dataclass(frozen=True)
 class DataSource:
-    """Rows to train or choose on.
+    """Rows to train, choose or evaluate on.
 
     Attributes:
-        path: JSONL file, relative to ``data_dir``.
-        kind: ``multiple_choice``, ``context_question`` or ``instruction``.
+        path: JSONL file, relative to ``data_dir``; or give ``dataset``.
+        kind: ``multiple_choice``, ``context_question``, ``question``, ``instruction`` or ``chat``.
+        form: how a multiple-choice question is put: ``letter``, ``published`` or ``sentence``.
         limit: at most this many rows, drawn with the run's seed.
+        skip: leave out so many of the drawn rows first, so that two sources of one file do not overlap.
+        vary_options: share of the questions that get 2 to 8 options in a new order, the missing ones from other
+            questions.
+        dataset: id of the ``datasets`` library, in place of ``path``.
+        subset: configuration of the data set.
+        split: split of the data set.
+        columns: our keys to the columns that hold them, for instance ``{output: response}``.
     """
 
-    path: str
+    path: str | None = None
     kind: str = "multiple_choice"
+    form: str = "letter"
     limit: int | None = None
+    skip: int = 0
+    vary_options: float = 0.0
+    dataset: str | None = None
+    subset: str | None = None
+    split: str = "train"
+    columns: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The file or data set."""
+        return str(self.path if self.path is not None else self.dataset)
 
 
 @dataclass(frozen=True)

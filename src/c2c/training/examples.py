@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from c2c.alignment import Alignment
 from c2c.errors import PromptError
@@ -23,7 +24,10 @@ class Example:
         sharer_ids: what of the sharer's prompt is read.
         alignment: which entries are fused; of one row.
         response_ids: the receiver's tokens to learn.
-        choice_ids: for multiple choice, the first token of each choice.
+        weights: what each of them counts in the loss; they add up to 1, or to 2 for multiple choice, where the token
+            that names the choice counts 1 and the others share 1.
+        decisive: index of the response token that names the choice; 0 without choices.
+        choice_ids: for multiple choice, the token that names each choice.
     """
 
     row: Row
@@ -31,6 +35,8 @@ class Example:
     sharer_ids: list[int]
     alignment: Alignment
     response_ids: list[int]
+    weights: list[float]
+    decisive: int
     choice_ids: list[int]
 
 
@@ -64,13 +70,43 @@ def _build(model: C2CModel, row: Row) -> Example:
         raise PromptError("training needs an aligner with a single chunk, such as 'spans'")
     stop = int(alignment.sharer.max()) + 1
     response = tokenizer.encode(row.response, add_special_tokens=False)
-    if not row.choices and tokenizer.eos_token_id is not None:
+    if row.ends and tokenizer.eos_token_id is not None:
         response = [*response, tokenizer.eos_token_id]
+    if not response:
+        raise PromptError(f"row {row.id} has an empty response")
+    decisive, choices = choice_tokens(tokenizer, row.lead, row.choices)
     return Example(
         row,
         prompt.receiver.ids[0].tolist(),
         prompt.sharers[0].ids[0, :stop].tolist(),
         alignment,
         response,
-        [tokenizer.encode(choice, add_special_tokens=False)[0] for choice in row.choices],
+        _weights(len(response), decisive if choices else None),
+        decisive,
+        choices,
     )
+
+
+def choice_tokens(tokenizer: Any, lead: str, choices: Sequence[str]) -> tuple[int, list[int]]:
+    """Where in ``lead + choice`` the choice is named, and the token that names each choice there.
+
+    Raises:
+        PromptError: two choices are spelled alike.
+    """
+    spelled = [tokenizer.encode(lead + choice, add_special_tokens=False) for choice in choices]
+    if not spelled:
+        return 0, []
+    for at in range(min(map(len, spelled))):
+        ids = [tokens[at] for tokens in spelled]
+        if len(set(ids)) == len(ids):
+            return at, ids
+        if len(set(ids)) > 1:
+            break
+    raise PromptError(f"no single token tells the choices {list(choices)} apart in the receiver's or sharer's words")
+
+
+def _weights(length: int, decisive: int | None) -> list[float]:
+    """Loss weights: a letter must not drown among the words around it."""
+    if decisive is None:
+        return [1 / length] * length
+    return [1.0 if index == decisive else 1 / (length - 1) for index in range(length)]

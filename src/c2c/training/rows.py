@@ -1,4 +1,4 @@
-"""Training rows: JSONL files to prompts with their responses."""
+"""Rows: questions, instructions and conversations from files or data sets, as prompts with their responses."""
 
 from __future__ import annotations
 
@@ -13,20 +13,40 @@ from typing import Any
 from c2c.messages import Conversation
 from c2c.training.config import ConfigError, DataSource
 
-LETTERS = "ABCDEFGHIJ"
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+SYSTEM = "You are a helpful assistant."
+
+# The published benchmark prompt (Cache-to-Cache, ICLR 2026, appendix, Text 1).
+PUBLISHED = """Accurately answer the following question:
+
+{question}
+
+Choices:
+{choices}
+
+Instructions:
+- Carefully read the question and all options.
+- Select the single most correct answer.
+- Respond ONLY in the following format: "The correct answer is A/B/C/D".
+- Do not include any explanations, additional text, or punctuation besides the answer.
+
+The correct answer is"""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One prompt with the response to learn.
+    """One prompt with the response to learn or to compare with.
 
     Attributes:
         id: the row's id.
         messages: the conversation.
         answer_prefix: text after the generation prompt, which the response continues.
         response: the text to learn.
-        choices: the responses to choose from, for multiple choice; else empty.
-        answer: index of the right choice.
+        choices: what follows ``lead`` for each option, for multiple choice; else empty.
+        answer: index of the right choice, -1 without choices.
+        lead: the part of the response before the choice.
+        ends: whether the end token belongs to the response.
+        source: where the row came from.
     """
 
     id: str
@@ -35,38 +55,125 @@ class Row:
     response: str
     choices: tuple[str, ...] = ()
     answer: int = -1
+    lead: str = ""
+    ends: bool = True
+    source: str = ""
 
 
-def multiple_choice(data: dict[str, Any]) -> Row:
-    """``question``, ``choices``, ``answer`` (index): the response is the letter."""
-    choices = data["choices"]
-    lines = "\n".join(f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=False))
+# -- multiple choice -------------------------------------------------------------------------------------------------
+
+
+def letter_form(question: str, choices: Sequence[str], answer: int) -> Row:
+    """Answered by the letter that follows "The answer is": the form in which fusers are compared."""
     text = (
         "Answer the following multiple choice question with the letter of the correct option.\n\n"
-        f"Question: {data['question']}\n{lines}"
+        f"Question: {question}\n{_lines(choices)}"
     )
-    letters = tuple(f" {letter}" for letter in LETTERS[: len(choices)])
-    return Row(str(data["id"]), _turn(text), "The answer is", letters[data["answer"]], letters, int(data["answer"]))
+    letters = _letters(choices)
+    return Row("", _turn(text), "The answer is", letters[answer], letters, answer)
 
 
-def context_question(data: dict[str, Any]) -> Row:
-    """``context``, ``question``, ``answer``: the response is the answer."""
-    text = f"Answer the question from the passage.\n\nPassage: {data['context']}\n\nQuestion: {data['question']}"
-    answer = data.get("answer") or data["answers"][0]
-    return Row(str(data["id"]), _turn(text), "", str(answer))
+def published_form(question: str, choices: Sequence[str], answer: int) -> Row:
+    """The published prompt, answered by a sentence: "The correct answer is C"."""
+    text = PUBLISHED.format(question=question, choices=_lines(choices))
+    return _sentence(text, choices, answer, "")
 
 
-def instruction(data: dict[str, Any]) -> Row:
+def sentence_form(question: str, choices: Sequence[str], answer: int) -> Row:
+    """Answered by a sentence with the letter and the option's text."""
+    text = (
+        "Answer the following multiple choice question. Give the letter and the text of the correct option.\n\n"
+        f"Question: {question}\n{_lines(choices)}"
+    )
+    return _sentence(text, choices, answer, f". {choices[answer]}")
+
+
+FORMS: dict[str, Callable[[str, Sequence[str], int], Row]] = {
+    "letter": letter_form,
+    "published": published_form,
+    "sentence": sentence_form,
+}
+
+
+def multiple_choice(data: dict[str, Any], source: DataSource) -> Row:
+    """``question``, ``choices``, ``answer`` (index)."""
+    choices, answer = data.get("choices"), data.get("answer")
+    if not isinstance(choices, list) or not 2 <= len(choices) <= len(LETTERS):
+        raise ConfigError(f"'choices' is {choices!r}; expected a list of 2 to {len(LETTERS)} texts.")
+    if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
+        raise ConfigError(f"'answer' is {answer!r}; expected the index of a choice, 0 to {len(choices) - 1}.")
+    if source.form not in FORMS:
+        raise ConfigError(f"unknown form {source.form!r}. Known: {', '.join(FORMS)}.")
+    return FORMS[source.form](_text(data, "question"), [str(choice) for choice in choices], answer)
+
+
+def vary_options(rows: list[dict[str, Any]], source: DataSource, seed: int) -> list[dict[str, Any]]:
+    """Give a share of the questions another number of options, 2 to 8, and a new order.
+
+    Missing options are taken from other questions of the same file. A fuser that has only seen four letters has
+    little reason to pass on a fifth.
+    """
+    draw = random.Random(seed)
+    return [_vary(data, rows, draw) if draw.random() < source.vary_options else data for data in rows]
+
+
+def _vary(data: dict[str, Any], rows: Sequence[dict[str, Any]], draw: random.Random) -> dict[str, Any]:
+    right = data["choices"][data["answer"]]
+    wrong = [choice for choice in data["choices"] if choice != right]
+    draw.shuffle(wrong)
+    wanted = draw.randint(2, 8)
+    for _ in range(20 * wanted):  # ends even where the file holds too few different options
+        if len(wrong) >= wanted - 1:
+            break
+        other = draw.choice(draw.choice(rows)["choices"])
+        if other not in wrong and other != right:
+            wrong.append(other)
+    choices = [right, *wrong[: wanted - 1]]
+    draw.shuffle(choices)
+    return data | {"choices": choices, "answer": choices.index(right)}
+
+
+# -- open answers ----------------------------------------------------------------------------------------------------
+
+
+def context_question(data: dict[str, Any], source: DataSource) -> Row:
+    """``context``, ``question``, ``answer`` or ``answers``: the response is the answer."""
+    answers = data.get("answers") or [""]
+    answer = data.get("answer") or answers[0]
+    text = f"Answer the question from the passage.\n\nPassage: {_text(data, 'context')}\n\nQuestion: "
+    return Row("", _turn(text + _text(data, "question")), "", str(answer))
+
+
+def question(data: dict[str, Any], source: DataSource) -> Row:
+    """``question`` with ``solution`` (worked out, as in GSM8K) or ``answer``."""
+    return Row("", _turn(_text(data, "question")), "", str(data.get("solution") or _text(data, "answer")))
+
+
+def instruction(data: dict[str, Any], source: DataSource) -> Row:
     """``instruction``, ``input``, ``output``."""
-    text = "\n\n".join(part for part in (data["instruction"], data.get("input", "")) if part)
-    return Row(str(data["id"]), _turn(text), "", str(data["output"]))
+    text = "\n\n".join(part for part in (_text(data, "instruction"), data.get("input", "")) if part)
+    return Row("", _turn(text), "", _text(data, "output"))
 
 
-KINDS: dict[str, Callable[[dict[str, Any]], Row]] = {
+def chat(data: dict[str, Any], source: DataSource) -> Row:
+    """``messages`` (role, content), several turns; the last one, of the assistant, is the response."""
+    messages = data.get("messages") or data.get("conversations")
+    turns = [_message(message) for message in messages] if isinstance(messages, list) else []
+    if len(turns) < 2 or turns[-1]["role"] != "assistant":
+        raise ConfigError(f"'messages' is {messages!r}; expected turns that end with the assistant's.")
+    return Row("", turns[:-1], "", turns[-1]["content"])
+
+
+KINDS: dict[str, Callable[[dict[str, Any], DataSource], Row]] = {
     "multiple_choice": multiple_choice,
     "context_question": context_question,
+    "question": question,
     "instruction": instruction,
+    "chat": chat,
 }
+
+
+# -- reading ---------------------------------------------------------------------------------------------------------
 
 
 def load_rows(
@@ -75,13 +182,16 @@ def load_rows(
     """Read, filter, draw and mix rows.
 
     Args:
-        sources: the files.
-        data_dir: where their paths start.
+        sources: files or data sets.
+        data_dir: where the paths of files start.
         seed: of the draw and the order.
         exclude: normalised questions that must not be used, see :func:`questions`.
 
     Returns:
         The rows, and how many were dropped, by reason.
+
+    Raises:
+        ConfigError: a file is missing, a row is not what its kind needs, or a kind is unknown; names the row.
     """
     dropped: Counter[str] = Counter()
     rows: list[Row] = []
@@ -89,20 +199,38 @@ def load_rows(
         if source.kind not in KINDS:
             raise ConfigError(f"unknown kind of rows {source.kind!r}. Known: {', '.join(KINDS)}.")
         kept = []
-        for data in read_jsonl(data_dir / source.path):
-            if _normalise(str(data.get("question") or data.get("instruction") or "")) in exclude:
+        for data in read(source, data_dir):
+            if _asked(data) in exclude:
                 dropped["question is in an excluded file"] += 1
             else:
                 kept.append(data)
         random.Random(seed).shuffle(kept)
-        rows += [KINDS[source.kind](data) for data in kept[: source.limit]]
+        drawn = kept[source.skip :][: source.limit]
+        converted = [_convert(data, source) for data in drawn]  # refuses broken rows before options are varied
+        if source.vary_options:
+            converted = [_convert(data, source) for data in vary_options(drawn, source, seed)]
+        rows += converted
     random.Random(seed + 1).shuffle(rows)
     return rows, dropped
 
 
 def questions(files: Sequence[Path]) -> frozenset[str]:
     """The questions of these files, normalised, to be kept out of training."""
-    return frozenset(_normalise(str(data.get("question", ""))) for file in files for data in read_jsonl(file))
+    return frozenset(_asked(data) for file in files for data in read_jsonl(file))
+
+
+def read(source: DataSource, data_dir: Path) -> Iterator[dict[str, Any]]:
+    """The raw rows of a file or data set, with columns renamed.
+
+    Raises:
+        ConfigError: neither or both of ``path`` and ``dataset`` are given, or the data set can't be had.
+    """
+    if (source.path is None) == (source.dataset is None):
+        raise ConfigError(f"give either 'path' or 'dataset' for a source, got {source.path!r} and {source.dataset!r}.")
+    found = read_jsonl(data_dir / source.path) if source.path is not None else _read_dataset(source)
+    for index, data in enumerate(found):
+        renamed = data | {key: data[column] for key, column in source.columns.items() if column in data}
+        yield {"id": f"{source.name}/{index}"} | renamed
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
@@ -111,7 +239,7 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
     Raises:
         ConfigError: missing, or a line that is not a JSON object; names the line.
     """
-    if not path.exists():
+    if not path.is_file():
         raise ConfigError(f"no such data file: {path}. Set data_dir to the folder that the paths start from.")
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
@@ -125,9 +253,61 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
                 yield data
 
 
-def _normalise(text: str) -> str:
-    return " ".join(text.lower().split())
+def _read_dataset(source: DataSource) -> Iterator[dict[str, Any]]:
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise ConfigError(
+            f"data set {source.dataset!r} needs the datasets library: pip install 'cache2cache[datasets]'."
+        ) from error
+    try:
+        found = load_dataset(source.dataset, source.subset, split=source.split)
+    except Exception as error:  # the library raises what its loaders raise
+        raise ConfigError(
+            f"could not read data set {source.dataset!r} (subset {source.subset!r}, split {source.split!r}): {error}"
+        ) from error
+    yield from (dict(data) for data in found)
+
+
+def _convert(data: dict[str, Any], source: DataSource) -> Row:
+    try:
+        row = KINDS[source.kind](data, source)
+    except ConfigError as error:
+        raise ConfigError(f"{source.name}, row {data.get('id')!r} as {source.kind}: {error}") from error
+    return Row(**(vars(row) | {"id": str(data["id"]), "source": source.name}))
+
+
+def _sentence(text: str, choices: Sequence[str], answer: int, rest: str) -> Row:
+    letters, lead = _letters(choices), "The correct answer is"
+    return Row("", _turn(text), "", f"{lead}{letters[answer]}{rest}", letters, answer, lead=lead)
+
+
+def _lines(choices: Sequence[str]) -> str:
+    return "\n".join(f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=False))
+
+
+def _letters(choices: Sequence[str]) -> tuple[str, ...]:
+    return tuple(f" {letter}" for letter in LETTERS[: len(choices)])
+
+
+def _text(data: dict[str, Any], key: str) -> str:
+    value = data.get(key)
+    if value is None or str(value).strip() == "":
+        raise ConfigError(f"{key!r} is missing or empty; the row has {', '.join(sorted(data))}.")
+    return str(value)
+
+
+def _message(message: dict[str, Any]) -> dict[str, str]:
+    """One turn, also under the names that ShareGPT-like sets use."""
+    roles = {"human": "user", "gpt": "assistant"}
+    role = str(message.get("role") or message.get("from"))
+    return {"role": roles.get(role, role), "content": str(message.get("content") or message.get("value") or "")}
+
+
+def _asked(data: dict[str, Any]) -> str:
+    asked = str(data.get("question") or data.get("instruction") or "")
+    return " ".join(asked.lower().split())
 
 
 def _turn(text: str) -> Conversation:
-    return [{"role": "system", "content": "You are a helpful assistant."}, {"role": "user", "content": text}]
+    return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": text}]

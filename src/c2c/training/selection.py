@@ -76,7 +76,7 @@ def _right(training: FuserTraining, batch: object, message: Message) -> list[flo
     scores = []
     for row, example in enumerate(batch.examples):  # type: ignore[attr-defined]
         if example.choice_ids:
-            best = int(logits[row, 0, example.choice_ids].argmax())
+            best = int(logits[row, example.decisive, example.choice_ids].argmax())
             scores.append(float(best == example.row.answer))
         else:
             length = len(example.response_ids)

@@ -35,6 +35,7 @@ class Batch:
         matched: alignment with each row's own sharer cache.
         deranged: alignment with another row's.
         responses: ids to learn, ``[batch, response]``, right-padded with -100.
+        weights: what each of them counts in the loss, ``[batch, response]``, 0 on padding.
     """
 
     examples: Sequence[Example]
@@ -45,6 +46,7 @@ class Batch:
     matched: Alignment
     deranged: Alignment
     responses: Tensor
+    weights: Tensor
 
 
 class FuserTraining(nn.Module):
@@ -66,6 +68,16 @@ class FuserTraining(nn.Module):
         self._frozen = (model, receiver_store, sharer_store)
         self.guard_weight = guard_weight
         self.accepts_loss_kwargs = False
+
+    @property
+    def model(self) -> C2CModel:
+        """The frozen pair with its fuser."""
+        return self._frozen[0]
+
+    @property
+    def sharer_store(self) -> PrefillStore:
+        """The sharer's prefills."""
+        return self._frozen[2]
 
     def forward(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         """The loss of a batch of examples: next-token loss on the responses, plus the guard."""
@@ -95,19 +107,21 @@ class FuserTraining(nn.Module):
             stack(theirs, model.sharers[0].geometry.layers, dtype, device),
             _batch_alignment(examples, receiver.length, sharer.length, shift=0),
             _batch_alignment(examples, receiver.length, sharer.length, shift=1),
-            nn.utils.rnn.pad_sequence(
-                [torch.tensor(example.response_ids) for example in examples], batch_first=True, padding_value=-100
-            ).to(device),
+            _right_pad([example.response_ids for example in examples], -100).to(device),
+            _right_pad([example.weights for example in examples], 0.0).to(device),
         )
 
     def losses(self, batch: Batch, message: Message) -> Tensor:
-        """Mean next-token loss of each example's response, ``[batch]``."""
+        """Loss of each example's response, its tokens weighted by ``Example.weights``; ``[batch]``."""
+        return (self.token_losses(batch, message) * batch.weights).sum(-1)
+
+    def token_losses(self, batch: Batch, message: Message) -> Tensor:
+        """Next-token loss of each response token in nats, 0 on padding; ``[batch, response]``."""
         logits = self.logits(batch, message)
-        flat = nn.functional.cross_entropy(
+        loss = nn.functional.cross_entropy(
             logits.flatten(0, 1).float(), batch.responses.flatten(), ignore_index=-100, reduction="none"
-        ).view(batch.responses.shape)
-        real = (batch.responses != -100).float()
-        return (flat * real).sum(-1) / real.sum(-1)
+        )
+        return loss.view(batch.responses.shape)
 
     def logits(self, batch: Batch, message: Message, width: int | None = None) -> Tensor:
         """The receiver's predictions of the response tokens, ``[batch, response, vocab]``."""
@@ -120,13 +134,14 @@ class FuserTraining(nn.Module):
             input_ids=ids,
             attention_mask=mask.long(),
             position_ids=positions,
-            past_key_values=self._fused(batch, message),
+            past_key_values=self.fused(batch, message),
             use_cache=True,
         )
         logits: Tensor = out.logits
         return logits
 
-    def _fused(self, batch: Batch, message: Message) -> DynamicCache:
+    def fused(self, batch: Batch, message: Message) -> DynamicCache:
+        """The receiver's cache of all but the last prompt token, fused with a message; ``batch`` stays clean."""
         model = self._frozen[0]
         cache = kv.from_layers(kv.layers(batch.receiver_cache))  # fusion replaces or overwrites these
         if message == "none":
@@ -159,6 +174,11 @@ def _batch_alignment(examples: Sequence[Example], width: int, sharer_width: int,
             (row, t + ours, s + theirs) for t, s in zip(example.alignment.receiver.tolist(), columns, strict=True)
         ]
     return Alignment.from_pairs(pairs)
+
+
+def _right_pad(rows: Sequence[Sequence[float]], filler: float) -> Tensor:
+    tensors = [torch.tensor(row) for row in rows]
+    return nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=filler)
 
 
 def _proportional(own: list[int], other: list[int]) -> list[int]:

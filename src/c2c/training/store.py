@@ -42,6 +42,10 @@ class PromptCache:
         """Bytes of all tensors."""
         return sum(keys.nbytes + values.nbytes for keys, values in self.layers.values())
 
+    def first(self, tokens: int) -> PromptCache:
+        """The cache of the first tokens, as views."""
+        return PromptCache({i: (k[:, :, :tokens], v[:, :, :tokens]) for i, (k, v) in self.layers.items()})
+
 
 class PrefillStore:
     """Prompt caches of one model, in memory or on disk, within a budget.

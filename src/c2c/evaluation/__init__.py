@@ -1,0 +1,6 @@
+"""Evaluation that can say no: a fuser beside each model alone and beside the wrong message, on the same items."""
+
+from c2c.evaluation.config import EvalConfig
+from c2c.evaluation.run import evaluate
+
+__all__ = ["EvalConfig", "evaluate"]

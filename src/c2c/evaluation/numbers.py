@@ -1,0 +1,77 @@
+"""Accuracies, gains and their intervals, from right and wrong per item."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Values = NDArray[np.float64]
+DRAWS = 10_000
+
+
+def summarise(scores: Mapping[str, Sequence[float]], seed: int, *, percent: bool = True) -> dict[str, Any]:
+    """All numbers of a table.
+
+    Args:
+        scores: for each system one number per item, the same items in the same order: 1 or 0, or a loss.
+        seed: of the bootstrap.
+        percent: scores are right (1) or wrong (0) and are reported in percent and points; otherwise means are
+            reported as they are.
+
+    Returns:
+        ``n``; ``systems`` with the accuracy (or mean) of each and its 95 % interval; ``G`` = matched - receiver and
+        ``P`` = matched - deranged with intervals from a paired bootstrap over items, as far as these systems are
+        there; for accuracies also the share of answers mended and spoiled, McNemar's test, and the part of the gap
+        between receiver and sharer that is recovered.
+    """
+    arrays = {name: np.asarray(values, dtype=np.float64) for name, values in scores.items()}
+    n = len(next(iter(arrays.values())))
+    draws = np.random.default_rng(seed).integers(0, n, (DRAWS, n))
+    scale, key = (100.0, "accuracy") if percent else (1.0, "mean")
+    result: dict[str, Any] = {"n": n, "unit": "percent" if percent else "nats per token", "systems": {}}
+    for name, values in arrays.items():
+        result["systems"][name] = {key: _round(scale * values.mean()), "ci95": _interval(values, draws, scale)}
+    for name, other in (("G", "receiver"), ("P", "deranged"), ("Z", "zero"), ("S", "sharer")):
+        if "matched" in arrays and other in arrays:
+            difference = arrays["matched"] - arrays[other]
+            result[name] = _round(scale * difference.mean())
+            result[f"{name}_ci95"] = _interval(difference, draws, scale)
+    if percent and "matched" in arrays and "receiver" in arrays:
+        result |= _changes(arrays["receiver"], arrays["matched"])
+        if "sharer" in arrays:
+            gap = float(arrays["sharer"].mean() - arrays["receiver"].mean())
+            gained = float(arrays["matched"].mean() - arrays["receiver"].mean())
+            result["gap_recovered"] = _round(100 * gained / gap) if gap > 0 else None
+    return result
+
+
+def mcnemar(first_only: int, second_only: int) -> float:
+    """Two-sided exact p-value for paired answers, from how many items only one of two systems has right."""
+    n, k = first_only + second_only, min(first_only, second_only)
+    if n == 0:
+        return 1.0
+    tail = sum(math.comb(n, i) for i in range(k + 1)) * 2
+    return min(1.0, tail / 2**n) if n < 1000 else min(1.0, math.exp(math.log(tail) - n * math.log(2)))
+
+
+def _changes(before: Values, after: Values) -> dict[str, Any]:
+    mended, spoiled = int(((after == 1) & (before == 0)).sum()), int(((after == 0) & (before == 1)).sum())
+    n = len(before)
+    return {
+        "mended": _round(100 * mended / n),
+        "spoiled": _round(100 * spoiled / n),
+        "mcnemar_p": mcnemar(mended, spoiled),
+    }
+
+
+def _interval(values: Values, draws: NDArray[np.int64], scale: float) -> list[float]:
+    low, high = np.percentile(values[draws].mean(1), [2.5, 97.5])
+    return [_round(scale * low), _round(scale * high)]
+
+
+def _round(value: float) -> float:
+    return round(float(value), 3)

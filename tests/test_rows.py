@@ -1,0 +1,178 @@
+"""Training rows: kinds, forms, filters, and what is refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from c2c.training.config import ConfigError, DataSource
+from c2c.training.examples import build_examples, choice_tokens
+from c2c.training.rows import LETTERS, load_rows, multiple_choice, questions, vary_options
+from tiny import pair, tokenizer
+
+QUESTION = {"id": 1, "question": "2 + 2?", "choices": ["3", "4"], "answer": 1}
+
+
+def write(folder, name, rows):
+    (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def one(folder, data, **source):
+    write(folder, "rows.jsonl", [data])
+    return load_rows([DataSource("rows.jsonl", **source)], folder, 0)[0][0]
+
+
+def test_letter_form():
+    row = multiple_choice(QUESTION, DataSource())
+    assert (row.answer_prefix, row.lead, row.response) == ("The answer is", "", " B")
+    assert row.choices == (" A", " B")
+    assert "B. 4" in row.messages[-1]["content"]
+
+
+@pytest.mark.parametrize(
+    ("form", "response"), [("published", "The correct answer is B"), ("sentence", "The correct answer is B. 4")]
+)
+def test_forms_that_answer_in_a_sentence(form, response):
+    row = multiple_choice(QUESTION, DataSource(form=form))
+    assert row.response == response
+    assert row.lead + row.choices[row.answer] == "The correct answer is B"
+    assert row.answer_prefix == ""
+
+
+def test_open_kinds(tmp_path):
+    solved = one(tmp_path, {"id": 1, "question": "q", "answer": "4", "solution": "2 + 2 = 4"}, kind="question")
+    assert solved.response == "2 + 2 = 4"
+    told = one(tmp_path, {"instruction": "do", "input": "this", "output": "done"}, kind="instruction")
+    assert (told.messages[-1]["content"], told.response) == ("do\n\nthis", "done")
+    read = one(tmp_path, {"context": "c", "question": "q", "answers": ["x", "y"]}, kind="context_question")
+    assert read.response == "x"
+    assert "Passage: c" in read.messages[-1]["content"]
+
+
+@pytest.mark.parametrize(
+    "turns",
+    [
+        [("role", "content"), ("user", "hi"), ("assistant", "hello"), ("user", "again"), ("assistant", "hello again")],
+        [("from", "value"), ("human", "hi"), ("gpt", "hello"), ("human", "again"), ("gpt", "hello again")],
+    ],
+)
+def test_conversations_teach_their_last_turn(tmp_path, turns):
+    keys, *said = turns
+    data = {"messages": [dict(zip(keys, turn, strict=True)) for turn in said]}
+    row = one(tmp_path, data, kind="chat")
+    assert [m["role"] for m in row.messages] == ["user", "assistant", "user"]
+    assert row.response == "hello again"
+
+
+def test_loss_is_on_the_response_only_in_a_conversation_of_several_turns(tmp_path):
+    model = pair()
+    turns = [("user", "hi"), ("assistant", "hello"), ("user", "again"), ("assistant", "bye")]
+    data = {"messages": [{"role": role, "content": content} for role, content in turns]}
+    row = one(tmp_path, data, kind="chat")
+    example = build_examples(model, [row], 512, 64)[0][0]
+    words = model.receiver.tokenizer
+    assert words.decode(example.receiver_ids).count("bye") == 0
+    assert "hello" in words.decode(example.receiver_ids)
+    assert words.decode(example.response_ids, skip_special_tokens=True) == "bye"
+    assert sum(example.weights) == pytest.approx(1)
+
+
+def test_the_letter_counts_as_much_as_all_other_tokens(tmp_path):
+    model = pair(tokenizers=("chatml", "llama3"))
+    for words in (model.receiver.tokenizer, model.sharers[0].tokenizer):
+        words.add_tokens([" B", " C"])
+    example = build_examples(model, [multiple_choice(QUESTION, DataSource(form="sentence"))], 512, 64)[0][0]
+    assert example.weights[example.decisive] == 1
+    assert sum(example.weights) == pytest.approx(2)
+    assert example.response_ids[example.decisive] == example.choice_ids[1]
+
+
+def test_choices_that_no_single_token_tells_apart_are_dropped_and_counted():
+    words = tokenizer("chatml")  # " A" is a token there, " B" and " C" share their first
+    assert choice_tokens(words, "", [" A", " B"])[0] == 0
+    with pytest.raises(ValueError, match="no single token"):
+        choice_tokens(words, "", [" A", " B", " C"])
+    row = multiple_choice(QUESTION | {"choices": ["3", "4", "5"]}, DataSource())
+    examples, dropped = build_examples(pair(), [row], 512, 64)
+    assert examples == []
+    assert sum(dropped.values()) == 1
+
+
+def test_varied_options_keep_the_right_one():
+    rows = [{"question": f"q{i}", "choices": [f"{i}a", f"{i}b", f"{i}c", f"{i}d"], "answer": i % 4} for i in range(200)]
+    varied = vary_options(rows, DataSource(vary_options=0.5), seed=0)
+    for before, after in zip(rows, varied, strict=True):
+        assert before["choices"][before["answer"]] == after["choices"][after["answer"]]
+        assert len(set(after["choices"])) == len(after["choices"])
+    changed = [row for row, before in zip(varied, rows, strict=True) if row is not before]
+    assert 70 < len(changed) < 130
+    assert {len(row["choices"]) for row in changed} == set(range(2, 9))
+    assert varied == vary_options(rows, DataSource(vary_options=0.5), seed=0)
+
+
+def test_few_different_options_do_not_hang():
+    rows = [{"question": "q", "choices": ["yes", "no"], "answer": 0}]
+    assert len(vary_options(rows * 5, DataSource(vary_options=1.0), seed=1)) == 5
+
+
+def test_questions_of_excluded_files_are_dropped_and_counted(tmp_path):
+    write(tmp_path, "train.jsonl", [QUESTION | {"question": f"What is {i}?"} for i in range(10)])
+    write(tmp_path, "test.jsonl", [QUESTION | {"question": "what  is 3?"}])
+    rows, dropped = load_rows([DataSource("train.jsonl")], tmp_path, 0, questions([tmp_path / "test.jsonl"]))
+    assert len(rows) == 9
+    assert sum(dropped.values()) == 1
+
+
+def test_skip_makes_sources_of_one_file_disjoint(tmp_path):
+    write(tmp_path, "train.jsonl", [QUESTION | {"id": i} for i in range(20)])
+    sources = [DataSource("train.jsonl", limit=5), DataSource("train.jsonl", form="sentence", skip=5, limit=5)]
+    rows, _ = load_rows(sources, tmp_path, 0)
+    assert len({row.id for row in rows}) == 10
+
+
+def test_columns_are_renamed(tmp_path):
+    row = one(
+        tmp_path,
+        {"prompt": "do", "completion": "done"},
+        kind="instruction",
+        columns={"instruction": "prompt", "output": "completion"},
+    )
+    assert (row.messages[-1]["content"], row.response) == ("do", "done")
+
+
+def test_rows_come_from_a_data_set(tmp_path):
+    pytest.importorskip("datasets")
+    write(tmp_path, "train.jsonl", [{"instruction": f"say {i}", "output": str(i)} for i in range(4)])
+    rows, _ = load_rows([DataSource(dataset=str(tmp_path), kind="instruction", limit=3)], tmp_path, 0)
+    assert len(rows) == 3
+    assert all(row.response in row.messages[-1]["content"] for row in rows)
+    with pytest.raises(ConfigError, match="could not read data set"):
+        load_rows([DataSource(dataset=str(tmp_path / "nowhere"), kind="instruction")], tmp_path, 0)
+
+
+@pytest.mark.parametrize(
+    ("data", "source", "message"),
+    [
+        ({"id": "x", "question": "q", "choices": ["a"], "answer": 0}, {}, "row 'x' as multiple_choice: 'choices'"),
+        ({"id": "x", "question": "q", "choices": ["a", "b"], "answer": True}, {}, "'answer' is True"),
+        ({"id": "x", "question": "q", "choices": ["a", "b"], "answer": 0}, {"form": "poem"}, "unknown form 'poem'"),
+        ({"id": "x", "instruction": "do"}, {"kind": "instruction"}, "'output' is missing"),
+        ({"id": "x", "messages": [{"role": "user", "content": "hi"}]}, {"kind": "chat"}, "end with the assistant's"),
+        ({"id": "x"}, {"kind": "songs"}, "unknown kind of rows 'songs'"),
+    ],
+)
+def test_broken_rows_are_named(tmp_path, data, source, message):
+    with pytest.raises(ConfigError, match=message):
+        one(tmp_path, data, **source)
+
+
+def test_a_source_is_a_file_or_a_data_set(tmp_path):
+    with pytest.raises(ConfigError, match="either 'path' or 'dataset'"):
+        load_rows([DataSource()], tmp_path, 0)
+
+
+def test_there_are_letters_for_many_options():
+    row = multiple_choice({"question": "q", "choices": [str(i) for i in range(26)], "answer": 25}, DataSource())
+    assert row.response == f" {LETTERS[25]}"
