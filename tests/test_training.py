@@ -289,3 +289,77 @@ def test_fuser_training_is_what_the_trainer_saves(folders, tmp_path):
     training = prepare(config(folders, tmp_path)).training
     assert isinstance(training, FuserTraining)
     assert all(name.startswith("fuser.") for name in training.state_dict())
+
+
+def test_dev_scores_and_loss_go_to_tensorboard(folders, tmp_path, monkeypatch):
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
+    train(config(folders, tmp_path / "run", report_to="tensorboard", logging_steps=1))
+    events = reader.EventAccumulator(str(tmp_path / "board")).Reload()
+    tags = events.Tags()["scalars"]
+    assert "train/loss" in tags
+    assert {"train/dev_matched", "train/dev_P"} <= set(tags)
+    assert len(events.Scalars("train/loss")) == 6
+
+
+def test_filling_while_training_gives_the_same_fuser(folders, tmp_path):
+    ahead = train(config(folders, tmp_path / "ahead"))
+    along = train(config(folders, tmp_path / "along", fill="training"))
+    assert along["dev"] == ahead["dev"]
+
+
+def test_reconstruction_learns_to_repeat_the_message_first(folders, tmp_path):
+    prepared = prepare(config(folders, tmp_path))
+    training = prepared.training
+    open_fuser(training.model)
+    example = prepared.train[0]
+    words = training.model.receiver.tokenizer
+    assert words.decode(example.passage_ids) == example.row.messages[-1]["content"]
+    repeated = training.token_losses(training.collate([example.reconstructing()]), "matched")
+    assert repeated.shape == (1, len(example.passage_ids))
+    training.reconstructing = True
+    assert training([example])["loss"] == pytest.approx(float(repeated.mean().detach()), rel=1e-4)
+
+
+def test_reconstruction_ends_after_its_steps(folders, tmp_path):
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        original = FuserTraining.forward
+
+        def note(self, examples):
+            seen.append(self.reconstructing)
+            return original(self, examples)
+
+        patch.setattr(FuserTraining, "forward", note)
+        train(config(folders, tmp_path, reconstruction_steps=2, max_steps=4))
+    assert seen == [True, True, False, False]
+
+
+def test_the_published_fuser_follows_its_temperature_schedule(folders, tmp_path):
+    summary = train(
+        config(
+            folders,
+            tmp_path,
+            family="c2c",
+            fuser_options={"hidden_dim": 16, "intermediate_dim": 16},
+            layer_map="terminal",
+            max_steps=4,
+            eval_steps=2,
+        )
+    )
+    last = json.loads((tmp_path / "checkpoint-4" / "config.json").read_text())
+    assert last["anneal_steps"] == 4
+    assert last["gate_temperature"] == pytest.approx(0.001 ** (3 / 4))
+    assert summary["dev"]["n"] == 6
+
+
+def test_a_batch_that_processes_cannot_share_is_refused(folders, tmp_path):
+    from c2c.training import run
+
+    class Arguments:
+        world_size, process_index = 3, 0
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "TrainingArguments", lambda **kwargs: Arguments())
+        with pytest.raises(ConfigError, match="batch_size 4 can't be shared by 3"):
+            train(config(folders, tmp_path))

@@ -12,7 +12,7 @@ from c2c.cli.output import out, print_json, progress_bars
 
 _TRAIN_EPILOG = """Examples:
 
-c2c train configs/multiple_choice_1.5b.yaml
+c2c train configs/multiple_choice.yaml
 
 c2c train config.yaml --data-dir ~/data --output-dir runs/a --seed 1
 
@@ -22,7 +22,7 @@ A run that was stopped goes on from its last checkpoint; --no-resume starts afre
 
 _PREFILL_EPILOG = """Examples:
 
-c2c prefill configs/multiple_choice_1.5b.yaml
+c2c prefill configs/multiple_choice.yaml
 
 Stop it at any time; the next call goes on where it was."""
 

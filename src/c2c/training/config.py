@@ -24,7 +24,7 @@ class DataSource:
         path: JSONL file, relative to ``data_dir``; or give ``dataset``.
         kind: ``multiple_choice``, ``context_question``, ``question``, ``instruction`` or ``chat``.
         form: how a multiple-choice question is put: ``letter``, ``published`` or ``sentence``.
-        limit: at most this many rows, drawn with the run's seed.
+        limit: at most this many rows, drawn with the run's ``data_seed``.
         skip: leave out so many of the drawn rows first, so that two sources of one file do not overlap.
         vary_options: share of the questions that get 2 to 8 options in a new order, the missing ones from other
             questions.
@@ -70,7 +70,7 @@ class TrainConfig:
         max_response_tokens: longer responses are dropped and counted.
         epochs: passes over the data.
         max_steps: optimizer steps; overrides ``epochs``.
-        batch_size: examples per step.
+        batch_size: examples per step, over all processes.
         gradient_accumulation: steps joined to one update.
         learning_rate: peak.
         weight_decay: of AdamW.
@@ -79,12 +79,19 @@ class TrainConfig:
         max_grad_norm: clipping.
         guard_weight: weight of the guard: with another example's sharer cache the loss must not be lower than the
             receiver's alone. 0 turns it off.
+        reconstruction_steps: in the first so many steps the receiver learns to repeat the last message in place of
+            the response.
         calibration: examples for the channel statistics of the bottleneck fuser.
-        eval_steps: choose among checkpoints every so many steps; by default once per epoch.
-        seed: of data order, initialisation and derangement.
+        eval_steps: score the dev set every so many steps; by default once per epoch.
+        save_steps: write a checkpoint every so many steps.
+        seed: of initialisation and of the order of examples.
+        data_seed: of which rows are drawn, and of varied options; apart from ``seed``, so that runs with several seeds
+            share their prefills.
         store_dir: folder of the prefill store; None keeps it in memory.
         store_budget_gb: at most this much; what does not fit is computed again.
+        fill: ``ahead`` fills the store before the first step, ``training`` as prompts are needed.
         prefill_batch: prompts per prefill.
+        shard_sharer: spread the sharer's weights over the processes (FSDP) while the store is filled.
         dtype: of the models.
         device_map: as in ``from_pretrained``.
         report_to: ``none``, ``tensorboard`` or others of transformers.
@@ -113,12 +120,17 @@ class TrainConfig:
     schedule: str = "cosine"
     max_grad_norm: float = 1.0
     guard_weight: float = 0.0
+    reconstruction_steps: int = 0
     calibration: int = 64
     eval_steps: int | None = None
+    save_steps: int = 25
     seed: int = 0
+    data_seed: int = 0
     store_dir: str | None = None
     store_budget_gb: float = 8.0
+    fill: str = "ahead"
     prefill_batch: int = 4
+    shard_sharer: bool = False
     dtype: str | None = None
     device_map: str | None = None
     report_to: str = "none"
@@ -152,6 +164,8 @@ def load_config(path: str | Path, **overrides: Any) -> TrainConfig:
     for name in ("train", "dev"):
         data[name] = [_build(DataSource, entry, f"{path}: {name}") for entry in data.get(name) or []]
     config: TrainConfig = _build(TrainConfig, data, str(path))
+    if config.fill not in ("ahead", "training"):
+        raise ConfigError(f"{path}: fill is {config.fill!r}; expected 'ahead' or 'training'.")
     if not config.train or not config.dev:
         raise ConfigError(f"{path}: give at least one entry under 'train' and one under 'dev'.")
     return config

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from c2c.alignment import Alignment
@@ -28,6 +28,8 @@ class Example:
             that names the choice counts 1 and the others share 1.
         decisive: index of the response token that names the choice; 0 without choices.
         choice_ids: for multiple choice, the token that names each choice.
+        passage_ids: the receiver's tokens of the last message, cut to the longest response allowed; what is learned
+            while reconstructing.
     """
 
     row: Row
@@ -38,6 +40,12 @@ class Example:
     weights: list[float]
     decisive: int
     choice_ids: list[int]
+    passage_ids: list[int]
+
+    def reconstructing(self) -> Example:
+        """The same prompt, with its last message as the response."""
+        length = len(self.passage_ids)
+        return replace(self, response_ids=self.passage_ids, weights=[1 / length] * length, decisive=0, choice_ids=[])
 
 
 def build_examples(
@@ -48,7 +56,7 @@ def build_examples(
     examples = []
     for row in rows:
         try:
-            example = _build(model, row)
+            example = _build(model, row, max_response)
         except PromptError as error:
             dropped[type(error).__name__] += 1
             continue
@@ -61,7 +69,7 @@ def build_examples(
     return examples, dropped
 
 
-def _build(model: C2CModel, row: Row) -> Example:
+def _build(model: C2CModel, row: Row, max_response: int) -> Example:
     options = RenderOptions(answer_prefix=row.answer_prefix)
     tokenizer = model.receiver.tokenizer
     prompt = model.aligner.align(tokenizer, [s.tokenizer for s in model.sharers], [row.messages], options)[0]
@@ -84,6 +92,7 @@ def _build(model: C2CModel, row: Row) -> Example:
         _weights(len(response), decisive if choices else None),
         decisive,
         choices,
+        tokenizer.encode(row.messages[-1]["content"], add_special_tokens=False)[:max_response],
     )
 
 

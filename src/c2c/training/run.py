@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from c2c.files import write_json
 from c2c.fusers import BottleneckFuser, C2CFuser, Fuser
 from c2c.fusers.base import load_fuser
 from c2c.model import C2CModel
+from c2c.training.checkpoints import CompleteCheckpoints, last_complete
 from c2c.training.config import ConfigError, TrainConfig
+from c2c.training.distributed import Processes, shard
 from c2c.training.examples import Example, build_examples
 from c2c.training.rows import load_rows, questions
 from c2c.training.selection import DevScore, score
@@ -42,6 +43,7 @@ class Prepared:
     dropped: Counter[str]
     receiver_store: PrefillStore
     sharer_store: PrefillStore
+    processes: Processes
 
 
 class _Examples(Dataset[Example]):
@@ -76,14 +78,16 @@ class FuserTrainer(Trainer):
 
 
 class _Schedule(TrainerCallback):
-    """The published temperature schedule, for fusers that have one."""
+    """What depends on the step: the published gate temperature, and whether the fuser still learns to reconstruct."""
 
-    def __init__(self, fuser: Any) -> None:
-        self.fuser = fuser
+    def __init__(self, training: FuserTraining, reconstruction_steps: int) -> None:
+        self.training, self.reconstruction_steps = training, reconstruction_steps
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if hasattr(self.fuser, "set_step"):
-            self.fuser.set_step(state.global_step)
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        fuser: Any = self.training.fuser
+        if hasattr(fuser, "set_step"):
+            fuser.set_step(state.global_step)
+        self.training.reconstructing = state.global_step < self.reconstruction_steps
 
 
 class _Selection(TrainerCallback):
@@ -93,10 +97,14 @@ class _Selection(TrainerCallback):
         self.prepared, self.every, self.folder = prepared, every, folder
         self.path = folder / "dev.json"
         self.scores: dict[str, dict[str, float]] = json.loads(self.path.read_text()) if self.path.exists() else {}
+        self.log: Callable[[dict[str, float]], None] | None = None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step % self.every == 0 or state.global_step == state.max_steps:
+        due = state.global_step % self.every == 0 or state.global_step == state.max_steps
+        if due and state.is_world_process_zero:
+            due_to_log = control.should_log
             self.score(state.global_step)
+            control.should_log = due_to_log  # writing the scores to the log cleared it, in this process alone
 
     def score(self, step: int) -> DevScore:
         training = self.prepared.training
@@ -107,11 +115,23 @@ class _Selection(TrainerCallback):
         earlier = [entry["value"] for at, entry in self.scores.items() if int(at) < step]
         self.scores = {at: entry for at, entry in self.scores.items() if int(at) < step} | {str(step): result.to_dict()}
         if not earlier or result.value > max(earlier):
-            fuser = training.fuser
-            fuser.config.training = {"config": self.prepared.config.to_dict(), "step": step, "dev": result.to_dict()}
-            fuser.save_pretrained(self.folder / "best")
+            self.keep(step, result)
         write_json(self.path, self.scores)
+        if self.log is not None:
+            self.log({f"dev_{name}": value for name, value in result.to_dict().items()})
         return result
+
+    def keep(self, step: int, result: DevScore) -> None:
+        """Save the fuser as the best so far, with all that is needed to train it again."""
+        fuser = self.prepared.training.fuser
+        fuser.config.training = {
+            "config": self.prepared.config.to_dict(),
+            "step": step,
+            "dev": result.to_dict(),
+            "examples": len(self.prepared.train),
+            "dropped": dict(self.prepared.dropped),
+        }
+        fuser.save_pretrained(self.folder / "best")
 
 
 def train(config: TrainConfig, *, resume: bool = True, progress: OnProgress | None = None) -> dict[str, Any]:
@@ -125,23 +145,20 @@ def train(config: TrainConfig, *, resume: bool = True, progress: OnProgress | No
     Returns:
         A summary: the chosen fuser's folder, its dev scores, counts and seconds.
     """
-    prepared = prepare(config)
-    fill(prepared, progress)
+    arguments = _arguments(config)
+    processes = Processes(arguments.process_index, arguments.world_size)
+    prepared = prepare(config, processes)
+    if config.fill == "ahead":
+        fill(prepared, progress)
     calibrate(prepared)
     output = Path(config.output_dir)
-    arguments = _arguments(config)
-    steps_per_epoch = max(1, len(prepared.train) // (config.batch_size * config.gradient_accumulation))
-    selection = _Selection(prepared, config.eval_steps or steps_per_epoch, output)
-    prepared.training.fuser.train()
-    trainer = FuserTrainer(
-        model=prepared.training,
-        args=arguments,
-        train_dataset=_Examples(prepared.train),
-        data_collator=lambda examples: {"examples": examples},
-        callbacks=[_Schedule(prepared.training.fuser), selection],
-    )
-    last = get_last_checkpoint(str(output)) if resume and output.is_dir() else None
+    selection = _Selection(prepared, config.eval_steps or _steps_per_epoch(prepared), output)
+    trainer = _trainer(prepared, arguments, selection)
+    last = last_complete(output) if resume else None
     outcome = trainer.train(resume_from_checkpoint=last)
+    processes.wait()
+    if not processes.first:
+        return {}
     best = max(selection.scores.items(), key=lambda item: item[1]["value"])
     summary = {
         "fuser": str(output / "best"),
@@ -151,13 +168,46 @@ def train(config: TrainConfig, *, resume: bool = True, progress: OnProgress | No
         "dropped": dict(prepared.dropped),
         "train_seconds": round(outcome.metrics["train_runtime"], 1),
         "prefilled": {"receiver": prepared.receiver_store.computed, "sharer": prepared.sharer_store.computed},
+        "processes": processes.count,
     }
     write_json(output / "summary.json", summary)
     return summary
 
 
-def prepare(config: TrainConfig) -> Prepared:
-    """Load models, read data, open the stores."""
+def _trainer(prepared: Prepared, arguments: TrainingArguments, selection: _Selection) -> FuserTrainer:
+    training, config = prepared.training, prepared.config
+    training.fuser.train()
+    trainer = FuserTrainer(
+        model=training,
+        args=arguments,
+        train_dataset=_Examples(prepared.train),
+        data_collator=lambda examples: {"examples": examples},
+        callbacks=[_Schedule(training, config.reconstruction_steps), selection, CompleteCheckpoints()],
+    )
+    selection.log = trainer.log
+    if isinstance(training.fuser, C2CFuser) and "anneal_steps" not in config.fuser_options:
+        # the published schedule ends with the run
+        steps = _steps_per_epoch(prepared) * config.epochs if config.max_steps < 0 else config.max_steps
+        training.fuser.config.anneal_steps = int(steps)
+    return trainer
+
+
+def _steps_per_epoch(prepared: Prepared) -> int:
+    config = prepared.config
+    return max(1, len(prepared.train) // (config.batch_size * config.gradient_accumulation))
+
+
+def prepare(config: TrainConfig, processes: Processes | None = None) -> Prepared:
+    """Load models, read data, open the stores.
+
+    Args:
+        config: the run.
+        processes: this process among those that train together; by default it is alone.
+
+    Raises:
+        ConfigError: what the configuration asks for can't be done; says what.
+    """
+    processes = processes or Processes()
     set_seed(config.seed)
     model = C2CModel.from_models(
         config.receiver,
@@ -170,8 +220,8 @@ def prepare(config: TrainConfig) -> Prepared:
     )
     data = Path(config.data_dir)
     forbidden = questions([data / name for name in config.exclude])
-    rows, dropped = load_rows(config.train, data, config.seed, forbidden)
-    dev_rows, _ = load_rows(config.dev, data, config.seed)
+    rows, dropped = load_rows(config.train, data, config.data_seed, forbidden)
+    dev_rows, _ = load_rows(config.dev, data, config.data_seed)
     train_examples, too_long = build_examples(model, rows, config.max_prompt_tokens, config.max_response_tokens)
     dev_examples, _ = build_examples(model, dev_rows, config.max_prompt_tokens, config.max_response_tokens)
     if not train_examples or not dev_examples:
@@ -182,26 +232,50 @@ def prepare(config: TrainConfig) -> Prepared:
         "folder": folder,
         "budget": int(config.store_budget_gb * 5e8),
         "batch": config.prefill_batch,
+        "writers": processes.count,
     }
     receiver_store = PrefillStore(model.receiver, range(model.receiver.geometry.layers), **common)
     sharer_store = PrefillStore(model.sharers[0], fuser.source_layers, **common)
+    if config.shard_sharer and processes.count > 1:
+        if folder is None or config.fill != "ahead":
+            raise ConfigError("shard_sharer needs store_dir and fill: ahead, so that all processes prefill in step.")
+        shard(model.sharers[0])
     training = FuserTraining(model, receiver_store, sharer_store, config.guard_weight)
-    return Prepared(config, training, train_examples, dev_examples, dropped + too_long, receiver_store, sharer_store)
+    return Prepared(
+        config,
+        training,
+        train_examples,
+        dev_examples,
+        dropped + too_long,
+        receiver_store,
+        sharer_store,
+        processes,
+    )
 
 
 def fill(prepared: Prepared, progress: OnProgress | None = None) -> None:
-    """Prefill every prompt that the store does not hold yet."""
+    """Prefill every prompt that the store does not hold yet; several processes share the work.
+
+    In memory each process keeps its own prompts, so there is nothing to share: they are then computed as they come.
+    """
+    processes = prepared.processes
+    if processes.count > 1 and prepared.config.store_dir is None:
+        return
     examples = [*prepared.train, *prepared.dev]
-    jobs: list[tuple[str, Iterator[int]]] = [
-        ("receiver prefill", prepared.receiver_store.fill([e.receiver_ids[:-1] for e in examples])),
-        ("sharer prefill", prepared.sharer_store.fill([e.sharer_ids for e in examples])),
-    ]
-    for stage, job in jobs:
+    jobs = {
+        "receiver prefill": (prepared.receiver_store, [e.receiver_ids[:-1] for e in examples], False),
+        "sharer prefill": (prepared.sharer_store, [e.sharer_ids for e in examples], prepared.config.shard_sharer),
+    }
+    for stage, (store, prompts, in_step) in jobs.items():
+        if in_step and all(ids in store for ids in prompts):  # the folder is shared, so all processes see the same
+            continue
+        part = processes.part(prompts)
         done = 0
-        for count in job:
+        for count in store.fill(part, compute_all=in_step and processes.count > 1):
             done += count
-            if progress is not None:
-                progress(stage, done, len(examples))
+            if progress is not None and processes.first:
+                progress(stage, done, len(part))
+    processes.wait()
 
 
 @torch.no_grad()
@@ -220,25 +294,35 @@ def calibrate(prepared: Prepared) -> None:
 
 
 def _arguments(config: TrainConfig) -> TrainingArguments:
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=config.output_dir,
         num_train_epochs=config.epochs,
         max_steps=config.max_steps,
-        per_device_train_batch_size=config.batch_size,
         gradient_accumulation_steps=config.gradient_accumulation,
         learning_rate=config.learning_rate,
         weight_decay=config.weight_decay,
         warmup_steps=config.warmup_steps,
         lr_scheduler_type=config.schedule,
         max_grad_norm=config.max_grad_norm,
+        optim="adamw_torch_fused",
         logging_steps=config.logging_steps,
         save_strategy="steps",
-        save_steps=config.eval_steps or 25,
+        save_steps=config.save_steps,
         save_total_limit=2,
         report_to=config.report_to,
         seed=config.seed,
         remove_unused_columns=False,
         dataloader_drop_last=True,
         dataloader_pin_memory=False,
+        ddp_find_unused_parameters=False,
         use_cpu=config.device_map in (None, "cpu") and not torch.cuda.is_available(),
     )
+    # batch_size counts over all processes, so that a result does not depend on how many there are
+    share, rest = divmod(config.batch_size, arguments.world_size)
+    if rest or share < 1 or (config.guard_weight > 0 and share < 2):
+        raise ConfigError(
+            f"batch_size {config.batch_size} can't be shared by {arguments.world_size} processes: it must be a "
+            "multiple, with at least 2 for each where guard_weight is set (a wrong message is another example's)."
+        )
+    arguments.per_device_train_batch_size = share
+    return arguments

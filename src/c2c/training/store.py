@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from c2c import kv
+from c2c.errors import PromptError
 from c2c.files import save_atomically
 from c2c.language_model import LanguageModel
 from c2c.tokens import TokenBatch, left_pad
@@ -56,6 +57,7 @@ class PrefillStore:
         folder: where to keep them; None for memory.
         budget: at most so many bytes; what does not fit is computed again when it is asked for.
         batch: prompts per prefill.
+        writers: how many processes fill the same folder; each gets an equal part of what is left of the budget.
     """
 
     def __init__(
@@ -66,8 +68,9 @@ class PrefillStore:
         folder: Path | None = None,
         budget: int = 8 * 10**9,
         batch: int = 4,
+        writers: int = 1,
     ) -> None:
-        self.model, self.kept, self.budget, self.batch = model, sorted(set(layers)), budget, batch
+        self.model, self.kept, self.batch = model, sorted(set(layers)), batch
         self._memory: dict[str, PromptCache] = {}
         identity = model.identity.to_dict()
         for informative in ("name", "revision"):  # the same model under another path is the same model
@@ -78,6 +81,7 @@ class PrefillStore:
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
         self.used = self._bytes_on_disk()
+        self.budget = self.used + max(0, budget - self.used) // writers
         self.computed = 0
 
     def key(self, ids: Sequence[int]) -> str:
@@ -102,18 +106,38 @@ class PrefillStore:
                 found[index] = entry
         return [found[index] for index in range(len(prompts))]
 
-    def fill(self, prompts: Sequence[Sequence[int]]) -> Iterator[int]:
+    def fill(self, prompts: Sequence[Sequence[int]], compute_all: bool = False) -> Iterator[int]:
         """Compute what is missing; yields the number of prompts done, for a progress bar.
 
         Prompts of similar length are prefilled together, so that little of the work goes into padding.
+
+        Args:
+            prompts: token ids.
+            compute_all: run the model on every batch with a missing prompt *anywhere*, that is on all of them: a model
+                that is spread over several processes has to be run by all of them equally often.
+
+        Raises:
+            PromptError: with ``compute_all``, where the budget does not hold everything.
         """
         order = sorted((ids for ids in prompts), key=len)
         for start in range(0, len(order), self.batch):
             part = order[start : start + self.batch]
             missing = [ids for ids in part if ids not in self]
-            if missing:
+            if compute_all:
+                self._keep_all(part)
+            elif missing:
                 self.get(missing)
             yield len(part)
+
+    def _keep_all(self, prompts: Sequence[Sequence[int]]) -> None:
+        for ids, entry in zip(prompts, self._compute(prompts), strict=True):
+            if ids not in self:
+                self._write(self.key(ids), entry)
+            if ids not in self:
+                raise PromptError(
+                    f"the store's budget of {self.budget / 1e9:.2f} GB does not hold all prompts, and a sharded model "
+                    "can't be run again by one process: raise store_budget_gb."
+                )
 
     def _compute(self, prompts: Sequence[Sequence[int]]) -> list[PromptCache]:
         self.computed += len(prompts)
