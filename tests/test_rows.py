@@ -112,6 +112,14 @@ def test_varied_options_keep_the_right_one():
     assert varied == vary_options(rows, DataSource(vary_options=0.5), seed=0)
 
 
+def test_every_question_gets_the_number_of_options_asked_for():
+    rows = [{"question": f"q{i}", "choices": [f"{i}a", f"{i}b", f"{i}c"], "answer": i % 3} for i in range(20)]
+    for wanted in (2, 5, 8):
+        varied = vary_options(rows, DataSource(options=wanted), seed=0)
+        assert {len(row["choices"]) for row in varied} == {wanted}
+        assert all(row["choices"][row["answer"]] == f"{i}{'abc'[i % 3]}" for i, row in enumerate(varied))
+
+
 def test_few_different_options_do_not_hang():
     rows = [{"question": "q", "choices": ["yes", "no"], "answer": 0}]
     assert len(vary_options(rows * 5, DataSource(vary_options=1.0), seed=1)) == 5

@@ -78,16 +78,26 @@ def fuse(
 class _Outcome:
     """What a fuser made of aligned entries, and where it goes."""
 
-    picker: _Picker
+    picker: Picker
     ours: Entries
     fused: list[KeyValue]
     read: int
 
 
-def _run(cache: Cache, receiver: LanguageModel, tokens: TokenBatch, source: Source, alignment: Alignment) -> _Outcome:
-    """Run one fuser on the cache as it is now; nothing is written."""
+def aligned_entries(
+    cache: Cache, receiver: LanguageModel, tokens: TokenBatch, source: Source, alignment: Alignment
+) -> tuple[Entries, Entries]:
+    """What a fuser reads: the sharer's and the receiver's entries at aligned positions, one item per fused layer.
+
+    Args:
+        cache: the receiver's cache.
+        receiver: the receiver.
+        tokens: the receiver's tokens.
+        source: the sharer's side.
+        alignment: which entries belong together.
+    """
     fuser, config, device = source.fuser, source.fuser.config, source.fuser.device
-    pick_ours, pick_theirs = _Picker(alignment, alignment.receiver, 0), _Picker(alignment, alignment.sharer, 1)
+    pick_ours, pick_theirs = Picker(alignment, alignment.receiver, 0), Picker(alignment, alignment.sharer, 1)
     ours = _entries(
         [kv.layer(cache, i) for i in config.fused_layers],
         pick_ours,
@@ -100,8 +110,14 @@ def _run(cache: Cache, receiver: LanguageModel, tokens: TokenBatch, source: Sour
         device,
         _rotary(source.sharer, source.tokens, pick_theirs, fuser, config.source_layers),
     )
+    return theirs, ours
+
+
+def _run(cache: Cache, receiver: LanguageModel, tokens: TokenBatch, source: Source, alignment: Alignment) -> _Outcome:
+    """Run one fuser on the cache as it is now; nothing is written."""
+    theirs, ours = aligned_entries(cache, receiver, tokens, source, alignment)
     read = sum(entry.nbytes for entry in (*theirs.keys, *theirs.values))
-    return _Outcome(pick_ours, ours, fuser(theirs, ours), read)
+    return _Outcome(Picker(alignment, alignment.receiver, 0), ours, source.fuser(theirs, ours), read)
 
 
 def _difference(outcome: _Outcome) -> _Outcome:
@@ -121,7 +137,7 @@ def _write(cache: Cache, source: Source, outcome: _Outcome, add: bool = False) -
         kv.set_layer(cache, layer, outcome.picker.put(keys, new_keys), outcome.picker.put(values, new_values))
 
 
-class _Picker:
+class Picker:
     """Takes aligned positions out of a cache tensor and puts new ones back."""
 
     def __init__(self, alignment: Alignment, columns: Tensor, side: int) -> None:
@@ -158,7 +174,7 @@ class _Picker:
 
 
 def _entries(
-    layers: Sequence[KeyValue], picker: _Picker, device: torch.device, rotary: Sequence[Rotary] | None
+    layers: Sequence[KeyValue], picker: Picker, device: torch.device, rotary: Sequence[Rotary] | None
 ) -> Entries:
     keys = [picker.take(keys).to(device) for keys, _ in layers]
     values = [picker.take(values).to(device) for _, values in layers]
@@ -166,7 +182,7 @@ def _entries(
 
 
 def _rotary(
-    model: LanguageModel, tokens: TokenBatch, picker: _Picker, fuser: Fuser, layers: Sequence[int]
+    model: LanguageModel, tokens: TokenBatch, picker: Picker, fuser: Fuser, layers: Sequence[int]
 ) -> list[Rotary] | None:
     if not fuser.needs_rotary:
         return None

@@ -41,6 +41,9 @@ def evaluate(
         "multiple_choice"
     ),
     form: Annotated[str, typer.Option(help="How questions are put: letter, published or sentence.")] = "letter",
+    options: Annotated[
+        int | None, typer.Option(help="Give every question so many options, the missing ones from other questions.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(help="At most this many items per file, drawn with the seed.")] = None,
     skip: Annotated[int, typer.Option(help="Leave out so many of the drawn items, for instance trained ones.")] = 0,
     seed: Annotated[int, typer.Option(help="Of the draw and of the intervals.")] = 0,
@@ -62,7 +65,7 @@ def evaluate(
 
     config = EvalConfig(
         fuser=fuser,
-        data=[DataSource(str(Path(path).expanduser()), kind, form, skip=skip) for path in data],
+        data=[DataSource(str(Path(path).expanduser()), kind, form, skip=skip, options=options) for path in data],
         systems=tuple(name.strip() for name in systems.split(",") if name.strip()),
         mode=mode,
         limit=limit,

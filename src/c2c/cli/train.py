@@ -69,6 +69,8 @@ def train(
     )
     with progress_bars() as report:
         summary = run_training(loaded, resume=resume, progress=report)
+    if not summary:  # another process reports
+        return
     if json_:
         print_json(summary)
     else:
@@ -114,5 +116,6 @@ def _show(summary: dict[str, Any]) -> None:
     table.add_row("G = matched - receiver", f"{dev['G']:+.1f}")
     table.add_row("P = matched - deranged", f"{dev['P']:+.1f}")
     out.print(table)
-    out.print(f"{summary['fuser']}, chosen at step {summary['step']} on {dev['n']} dev examples")
+    chosen = f"step {summary['step']}" if "step" in summary else f"blend {summary['blend']:.1f}"
+    out.print(f"{summary['fuser']}, chosen at {chosen} on {dev['n']} dev examples")
     out.print(f"Try it: c2c run --fuser {summary['fuser']} 'your prompt'")

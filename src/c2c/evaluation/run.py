@@ -135,7 +135,8 @@ def _rows(config: EvalConfig) -> dict[str, list[Row]]:
     rows: dict[str, list[Row]] = {}
     for source in config.data:
         limited = replace(source, limit=config.limit if config.limit is not None else source.limit)
-        name = source.name if source.form == "letter" else f"{source.name} ({source.form})"
+        how = [source.form] * (source.form != "letter") + [f"{source.options} options"] * (source.options is not None)
+        name = f"{source.name} ({', '.join(how)})" if how else source.name
         rows[name] = load_rows([limited], Path(config.data_dir), config.seed)[0]
     return rows
 

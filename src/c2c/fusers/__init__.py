@@ -11,8 +11,9 @@ from c2c.errors import FuserError
 from c2c.fusers.base import Entries, Fuser, FuserConfig
 from c2c.fusers.bottleneck import BottleneckConfig, BottleneckFuser
 from c2c.fusers.c2c import C2CFuser, C2CFuserConfig
+from c2c.fusers.linear import LinearConfig, LinearFuser
 
-_FAMILIES: dict[str, type[Fuser]] = {"bottleneck": BottleneckFuser, "c2c": C2CFuser}
+_FAMILIES: dict[str, type[Fuser]] = {"bottleneck": BottleneckFuser, "c2c": C2CFuser, "linear": LinearFuser}
 
 
 def families() -> dict[str, type[Fuser]]:
@@ -44,6 +45,8 @@ __all__ = [
     "Entries",
     "Fuser",
     "FuserConfig",
+    "LinearConfig",
+    "LinearFuser",
     "families",
     "family",
 ]

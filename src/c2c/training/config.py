@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -28,6 +28,7 @@ class DataSource:
         skip: leave out so many of the drawn rows first, so that two sources of one file do not overlap.
         vary_options: share of the questions that get 2 to 8 options in a new order, the missing ones from other
             questions.
+        options: give every question so many options, in the same way.
         dataset: id of the ``datasets`` library, in place of ``path``.
         subset: configuration of the data set.
         split: split of the data set.
@@ -40,6 +41,7 @@ class DataSource:
     limit: int | None = None
     skip: int = 0
     vary_options: float = 0.0
+    options: int | None = None
     dataset: str | None = None
     subset: str | None = None
     split: str = "train"
@@ -66,6 +68,7 @@ class TrainConfig:
         family: fuser family.
         fuser_options: passed to the family's config.
         layer_map: ``depth``, ``terminal`` or a list.
+        linear_weight: what a pair counts when a ``linear`` fuser is fitted: ``none`` or ``attention``.
         max_prompt_tokens: longer prompts are dropped and counted.
         max_response_tokens: longer responses are dropped and counted.
         epochs: passes over the data.
@@ -108,6 +111,7 @@ class TrainConfig:
     family: str = "bottleneck"
     fuser_options: dict[str, Any] = field(default_factory=dict)
     layer_map: str | list[int | None] = "depth"
+    linear_weight: Literal["none", "attention"] = "none"
     max_prompt_tokens: int = 512
     max_response_tokens: int = 128
     epochs: float = 3.0

@@ -108,20 +108,24 @@ def multiple_choice(data: dict[str, Any], source: DataSource) -> Row:
 
 
 def vary_options(rows: list[dict[str, Any]], source: DataSource, seed: int) -> list[dict[str, Any]]:
-    """Give a share of the questions another number of options, 2 to 8, and a new order.
+    """Give questions another number of options in a new order: a share of them 2 to 8, or all the same number.
 
     Missing options are taken from other questions of the same file. A fuser that has only seen four letters has
     little reason to pass on a fifth.
     """
     draw = random.Random(seed)
-    return [_vary(data, rows, draw) if draw.random() < source.vary_options else data for data in rows]
+    if source.options is not None:
+        return [_vary(data, rows, draw, source.options) for data in rows]
+    return [_vary(data, rows, draw, None) if draw.random() < source.vary_options else data for data in rows]
 
 
-def _vary(data: dict[str, Any], rows: Sequence[dict[str, Any]], draw: random.Random) -> dict[str, Any]:
+def _vary(
+    data: dict[str, Any], rows: Sequence[dict[str, Any]], draw: random.Random, wanted: int | None
+) -> dict[str, Any]:
     right = data["choices"][data["answer"]]
     wrong = [choice for choice in data["choices"] if choice != right]
     draw.shuffle(wrong)
-    wanted = draw.randint(2, 8)
+    wanted = wanted or draw.randint(2, 8)
     for _ in range(20 * wanted):  # ends even where the file holds too few different options
         if len(wrong) >= wanted - 1:
             break
@@ -207,7 +211,7 @@ def load_rows(
         random.Random(seed).shuffle(kept)
         drawn = kept[source.skip :][: source.limit]
         converted = [_convert(data, source) for data in drawn]  # refuses broken rows before options are varied
-        if source.vary_options:
+        if source.vary_options or source.options is not None:
             converted = [_convert(data, source) for data in vary_options(drawn, source, seed)]
         rows += converted
     random.Random(seed + 1).shuffle(rows)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,13 +16,15 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from c2c.files import write_json
-from c2c.fusers import BottleneckFuser, C2CFuser, Fuser
+from c2c.fusers import BottleneckFuser, C2CFuser, Fuser, LinearFuser
 from c2c.fusers.base import load_fuser
 from c2c.model import C2CModel
 from c2c.training.checkpoints import CompleteCheckpoints, last_complete
 from c2c.training.config import ConfigError, TrainConfig
 from c2c.training.distributed import Processes, shard
 from c2c.training.examples import Example, build_examples
+from c2c.training.order import GroupedOrder
+from c2c.training.ridge import Batches, choose_blend, fit
 from c2c.training.rows import load_rows, questions
 from c2c.training.selection import DevScore, score
 from c2c.training.step import FuserTraining
@@ -58,7 +61,11 @@ class _Examples(Dataset[Example]):
 
 
 class FuserTrainer(Trainer):
-    """The Trainer of transformers; checkpoints hold the fuser alone."""
+    """The Trainer of transformers; checkpoints hold the fuser alone, and batches hold responses of similar length."""
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> GroupedOrder:
+        lengths = [len(example.response_ids) for example in self.train_dataset]  # type: ignore[union-attr]
+        return GroupedOrder(lengths, self.args.train_batch_size * self.args.world_size, self.args.seed)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = output_dir or self.args.output_dir or "."
@@ -115,23 +122,11 @@ class _Selection(TrainerCallback):
         earlier = [entry["value"] for at, entry in self.scores.items() if int(at) < step]
         self.scores = {at: entry for at, entry in self.scores.items() if int(at) < step} | {str(step): result.to_dict()}
         if not earlier or result.value > max(earlier):
-            self.keep(step, result)
+            keep(self.prepared, self.folder, {"step": step, "dev": result.to_dict()})
         write_json(self.path, self.scores)
         if self.log is not None:
             self.log({f"dev_{name}": value for name, value in result.to_dict().items()})
         return result
-
-    def keep(self, step: int, result: DevScore) -> None:
-        """Save the fuser as the best so far, with all that is needed to train it again."""
-        fuser = self.prepared.training.fuser
-        fuser.config.training = {
-            "config": self.prepared.config.to_dict(),
-            "step": step,
-            "dev": result.to_dict(),
-            "examples": len(self.prepared.train),
-            "dropped": dict(self.prepared.dropped),
-        }
-        fuser.save_pretrained(self.folder / "best")
 
 
 def train(config: TrainConfig, *, resume: bool = True, progress: OnProgress | None = None) -> dict[str, Any]:
@@ -150,8 +145,10 @@ def train(config: TrainConfig, *, resume: bool = True, progress: OnProgress | No
     prepared = prepare(config, processes)
     if config.fill == "ahead":
         fill(prepared, progress)
-    calibrate(prepared)
     output = Path(config.output_dir)
+    if isinstance(prepared.training.fuser, LinearFuser):
+        return solve(prepared, output, progress)
+    calibrate(prepared)
     selection = _Selection(prepared, config.eval_steps or _steps_per_epoch(prepared), output)
     trainer = _trainer(prepared, arguments, selection)
     last = last_complete(output) if resume else None
@@ -159,16 +156,58 @@ def train(config: TrainConfig, *, resume: bool = True, progress: OnProgress | No
     processes.wait()
     if not processes.first:
         return {}
-    best = max(selection.scores.items(), key=lambda item: item[1]["value"])
+    step, dev = max(selection.scores.items(), key=lambda item: item[1]["value"])
+    return _summary(prepared, output, outcome.metrics["train_runtime"], {"step": int(step), "dev": dev})
+
+
+def solve(prepared: Prepared, output: Path, progress: OnProgress | None = None) -> dict[str, Any]:
+    """Fit a linear fuser in closed form and choose its blend on the dev set.
+
+    Raises:
+        ConfigError: asked for in several processes. FuserError: too few examples.
+    """
+    training, config = prepared.training, prepared.config
+    fuser: Any = training.fuser
+    if prepared.processes.count > 1:
+        raise ConfigError("a linear fuser is solved for in one process, in seconds: start it without a launcher.")
+    began = time.perf_counter()
+    batches = Batches(training, prepared.train, config.batch_size)
+    fit(fuser, batches, training.model, ridge=fuser.config.ridge, weight=config.linear_weight, progress=progress)
+    seconds = time.perf_counter() - began
+    scores: dict[float, DevScore] = {}
+
+    def value(fuser: LinearFuser) -> float:
+        blend = float(fuser.gates().max())
+        scores[blend] = score(training, prepared.dev, config.batch_size)
+        return scores[blend].value
+
+    blends = choose_blend(fuser, value, progress=progress)
+    blend, chosen = max(scores.items(), key=lambda item: (item[1].value, -item[0]))
+    keep(prepared, output, {"blends": blends, "blend": blend, "dev": chosen.to_dict()})
+    return _summary(prepared, output, seconds, {"blend": blend, "dev": chosen.to_dict()})
+
+
+def keep(prepared: Prepared, output: Path, facts: dict[str, Any]) -> None:
+    """Save the fuser as the best so far, with all that is needed to train it again."""
+    fuser = prepared.training.fuser
+    fuser.config.training = {
+        **facts,
+        "config": prepared.config.to_dict(),
+        "examples": len(prepared.train),
+        "dropped": dict(prepared.dropped),
+    }
+    fuser.save_pretrained(output / "best")
+
+
+def _summary(prepared: Prepared, output: Path, seconds: float, facts: dict[str, Any]) -> dict[str, Any]:
     summary = {
         "fuser": str(output / "best"),
-        "step": int(best[0]),
-        "dev": best[1],
+        **facts,
         "train_examples": len(prepared.train),
         "dropped": dict(prepared.dropped),
-        "train_seconds": round(outcome.metrics["train_runtime"], 1),
+        "train_seconds": round(seconds, 1),
         "prefilled": {"receiver": prepared.receiver_store.computed, "sharer": prepared.sharer_store.computed},
-        "processes": processes.count,
+        "processes": prepared.processes.count,
     }
     write_json(output / "summary.json", summary)
     return summary

@@ -159,8 +159,8 @@ class FuserTraining(nn.Module):
         theirs = batch.sharer_cache
         if message == "zero":
             theirs = kv.from_layers((torch.zeros_like(k), torch.zeros_like(v)) for k, v in kv.layers(theirs))
-        if not torch.is_grad_enabled():
-            cache = kv.copy(cache)
+        if not (torch.is_grad_enabled() and any(p.requires_grad for p in self.fuser.parameters())):
+            cache = kv.copy(cache)  # without gradients fusion writes in place
         alignment, sharer = batch.matched, batch.sharer
         if message == "deranged":
             alignment = batch.deranged
@@ -175,7 +175,7 @@ def keep_freed_memory() -> None:
     """Have the C library keep what is freed for the next step, for the rest of the process.
 
     Every step frees its gradients and activations and asks for as much again: with the published fuser more than 2 GB,
-    and fetching them from the system page by page takes a quarter of the step. The peak stays about the same. Only
+    and fetching them from the system page by page can take a quarter of the step. The peak stays about the same. Only
     glibc can be told; elsewhere nothing happens.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
