@@ -23,6 +23,7 @@ from c2c.training.checkpoints import CompleteCheckpoints, last_complete
 from c2c.training.config import ConfigError, TrainConfig
 from c2c.training.distributed import Processes, shard
 from c2c.training.examples import Example, build_examples
+from c2c.training.memory import keep_freed_memory
 from c2c.training.order import GroupedOrder
 from c2c.training.ridge import Batches, choose_blend, fit
 from c2c.training.rows import load_rows, questions
@@ -149,6 +150,8 @@ def train(config: TrainConfig, *, resume: bool = True, progress: OnProgress | No
     if isinstance(prepared.training.fuser, LinearFuser):
         return solve(prepared, output, progress)
     calibrate(prepared)
+    if prepared.training.model.receiver.device.type == "cpu":
+        keep_freed_memory()
     selection = _Selection(prepared, config.eval_steps or _steps_per_epoch(prepared), output)
     trainer = _trainer(prepared, arguments, selection)
     last = last_complete(output) if resume else None

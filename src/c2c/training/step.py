@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -74,8 +72,6 @@ class FuserTraining(nn.Module):
         self.guard_weight = guard_weight
         self.reconstructing = False
         self.accepts_loss_kwargs = False
-        if model.receiver.device.type == "cpu":
-            keep_freed_memory()
 
     @property
     def model(self) -> C2CModel:
@@ -169,20 +165,6 @@ class FuserTraining(nn.Module):
         source = Source(model.sharers[0], sharer, theirs, self.fuser)
         fuse(cache, model.receiver, batch.receiver, [source], Chunk(batch.receiver.length - 1, (alignment,)))
         return cache
-
-
-def keep_freed_memory() -> None:
-    """Have the C library keep what is freed for the next step, for the rest of the process.
-
-    Every step frees its gradients and activations and asks for as much again: with the published fuser more than 2 GB,
-    and fetching them from the system page by page can take a quarter of the step. The peak stays about the same. Only
-    glibc can be told; elsewhere nothing happens.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        trim_threshold, mmap_threshold = -1, -3  # malloc.h
-        mallopt(trim_threshold, -1)  # never hand back
-        mallopt(mmap_threshold, 2**25)  # the most that every glibc accepts
 
 
 def _batch_alignment(examples: Sequence[Example], width: int, sharer_width: int, shift: int) -> Alignment:

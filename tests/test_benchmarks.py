@@ -1,0 +1,87 @@
+"""The benchmarks run, on tiny shapes, and print what they promise."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import resource
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, Qwen2Config
+
+from c2c.training.step import keep_freed_memory
+
+SIZES = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": 128}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+@pytest.fixture
+def train_step(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+    import train_step
+
+    return train_step
+
+
+@pytest.fixture
+def arguments():
+    return argparse.Namespace(tokens=12, response=4, rounds=1, seed=1, json=True, only=None)
+
+
+def test_train_step_measures_every_fuser_warm_and_cold(train_step, arguments, monkeypatch, capsys):
+    def in_this_process(fuser, given):
+        receiver, sharer = (config(**SIZES, **HEADS) for config in (LlamaConfig, Qwen2Config))
+        return json.loads(json.dumps(train_step.measure(fuser, given, receiver, sharer)))
+
+    monkeypatch.setattr(train_step, "_in_process_of_its_own", in_this_process)
+    monkeypatch.setattr(train_step, "_arguments", lambda: arguments)
+    train_step.main()
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    for fuser in ("default", "published"):
+        assert result[f"seconds_{fuser}_warm"] > 0
+        assert result[f"seconds_{fuser}_cold"] > 0
+        assert result["fusers"][fuser]["peak_rss_gb"] <= result["peak_rss_gb"]
+    assert {"versions", "rounds", "machine", "ratios", "reference"} <= result.keys()
+    assert result["fusers"]["published"]["parameters"] > result["fusers"]["default"]["parameters"]
+
+
+def test_train_step_takes_its_steps_on_stored_and_on_new_caches(train_step, arguments):
+    receiver, sharer = (config(**SIZES, **HEADS) for config in (LlamaConfig, Qwen2Config))
+    model = train_step._model("default", receiver, sharer, seed=1)
+    example = train_step._example(arguments, SIZES["vocab_size"])
+    for options, prefills in ({}, 1), ({"budget": 0}, 3):
+        training = train_step._training(model, **options)
+        for _ in range(3):
+            training([example])
+        assert training.sharer_store.computed == prefills
+
+
+def test_train_step_gives_each_fuser_a_process(train_step, arguments, monkeypatch):
+    seen = []
+
+    def run(command, **kwargs):
+        seen.append(command)
+        return argparse.Namespace(stdout='a line before\n{"seconds": {}}\n')
+
+    monkeypatch.setattr(train_step.subprocess, "run", run)
+    assert train_step._in_process_of_its_own("published", arguments) == {"seconds": {}}
+    monkeypatch.setattr(sys, "argv", seen[0][1:])
+    given = train_step._arguments()
+    assert (given.only, given.tokens, given.response, given.rounds) == ("published", 12, 4, 1)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told to keep memory")
+def test_memory_that_a_step_frees_serves_the_next():
+    keep_freed_memory()
+    faults = []
+    for _ in range(4):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        gradients = [torch.ones(1024, 1024) for _ in range(50)]
+        del gradients
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    pages = 50 * 4 * 1024**2 // resource.getpagesize()
+    assert faults[-1] < pages / 100
