@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, Qwen2Config
 
-from c2c.training.step import keep_freed_memory
+from c2c.training.memory import keep_freed_memory
 
 SIZES = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": 128}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
