@@ -16,7 +16,7 @@ from c2c.training.examples import build_examples
 from c2c.training.order import GroupedOrder
 from c2c.training.rows import load_rows, multiple_choice, questions
 from c2c.training.run import prepare, train
-from c2c.training.selection import score
+from c2c.training.selection import DevSet
 from c2c.training.step import FuserTraining, _proportional
 from c2c.training.store import PrefillStore
 from tiny import pair_folders
@@ -229,8 +229,8 @@ def test_a_run_that_was_stopped_gives_the_result_of_one_that_was_not(folders, tm
 
 def test_score_counts_every_example_once(folders, tmp_path):
     prepared = prepare(config(folders, tmp_path))
-    whole = score(prepared.training, prepared.dev, batch_size=6)
-    parts = score(prepared.training, prepared.dev[:5], batch_size=4)
+    whole = DevSet(prepared.dev, batch_size=6).score(prepared.training)
+    parts = DevSet(prepared.dev[:5], batch_size=4).score(prepared.training)
     assert whole.n == 6
     assert parts.n == 5
     assert 0 <= parts.matched <= 100

@@ -27,7 +27,7 @@ from c2c.training.memory import keep_freed_memory
 from c2c.training.order import GroupedOrder
 from c2c.training.ridge import Batches, choose_blend, fit
 from c2c.training.rows import load_rows, questions
-from c2c.training.selection import DevScore, score
+from c2c.training.selection import DevScore, DevSet
 from c2c.training.step import FuserTraining
 from c2c.training.store import PrefillStore
 
@@ -103,6 +103,7 @@ class _Selection(TrainerCallback):
 
     def __init__(self, prepared: Prepared, every: int, folder: Path) -> None:
         self.prepared, self.every, self.folder = prepared, every, folder
+        self.dev = DevSet(prepared.dev, prepared.config.batch_size)
         self.path = folder / "dev.json"
         self.scores: dict[str, dict[str, float]] = json.loads(self.path.read_text()) if self.path.exists() else {}
         self.log: Callable[[dict[str, float]], None] | None = None
@@ -116,7 +117,7 @@ class _Selection(TrainerCallback):
 
     def score(self, step: int) -> DevScore:
         training = self.prepared.training
-        result = score(training, self.prepared.dev, self.prepared.config.batch_size)
+        result = self.dev.score(training)
         log.info(
             "step %d: receiver %.1f matched %.1f deranged %.1f", step, result.receiver, result.matched, result.deranged
         )
@@ -178,10 +179,11 @@ def solve(prepared: Prepared, output: Path, progress: OnProgress | None = None) 
     fit(fuser, batches, training.model, ridge=fuser.config.ridge, weight=config.linear_weight, progress=progress)
     seconds = time.perf_counter() - began
     scores: dict[float, DevScore] = {}
+    dev = DevSet(prepared.dev, config.batch_size)
 
     def value(fuser: LinearFuser) -> float:
         blend = float(fuser.gates().max())
-        scores[blend] = score(training, prepared.dev, config.batch_size)
+        scores[blend] = dev.score(training)
         return scores[blend].value
 
     blends = choose_blend(fuser, value, progress=progress)

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import torch
+from torch import Tensor
 
 from c2c.training.examples import Example
-from c2c.training.step import FuserTraining, Message
+from c2c.training.step import Batch, FuserTraining, cross_entropy
 
 
 @dataclass(frozen=True)
@@ -49,32 +50,47 @@ class DevScore:
         return asdict(self) | {"G": self.gain, "P": self.pairing, "value": self.value}
 
 
-@torch.no_grad()
-def score(training: FuserTraining, examples: Sequence[Example], batch_size: int) -> DevScore:
-    """Score a fuser on dev examples."""
-    was_training = training.training
-    training.eval()
-    right: dict[Message, float] = {"none": 0.0, "matched": 0.0, "deranged": 0.0}
-    loss = 0.0
-    for start in range(0, len(examples), batch_size):
-        part = examples[start : start + batch_size]
-        if len(part) == 1 and len(examples) > 1:
-            part = [*part, examples[0]]  # a derangement needs two; only the first is counted
-        counted = min(batch_size, len(examples) - start)
-        batch = training.collate(part)
-        for message in right:
-            right[message] += sum(_right(training, batch, message)[:counted])
-        loss += float(training.losses(batch, "matched")[:counted].sum())
-    training.train(was_training)
-    n = len(examples)
-    percent = {message: 100 * count / n for message, count in right.items()}
-    return DevScore(n, percent["none"], percent["matched"], percent["deranged"], loss / n)
+class DevSet:
+    """Dev examples, scored again and again; the receiver alone only once, since it does not change.
+
+    Args:
+        examples: the examples.
+        batch_size: examples at a time; a deranged cache comes from the same batch.
+    """
+
+    def __init__(self, examples: Sequence[Example], batch_size: int) -> None:
+        self.examples, self.batch_size = list(examples), batch_size
+        self._receiver: float | None = None
+
+    @torch.no_grad()
+    def score(self, training: FuserTraining) -> DevScore:
+        """Score a fuser as it is now."""
+        was_training = training.training
+        training.eval()
+        right = {"none": 0.0, "matched": 0.0, "deranged": 0.0}
+        loss = 0.0
+        for start in range(0, len(self.examples), self.batch_size):
+            part = self.examples[start : start + self.batch_size]
+            counted = len(part)
+            if counted == 1 and len(self.examples) > 1:
+                part = [*part, self.examples[0]]  # a derangement needs two; only the first is counted
+            batch = training.collate(part)
+            matched = training.logits(batch, "matched")
+            loss += float((cross_entropy(matched, batch.responses) * batch.weights).sum(-1)[:counted].sum())
+            right["matched"] += sum(_right(matched, batch)[:counted])
+            right["deranged"] += sum(_right(training.logits(batch, "deranged"), batch)[:counted])
+            if self._receiver is None:
+                right["none"] += sum(_right(training.logits(batch, "none"), batch)[:counted])
+        training.train(was_training)
+        n = len(self.examples)
+        if self._receiver is None:
+            self._receiver = 100 * right["none"] / n
+        return DevScore(n, self._receiver, 100 * right["matched"] / n, 100 * right["deranged"] / n, loss / n)
 
 
-def _right(training: FuserTraining, batch: object, message: Message) -> list[float]:
-    logits = training.logits(batch, message)  # type: ignore[arg-type]
+def _right(logits: Tensor, batch: Batch) -> list[float]:
     scores = []
-    for row, example in enumerate(batch.examples):  # type: ignore[attr-defined]
+    for row, example in enumerate(batch.examples):
         if example.choice_ids:
             best = int(logits[row, example.decisive, example.choice_ids].argmax())
             scores.append(float(best == example.row.answer))

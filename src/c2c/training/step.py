@@ -123,11 +123,7 @@ class FuserTraining(nn.Module):
 
     def token_losses(self, batch: Batch, message: Message) -> Tensor:
         """Next-token loss of each response token in nats, 0 on padding; ``[batch, response]``."""
-        logits = self.logits(batch, message)
-        loss = nn.functional.cross_entropy(
-            logits.flatten(0, 1).float(), batch.responses.flatten(), ignore_index=-100, reduction="none"
-        )
-        return loss.view(batch.responses.shape)
+        return cross_entropy(self.logits(batch, message), batch.responses)
 
     def logits(self, batch: Batch, message: Message, width: int | None = None) -> Tensor:
         """The receiver's predictions of the response tokens, ``[batch, response, vocab]``."""
@@ -165,6 +161,14 @@ class FuserTraining(nn.Module):
         source = Source(model.sharers[0], sharer, theirs, self.fuser)
         fuse(cache, model.receiver, batch.receiver, [source], Chunk(batch.receiver.length - 1, (alignment,)))
         return cache
+
+
+def cross_entropy(logits: Tensor, responses: Tensor) -> Tensor:
+    """Loss of each response token in nats, 0 on padding; ``[batch, response]``."""
+    loss = nn.functional.cross_entropy(
+        logits.flatten(0, 1).float(), responses.flatten(), ignore_index=-100, reduction="none"
+    )
+    return loss.view(responses.shape)
 
 
 def _batch_alignment(examples: Sequence[Example], width: int, sharer_width: int, shift: int) -> Alignment:
