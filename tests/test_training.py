@@ -14,8 +14,9 @@ from c2c.receiver import Receiver
 from c2c.training.config import ConfigError, DataSource, TrainConfig, load_config
 from c2c.training.examples import build_examples
 from c2c.training.order import GroupedOrder
+from c2c.training.prepared import prepare
 from c2c.training.rows import load_rows, multiple_choice, questions
-from c2c.training.run import prepare, train
+from c2c.training.run import train
 from c2c.training.selection import DevSet
 from c2c.training.step import FuserTraining, _proportional
 from c2c.training.store import PrefillStore
@@ -206,16 +207,16 @@ def test_a_run_that_was_stopped_gives_the_result_of_one_that_was_not(folders, tm
         raise Killed
 
     with pytest.MonkeyPatch.context() as patch:
-        from c2c.training import run
+        from c2c.training import trainer
 
-        original = run._Selection.on_step_end
+        original = trainer.Selection.on_step_end
 
         def stop_at_5(self, args, state, control, **kwargs):
             original(self, args, state, control, **kwargs)
             if state.global_step == 5:
                 kill()
 
-        patch.setattr(run._Selection, "on_step_end", stop_at_5)
+        patch.setattr(trainer.Selection, "on_step_end", stop_at_5)
         with pytest.raises(Killed):
             train(half)
     train(half)
@@ -354,13 +355,13 @@ def test_the_published_fuser_follows_its_temperature_schedule(folders, tmp_path)
 
 
 def test_a_batch_that_processes_cannot_share_is_refused(folders, tmp_path):
-    from c2c.training import run
+    from c2c.training import trainer
 
     class Arguments:
         world_size, process_index = 3, 0
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "TrainingArguments", lambda **kwargs: Arguments())
+        patch.setattr(trainer, "TrainingArguments", lambda **kwargs: Arguments())
         with pytest.raises(ConfigError, match="batch_size 4 can't be shared by 3"):
             train(config(folders, tmp_path))
 

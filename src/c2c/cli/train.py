@@ -88,7 +88,7 @@ def prefill(
     """Fill the prefill store of a configuration ahead of training."""
     from c2c.errors import C2CError
     from c2c.training import load_config
-    from c2c.training.run import fill, prepare
+    from c2c.training.prepared import fill, prepare
 
     loaded = load_config(config, receiver=receiver, sharer=sharer, data_dir=data_dir, store_dir=store_dir)
     if loaded.store_dir is None:

@@ -14,7 +14,7 @@ import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -26,10 +26,8 @@ from c2c.fusers.linear import LinearFuser, channels
 from c2c.fusion import Picker, Source, aligned_entries
 from c2c.model import C2CModel
 from c2c.training.examples import Example
+from c2c.training.prepared import OnProgress
 from c2c.training.step import Batch, FuserTraining
-
-if TYPE_CHECKING:
-    from c2c.training.run import OnProgress  # run fits linear fusers, so it imports this module
 
 Weighting = Literal["none", "attention"]
 BLENDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)

@@ -1,0 +1,149 @@
+"""A run before its first step: models loaded, data read, stores opened and filled."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import set_seed
+
+from c2c.fusers import BottleneckFuser
+from c2c.model import C2CModel
+from c2c.training.config import ConfigError, TrainConfig
+from c2c.training.distributed import Processes, shard
+from c2c.training.examples import Example, build_examples
+from c2c.training.rows import load_rows, questions
+from c2c.training.step import FuserTraining
+from c2c.training.store import PrefillStore
+
+OnProgress = Callable[[str, int, int], None]
+
+
+@dataclass
+class Prepared:
+    """A run with its models, data and stores, before the first step."""
+
+    config: TrainConfig
+    training: FuserTraining
+    train: list[Example]
+    dev: list[Example]
+    dropped: Counter[str]
+    receiver_store: PrefillStore
+    sharer_store: PrefillStore
+    processes: Processes
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in one pass over the data."""
+        return max(1, len(self.train) // (self.config.batch_size * self.config.gradient_accumulation))
+
+    def keep(self, output: Path, facts: dict[str, Any]) -> None:
+        """Save the fuser as the best so far, with all that is needed to train it again."""
+        fuser = self.training.fuser
+        fuser.config.training = {
+            **facts,
+            "config": self.config.to_dict(),
+            "examples": len(self.train),
+            "dropped": dict(self.dropped),
+        }
+        fuser.save_pretrained(output / "best")
+
+
+def prepare(config: TrainConfig, processes: Processes | None = None) -> Prepared:
+    """Load models, read data, open the stores.
+
+    Args:
+        config: the run.
+        processes: this process among those that train together; by default it is alone.
+
+    Raises:
+        ConfigError: what the configuration asks for can't be done; says what.
+    """
+    processes = processes or Processes()
+    set_seed(config.seed)
+    model = C2CModel.from_models(
+        config.receiver,
+        config.sharer,
+        fuser=config.family,
+        layer_map=config.layer_map,
+        fuser_options=config.fuser_options,
+        dtype=config.dtype,
+        device_map=config.device_map,
+    )
+    data = Path(config.data_dir)
+    forbidden = questions([data / name for name in config.exclude])
+    rows, dropped = load_rows(config.train, data, config.data_seed, forbidden)
+    dev_rows, _ = load_rows(config.dev, data, config.data_seed)
+    train_examples, too_long = build_examples(model, rows, config.max_prompt_tokens, config.max_response_tokens)
+    dev_examples, _ = build_examples(model, dev_rows, config.max_prompt_tokens, config.max_response_tokens)
+    if not train_examples or not dev_examples:
+        raise ConfigError(f"no examples are left: {len(train_examples)} to train, {len(dev_examples)} dev; {too_long}.")
+    fuser: Any = model.fusers[0].config
+    folder = Path(config.store_dir) if config.store_dir else None
+    common: dict[str, Any] = {
+        "folder": folder,
+        "budget": int(config.store_budget_gb * 5e8),
+        "batch": config.prefill_batch,
+        "writers": processes.count,
+    }
+    receiver_store = PrefillStore(model.receiver, range(model.receiver.geometry.layers), **common)
+    sharer_store = PrefillStore(model.sharers[0], fuser.source_layers, **common)
+    if config.shard_sharer and processes.count > 1:
+        if folder is None or config.fill != "ahead":
+            raise ConfigError("shard_sharer needs store_dir and fill: ahead, so that all processes prefill in step.")
+        shard(model.sharers[0])
+    training = FuserTraining(model, receiver_store, sharer_store, config.guard_weight)
+    return Prepared(
+        config,
+        training,
+        train_examples,
+        dev_examples,
+        dropped + too_long,
+        receiver_store,
+        sharer_store,
+        processes,
+    )
+
+
+def fill(prepared: Prepared, progress: OnProgress | None = None) -> None:
+    """Prefill every prompt that the store does not hold yet; several processes share the work.
+
+    In memory each process keeps its own prompts, so there is nothing to share: they are then computed as they come.
+    """
+    processes = prepared.processes
+    if processes.count > 1 and prepared.config.store_dir is None:
+        return
+    examples = [*prepared.train, *prepared.dev]
+    jobs = {
+        "receiver prefill": (prepared.receiver_store, [e.receiver_ids[:-1] for e in examples], False),
+        "sharer prefill": (prepared.sharer_store, [e.sharer_ids for e in examples], prepared.config.shard_sharer),
+    }
+    for stage, (store, prompts, in_step) in jobs.items():
+        if in_step and all(ids in store for ids in prompts):  # the folder is shared, so all processes see the same
+            continue
+        part = processes.part(prompts)
+        done = 0
+        for count in store.fill(part, compute_all=in_step and processes.count > 1):
+            done += count
+            if progress is not None and processes.first:
+                progress(stage, done, len(part))
+    processes.wait()
+
+
+@torch.no_grad()
+def calibrate(prepared: Prepared) -> None:
+    """Set the bottleneck fuser's channel statistics from the first examples."""
+    fuser = prepared.training.fuser
+    if not isinstance(fuser, BottleneckFuser) or prepared.config.calibration <= 0:
+        return
+    fuser.start_calibration()
+    examples = prepared.train[: prepared.config.calibration]
+    size = prepared.config.batch_size
+    for start in range(0, len(examples), size):
+        batch = prepared.training.collate(examples[start : start + size])
+        prepared.training.logits(batch, "matched", width=1)
+    fuser.finish_calibration()
