@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from c2c import C2CModel, kv
+from c2c.errors import CacheError
 from c2c.prompting import RenderOptions
 from c2c.receiver import Receiver
 from c2c.training.config import ConfigError, DataSource, TrainConfig, load_config
 from c2c.training.examples import build_examples
 from c2c.training.order import GroupedOrder
-from c2c.training.prepared import prepare
+from c2c.training.prepared import fill, prepare
 from c2c.training.rows import load_rows, multiple_choice, questions
 from c2c.training.run import train
 from c2c.training.selection import DevSet
@@ -419,3 +420,22 @@ def test_every_epoch_has_its_own_order_also_after_a_resume(folders, tmp_path):
                 train(config(folders, tmp_path / name, max_steps=steps, save_steps=4))
     assert seen["parts"] == seen["whole"]
     assert seen["whole"][:6] != seen["whole"][6:]
+
+
+def test_the_sharer_is_given_back_once_its_prefills_are_stored(folders, tmp_path):
+    prepared = prepare(config(folders, tmp_path))
+    before = float(prepared.training(prepared.train[:4])["loss"].detach())
+    fill(prepared)
+    sharer = prepared.training.model.sharers[0]
+    assert sum(parameter.numel() for parameter in sharer.model.parameters()) == 0
+    after = float(prepared.training(prepared.train[:4])["loss"].detach())
+    assert after == pytest.approx(before, rel=1e-4)
+    with pytest.raises(CacheError, match="were given back"):
+        prepared.sharer_store.get([[1, 2, 3]])
+
+
+def test_a_budget_that_does_not_hold_all_keeps_the_sharer(folders, tmp_path):
+    prepared = prepare(config(folders, tmp_path, store_budget_gb=1e-6))
+    fill(prepared)
+    assert not prepared.training.model.sharers[0].released
+    prepared.training(prepared.train[:4])

@@ -61,6 +61,7 @@ class LanguageModel:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.name = name or str(model.config._name_or_path or type(model).__name__)
+        self.released = False
 
     @classmethod
     def from_pretrained(cls, source: str | Path | PreTrainedModel, **kwargs: Any) -> Self:
@@ -101,6 +102,13 @@ class LanguageModel:
         positions = torch.tensor([[0], [7]], device=self.device)
         mask = torch.ones_like(ids, dtype=torch.bool)
         return prefill(self.model, TokenBatch(ids, mask, positions, padded=False), stop=1)
+
+    def release(self) -> None:
+        """Give the weights back, when every prefill that will be asked for is stored. The model can't run any more."""
+        _ = self.identity, self.geometry  # read from the weights
+        for parameter in self.model.parameters():
+            parameter.data = parameter.data.new_empty(0)
+        self.released = True
 
     def check_rotary(self) -> None:
         """Make sure that the rotation can be taken off this model's keys.
@@ -175,6 +183,11 @@ class LanguageModel:
 
     def prefill(self, batch: TokenBatch, stop: int | None = None, cache: Cache | None = None) -> Cache:
         """The KV cache of the first ``stop`` columns (all by default); extends ``cache`` where one is given."""
+        if self.released:
+            raise CacheError(
+                f"the weights of the {self.role} {self.name} were given back after its prefills were stored, and this "
+                "prompt is not among them. Load the model again."
+            )
         return prefill(self.model, batch.to(self.device), batch.length if stop is None else stop, cache)
 
     def answer(self, messages: Any, *, options: RenderOptions | None = None, **kwargs: Any) -> Any:

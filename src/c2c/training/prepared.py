@@ -132,6 +132,9 @@ def fill(prepared: Prepared, progress: OnProgress | None = None) -> None:
             if progress is not None and processes.first:
                 progress(stage, done, len(part))
     processes.wait()
+    sharded = prepared.config.shard_sharer and processes.count > 1
+    if not sharded and all(example.sharer_ids in prepared.sharer_store for example in examples):
+        prepared.training.model.sharers[0].release()  # from now on only the receiver runs
 
 
 @torch.no_grad()
