@@ -70,7 +70,7 @@ def run(command, processes=1):
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     done = subprocess.run([*launcher, *command], env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    return json.loads(done.stdout)  # one object, and nothing else
 
 
 def weights(folder: Path, step: int) -> dict[str, torch.Tensor]:

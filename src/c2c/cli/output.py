@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import typer
 from rich.console import Console
+from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 out = Console()
@@ -27,6 +29,14 @@ def human_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     raise AssertionError("unreachable")
+
+
+def log_to_stderr(name: str) -> None:
+    """Show what a logger of ours says, above the progress bars."""
+    logger = logging.getLogger(name)
+    if not logger.handlers:
+        logger.addHandler(RichHandler(console=err, show_path=False, show_level=False))
+    logger.setLevel(logging.INFO)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from c2c.cli.output import out, print_json, progress_bars
+from c2c.cli.output import log_to_stderr, out, print_json, progress_bars
 
 _TRAIN_EPILOG = """Examples:
 
@@ -67,6 +67,7 @@ def train(
         seed=seed,
         max_steps=max_steps,
     )
+    log_to_stderr("c2c.training")
     with progress_bars() as report:
         summary = run_training(loaded, resume=resume, progress=report)
     if not summary:  # another process reports

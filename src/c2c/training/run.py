@@ -24,7 +24,7 @@ def train(config: TrainConfig, *, resume: bool = True, progress: OnProgress | No
     Args:
         config: the run.
         resume: go on from the last checkpoint in ``output_dir`` if there is one.
-        progress: called with (stage, done, total) while prompts are prefilled.
+        progress: called with (stage, done, total) while prompts are prefilled and after every step.
 
     Returns:
         A summary: the chosen fuser's folder, its dev scores, counts and seconds.
@@ -41,7 +41,7 @@ def train(config: TrainConfig, *, resume: bool = True, progress: OnProgress | No
     if prepared.training.model.receiver.device.type == "cpu":
         keep_freed_memory()
     selection = Selection(prepared, config.eval_steps or prepared.steps_per_epoch, output)
-    trainer = make_trainer(prepared, arguments, selection)
+    trainer = make_trainer(prepared, arguments, selection, progress)
     last = last_complete(output) if resume else None
     outcome = trainer.train(resume_from_checkpoint=last)
     processes.wait()

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from c2c.files import write_json
 from c2c.fusers import C2CFuser, Fuser
@@ -19,7 +19,7 @@ from c2c.training.checkpoints import CompleteCheckpoints
 from c2c.training.config import ConfigError, TrainConfig
 from c2c.training.examples import Example
 from c2c.training.order import GroupedOrder
-from c2c.training.prepared import Prepared
+from c2c.training.prepared import OnProgress, Prepared
 from c2c.training.selection import DevScore, DevSet
 from c2c.training.step import FuserTraining
 
@@ -75,6 +75,24 @@ class Schedule(TrainerCallback):
         self.training.reconstructing = state.global_step < self.reconstruction_steps
 
 
+class Report(TrainerCallback):
+    """Tells how far the training is; in place of the Trainer's own bars, which write to stdout."""
+
+    def __init__(self, progress: OnProgress | None) -> None:
+        self.progress = progress
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Called by the Trainer."""
+        if self.progress is not None and state.is_world_process_zero:
+            self.progress("training", state.global_step, state.max_steps)
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Called by the Trainer."""
+        logs = kwargs.get("logs") or {}
+        if "loss" in logs and state.is_world_process_zero:
+            log.info("step %d of %d: loss %.3f", state.global_step, state.max_steps, logs["loss"])
+
+
 class Selection(TrainerCallback):
     """Scores the dev set and keeps the best fuser. What was scored before a resume is read back."""
 
@@ -98,7 +116,11 @@ class Selection(TrainerCallback):
         training = self.prepared.training
         result = self.dev.score(training)
         log.info(
-            "step %d: receiver %.1f matched %.1f deranged %.1f", step, result.receiver, result.matched, result.deranged
+            "step %d: dev receiver %.1f, matched %.1f, deranged %.1f",
+            step,
+            result.receiver,
+            result.matched,
+            result.deranged,
         )
         earlier = [entry["value"] for at, entry in self.scores.items() if int(at) < step]
         self.scores = {at: entry for at, entry in self.scores.items() if int(at) < step} | {str(step): result.to_dict()}
@@ -110,7 +132,9 @@ class Selection(TrainerCallback):
         return result
 
 
-def make_trainer(prepared: Prepared, arguments: TrainingArguments, selection: Selection) -> FuserTrainer:
+def make_trainer(
+    prepared: Prepared, arguments: TrainingArguments, selection: Selection, progress: OnProgress | None = None
+) -> FuserTrainer:
     """The Trainer of a prepared run."""
     training, config = prepared.training, prepared.config
     training.fuser.train()
@@ -119,8 +143,14 @@ def make_trainer(prepared: Prepared, arguments: TrainingArguments, selection: Se
         args=arguments,
         train_dataset=_Examples(prepared.train),
         data_collator=lambda examples: {"examples": examples},
-        callbacks=[Schedule(training, config.reconstruction_steps), selection, CompleteCheckpoints()],
+        callbacks=[
+            Schedule(training, config.reconstruction_steps),
+            selection,
+            CompleteCheckpoints(),
+            Report(progress),
+        ],
     )
+    trainer.remove_callback(PrinterCallback)
     selection.log = trainer.log
     if isinstance(training.fuser, C2CFuser) and "anneal_steps" not in config.fuser_options:
         # the published schedule ends with the run
@@ -151,6 +181,7 @@ def make_arguments(config: TrainConfig) -> TrainingArguments:
         save_steps=config.save_steps,
         save_total_limit=2,
         report_to=config.report_to,
+        disable_tqdm=True,
         seed=config.seed,
         remove_unused_columns=False,
         dataloader_drop_last=True,
