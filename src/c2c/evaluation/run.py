@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import platform
@@ -21,6 +22,7 @@ from c2c.evaluation.systems import answer
 from c2c.files import save_atomically, write_json
 from c2c.fusers.base import resolve
 from c2c.model import C2CModel
+from c2c.training.config import DataSource
 from c2c.training.examples import Example, build_examples
 from c2c.training.rows import Row, load_rows
 from c2c.training.step import FuserTraining
@@ -136,9 +138,16 @@ def _rows(config: EvalConfig) -> dict[str, list[Row]]:
     for source in config.data:
         limited = replace(source, limit=config.limit if config.limit is not None else source.limit)
         how = [source.form] * (source.form != "letter") + [f"{source.options} options"] * (source.options is not None)
-        name = f"{source.name} ({', '.join(how)})" if how else source.name
-        rows[name] = load_rows([limited], Path(config.data_dir), config.seed)[0]
+        name = f"{_short(source)} ({', '.join(how)})" if how else _short(source)
+        rows[name if name not in rows else f"{name} #{len(rows)}"] = load_rows(
+            [limited], Path(config.data_dir), config.seed
+        )[0]
     return rows
+
+
+def _short(source: DataSource) -> str:
+    """A file by its folder and name: what tells tasks apart in a table, and not where they lie on this machine."""
+    return "/".join(Path(source.name).parts[-2:]) if source.path is not None else source.name
 
 
 def _stores(model: C2CModel, config: EvalConfig) -> tuple[PrefillStore, PrefillStore]:
@@ -196,8 +205,9 @@ def _provenance(config: EvalConfig, model: C2CModel) -> dict[str, Any]:
         "fuser": _file_hash(folder / "model.safetensors"),
         "receiver": model.receiver.identity.to_dict(),
         "sharer": model.sharers[0].identity.to_dict(),
-        "data": {s.name: _file_hash(Path(config.data_dir) / s.path) if s.path else None for s in config.data},
-        "config": {key: value for key, value in config.to_dict().items() if key not in _NOT_COMPARED},
+        "data": {_short(s): _file_hash(Path(config.data_dir) / s.path) if s.path else None for s in config.data},
+        "config": {key: value for key, value in config.to_dict().items() if key not in _NOT_COMPARED}
+        | {"data": [dataclasses.asdict(source) | {"path": _short(source)} for source in config.data]},
     }
     return facts | {
         "key": hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest(),

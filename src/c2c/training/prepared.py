@@ -22,6 +22,9 @@ from c2c.training.store import PrefillStore
 
 OnProgress = Callable[[str, int, int], None]
 
+# where things lay on this machine, which is nobody else's business
+_PLACES = ("data_dir", "output_dir", "store_dir", "report_to")
+
 
 @dataclass
 class Prepared:
@@ -46,7 +49,7 @@ class Prepared:
         fuser = self.training.fuser
         fuser.config.training = {
             **facts,
-            "config": self.config.to_dict(),
+            "config": {key: value for key, value in self.config.to_dict().items() if key not in _PLACES},
             "examples": len(self.train),
             "dropped": dict(self.dropped),
         }

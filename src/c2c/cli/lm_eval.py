@@ -1,0 +1,212 @@
+"""``c2c lm-eval``: tasks of the lm-evaluation-harness on a pair of models."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import shlex
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from c2c.cli.output import err, out, print_json
+from c2c.files import write_json
+
+if TYPE_CHECKING:
+    from c2c.model import C2CModel
+
+_EPILOG = """Examples:
+
+c2c lm-eval --fuser zoo/NAME --tasks arc_easy,openbookqa --limit 200 --apply-chat-template
+
+c2c lm-eval --fuser zoo/NAME --tasks arc_easy --system receiver,sharer,matched,deranged --output result.json
+
+c2c lm-eval --fuser zoo/NAME --tasks my_task --include-path tasks/ --num-fewshot 2 --batch-size 8 --json
+
+c2c lm-eval --fuser zoo/NAME --tasks tasks/my_task.yaml --gen-kwargs max_gen_toks=64
+
+Systems: receiver and sharer alone; matched, the fused receiver; deranged, the receiver fused with what the sharer read
+of another document: a gain that deranged has as well is not content of the prompt.
+Without --apply-chat-template both models read the task's raw text; a fuser trained on chat prompts wants the template.
+Needs the harness: pip install 'cache2cache\\[lm-eval]'. Most tasks fetch their data from the hub."""
+
+# What of the harness's result is kept; the rest describes the machine.
+_KEPT = (
+    "results",
+    "groups",
+    "group_subtasks",
+    "configs",
+    "versions",
+    "n-shot",
+    "higher_is_better",
+    "n-samples",
+    "samples",
+)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the app."""
+    app.command(name="lm-eval", epilog=_EPILOG)(lm_eval)
+
+
+def lm_eval(
+    fuser: Annotated[str, typer.Option(help="Folder or hub id of the fuser.")],
+    tasks: Annotated[str, typer.Option(help="Names of tasks or groups, or task files, with commas.")],
+    system: Annotated[str, typer.Option(help="Who answers; several with commas.")] = "matched",
+    limit: Annotated[float | None, typer.Option(help="Documents per task; below 1 a share of them.")] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(help="Examples in the prompt, in place of the task's number unless that is 0.")
+    ] = None,
+    apply_chat_template: Annotated[
+        bool, typer.Option("--apply-chat-template", help="Ask in messages, each model with its own template.")
+    ] = False,
+    system_instruction: Annotated[str | None, typer.Option(help="System message, or text before the prompt.")] = None,
+    gen_kwargs: Annotated[str | None, typer.Option(help="For generation: max_gen_toks=64,do_sample=True,...")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Contexts, and continuations, at a time.")] = 8,
+    max_length: Annotated[int | None, typer.Option(help="Truncate contexts to so many tokens.")] = None,
+    include_path: Annotated[list[str] | None, typer.Option(help="Folder with task files; may be repeated.")] = None,
+    output: Annotated[str | None, typer.Option(help="File for the result, as JSON.")] = None,
+    log_samples: Annotated[
+        bool, typer.Option("--log-samples", help="Every request and answer in the output file.")
+    ] = False,
+    receiver: Annotated[str | None, typer.Option(help="In place of the recorded receiver.")] = None,
+    sharer: Annotated[str | None, typer.Option(help="In place of the recorded sharer.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Type of the models' weights.")] = None,
+    device_map: Annotated[str | None, typer.Option(help="Where the models go.")] = None,
+    json_: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Run tasks of the lm-evaluation-harness on a pair."""
+    chosen = [name.strip() for name in system.split(",") if name.strip()]
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    with err.status("loading tasks ..."):
+        manager = _tasks(names, chosen, include_path or [])
+    with err.status("loading models ..."):
+        from c2c.model import C2CModel
+
+        model = C2CModel.from_pretrained(fuser, receiver=receiver, sharer=sharer, dtype=dtype, device_map=device_map)
+    settings = {
+        "limit": int(limit) if limit is not None and limit >= 1 else limit,
+        "num_fewshot": num_fewshot,
+        "apply_chat_template": apply_chat_template,
+        "system_instruction": system_instruction,
+        "gen_kwargs": gen_kwargs,
+        "log_samples": log_samples and output is not None,
+    }
+    results = {
+        name: _run(model, name, batch_size, max_length, tasks=names, task_manager=manager, **settings)
+        for name in chosen
+    }
+    details = settings | {"tasks": names, "batch_size": batch_size, "max_length": max_length}
+    data = {"systems": results, "provenance": _provenance(model, fuser, details)}
+    if output is not None:
+        write_json(Path(output), data)
+    if json_:
+        print_json({**data, "systems": {name: _without_samples(result) for name, result in results.items()}})
+    else:
+        _show(results)
+
+
+def _tasks(names: list[str], systems: list[str], include: list[str]) -> Any:
+    """The harness's task manager, once all tasks are known and their data is there.
+
+    Raises:
+        IntegrationError: unknown systems or tasks, or data that can't be loaded; nothing to do.
+        MissingExtraError: the harness is not installed.
+    """
+    from c2c.integrations import IntegrationError
+    from c2c.integrations.lm_eval import SYSTEMS
+
+    unknown = [name for name in systems if name not in SYSTEMS]
+    if unknown or not systems or not names:
+        raise IntegrationError(
+            f"got systems {systems} and tasks {names}; expected at least one of each, systems out of "
+            f"{', '.join(SYSTEMS)}."
+        )
+    missing = [folder for folder in include if not Path(folder).is_dir()]
+    if missing:
+        raise IntegrationError(f"--include-path {', '.join(missing)}: no such folder.")
+    manager = _manager(names, include)
+    for name in names:
+        try:
+            manager.load([name])
+        except KeyError as error:
+            raise IntegrationError(
+                f"the harness knows no task {name!r}. `lm_eval ls tasks` lists its own; give --include-path FOLDER for "
+                "others, or the path of a task file."
+            ) from error
+        except Exception as error:  # data sets fail in many ways
+            raise IntegrationError(f"task {name!r} can't be loaded: {type(error).__name__}: {error}") from error
+    return manager
+
+
+def _manager(names: list[str], include: list[str]) -> Any:
+    """A manager of the given folders alone where that does: reading the harness's own tasks takes seconds."""
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=include, include_defaults=False)
+    if all(name in manager.all_subtasks or Path(name).is_file() for name in names):
+        return manager
+    return TaskManager(include_path=include)
+
+
+def _run(model: C2CModel, system: Any, batch_size: int, max_length: int | None, **settings: Any) -> dict[str, Any]:
+    """One system's result, as the harness gives it, without what describes the machine."""
+    from lm_eval import simple_evaluate
+    from lm_eval.utils import handle_non_serializable
+
+    from c2c.integrations.lm_eval import C2CLM
+
+    lm = C2CLM(model, system, batch_size=batch_size, max_length=max_length)
+    result = simple_evaluate(model=lm, **settings)
+    kept = {key: result[key] for key in _KEPT if key in result} | {"counts": dict(lm.counts)}
+    plain: dict[str, Any] = json.loads(json.dumps(kept, default=handle_non_serializable))
+    return plain
+
+
+def _show(results: dict[str, Any]) -> None:
+    from lm_eval.utils import make_table
+
+    for name, result in results.items():
+        out.print(f"[bold]{name}[/bold]")
+        typer.echo(make_table(result))
+        if "groups" in result:
+            typer.echo(make_table(result, "groups"))
+        remarks = {reason: count for reason, count in result["counts"].items() if count and reason != "contexts"}
+        if remarks:
+            err.print(f"{name}, of {result['counts']['contexts']} contexts: {remarks}")
+
+
+def _without_samples(result: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in result.items() if key != "samples"}
+
+
+def _provenance(model: C2CModel, fuser: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """All that is needed to repeat a run."""
+    import torch
+    import transformers
+
+    from c2c.fusers.base import resolve
+    from c2c.version import __version__
+
+    folder = resolve(fuser)
+    return {
+        "fuser": {
+            str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in sorted(folder.rglob("model.safetensors"))
+        },
+        "receiver": model.receiver.identity.to_dict(),
+        "sharers": [sharer.identity.to_dict() for sharer in model.sharers],
+        "settings": settings,
+        "command": shlex.join(["c2c", *sys.argv[1:]]),
+        "versions": {
+            "c2c": __version__,
+            "lm_eval": version("lm_eval"),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+    }

@@ -1,0 +1,68 @@
+"""``c2c report``: results of ``c2c eval`` as a page and as Markdown."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+_EPILOG = """Examples:
+
+c2c report runs/eval/result.json
+
+c2c report runs/seed_0 runs/seed_1 runs/seed_2 --html report.html
+
+c2c report results --markdown docs/results.md --plots docs/results --title "Results"
+
+c2c report results --markdown docs/results.md --plots docs/results --check
+
+RESULTS are result.json files of c2c eval --output-dir, or folders with such files.
+Runs that differ in fuser or seed only are also shown as their mean.
+Losses are said in words: the sharer alone is better; no content is shown (the
+interval of P reaches zero); a wrong message helps too; another system is ahead."""
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the app."""
+    app.command(name="report", epilog=_EPILOG)(report)
+
+
+def report(
+    results: Annotated[list[Path], typer.Argument(help="Result files, or folders that hold result.json files.")],
+    html: Annotated[Path | None, typer.Option(help="Write one self-contained page here.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write Markdown here.")] = None,
+    plots: Annotated[
+        Path | None, typer.Option(help="Write the plots as SVG files into this folder; the Markdown shows them.")
+    ] = None,
+    title: Annotated[str, typer.Option(help="Heading.")] = "Results",
+    check: Annotated[
+        bool, typer.Option("--check", help="Write nothing; exit with 1 if a file is not what would be written.")
+    ] = False,
+) -> None:
+    """Show results as a page and as Markdown, losses included; without options, Markdown on stdout."""
+    from c2c.reporting import check_files, group, make_files, read_results, to_markdown, write_files
+
+    if markdown is None and plots is not None:
+        raise typer.BadParameter("--plots go with a Markdown file that shows them: give --markdown too.")
+    if check and html is None and markdown is None:
+        raise typer.BadParameter("--check needs the file to check: give --markdown or --html.")
+    sections = group(read_results(results))
+    files = make_files(sections, title, html, markdown, plots)
+    if check:
+        check_files(files, _command(results, html, markdown, plots, title))
+        return
+    write_files(files)
+    for path in files:
+        typer.echo(f"wrote {path}", err=True)
+    if not files:
+        typer.echo(to_markdown(sections, title, {}), nl=False)
+
+
+def _command(results: list[Path], html: Path | None, markdown: Path | None, plots: Path | None, title: str) -> str:
+    """The command that writes what was checked."""
+    words = ["c2c", "report", *map(str, results)]
+    for option, path in (("--html", html), ("--markdown", markdown), ("--plots", plots)):
+        words += [option, str(path)] if path is not None else []
+    return shlex.join(words + (["--title", title] if title != "Results" else []))

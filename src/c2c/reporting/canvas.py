@@ -1,0 +1,161 @@
+"""What all plots are drawn on: SVG with text as text, and colours that the page sets for light, dark and print."""
+
+from __future__ import annotations
+
+import io
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from html import escape
+from typing import TYPE_CHECKING
+
+from c2c.reporting.names import CONTROLS
+from c2c.reporting.results import ReportError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+WIDTH = 420  # pixels; small enough that the text can be read on a phone
+TEXT, HEADING = 12.5, 13.0
+_FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif"
+
+# What is drawn with a colour of this table comes out as a variable: name -> (in light, in dark). Blue, orange and
+# purple are told apart with every common colour blindness, and shapes and labels say the same again.
+COLOURS = {
+    "ink": ("#1f2328", "#e6edf3"),
+    "muted": ("#57606a", "#9da7b3"),
+    "grid": ("#d0d7de", "#3d444d"),
+    "page": ("#ffffff", "#0d1117"),
+    "worse": ("#fbe9e4", "#3a1d16"),
+    "loss": ("#b3261e", "#ff8a75"),
+    "receiver": ("#57606a", "#a9b4c0"),
+    "sharer": ("#b35900", "#f2a65a"),
+    "matched": ("#0b5cad", "#6cb0ff"),
+    "control": ("#8a3fa0", "#d59be6"),
+    "other": ("#0f766e", "#4fd1c5"),
+}
+# Stand-ins while matplotlib draws, which knows no variables.
+PAINT = {name: f"#c2c0{position:02x}" for position, name in enumerate(COLOURS)}
+_MARKERS = {"receiver": "o", "sharer": "s", "matched": "D", "deranged": "o", "zero": "s", "untrained": "^"}
+_OTHER_MARKERS = "^v<>Pph8"
+
+
+@dataclass(frozen=True)
+class Plot:
+    """One figure.
+
+    Attributes:
+        kind: ``scores``, ``gains`` or ``speed``.
+        title: what it shows.
+        caption: how to read it.
+        svg: for a page that sets the colours.
+        standalone: a file of its own, which sets them itself.
+    """
+
+    kind: str
+    title: str
+    caption: str
+    svg: str
+    standalone: str
+
+
+@contextmanager
+def drawing() -> Iterator[None]:
+    """Draw in here: matplotlib's own settings and not the user's, so that the same results give the same file.
+
+    Raises:
+        ReportError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+    except ImportError as missing:
+        raise ReportError(
+            "plots need matplotlib: pip install 'cache2cache[report]'. Markdown without --plots does without it."
+        ) from missing
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams["svg.fonttype"] = "none"
+        matplotlib.rcParams["svg.hashsalt"] = "c2c"
+        warnings.filterwarnings("ignore", message="Glyph")  # a browser has fonts for what the layout's font lacks
+        yield
+
+
+def new_axes(margins: tuple[float, float, float, float], height: float) -> tuple[Figure, Axes]:
+    """Axes of a height in pixels, with margins left, right, top and bottom."""
+    from matplotlib.figure import Figure
+
+    left, right, top, bottom = margins
+    total = height + top + bottom
+    figure = Figure(figsize=(WIDTH / 72, total / 72), dpi=72)
+    figure.patch.set_alpha(0)
+    axes = figure.add_axes((left / WIDTH, bottom / total, (WIDTH - left - right) / WIDTH, height / total))
+    axes.patch.set_alpha(0)
+    axes.spines[["left", "right", "top"]].set_visible(False)
+    axes.spines["bottom"].set_color(PAINT["grid"])
+    axes.tick_params(axis="both", which="both", colors=PAINT["muted"], labelsize=TEXT - 0.5, length=0, pad=5)
+    axes.grid(axis="x", color=PAINT["grid"], lw=0.8)
+    axes.set_axisbelow(True)
+    axes.xaxis.label.set(color=PAINT["muted"], fontsize=TEXT)
+    return figure, axes
+
+
+def look(name: str, systems: Sequence[str]) -> tuple[str, str, bool]:
+    """Colour and marker of a system, and whether the marker is hollow."""
+    if name in ("receiver", "sharer", "matched"):
+        return name, _MARKERS[name], False
+    if name in CONTROLS:
+        return "control", _MARKERS[name], True
+    others = [other for other in systems if other not in _MARKERS]
+    return "other", _OTHER_MARKERS[others.index(name) % len(_OTHER_MARKERS)], False
+
+
+def short(text: str, length: int) -> str:
+    """A text that fits."""
+    return text if len(text) <= length else text[: length - 1] + "\u2026"
+
+
+def capital(text: str) -> str:
+    """A text with a capital letter."""
+    return text[:1].upper() + text[1:]
+
+
+def finish(kind: str, title: str, caption: str, figure: Figure, slug: str) -> Plot:
+    """A drawn figure as a plot."""
+    size = WIDTH, round(figure.get_figheight() * 72)
+    drawn = _drawn(figure, f"{slug}-{kind}")
+    light, dark = colour_rules()
+    style = f"<style>svg {{ {light} }} @media (prefers-color-scheme: dark) {{ svg {{ {dark} }} }}</style>"
+    page = '<rect x="-12" y="-12" width="100%" height="100%" rx="8" fill="var(--c2c-page)"/>'
+    alone = f"{_opening(title, *size, margin=12)}{style}{page}{drawn}\n"
+    return Plot(kind, title, caption, _opening(title, *size) + drawn, alone)
+
+
+def colour_rules() -> tuple[str, str]:
+    """CSS declarations of the colours, in light and in dark."""
+    light, dark = (" ".join(f"--c2c-{name}: {pair[theme]};" for name, pair in COLOURS.items()) for theme in (0, 1))
+    return light, dark
+
+
+def _opening(title: str, width: int, height: int, margin: int = 0) -> str:
+    box = f"{-margin} {-margin} {width + 2 * margin} {height + 2 * margin}"
+    return (
+        '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+        f'width="{width + 2 * margin}" height="{height + 2 * margin}" viewBox="{box}" role="img">'
+        f"<title>{escape(title)}</title>"
+    )
+
+
+def _drawn(figure: Figure, name: str) -> str:
+    """What is drawn and the closing tag, without a time or a version, its ids made unique on a page."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index(">", svg.index("<svg")) + 1 :].strip()
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg)
+    for role, paint in PAINT.items():
+        svg = svg.replace(paint, f"var(--c2c-{role})")
+    return re.sub(r"'DejaVu Sans'[^;\"]*", _FONT, svg)

@@ -1,0 +1,128 @@
+"""What things are called on the page: systems, gains, costs, tasks; and paths without a machine's folders."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterable
+
+POOLED = "all questions"
+
+# In the order of the tables; a system that is not here comes after these, by its own name.
+SYSTEMS: dict[str, tuple[str, str]] = {
+    "receiver": ("receiver", "the receiver alone"),
+    "sharer": ("sharer", "the sharer alone, same questions"),
+    "matched": ("matched", "the receiver with the sharer's cache of the same question, through the fuser"),
+    "deranged": ("deranged", "the same fuser with the sharer's cache of another question"),
+    "zero": ("zero", "the same fuser with a sharer cache of zeros"),
+    "untrained": ("untrained", "a fuser that was not trained"),
+    "text": ("text-to-text", "the sharer writes, the receiver reads it"),
+    "text_published": ("text, published", "text-to-text as in the published evaluation"),
+    "router": ("router", "each question goes to one of the two models"),
+    "adapter": ("adapter", "a trained adapter of the receiver, without a sharer"),
+    "self": ("self", "the receiver as its own sharer"),
+    "linear": ("linear", "a linear fuser"),
+}
+# Nothing of the message, or of the training, is in them: they should not win.
+CONTROLS = frozenset({"deranged", "zero", "untrained"})
+
+GAINS: dict[str, tuple[str, str]] = {
+    "G": ("matched", "receiver"),
+    "P": ("matched", "deranged"),
+    "S": ("matched", "sharer"),
+    "Z": ("matched", "zero"),
+}
+
+# Each gain in plain words.
+READING = (
+    ("G", "matched - receiver", "what the fuser brings over the receiver alone."),
+    (
+        "P",
+        "matched - deranged",
+        "how much of G is the content of the message. Deranged is the same fuser with the sharer's cache of another "
+        "question: with P at zero, nothing that the sharer read in this one has crossed.",
+    ),
+    ("S", "matched - sharer", "what the pair has over the sharer alone. Below zero, ask the sharer, if you can."),
+)
+
+COSTS: dict[str, str] = {
+    "seconds": "seconds",
+    "first_token": "first token, s",
+    "tokens": "tokens",
+    "bytes": "bytes",
+}
+
+_TASKS = {
+    "arc_challenge": "ARC-Challenge",
+    "arc_easy": "ARC-Easy",
+    "ceval": "C-Eval",
+    "gsm8k": "GSM8K",
+    "hotpotqa": "HotpotQA",
+    "mmlu": "MMLU",
+    "mmlu_redux": "MMLU-Redux",
+    "openbookqa": "OpenBookQA",
+    "squad": "SQuAD",
+}
+
+
+def in_order(names: Iterable[str], known: Iterable[str]) -> list[str]:
+    """Names in the known order, the unknown ones after them by the alphabet."""
+    rank = {name: position for position, name in enumerate(known)}
+    return sorted(set(names), key=lambda name: (rank.get(name, len(rank)), name))
+
+
+def system_title(name: str) -> str:
+    """A system's name on the page."""
+    return SYSTEMS[name][0] if name in SYSTEMS else name
+
+
+def system_phrase(name: str) -> str:
+    """A system at the beginning of a sentence."""
+    phrases = {"sharer": "The sharer alone", "receiver": "The receiver alone", "zero": "A message of zeros"}
+    return phrases.get(name, system_title(name))
+
+
+def task_titles(sources: Iterable[str]) -> dict[str, str]:
+    """Short titles of data files, as long as these tell them apart."""
+    short = {source: task_title(source) for source in sources}
+    titles = list(short.values())
+    return {source: title if titles.count(title) == 1 else source for source, title in short.items()}
+
+
+def task_title(source: str) -> str:
+    """``arc_easy/test.jsonl (8 options)`` as ``ARC-Easy (8 options)``; other names nearly as they are."""
+    match = re.fullmatch(r"(?P<path>.+?)(\.jsonl?)(?P<how> \(.*\))?", source, flags=re.DOTALL)
+    if match is None:
+        return relative(source)
+    *folders, name = re.split(r"[/\\]", relative(match["path"], 2))
+    folder = folders[-1] if folders else ""
+    how = match["how"] or ""
+    if name == "test" and folder:
+        return _TASKS.get(folder, folder) + how
+    if folder in _TASKS:
+        return f"{_TASKS[folder]} {name}{how}"
+    return _TASKS.get(name, f"{folder}/{name}" if folder else name) + how
+
+
+def relative(path: str, parts: int = 1) -> str:
+    """A path that starts at a machine's root or home by its last names only; others as they are."""
+    if not re.match(r"[/~]|[A-Za-z]:[/\\]", path):
+        return path
+    inside = re.sub(r"^(~[^/\\]*|/root|/home/[^/]+|/Users/[^/]+|[A-Za-z]:[/\\]Users[/\\][^/\\]+)(?=[/\\]|$)", "", path)
+    names = [name for name in re.split(r"[/\\]", inside) if name and not re.fullmatch(r"[A-Za-z]:", name)]
+    return "/".join(names[-parts:]) or "home"
+
+
+def portable_command(command: str) -> str:
+    """A command without the folders of the machine that it ran on."""
+    try:
+        words = shlex.split(command)
+    except ValueError:
+        words = command.split()
+    return shlex.join(_portable(word) for word in words)
+
+
+def _portable(word: str) -> str:
+    option, equals, value = word.rpartition("=")
+    short = relative(value, 2)
+    return option + equals + (value if short == value else f".../{short}")
