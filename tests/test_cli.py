@@ -29,7 +29,9 @@ def run_process(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "c2c", *arguments], capture_output=True, text=True, timeout=120)
 
 
-@pytest.mark.parametrize("command", ["pull", "run", "train", "prefill", "inspect", "convert", "doctor"])
+@pytest.mark.parametrize(
+    "command", ["pull", "run", "train", "prefill", "eval", "lm-eval", "report", "inspect", "convert", "doctor"]
+)
 def test_help_shows_examples(command):
     result = runner.invoke(app, [command, "--help"])
     assert result.exit_code == 0

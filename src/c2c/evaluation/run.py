@@ -210,6 +210,7 @@ def _provenance(config: EvalConfig, model: C2CModel) -> dict[str, Any]:
         | {"data": [dataclasses.asdict(source) | {"path": _short(source)} for source in config.data]},
     }
     return facts | {
+        "training": _training(model.fusers[0]),
         "key": hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest(),
         "command": shlex.join(["c2c", *sys.argv[1:]]),
         "versions": {
@@ -218,6 +219,18 @@ def _provenance(config: EvalConfig, model: C2CModel) -> dict[str, Any]:
             "transformers": transformers.__version__,
             "python": platform.python_version(),
         },
+    }
+
+
+def _training(fuser: Any) -> dict[str, Any]:
+    """What tells one trained fuser from another, without its lists of data."""
+    record = fuser.config.training or {}
+    config = record.get("config")
+    settings = config if isinstance(config, dict) else {}
+    return {
+        "family": fuser.family,
+        "step": record.get("step"),
+        "config": {key: value for key, value in settings.items() if key not in ("train", "dev", "exclude")},
     }
 
 
