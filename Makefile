@@ -16,7 +16,7 @@ $(STAMP): pyproject.toml constraints.txt src/c2c/version.py
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-FUSER := zoo/smollm2-135m_from_qwen2.5-coder-1.5b_multiple-choice
+FUSER := zoo/smollm2-135m_from_qwen2.5-coder-1.5b
 define QUESTION
 Answer the following multiple choice question with the letter of the correct option.
 
