@@ -7,7 +7,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-real lint format bench install clean
+.PHONY: demo test test-real lint format results bench install clean
 
 install: $(STAMP)
 
@@ -45,6 +45,11 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/c2c report results --markdown docs/results.md --plots docs/results --check
+
+# docs/results.md and its plots, from the result files
+results: $(STAMP)
+	$(BIN)/c2c report results --markdown docs/results.md --plots docs/results
 
 format: $(STAMP)
 	$(BIN)/ruff format .

@@ -25,7 +25,7 @@ from c2c.reporting.losses import losses
 from c2c.reporting.markdown import escape
 from c2c.reporting.names import portable_command, task_titles
 from c2c.reporting.results import Numbers
-from c2c.reporting.sections import Section
+from c2c.reporting.sections import Section, run_title
 from c2c.reporting.text import Estimate, Unit, fixed
 
 PERCENT, NATS = "percent", "nats per token"
@@ -622,3 +622,14 @@ def test_without_matplotlib_there_is_markdown_and_a_hint(tmp_path):
     assert page.returncode == 1
     assert "pip install 'cache2cache[report]'" in page.stderr
     assert not (tmp_path / "r.html").exists()
+
+
+def test_runs_are_named_by_the_seed_of_their_training_and_other_trainings_stand_apart(tmp_path):
+    made = []
+    for name, seed, rank in (("a", 1, 128), ("b", 0, 128), ("c", 0, 32)):
+        data = result(numbers(GOOD), fuser=name * 64)
+        data["provenance"]["training"] = {"family": "bottleneck", "config": {"seed": seed, "rank": rank}}
+        made.append(data)
+    several, single = sorted(sections(tmp_path, *made), key=lambda section: -len(section.runs))
+    assert [run_title(run)[:15] for run in several.runs] == ["training seed 0", "training seed 1"]
+    assert len(single.runs) == 1

@@ -57,6 +57,7 @@ class Result:
         sharer: name of the sharer.
         fuser: hash of the fuser's weights, empty where it is not known.
         seed: of the draw of items and of the intervals.
+        trained_seed: of the fuser's training, None where it is not recorded.
         mode: how answers were read.
         unit: what scores are counted in.
         tasks: one entry per data source, and last the pooled one where there are several.
@@ -68,6 +69,7 @@ class Result:
     sharer: str
     fuser: str
     seed: int | None
+    trained_seed: int | None
     mode: str
     unit: Unit
     tasks: list[Numbers]
@@ -150,6 +152,7 @@ def _result(data: Mapping[str, Any]) -> Result:
         sharer=_model(provenance, "sharer"),
         fuser=str(provenance.get("fuser") or ""),
         seed=seed if isinstance(seed, int) else None,
+        trained_seed=_training(provenance).get("seed"),
         mode=str(config.get("mode", "")),
         unit=unit,
         tasks=tasks,
@@ -239,7 +242,15 @@ def _same(provenance: Mapping[str, Any], config: Mapping[str, Any], unit: Unit) 
     ignored = ("seed", "systems", "batch_size", "receiver", "sharer")
     settings = {key: value for key, value in config.items() if key not in ignored}
     models = [_who(provenance.get(role)) for role in ("receiver", "sharer")]
-    return json.dumps([unit.name, models, provenance.get("data"), settings], sort_keys=True)
+    trained = {key: value for key, value in _training(provenance).items() if key != "seed"}
+    return json.dumps([unit.name, models, provenance.get("data"), settings, trained], sort_keys=True)
+
+
+def _training(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that the fuser was trained with, as far as they are recorded."""
+    training = provenance.get("training")
+    config = training.get("config") if isinstance(training, dict) else None
+    return dict(config) if isinstance(config, dict) else {}
 
 
 def _who(identity: Any) -> Any:

@@ -75,7 +75,7 @@ class Section:
 def group(results: Iterable[Result]) -> list[Section]:
     """Results as sections: accuracies first, then by the names of the models."""
     groups: dict[str, list[Result]] = {}
-    for result in sorted(results, key=lambda run: (run.seed or 0, run.fuser)):
+    for result in sorted(results, key=lambda run: (run.trained_seed or 0, run.seed or 0, run.fuser)):
         groups.setdefault(result.same, []).append(result)
     ordered = sorted(groups.items(), key=lambda item: (-item[1][0].unit.sign, *_names(item[1][0]), item[0]))
     slugs: list[str] = []
@@ -93,9 +93,13 @@ def systems_in(sections: Iterable[Section]) -> list[tuple[str, str]]:
 
 
 def run_title(run: Result) -> str:
-    """Fuser and seed of a run."""
-    fuser = f"fuser {run.fuser[:12]}" if run.fuser else "fuser not recorded"
-    return fuser if run.seed is None else f"{fuser}, seed {run.seed}"
+    """Fuser and seeds of a run."""
+    parts = [f"fuser {run.fuser[:12]}" if run.fuser else "fuser not recorded"]
+    if run.trained_seed is not None:
+        parts.insert(0, f"training seed {run.trained_seed}")
+    elif run.seed is not None:
+        parts.append(f"seed {run.seed}")
+    return ", ".join(parts)
 
 
 def _names(run: Result) -> tuple[str, str, str, list[str]]:
