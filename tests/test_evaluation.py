@@ -143,6 +143,14 @@ def test_a_killed_run_resumes_to_the_same_numbers(fuser, data, tmp_path):
     ).read_text().splitlines()[1:]
 
 
+def test_several_sharers_are_refused_before_anything_is_written(tmp_path, data):
+    receiver, sharer = pair_folders(lambda name: (tmp_path / name).mkdir() or tmp_path / name)
+    C2CModel.from_models(receiver, [sharer, sharer]).save_pretrained(tmp_path / "fusers")
+    with pytest.raises(EvaluationError, match="has 2 sharers"):
+        evaluate(config(str(tmp_path / "fusers"), data, output_dir=str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
+
+
 def test_another_evaluation_is_not_continued(fuser, data, tmp_path):
     first = config(fuser, data, output_dir=str(tmp_path))
     evaluate(first)

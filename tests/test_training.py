@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from c2c import C2CModel, kv
+from c2c.alignment.plan import derange_columns
 from c2c.errors import CacheError
 from c2c.prompting import RenderOptions
 from c2c.receiver import Receiver
@@ -19,7 +20,7 @@ from c2c.training.prepared import fill, prepare
 from c2c.training.rows import load_rows, multiple_choice, questions
 from c2c.training.run import train
 from c2c.training.selection import DevSet
-from c2c.training.step import FuserTraining, _proportional
+from c2c.training.step import FuserTraining
 from c2c.training.store import PrefillStore
 from tiny import pair_folders
 
@@ -128,9 +129,9 @@ def test_guard_adds_what_a_wrong_message_gains_over_the_receiver(folders, tmp_pa
         assert torch.allclose(training(prepared.train[:4])["loss"], expected)
 
 
-def test_proportional_keeps_order_and_the_last_position():
-    assert _proportional([0, 1, 2, 3, 9, 9], [5, 6, 20, 20, 20]) == [5, 5, 6, 6, 20, 20]
-    assert _proportional([0, 0, 0], [4, 7]) == [7, 7, 7]
+def test_deranged_columns_keep_order_and_the_last_position():
+    assert derange_columns([0, 1, 2, 3, 9, 9], [5, 6, 20, 20, 20]) == [5, 5, 6, 6, 20, 20]
+    assert derange_columns([0, 0, 0], [4, 7]) == [7, 7, 7]
 
 
 @pytest.mark.parametrize("on_disk", [False, True])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
@@ -40,6 +41,17 @@ def read_json_object(path: Path, error: type[C2CError]) -> dict[str, Any]:
 
 def write_json(path: Path, data: Any) -> None:
     """Write JSON to a temporary file beside ``path`` and rename it."""
+    write_text(path, json.dumps(data, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text to a temporary file beside ``path`` and rename it."""
     save_atomically(
-        path.parent, lambda folder: (Path(folder) / path.name).write_text(json.dumps(data, indent=2) + "\n")
+        path.parent, lambda folder: (Path(folder) / path.name).write_text(text, encoding="utf-8", newline="\n")
     )
+
+
+def file_hash(path: Path) -> str:
+    """sha256 of a file, read piece by piece."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -52,6 +52,18 @@ class Alignment:
         return self.rows.numel()
 
 
+def derange_columns(own: Sequence[int], other: Sequence[int]) -> list[int]:
+    """Another prompt's sharer columns in the place of ours, for the control with a wrong message.
+
+    What took the sharer's last position (the closing template) takes the other's last one; the rest go by proportion.
+    """
+    tail = sum(column == own[-1] for column in own)
+    body = other[: len(other) - sum(column == other[-1] for column in other)] or other
+    count = len(own) - tail
+    scale = (len(body) - 1) / max(count - 1, 1)
+    return [body[round(place * scale)] for place in range(count)] + [other[-1]] * tail
+
+
 @dataclass(frozen=True)
 class Chunk:
     """One step of the prefill: the receiver reads up to column ``stop``, then these entries are fused.

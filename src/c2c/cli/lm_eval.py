@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
 import shlex
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from c2c.cli.output import err, out, print_json
-from c2c.files import write_json
+from c2c.files import file_hash, write_json
 
 if TYPE_CHECKING:
     from c2c.model import C2CModel
@@ -194,10 +193,7 @@ def _provenance(model: C2CModel, fuser: str, settings: dict[str, Any]) -> dict[s
 
     folder = resolve(fuser)
     return {
-        "fuser": {
-            str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in sorted(folder.rglob("model.safetensors"))
-        },
+        "fuser": {str(path.relative_to(folder)): file_hash(path) for path in sorted(folder.rglob("model.safetensors"))},
         "receiver": model.receiver.identity.to_dict(),
         "sharers": [sharer.identity.to_dict() for sharer in model.sharers],
         "settings": settings,

@@ -19,7 +19,7 @@ import transformers
 from c2c.evaluation.config import EvalConfig, EvaluationError
 from c2c.evaluation.numbers import summarise
 from c2c.evaluation.systems import answer
-from c2c.files import save_atomically, write_json
+from c2c.files import file_hash, write_json, write_text
 from c2c.fusers.base import resolve
 from c2c.model import C2CModel
 from c2c.training.config import DataSource
@@ -58,6 +58,10 @@ def evaluate(config: EvalConfig, progress: OnProgress | None = None) -> dict[str
         dtype=config.dtype,
         device_map=config.device_map,
     )
+    if len(model.sharers) != 1:
+        raise EvaluationError(
+            f"{config.fuser} has {len(model.sharers)} sharers; one is evaluated at a time: give one of its fusers."
+        )
     receiver_store, sharer_store = _stores(model, config)
     training = FuserTraining(model, receiver_store, sharer_store).eval()
     provenance = _provenance(config, model)
@@ -129,8 +133,7 @@ class Journal:
 
     def _rewrite(self, path: Path, key: str) -> None:
         records = [{"key": key}] + [{"source": name} | item for name, items in self.items.items() for item in items]
-        text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        save_atomically(path.parent, lambda folder: (Path(folder) / path.name).write_text(text, encoding="utf-8"))
+        write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 
 
 def _rows(config: EvalConfig) -> dict[str, list[Row]]:
@@ -202,10 +205,10 @@ def _result(items: Mapping[str, list[Item]], config: EvalConfig) -> dict[str, An
 def _provenance(config: EvalConfig, model: C2CModel) -> dict[str, Any]:
     folder = resolve(config.fuser)
     facts = {
-        "fuser": _file_hash(folder / "model.safetensors"),
+        "fuser": file_hash(folder / "model.safetensors"),
         "receiver": model.receiver.identity.to_dict(),
         "sharer": model.sharers[0].identity.to_dict(),
-        "data": {_short(s): _file_hash(Path(config.data_dir) / s.path) if s.path else None for s in config.data},
+        "data": {_short(s): file_hash(Path(config.data_dir) / s.path) if s.path else None for s in config.data},
         "config": {key: value for key, value in config.to_dict().items() if key not in _NOT_COMPARED}
         | {"data": [dataclasses.asdict(source) | {"path": _short(source)} for source in config.data]},
     }
@@ -235,10 +238,3 @@ def _training(fuser: Any) -> dict[str, Any]:
 
 
 _NOT_COMPARED = ("output_dir", "store_dir", "store_budget_gb", "data_dir", "fuser", "device_map")
-
-
-def _file_hash(path: Path) -> str | None:
-    if not path.is_file():
-        return None
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

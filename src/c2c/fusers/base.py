@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Self
 from huggingface_hub import snapshot_download
 from huggingface_hub.dataclasses import strict
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from c2c.errors import FuserError, ModelLoadError
@@ -19,6 +19,7 @@ from c2c.files import read_json_object, save_atomically
 from c2c.identity import ModelIdentity
 from c2c.kv import KeyValue, KVGeometry
 from c2c.rope import Rotary
+from c2c.version import __version__
 
 
 @dataclass(frozen=True)
@@ -84,8 +85,8 @@ class FuserConfig(PreTrainedConfig):
 class Fuser(PreTrainedModel):
     """Projects a sharer's cache entries into the receiver's space and merges them.
 
-    A family sets ``config_class``, ``family``, ``needs_rotary``, and implements ``forward``, ``gates``
-    and ``from_geometry``.
+    A family sets ``config_class``, ``family``, ``needs_rotary``, and implements ``forward`` and
+    ``gates``. A new one should leave the receiver as it is.
     """
 
     config_class = FuserConfig
@@ -110,12 +111,22 @@ class Fuser(PreTrainedModel):
     def gates(self) -> Tensor:
         """How open each fused layer is at inference, from 0 to 1: ``[layers, 2]``, keys and values."""
 
+    def _init_weights(self, module: nn.Module) -> None:
+        """Families initialise their weights in the constructor."""
+
     @classmethod
-    @abstractmethod
     def from_geometry(
         cls, sharer: KVGeometry, receiver: KVGeometry, layer_map: list[int | None], **options: Any
     ) -> Self:
-        """A new, untrained fuser for these cache shapes."""
+        """A new, untrained fuser for these cache shapes; ``options`` go to the family's config."""
+        config = cls.config_class(
+            layer_map=layer_map,
+            sharer_kv=sharer.to_dict(),
+            receiver_kv=receiver.to_dict(),
+            c2c_version=__version__,
+            **options,
+        )
+        return cls(config)
 
     @property
     def trained(self) -> bool:

@@ -8,7 +8,7 @@ gigabyte.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Self
+from typing import ClassVar
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -19,7 +19,6 @@ from c2c.errors import FuserError
 from c2c.fusers.base import Entries, Fuser, FuserConfig
 from c2c.gating import soft_gate
 from c2c.kv import KeyValue, KVGeometry
-from c2c.version import __version__
 
 
 @strict
@@ -67,23 +66,6 @@ class BottleneckFuser(Fuser):
         self._moments: list[Tensor] | None = None  # running sums while calibrating
         nn.init.normal_(self.down, std=inputs**-0.5)
         self.post_init()
-
-    def _init_weights(self, module: nn.Module) -> None:
-        """Initialised in the constructor."""
-
-    @classmethod
-    def from_geometry(
-        cls, sharer: KVGeometry, receiver: KVGeometry, layer_map: list[int | None], **options: Any
-    ) -> Self:
-        """A fresh fuser, which changes nothing until it is trained."""
-        config = BottleneckConfig(
-            layer_map=layer_map,
-            sharer_kv=sharer.to_dict(),
-            receiver_kv=receiver.to_dict(),
-            c2c_version=__version__,
-            **options,
-        )
-        return cls(config)
 
     def gates(self) -> Tensor:
         """Layer gates, ``[layers, 2]``."""

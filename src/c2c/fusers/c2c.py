@@ -7,7 +7,7 @@ per layer decides whether anything is added. Keys are read as they lie in the ca
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -17,7 +17,6 @@ from c2c import gating
 from c2c.errors import FuserError
 from c2c.fusers.base import Entries, Fuser, FuserConfig
 from c2c.kv import KeyValue, KVGeometry
-from c2c.version import __version__
 
 KINDS = ("key", "value")
 
@@ -132,23 +131,6 @@ class C2CFuser(Fuser):
         self.uniform: gating.UniformSource | None = None
         self.layers = nn.ModuleList([Projector(config) for _ in config.fused_layers])
         self.post_init()
-
-    def _init_weights(self, module: nn.Module) -> None:
-        """Keep torch's default initialisation, as the published code does."""
-
-    @classmethod
-    def from_geometry(
-        cls, sharer: KVGeometry, receiver: KVGeometry, layer_map: list[int | None], **options: Any
-    ) -> Self:
-        """A fresh fuser; gate logits start at 0, which is closed in ``eval()``."""
-        config = C2CFuserConfig(
-            layer_map=layer_map,
-            sharer_kv=sharer.to_dict(),
-            receiver_kv=receiver.to_dict(),
-            c2c_version=__version__,
-            **options,
-        )
-        return cls(config)
 
     def set_step(self, step: int) -> None:
         """Move the temperature schedule to an optimizer step."""

@@ -7,7 +7,7 @@ position.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Self
+from typing import ClassVar
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -17,7 +17,6 @@ from c2c import rope
 from c2c.errors import FuserError
 from c2c.fusers.base import Entries, Fuser, FuserConfig
 from c2c.kv import KeyValue, KVGeometry
-from c2c.version import __version__
 
 
 @strict
@@ -62,23 +61,6 @@ class LinearFuser(Fuser):
         self.bias = nn.Parameter(torch.zeros(layers, 1, outputs), requires_grad=False)
         self.blend = nn.Parameter(torch.zeros(layers, 2), requires_grad=False)
         self.post_init()
-
-    def _init_weights(self, module: nn.Module) -> None:
-        """Initialised in the constructor."""
-
-    @classmethod
-    def from_geometry(
-        cls, sharer: KVGeometry, receiver: KVGeometry, layer_map: list[int | None], **options: Any
-    ) -> Self:
-        """A fuser that changes nothing until it is fitted."""
-        config = LinearConfig(
-            layer_map=layer_map,
-            sharer_kv=sharer.to_dict(),
-            receiver_kv=receiver.to_dict(),
-            c2c_version=__version__,
-            **options,
-        )
-        return cls(config)
 
     def gates(self) -> Tensor:
         """The blend, ``[layers, 2]``, float32."""

@@ -9,6 +9,7 @@ from itertools import takewhile
 import torch
 
 from c2c.alignment import Alignment, Chunk, Prompt
+from c2c.alignment.plan import derange_columns
 from c2c.errors import PromptError
 from c2c.tokens import TokenBatch, left_pad
 
@@ -120,12 +121,7 @@ def _merged(prompts: Sequence[Prompt], index: int, width: int, sharer_width: int
 
 
 def _borrow(own: Alignment, other: Alignment) -> Alignment:
-    columns, theirs = own.sharer.tolist(), other.sharer.tolist()
-    tail = sum(column == columns[-1] for column in columns)
-    body = theirs[: len(theirs) - sum(column == theirs[-1] for column in theirs)] or theirs
-    count = len(columns) - tail
-    scale = (len(body) - 1) / max(count - 1, 1)
-    taken = [body[round(place * scale)] for place in range(count)] + [theirs[-1]] * tail
+    taken = derange_columns(own.sharer.tolist(), other.sharer.tolist())
     return Alignment(own.rows, own.receiver, torch.tensor(taken, dtype=torch.long))
 
 

@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from urllib.parse import quote
 
-from c2c.files import save_atomically
+from c2c.files import write_text
 from c2c.reporting.canvas import Plot
 from c2c.reporting.markdown import to_markdown
 from c2c.reporting.page import to_html
@@ -62,7 +62,7 @@ def write_files(files: Mapping[Path, str]) -> None:
     """
     for path, text in files.items():
         try:
-            _write(path, text)
+            write_text(path, text)
         except OSError as error:
             raise ReportError(f"{path} can't be written: {error}.") from error
 
@@ -92,10 +92,3 @@ def _difference(found: str | None, expected: str) -> str:
         return " (there is no such file yet)"
     lines = unified_diff(found.splitlines(), expected.splitlines(), "found", "expected", lineterm="", n=0)
     return "\n" + "\n".join(line[:200] for line in islice(lines, _SHOWN))
-
-
-def _write(path: Path, text: str) -> None:
-    def fill(folder: str) -> None:
-        (Path(folder) / path.name).write_text(text, encoding="utf-8", newline="\n")
-
-    save_atomically(path.parent, fill)

@@ -10,8 +10,8 @@ def keep_freed_memory() -> None:
     """Have the C library keep what is freed for the next step, for the rest of the process.
 
     Every step frees its gradients and activations and asks for as much again: with the published fuser more than 2 GB,
-    which the system hands out page by page. That takes a tenth of the step, and more where memory is short;
-    the peak grows by a twentieth. Only glibc can be told; elsewhere nothing happens.
+    which the system hands out page by page. That costs time, most where memory is short;
+    the peak grows a little. Only glibc can be told; elsewhere nothing happens.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:

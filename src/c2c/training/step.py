@@ -12,6 +12,7 @@ from transformers import DynamicCache
 
 from c2c import kv
 from c2c.alignment import Alignment, Chunk
+from c2c.alignment.plan import derange_columns
 from c2c.fusers import Fuser
 from c2c.fusion import Source, fuse
 from c2c.model import C2CModel
@@ -178,7 +179,7 @@ def _batch_alignment(examples: Sequence[Example], width: int, sharer_width: int,
         other = examples[(row + shift) % len(examples)]
         columns = example.alignment.sharer.tolist()
         if shift:
-            columns = _proportional(columns, other.alignment.sharer.tolist())
+            columns = derange_columns(columns, other.alignment.sharer.tolist())
         ours, theirs = width - len(example.receiver_ids), sharer_width - len(other.sharer_ids)
         pairs += [
             (row, t + ours, s + theirs) for t, s in zip(example.alignment.receiver.tolist(), columns, strict=True)
@@ -189,12 +190,3 @@ def _batch_alignment(examples: Sequence[Example], width: int, sharer_width: int,
 def _right_pad(rows: Sequence[Sequence[float]], filler: float) -> Tensor:
     tensors = [torch.tensor(row) for row in rows]
     return nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=filler)
-
-
-def _proportional(own: list[int], other: list[int]) -> list[int]:
-    """Another example's columns for our pairs: the closing template keeps the last one, the rest go by proportion."""
-    tail = sum(column == own[-1] for column in own)
-    other_body = other[: len(other) - sum(column == other[-1] for column in other)] or other
-    body = len(own) - tail
-    scale = (len(other_body) - 1) / max(body - 1, 1)
-    return [other_body[round(place * scale)] for place in range(body)] + [other[-1]] * tail

@@ -23,7 +23,7 @@ from c2c import kv
 from c2c.errors import PromptError
 from c2c.files import save_atomically
 from c2c.language_model import LanguageModel
-from c2c.tokens import TokenBatch, left_pad
+from c2c.tokens import left_pad
 
 Layers = dict[int, kv.KeyValue]
 
@@ -119,13 +119,12 @@ class PrefillStore:
         Raises:
             PromptError: with ``compute_all``, where the budget does not hold everything.
         """
-        order = sorted((ids for ids in prompts), key=len)
+        order = sorted(prompts, key=len)
         for start in range(0, len(order), self.batch):
             part = order[start : start + self.batch]
-            missing = [ids for ids in part if ids not in self]
             if compute_all:
                 self._keep_all(part)
-            elif missing:
+            elif missing := [ids for ids in part if ids not in self]:
                 self.get(missing)
             yield len(part)
 
@@ -209,11 +208,6 @@ def stack(entries: Sequence[PromptCache], total_layers: int, dtype: torch.dtype,
     return kv.from_layers(
         (join(layer, 0), join(layer, 1)) if layer in kept else (nothing, nothing) for layer in range(total_layers)
     )
-
-
-def prompt_tokens(tokens: TokenBatch) -> list[int]:
-    """The ids of a one-row batch."""
-    return [int(token) for token in tokens.ids[0].tolist()]
 
 
 def _keep(x: Tensor, row: int, first: int) -> Tensor:
