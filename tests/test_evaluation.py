@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
 from c2c import C2CModel
+from c2c.baselines.text_to_text import text_to_text
 from c2c.cli.app import app
-from c2c.evaluation import EvalConfig, evaluate
+from c2c.evaluation import EvalConfig, evaluate, load_eval_config
 from c2c.evaluation.answers import read_letter
 from c2c.evaluation.config import EvaluationError
+from c2c.evaluation.costs import STAGES
+from c2c.evaluation.derived import abstain, route
+from c2c.evaluation.journal import Journal
 from c2c.evaluation.numbers import mcnemar, summarise
 from c2c.prompting import RenderOptions
+from c2c.sharer import Sharer
 from c2c.training.config import ConfigError, DataSource
-from c2c.training.rows import load_rows
+from c2c.training.rows import letter_form, load_rows
 from tiny import open_fusers, pair_folders
 
 
@@ -67,9 +73,9 @@ def test_answers_are_those_of_the_public_path(fuser, data, tmp_path):
     items = [json.loads(line) for line in (tmp_path / "items.jsonl").read_text().splitlines()[1:]]
     model = C2CModel.from_pretrained(fuser)
     rows = {row.id: row for row in load_rows([DataSource("a.jsonl")], data, 0)[0]}
+    chosen = {(item["id"], item["system"]): item["chosen"] for item in items}
     agree = {"receiver": 0, "sharer": 0, "matched": 0}
-    for item in items:
-        row = rows[item["id"]]
+    for row in rows.values():
         options = RenderOptions(answer_prefix=row.answer_prefix)
         fused = model.prepare(row.messages, options=options)
         logits = {"matched": model.receiver.next_logits(fused.tokens, fused.cache)}
@@ -79,8 +85,8 @@ def test_answers_are_those_of_the_public_path(fuser, data, tmp_path):
         for name, scores in logits.items():
             tokenizer = (model.sharers[0] if name == "sharer" else model.receiver).tokenizer
             ids = [tokenizer.encode(choice, add_special_tokens=False)[0] for choice in row.choices]
-            agree[name] += int(scores[0, ids].argmax()) == item["chosen"][name]
-    assert all(count >= len(items) - 1 for count in agree.values()), agree  # the store keeps bfloat16
+            agree[name] += int(scores[0, ids].argmax()) == chosen[row.id, name]
+    assert all(count >= len(rows) - 1 for count in agree.values()), agree  # the store keeps bfloat16
 
 
 @pytest.mark.parametrize("form", ["published", "sentence"])
@@ -138,9 +144,9 @@ def test_a_killed_run_resumes_to_the_same_numbers(fuser, data, tmp_path):
     resumed = evaluate(part, lambda stage, done, total: seen.append((stage, done)))
     assert seen[0] == ("a.jsonl", 8)  # the cut batch was done again, the first one was not
     assert resumed["systems"] == whole["systems"]
-    assert (tmp_path / "part" / "items.jsonl").read_text().splitlines()[1:] == (
-        tmp_path / "whole" / "items.jsonl"
-    ).read_text().splitlines()[1:]
+    assert sorted((tmp_path / "part" / "items.jsonl").read_text().splitlines()) == sorted(
+        (tmp_path / "whole" / "items.jsonl").read_text().splitlines()
+    )
 
 
 def test_several_sharers_are_refused_before_anything_is_written(tmp_path, data):
@@ -149,6 +155,188 @@ def test_several_sharers_are_refused_before_anything_is_written(tmp_path, data):
     with pytest.raises(EvaluationError, match="has 2 sharers"):
         evaluate(config(str(tmp_path / "fusers"), data, output_dir=str(tmp_path / "out")))
     assert not (tmp_path / "out").exists()
+
+
+def test_systems_are_added_to_a_finished_evaluation(fuser, data, tmp_path):
+    whole = evaluate(config(fuser, data))
+    first = config(fuser, data, output_dir=str(tmp_path), systems=("receiver", "matched"))
+    evaluate(first)
+    before = (tmp_path / "items.jsonl").read_text()
+    added = evaluate(replace(first, systems=("receiver", "sharer", "matched", "deranged", "zero")))
+    assert added["systems"] == whole["systems"]
+    assert (tmp_path / "items.jsonl").read_text().startswith(before)  # nothing was answered twice
+
+
+def test_a_journal_reads_back_any_text(tmp_path):
+    text = "one\u2028two\x85three\r\nfour"  # some of these end a line for Python, none for JSON
+    Journal(str(tmp_path), "key", 2).add("a", "text", [{"id": "1", "message": text}])
+    assert Journal(str(tmp_path), "key", 2).records("a", "text") == [{"id": "1", "message": text}]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_is_a_clear_error(fuser, data, tmp_path):
+    made = config(fuser, data, output_dir=str(tmp_path))
+    evaluate(made)
+    lines = (tmp_path / "items.jsonl").read_text().splitlines(keepends=True)
+    journal = Journal(str(tmp_path / "other"), "key", 2)
+    journal.path.unlink()
+    journal.path.symlink_to("/dev/full")
+    with pytest.raises(EvaluationError, match=r"could not write .*No space left"):
+        journal.add("a", "matched", [{"id": "1"}])
+    assert (tmp_path / "items.jsonl").read_text().splitlines(keepends=True) == lines
+
+
+def test_text_to_text_is_that_of_the_public_function(fuser, data, tmp_path):
+    """Batched messages and answers are those of ``text_to_text`` one by one."""
+    made = config(
+        fuser,
+        data,
+        systems=("text", "text_published"),
+        mode="generate",
+        message_tokens=6,
+        max_new_tokens=4,
+        output_dir=str(tmp_path),
+    )
+    evaluate(made)
+    items = [json.loads(line) for line in (tmp_path / "items.jsonl").read_text().splitlines()[1:]]
+    model = C2CModel.from_pretrained(fuser)
+    rows = {row.id: row for row in load_rows([DataSource("a.jsonl")], data, 0)[0]}
+    assert len(items) == 2 * len(rows)
+    for item in items:
+        row = rows[item["id"]]
+        alone = text_to_text(
+            model.receiver,
+            model.sharers[0],
+            row.messages,
+            variant="fair" if item["system"] == "text" else "published",
+            message_tokens=6,
+            max_new_tokens=4,
+            do_sample=False,
+            options=RenderOptions(answer_prefix=row.answer_prefix),
+        )
+        assert (item["message"], item["text"]) == (alone.message.text, alone.answer.text)
+
+
+def test_further_fusers_and_an_untrained_one(fuser, data, tmp_path):
+    """A fuser under another name is itself; one with the receiver as its sharer reads the receiver's own cache."""
+    receiver = C2CModel.from_pretrained(fuser).receiver
+    own = open_fusers(C2CModel.from_models(receiver, Sharer(receiver.model, receiver.tokenizer, receiver.name)))
+    own.fusers[0].config.training = {"config": "random"}
+    own.save_pretrained(tmp_path / "self")
+    result = evaluate(
+        config(
+            fuser,
+            data,
+            systems=("receiver", "matched", "untrained", "again", "self"),
+            fusers={"again": fuser, "self": str(tmp_path / "self")},
+            output_dir=str(tmp_path / "out"),
+        )
+    )
+    chosen = {}
+    for line in (tmp_path / "out" / "items.jsonl").read_text().splitlines()[1:]:
+        item = json.loads(line)
+        chosen.setdefault(item["system"].partition("@")[0], []).append((item["chosen"], item["scores"]))
+    assert chosen["again"] == chosen["matched"]
+    assert chosen["untrained"] == chosen["receiver"]
+    assert chosen["self"] not in (chosen["matched"], chosen["receiver"])
+    assert result["systems"]["again"] == result["systems"]["matched"]
+
+
+def test_a_fuser_that_changed_under_its_name_is_evaluated_anew(fuser, data, tmp_path):
+    other = open_fusers(C2CModel.from_pretrained(fuser), scale=3.0)
+    other.save_pretrained(tmp_path / "other")
+    made = config(fuser, data, systems=("matched", "x"), fusers={"x": fuser}, output_dir=str(tmp_path / "out"))
+    evaluate(made)
+    evaluate(replace(made, fusers={"x": str(tmp_path / "other")}))
+    names = [json.loads(line)["system"] for line in (tmp_path / "out" / "items.jsonl").read_text().splitlines()[1:]]
+    assert sorted(names.count(name) for name in set(names)) == [11, 11, 11]
+
+
+def test_timed_items_have_costs(fuser, data, tmp_path):
+    made = config(
+        fuser,
+        data,
+        "a.jsonl",
+        "b.jsonl",
+        systems=("receiver", "sharer", "matched", "text", "deranged"),
+        timed=2,
+        max_new_tokens=3,
+        message_tokens=4,
+        output_dir=str(tmp_path),
+    )
+    result = evaluate(made)
+    systems = result["systems"]
+    assert "seconds" not in systems["deranged"]  # a control costs what matched does
+    for name in ("receiver", "sharer", "matched", "text"):
+        assert systems[name]["timed"] == 4
+        stages = sum(systems[name].get(stage, 0) for stage in STAGES)
+        assert 0 < stages <= systems[name]["seconds"] * 1.001
+        assert systems[name]["first_token"] <= systems[name]["seconds"]
+    assert systems["receiver"]["bytes"] == systems["sharer"]["bytes"] == 0
+    assert systems["matched"]["bytes"] > systems["text"]["bytes"] > 0
+    assert systems["text"]["tokens"] <= 3 + 4
+    assert result["speed"]["text"]["ratio"] > 0
+    assert result["sources"]["b.jsonl"]["systems"]["matched"]["timed"] == 2
+    lines = (tmp_path / "items.jsonl").read_text()
+    assert evaluate(made)["systems"] == systems  # costs are read back, not measured again
+    assert (tmp_path / "items.jsonl").read_text() == lines
+
+
+def test_router_and_abstention_are_fitted_on_dev(fuser, data):
+    made = config(
+        fuser,
+        data,
+        systems=("receiver", "sharer", "matched", "router", "abstain"),
+        dev=[DataSource("b.jsonl")],
+        routed=0.4,
+    )
+    result = evaluate(made)
+    assert set(result["systems"]) == set(made.systems)
+    assert result["n"] == 11
+    assert 0 <= result["router"]["share_routed"] <= 1
+    curve = result["abstain"]["curve"]
+    assert curve[0]["accuracy"] == pytest.approx(result["systems"]["receiver"]["accuracy"], abs=1e-3)
+    assert curve[-1]["accuracy"] == pytest.approx(result["systems"]["matched"]["accuracy"], abs=1e-3)
+    everything = evaluate(replace(made, routed=1.0))["systems"]
+    assert everything["router"]["accuracy"] == everything["sharer"]["accuracy"]
+    nothing = evaluate(replace(made, routed=0.0))["systems"]
+    assert nothing["router"]["accuracy"] == nothing["receiver"]["accuracy"]
+
+
+def test_abstention_uses_the_fused_cache_where_dev_says_it_helps():
+    """Where it is surer the fused cache is right, elsewhere wrong: the rule must find that."""
+
+    def records(chosen, best):
+        pairs = zip(chosen, best, strict=True)
+        return [{"id": str(i), "answer": 0, "chosen": c, "scores": [b, -9.0]} for i, (c, b) in enumerate(pairs)]
+
+    receiver = records([0, 0, 1, 1], [-1.0, -1.0, -1.0, -1.0])
+    matched = records([1, 1, 0, 0], [-2.0, -1.5, -0.5, -0.1])
+    made = abstain({"receiver": receiver, "matched": matched}, {"receiver": receiver, "matched": matched})
+    assert [record["used"] for record in made.records] == ["receiver", "receiver", "matched", "matched"]
+    assert all(record["chosen"] == record["answer"] for record in made.records)
+    assert made.facts["margin"] == 0.5
+    never = abstain({"receiver": matched[2:], "matched": receiver[2:]}, {"receiver": receiver, "matched": matched})
+    assert [record["used"] for record in never.records] == ["receiver"] * 4
+
+
+def test_router_learns_which_questions_the_sharer_knows(fuser, data):
+    """Questions about one word go to the sharer, those about another to the receiver."""
+    model = C2CModel.from_pretrained(fuser).receiver
+
+    def rows(start):
+        words = ["sea sea sea sea sea", "dog dog dog dog dog"]
+        return [letter_form(f"{words[i % 2]} {i}", ["a", "b"], 0) for i in range(start, start + 12)]
+
+    def answered():
+        right = [{"id": str(i), "answer": 0, "chosen": 0} for i in range(12)]
+        wrong = [record | {"chosen": 1} for record in right]
+        mixed = [(right, wrong)[i % 2][i] for i in range(12)]
+        return {"sharer": mixed, "receiver": [(wrong, right)[i % 2][i] for i in range(12)]}
+
+    made = route(model, answered(), rows(0), answered(), rows(20), 0.5)
+    assert [record["used"] for record in made.records] == ["sharer", "receiver"] * 6
+    assert made.facts["share_routed"] == 0.5
 
 
 def test_another_evaluation_is_not_continued(fuser, data, tmp_path):
@@ -184,8 +372,18 @@ def test_impossible_requests_are_refused(fuser, data):
         config(fuser, data, systems=("receivr",))
     with pytest.raises(EvaluationError, match="unknown mode"):
         config(fuser, data, mode="guess")
-    with pytest.raises(EvaluationError, match="does not share"):
+    with pytest.raises(EvaluationError, match="do not share"):
         config(fuser, data, mode="nll")
+    with pytest.raises(EvaluationError, match="dev data"):
+        config(fuser, data, systems=("receiver", "sharer", "router"))
+    with pytest.raises(EvaluationError, match="made of receiver and matched"):
+        config(fuser, data, systems=("matched", "abstain"), dev=[DataSource("b.jsonl")])
+    with pytest.raises(EvaluationError, match="needs the folder of an adapter"):
+        config(fuser, data, systems=("adapter",))
+    with pytest.raises(EvaluationError, match="can't have the name of a system"):
+        config(fuser, data, fusers={"sharer": "x"})
+    with pytest.raises(EvaluationError, match="unknown systems"):
+        config(fuser, data, systems=("linear",))
     with pytest.raises(ConfigError, match="no such data file"):
         evaluate(config(fuser, data, "nothing.jsonl"))
     with pytest.raises(EvaluationError, match="multiple-choice"):
@@ -198,6 +396,37 @@ def test_command_ends_with_one_json_object(fuser, data):
     result = json.loads(run.stdout.strip().splitlines()[-1])
     assert result["n"] == 5
     assert {"n", "systems", "G", "P", "P_ci95"} <= set(result)
+
+
+def test_a_configuration_file_with_tasks(fuser, data, tmp_path):
+    (tmp_path / "arc_easy").mkdir()
+    (tmp_path / "arc_easy" / "test.jsonl").write_text((data / "a.jsonl").read_text())
+    path = tmp_path / "eval.yaml"
+    path.write_text("systems: [receiver, matched]\ndata:\n- {task: arc_easy, limit: 6}\n")
+    run = CliRunner().invoke(app, ["eval", str(path), "--fuser", fuser, "--data-dir", str(tmp_path), "--json"])
+    assert run.exit_code == 0, run.output
+    assert json.loads(run.stdout.strip().splitlines()[-1])["n"] == 6
+    loaded = load_eval_config(path, fuser=fuser, limit=4)
+    assert loaded.data == [DataSource("arc_easy/test.jsonl", limit=6)]
+    assert loaded.limit == 4
+    for text, message in (
+        ("data: [{task: arc_hard}]", "task 'arc_hard'; expected one of openbookqa"),
+        ("data: [arc_easy]\nsystem: [matched]", "unknown keys \\['system'\\]"),
+        ("data: [{task: arc_easy, path: x}]", "without a path of its own"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=message):
+            load_eval_config(path, fuser=fuser)
+
+
+def test_command_takes_further_fusers(fuser, data):
+    question = str(data / "a.jsonl")
+    arguments = ["eval", "--fuser", fuser, "--data", question, "--systems", "matched,twin", "--json", "--limit", "4"]
+    run = CliRunner().invoke(app, [*arguments, "--other", f"twin={fuser}"])
+    assert run.exit_code == 0, run.output
+    systems = json.loads(run.stdout.strip().splitlines()[-1])["systems"]
+    assert systems["twin"] == systems["matched"]
+    assert CliRunner().invoke(app, [*arguments, "--other", "twin"]).exit_code == 2
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 
 import pytest
 
@@ -22,6 +23,22 @@ def write(folder, name, rows):
 def one(folder, data, **source):
     write(folder, "rows.jsonl", [data])
     return load_rows([DataSource("rows.jsonl", **source)], folder, 0)[0][0]
+
+
+def test_a_range_of_options():
+    """Between the bounds, each number and each letter as answer about equally often; bad bounds are refused."""
+    rows = [{"question": f"q{i}", "choices": [f"{i}a", f"{i}b", f"{i}c", f"{i}d"], "answer": i % 4} for i in range(400)]
+    varied = vary_options(rows, DataSource(options=[6, 10]), seed=0)
+    counts = Counter(len(row["choices"]) for row in varied)
+    assert set(counts) == {6, 7, 8, 9, 10}
+    assert min(counts.values()) > 50
+    answers = Counter(row["answer"] for row in varied if len(row["choices"]) == 10)
+    assert set(answers) == set(range(10))
+    for row, old in zip(varied, rows, strict=True):
+        assert row["choices"][row["answer"]] == old["choices"][old["answer"]]
+    for bad in (1, 27, [6, 4], [2, 3, 4], []):
+        with pytest.raises(ConfigError, match="options is"):
+            DataSource(options=bad)
 
 
 def test_letter_form():

@@ -74,19 +74,23 @@ def text_to_text(
         raise PromptError("text-to-text needs one conversation that ends with a user message.")
     conversation = batch[0]
     began = time.perf_counter()
-    request = REQUESTS[variant].format(question=conversation[-1]["content"])
-    message = sharer.answer([*conversation[:-1], _user(request)], max_new_tokens=message_tokens, do_sample=False)
-    told: Conversation = [
-        *conversation[:-1],
-        _user(request),
-        {"role": "assistant", "content": message.text},
-        conversation[-1],
-    ]
+    message = sharer.answer(request(conversation, variant), max_new_tokens=message_tokens, do_sample=False)
+    told = hand_over(conversation, variant, message.text)
     before = time.perf_counter() - began
     answer = receiver.answer(told, **generate_kwargs)
     answer.seconds_to_first_token += before
     answer.seconds_total += before
     return TextToTextResult(answer, message)
+
+
+def request(conversation: Conversation, variant: Variant) -> Conversation:
+    """What the sharer is asked, in place of the last user message."""
+    return [*conversation[:-1], _user(REQUESTS[variant].format(question=conversation[-1]["content"]))]
+
+
+def hand_over(conversation: Conversation, variant: Variant, message: str) -> Conversation:
+    """What the receiver reads: the request, the sharer's text as its own turn, and the prompt."""
+    return [*request(conversation, variant), {"role": "assistant", "content": message}, conversation[-1]]
 
 
 def _user(text: str) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""``c2c eval``: a fuser beside each model alone, and beside the wrong message."""
+"""``c2c eval``: a fuser beside each model alone, beside text, and beside the wrong message."""
 
 from __future__ import annotations
 
@@ -16,13 +16,18 @@ c2c eval --fuser zoo/NAME --data questions.jsonl --limit 200
 
 c2c eval --fuser zoo/NAME --data a.jsonl --data b.jsonl --systems receiver,sharer,matched,deranged,zero --json
 
+c2c eval --fuser zoo/NAME --data a.jsonl --systems receiver,sharer,matched,text --timed 10
+
+c2c eval configs/benchmarks.yaml --fuser zoo/NAME --data-dir ~/data --output-dir runs/eval
+
 c2c eval --fuser zoo/NAME --data questions.jsonl --mode generate --form published --output-dir runs/eval
 
 c2c eval --fuser zoo/NAME --data answers.jsonl --kind question --mode nll --systems receiver,matched,deranged
 
-Questions are JSON lines with "question", "choices" and "answer" (the index of the right choice).
+Questions are JSON lines with "question", "choices" and "answer" (the index of the right choice). --data also takes the
+name of a task below --data-dir: openbookqa, arc_challenge, arc_easy, mmlu_redux, ceval, gsm8k.
 G = matched - receiver, P = matched - deranged: with P near zero a fuser carries nothing of its sharer's message.
-With --output-dir a run that was stopped goes on where it was."""
+With --output-dir a run that was stopped goes on where it was, and systems can be added to a finished one."""
 
 
 def register(app: typer.Typer) -> None:
@@ -31,61 +36,104 @@ def register(app: typer.Typer) -> None:
 
 
 def evaluate(
-    fuser: Annotated[str, typer.Option(help="Folder or hub id of the fuser.")],
-    data: Annotated[list[str], typer.Option(help="JSONL file; may be given several times.")],
-    systems: Annotated[str, typer.Option(help="What to compare, with commas.")] = (
-        "receiver,sharer,matched,deranged,zero"
-    ),
-    mode: Annotated[str, typer.Option(help="logits, generate or nll (open answers).")] = "logits",
-    kind: Annotated[str, typer.Option(help="Kind of rows: multiple_choice, question, instruction, ...")] = (
-        "multiple_choice"
-    ),
-    form: Annotated[str, typer.Option(help="How questions are put: letter, published or sentence.")] = "letter",
+    config: Annotated[Path | None, typer.Argument(help="YAML file; options override it.")] = None,
+    fuser: Annotated[str | None, typer.Option(help="Folder or hub id of the fuser.")] = None,
+    data: Annotated[list[str] | None, typer.Option(help="JSONL file or task; may be given several times.")] = None,
+    dev: Annotated[
+        list[str] | None, typer.Option(help="The same, to fit router and abstain on; never reported.")
+    ] = None,
+    data_dir: Annotated[str | None, typer.Option(help="Folder that tasks and relative paths start from.")] = None,
+    systems: Annotated[
+        str | None, typer.Option(help="What to compare, with commas. [default: receiver,sharer,matched,deranged,zero]")
+    ] = None,
+    other: Annotated[
+        list[str] | None, typer.Option(help="A further fuser as a system: NAME=FOLDER; may be given several times.")
+    ] = None,
+    adapter: Annotated[str | None, typer.Option(help="Folder of the receiver's adapter, for that system.")] = None,
+    mode: Annotated[str | None, typer.Option(help="logits, generate or nll (open answers). [default: logits]")] = None,
+    kind: Annotated[str | None, typer.Option(help="Kind of rows: multiple_choice, question, instruction, ...")] = None,
+    form: Annotated[str | None, typer.Option(help="How questions are put: letter, published or sentence.")] = None,
     options: Annotated[
         int | None, typer.Option(help="Give every question so many options, the missing ones from other questions.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="At most this many items per file, drawn with the seed.")] = None,
-    skip: Annotated[int, typer.Option(help="Leave out so many of the drawn items, for instance trained ones.")] = 0,
-    seed: Annotated[int, typer.Option(help="Of the draw and of the intervals.")] = 0,
-    batch_size: Annotated[int, typer.Option(help="Items at a time.")] = 8,
-    max_new_tokens: Annotated[int, typer.Option(help="In mode generate.")] = 32,
+    limit: Annotated[int | None, typer.Option(help="At most this many items per source, drawn with the seed.")] = None,
+    skip: Annotated[int | None, typer.Option(help="Leave out so many drawn items first, such as trained ones.")] = None,
+    timed: Annotated[int | None, typer.Option(help="Items per source to measure speed, bytes and memory on.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the draw and of the intervals. [default: 0]")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Items at a time. [default: 8]")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Of a generated answer. [default: 32]")] = None,
+    message_tokens: Annotated[int | None, typer.Option(help="In text-to-text, of the sharer. [default: 256]")] = None,
     receiver: Annotated[str | None, typer.Option(help="In place of the recorded receiver.")] = None,
     sharer: Annotated[str | None, typer.Option(help="In place of the recorded sharer.")] = None,
     output_dir: Annotated[str | None, typer.Option(help="Where items and result go; resumes there.")] = None,
     store_dir: Annotated[str | None, typer.Option(help="A prefill store to use and fill.")] = None,
-    store_budget_gb: Annotated[float, typer.Option(help="Its size.")] = 20.0,
+    store_budget_gb: Annotated[float | None, typer.Option(help="Its size. [default: 20]")] = None,
     dtype: Annotated[str | None, typer.Option(help="Type of the models' weights.")] = None,
     device_map: Annotated[str | None, typer.Option(help="Where the models go.")] = None,
     json_: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
-    """Measure a fuser against each model alone and against wrong messages."""
-    from c2c.evaluation import EvalConfig
+    """Measure a fuser against each model alone, against text, and against wrong messages."""
     from c2c.evaluation import evaluate as run
-    from c2c.training.config import DataSource
+    from c2c.evaluation import load_eval_config
+    from c2c.evaluation.config import make_eval_config
 
-    config = EvalConfig(
-        fuser=fuser,
-        data=[DataSource(str(Path(path).expanduser()), kind, form, skip=skip, options=options) for path in data],
-        systems=tuple(name.strip() for name in systems.split(",") if name.strip()),
-        mode=mode,
-        limit=limit,
-        seed=seed,
-        batch_size=batch_size,
-        max_new_tokens=max_new_tokens,
-        receiver=receiver,
-        sharer=sharer,
-        output_dir=output_dir,
-        store_dir=store_dir,
-        store_budget_gb=store_budget_gb,
-        dtype=dtype,
-        device_map=device_map,
-    )
+    how = {"kind": kind, "form": form, "skip": skip, "options": options}
+    given: dict[str, Any] = {
+        "fuser": fuser,
+        "data": _sources(data, how),
+        "dev": _sources(dev, how),
+        "data_dir": data_dir,
+        "systems": None if systems is None else [name.strip() for name in systems.split(",") if name.strip()],
+        "fusers": _named(other),
+        "adapter": adapter,
+        "mode": mode,
+        "limit": limit,
+        "timed": timed,
+        "seed": seed,
+        "batch_size": batch_size,
+        "max_new_tokens": max_new_tokens,
+        "message_tokens": message_tokens,
+        "receiver": receiver,
+        "sharer": sharer,
+        "output_dir": output_dir,
+        "store_dir": store_dir,
+        "store_budget_gb": store_budget_gb,
+        "dtype": dtype,
+        "device_map": device_map,
+    }
+    loaded = make_eval_config({}, "options", **given) if config is None else load_eval_config(config, **given)
     with progress_bars() as report:
-        result = run(config, report)
+        result = run(loaded, report)
     if json_:
         print_json(result)
     else:
-        _show(result, fuser)
+        _show(result, loaded.fuser)
+
+
+def _sources(names: list[str] | None, how: dict[str, Any]) -> list[dict[str, Any]] | None:
+    """Entries of a configuration; a relative path that is there from here is taken from here."""
+    from c2c.evaluation.tasks import TASKS
+
+    if not names:
+        return None
+    rest = {key: value for key, value in how.items() if value is not None}
+    entries = []
+    for name in names:
+        path = Path(name).expanduser()
+        entries.append(
+            ({"task": name} if name in TASKS else {"path": str(path.absolute() if path.exists() else path)}) | rest
+        )
+    return entries
+
+
+def _named(pairs: list[str] | None) -> dict[str, str] | None:
+    if not pairs:
+        return None
+    named = dict(pair.partition("=")[::2] for pair in pairs)
+    broken = [name for name, folder in named.items() if not name or not folder]
+    if broken:
+        raise typer.BadParameter(f"--other {broken[0]}: expected NAME=FOLDER, for instance linear=runs/linear/best.")
+    return named
 
 
 def _show(result: dict[str, Any], fuser: str) -> None:
@@ -100,15 +148,47 @@ def _show(result: dict[str, Any], fuser: str) -> None:
         table.add_row(
             system, *(_with_interval(p["systems"][system][key], p["systems"][system]) for p in parts.values())
         )
-    for gain, meaning in (("G", "matched - receiver"), ("P", "matched - deranged"), ("S", "matched - sharer")):
+    for gain, meaning in _MEANINGS.items():
         if gain in result:
             table.add_row(
                 f"{gain} = {meaning}",
                 *(f"{p[gain]:+.2f} [{p[f'{gain}_ci95'][0]:.2f}, {p[f'{gain}_ci95'][1]:.2f}]" for p in parts.values()),
             )
     out.print(table)
+    _show_costs(result)
     if result["dropped"]:
         err.print(f"not evaluated: {result['dropped']}")
+
+
+_MEANINGS = {
+    "G": "matched - receiver",
+    "P": "matched - deranged",
+    "S": "matched - sharer",
+    "T": "matched - text",
+    "A": "matched - adapter",
+}
+
+
+def _show_costs(result: dict[str, Any]) -> None:
+    """Seconds per question, where they were measured."""
+    measured = {name: system for name, system in result["systems"].items() if "timed" in system}
+    if not measured:
+        return
+    count = next(iter(measured.values()))["timed"]
+    table = Table(
+        "", "seconds", "first token", "tokens", "bytes", "x matched", title=f"one question, mean of {count:.0f}"
+    )
+    for name, system in measured.items():
+        ratio = result.get("speed", {}).get(name)
+        table.add_row(
+            name,
+            f"{system['seconds']:.2f}",
+            f"{system['first_token']:.2f}",
+            f"{system['tokens']:.1f}",
+            f"{system['bytes']:,.0f}",
+            "" if ratio is None else f"{ratio['ratio']:.2f}",
+        )
+    out.print(table)
 
 
 def _with_interval(value: float, system: dict[str, Any]) -> str:

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
-import shlex
-import sys
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -185,11 +181,8 @@ def _without_samples(result: dict[str, Any]) -> dict[str, Any]:
 
 def _provenance(model: C2CModel, fuser: str, settings: dict[str, Any]) -> dict[str, Any]:
     """All that is needed to repeat a run."""
-    import torch
-    import transformers
-
+    from c2c.evaluation.provenance import command, versions
     from c2c.fusers.base import resolve
-    from c2c.version import __version__
 
     folder = resolve(fuser)
     return {
@@ -197,12 +190,6 @@ def _provenance(model: C2CModel, fuser: str, settings: dict[str, Any]) -> dict[s
         "receiver": model.receiver.identity.to_dict(),
         "sharers": [sharer.identity.to_dict() for sharer in model.sharers],
         "settings": settings,
-        "command": shlex.join(["c2c", *sys.argv[1:]]),
-        "versions": {
-            "c2c": __version__,
-            "lm_eval": version("lm_eval"),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
+        "command": command(),
+        "versions": versions("lm_eval"),
     }

@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 
 Values = NDArray[np.float64]
 DRAWS = 10_000
+# Differences to matched, by their letter.
+GAINS = {"G": "receiver", "P": "deranged", "Z": "zero", "S": "sharer", "T": "text", "A": "adapter"}
 
 
 def summarise(scores: Mapping[str, Sequence[float]], seed: int, *, percent: bool = True) -> dict[str, Any]:
@@ -23,10 +25,10 @@ def summarise(scores: Mapping[str, Sequence[float]], seed: int, *, percent: bool
             reported as they are.
 
     Returns:
-        ``n``; ``systems`` with the accuracy (or mean) of each and its 95 % interval; ``G`` = matched - receiver and
-        ``P`` = matched - deranged with intervals from a paired bootstrap over items, as far as these systems are
-        there; for accuracies also the share of answers mended and spoiled, McNemar's test, and the part of the gap
-        between receiver and sharer that is recovered.
+        ``n``; ``systems`` with the accuracy (or mean) of each and its 95 % interval; ``G`` = matched - receiver,
+        ``P`` = matched - deranged and the other :data:`GAINS` with intervals from a paired bootstrap over items, as
+        far as these systems are there; for accuracies also the share of answers mended and spoiled, McNemar's test,
+        and the part of the gap between receiver and sharer that is recovered.
     """
     arrays = {name: np.asarray(values, dtype=np.float64) for name, values in scores.items()}
     n = len(next(iter(arrays.values())))
@@ -35,7 +37,7 @@ def summarise(scores: Mapping[str, Sequence[float]], seed: int, *, percent: bool
     result: dict[str, Any] = {"n": n, "unit": "percent" if percent else "nats per token", "systems": {}}
     for name, values in arrays.items():
         result["systems"][name] = {key: _round(scale * values.mean()), "ci95": _interval(values, draws, scale)}
-    for name, other in (("G", "receiver"), ("P", "deranged"), ("Z", "zero"), ("S", "sharer")):
+    for name, other in GAINS.items():
         if "matched" in arrays and other in arrays:
             difference = arrays["matched"] - arrays[other]
             result[name] = _round(scale * difference.mean())
@@ -47,6 +49,36 @@ def summarise(scores: Mapping[str, Sequence[float]], seed: int, *, percent: bool
             gained = float(arrays["matched"].mean() - arrays["receiver"].mean())
             result["gap_recovered"] = _round(100 * gained / gap) if gap > 0 else None
     return result
+
+
+def mean_costs(measured: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Means of what answers cost, and how many were measured (``timed``)."""
+    names = [name for name in measured[0] if name != "id"]
+    means = {name: _significant(float(np.mean([cost[name] for cost in measured]))) for name in names}
+    return means | {"timed": len(measured)}
+
+
+def speed(costs: Mapping[str, Sequence[Mapping[str, Any]]], seed: int) -> dict[str, Any]:
+    """How many times as long each system takes as matched, over the same items in the same run.
+
+    Args:
+        costs: per system what each timed item took.
+        seed: of the bootstrap over items.
+
+    Returns:
+        ``speed``: system to ``ratio`` of all seconds and its 95 % interval; empty where nothing was timed.
+    """
+    seconds = {name: np.array([cost["seconds"] for cost in costs[name]]) for name in costs if costs[name]}
+    ours = seconds.pop("matched", None)
+    if ours is None or not seconds:
+        return {}
+    draws = np.random.default_rng(seed).integers(0, len(ours), (DRAWS, len(ours)))
+    ratios = {}
+    for name, theirs in seconds.items():
+        drawn = theirs[draws].sum(1) / ours[draws].sum(1)
+        low, high = np.percentile(drawn, [2.5, 97.5])
+        ratios[name] = {"ratio": _round(theirs.sum() / ours.sum()), "ci95": [_round(low), _round(high)]}
+    return {"speed": ratios}
 
 
 def mcnemar(first_only: int, second_only: int) -> float:
@@ -75,3 +107,7 @@ def _interval(values: Values, draws: NDArray[np.int64], scale: float) -> list[fl
 
 def _round(value: float) -> float:
     return round(float(value), 3)
+
+
+def _significant(value: float) -> float:
+    return float(f"{value:.5g}")

@@ -2,41 +2,47 @@
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
-import platform
-import shlex
-import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-
-from c2c.evaluation.config import EvalConfig, EvaluationError
-from c2c.evaluation.numbers import summarise
-from c2c.evaluation.systems import answer
-from c2c.files import file_hash, write_json, write_text
-from c2c.fusers.base import resolve
-from c2c.model import C2CModel
+from c2c.evaluation.config import DERIVED, EvalConfig, EvaluationError
+from c2c.evaluation.costs import with_memory
+from c2c.evaluation.derived import abstain, route
+from c2c.evaluation.journal import TIMED, Journal, Record
+from c2c.evaluation.numbers import mean_costs, speed, summarise
+from c2c.evaluation.pair import Pair
+from c2c.evaluation.provenance import fuser_hash, provenance, short
+from c2c.evaluation.systems import System, make_system
+from c2c.files import file_hash, write_json
 from c2c.training.config import DataSource
-from c2c.training.examples import Example, build_examples
 from c2c.training.rows import Row, load_rows
-from c2c.training.step import FuserTraining
-from c2c.training.store import PrefillStore
-from c2c.version import __version__
 
 OnProgress = Callable[[str, int, int], None]
-Item = dict[str, Any]
+_DEV = "dev: "
+
+
+@dataclass(frozen=True)
+class Work:
+    """Items that some systems answer.
+
+    Attributes:
+        name: of the source; dev sources begin with ``dev:``.
+        rows: the items.
+        systems: who answers them.
+    """
+
+    name: str
+    rows: list[Row]
+    systems: list[str]
 
 
 def evaluate(config: EvalConfig, progress: OnProgress | None = None) -> dict[str, Any]:
     """Run all systems on all items.
 
-    With ``output_dir`` each batch is written as soon as it is done, and a run that was stopped goes on from there.
+    With ``output_dir`` each batch is written as soon as it is done, and a run that was stopped goes on from there;
+    systems that were not asked for before are added.
 
     Args:
         config: what to evaluate.
@@ -44,197 +50,190 @@ def evaluate(config: EvalConfig, progress: OnProgress | None = None) -> dict[str
 
     Returns:
         The numbers of :func:`~c2c.evaluation.numbers.summarise` over all items, the same per source under
-        ``sources`` where there are several, and under ``provenance`` all that is needed to repeat them.
+        ``sources`` where there are several; with ``timed``, what an answer costs beside each system's accuracy, and
+        ``speed``; facts of ``router`` and ``abstain``; and under ``provenance`` all that is needed to repeat them.
 
     Raises:
         EvaluationError: the items don't suit the mode, or ``output_dir`` holds another evaluation.
         ConfigError: missing or broken data.
     """
-    rows = _rows(config)
-    model = C2CModel.from_pretrained(
-        config.fuser,
-        receiver=config.receiver,
-        sharer=config.sharer,
-        dtype=config.dtype,
-        device_map=config.device_map,
-    )
-    if len(model.sharers) != 1:
-        raise EvaluationError(
-            f"{config.fuser} has {len(model.sharers)} sharers; one is evaluated at a time: give one of its fusers."
-        )
-    receiver_store, sharer_store = _stores(model, config)
-    training = FuserTraining(model, receiver_store, sharer_store).eval()
-    provenance = _provenance(config, model)
-    journal = Journal(config.output_dir, provenance["key"], config.batch_size)
-    dropped: dict[str, int] = {}
-    for name, drawn in rows.items():
-        examples, reasons = build_examples(model, drawn, model.receiver.context_length or 10**9, 10**9)
-        dropped |= {f"{name}: {reason}": count for reason, count in reasons.items()}
-        _check(examples, name, config)
-        for start in range(journal.done(name, len(examples)), len(examples), config.batch_size):
-            part = examples[start : start + config.batch_size]
-            journal.add(name, _answer(training, part, examples[start - 1], config))
-            if progress is not None:
-                progress(name, min(start + config.batch_size, len(examples)), len(examples))
-    result = _result(journal.items, config) | {"dropped": dropped, "provenance": provenance}
+    given = _rows(config.data, config), _rows(config.dev, config, limited=False)
+    pair = Pair.open(config)
+    evaluation = _Evaluation(config, pair)
+    items, dev = (evaluation.works(rows, prefix) for rows, prefix in zip(given, ("", _DEV), strict=True))
+    evaluation.start()
+    for work in (*dev, *items):
+        evaluation.answer(work, progress)
+    for work in items:
+        evaluation.time(work, progress)
+    result = evaluation.result(items, dev)
     if config.output_dir is not None:
         write_json(Path(config.output_dir) / "result.json", result)
     return result
 
 
-class Journal:
-    """The items done, in memory and, with a folder, line by line in ``items.jsonl``.
+class _Evaluation:
+    """One evaluation under way."""
 
-    Args:
-        folder: where to write; None for memory only.
-        key: what the evaluation is; a journal of another one is not continued.
-        batch: items per batch; a batch that was not written whole is done again.
+    def __init__(self, config: EvalConfig, pair: Pair) -> None:
+        self.config, self.pair = config, pair
+        self.dropped: dict[str, int] = {}
+        self._systems: dict[str, System] = {}
+        self._labels = {name: f"{name}@{fuser_hash(folder)[:12]}" for name, folder in config.fusers.items()}
+        if config.adapter is not None:
+            self._labels["adapter"] = f"adapter@{_adapter_hash(config.adapter)[:12]}"
 
-    Raises:
-        EvaluationError: the folder holds another evaluation.
-    """
+    def start(self) -> None:
+        """Open the journal; from here on files are written."""
+        self.provenance = provenance(self.config, self.pair)
+        self.journal = Journal(self.config.output_dir, self.provenance["key"], self.config.batch_size)
 
-    def __init__(self, folder: str | None, key: str, batch: int) -> None:
-        self.path = None if folder is None else Path(folder) / "items.jsonl"
-        self.batch = batch
-        self.items: dict[str, list[Item]] = {}
-        if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._resume(self.path, key)
+    def works(self, sources: Mapping[str, list[Row]], prefix: str) -> list[Work]:
+        """Items that the pair can read, and who answers them."""
+        asked = [name for name in self.config.systems if name not in DERIVED]
+        if prefix == _DEV:
+            needed = {part for name in self.config.systems for part in DERIVED.get(name, ())}
+            asked = [name for name in asked if name in needed]
+        works = []
+        for name, rows in sources.items():
+            examples, reasons = self.pair.examples(rows)
+            self.dropped |= {f"{prefix}{name}: {reason}": count for reason, count in reasons.items()}
+            work = Work(prefix + name, [example.row for example in examples], asked)
+            _check(work, self.config)
+            works.append(work)
+        return works
 
-    def done(self, source: str, total: int) -> int:
-        """How many items of a source are done; whole batches only."""
-        items = self.items.setdefault(source, [])
-        if len(items) < total:
-            del items[len(items) - len(items) % self.batch :]
-        return len(items)
+    def answer(self, work: Work, progress: OnProgress | None) -> None:
+        """Let all systems answer all items of a source, batch by batch."""
+        total, size = len(work.rows), self.config.batch_size
+        done = {name: self.journal.done(work.name, self._label(name), total) for name in work.systems}
+        for start in range(min(done.values(), default=total), total, size):
+            part = work.rows[start : start + size]
+            # a derangement needs two; only the first is counted
+            asked = part if len(part) > 1 else [*part, work.rows[start - 1]]
+            for name in work.systems:
+                if done[name] <= start:
+                    answers = self._system(name).answer(asked, self.config).records(len(part))
+                    about = [{"id": row.id, "answer": row.answer} for row in part]
+                    records = [facts | record for facts, record in zip(about, answers, strict=True)]
+                    self.journal.add(work.name, self._label(name), records)
+            if progress is not None:
+                progress(work.name, min(start + size, total), total)
 
-    def add(self, source: str, items: Sequence[Item]) -> None:
-        """Note the items of a batch."""
-        self.items[source] += items
-        if self.path is not None:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write("".join(json.dumps({"source": source} | item, ensure_ascii=False) + "\n" for item in items))
+    def time(self, work: Work, progress: OnProgress | None) -> None:
+        """Answer some items one by one, all systems in turn, and note what each answer takes."""
+        rows, name = work.rows[: self.config.timed], TIMED + work.name
+        timed = [system for system in work.systems if system in self._timed()]
+        for index, row in enumerate(rows):
+            for system in timed:
+                label = self._label(system)
+                if len(self.journal.records(name, label)) > index:
+                    continue
+                model = self._system(system)
+                if index == 0:
+                    model.cost(row, self.config)  # once to warm up
+                cost = with_memory(lambda: model.cost(row, self.config), self.pair.model.receiver.device)  # noqa: B023
+                self.journal.add(name, label, [{"id": row.id} | {key: round(v, 5) for key, v in cost.items()}])
+            if progress is not None:
+                progress(name, index + 1, len(rows))
 
-    def _resume(self, path: Path, key: str) -> None:
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-        lines = [line for line in lines if line.endswith("\n")]  # the last one may have been cut
-        if lines and json.loads(lines[0]).get("key") != key:
-            raise EvaluationError(
-                f"{path} holds another evaluation (other fuser, models, data or settings): choose another output "
-                "folder, or delete it."
-            )
-        for line in lines[1:]:
-            item = json.loads(line)
-            self.items.setdefault(item.pop("source"), []).append(item)
-        for source, items in self.items.items():
-            self.done(source, len(items) + 1)
-        self._rewrite(path, key)
+    def result(self, items: Sequence[Work], dev: Sequence[Work]) -> dict[str, Any]:
+        """All numbers."""
+        records = {work.name: self._records(work) for work in items}
+        facts = self._derive(records, items, dev)
+        result = self._numbers(_joined(list(records.values())), items)
+        if len(items) > 1:
+            result["sources"] = {work.name: self._numbers(records[work.name], [work]) for work in items}
+        return result | facts | {"dropped": self.dropped, "provenance": self.provenance}
 
-    def _rewrite(self, path: Path, key: str) -> None:
-        records = [{"key": key}] + [{"source": name} | item for name, items in self.items.items() for item in items]
-        write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    def _derive(
+        self, records: dict[str, dict[str, list[Record]]], items: Sequence[Work], dev: Sequence[Work]
+    ) -> dict[str, Any]:
+        """Add the answers of derived systems to ``records``; what their rules are."""
+        wanted = [name for name in self.config.systems if name in DERIVED]
+        if not wanted:
+            return {}
+        known, known_rows = _joined([self._records(work) for work in dev]), [row for work in dev for row in work.rows]
+        given, rows = _joined([records[work.name] for work in items]), [row for work in items for row in work.rows]
+        facts = {}
+        for name in wanted:
+            if name == "router":
+                made = route(self.pair.model.receiver, known, known_rows, given, rows, self.config.routed)
+            else:
+                made = abstain(known, given)
+            facts[name] = made.facts
+            rest = iter(made.records)
+            for work in items:
+                records[work.name][name] = [next(rest) for _ in work.rows]
+        return facts
+
+    def _records(self, work: Work) -> dict[str, list[Record]]:
+        return {name: self.journal.records(work.name, self._label(name)) for name in work.systems}
+
+    def _numbers(self, records: Mapping[str, list[Record]], works: Sequence[Work]) -> dict[str, Any]:
+        config = self.config
+        if config.mode == "nll":
+            losses = {name: [record["nll"] for record in records[name]] for name in config.systems}
+            return summarise(losses, config.seed, percent=False)
+        right = {
+            name: [float(record["chosen"] == record["answer"]) for record in records[name]] for name in config.systems
+        }
+        result = summarise(right, config.seed)
+        costs = {
+            name: [cost for work in works for cost in self.journal.records(TIMED + work.name, self._label(name))]
+            for name in self._timed()
+        }
+        for name, measured in costs.items():
+            if measured:
+                result["systems"][name] |= mean_costs(measured)
+        return result | speed(costs, config.seed)
+
+    def _timed(self) -> list[str]:
+        """Systems whose answers cost something of their own; controls cost what matched does."""
+        controls = ("deranged", "zero", "untrained", *DERIVED)
+        asked = [name for name in self.config.systems if name not in controls]
+        return asked if self.config.timed and self.config.mode != "nll" else []
+
+    def _system(self, name: str) -> System:
+        if name not in self._systems:
+            self._systems[name] = make_system(name, self.pair, self.config)
+        return self._systems[name]
+
+    def _label(self, name: str) -> str:
+        """A system in the journal; other weights under the same name are another system."""
+        return self._labels.get(name, name)
 
 
-def _rows(config: EvalConfig) -> dict[str, list[Row]]:
+def _rows(sources: Sequence[DataSource], config: EvalConfig, *, limited: bool = True) -> dict[str, list[Row]]:
     rows: dict[str, list[Row]] = {}
-    for source in config.data:
-        limited = replace(source, limit=config.limit if config.limit is not None else source.limit)
+    for source in sources:
+        if limited and config.limit is not None:
+            source = replace(source, limit=config.limit)
         how = [source.form] * (source.form != "letter") + [f"{source.options} options"] * (source.options is not None)
-        name = f"{_short(source)} ({', '.join(how)})" if how else _short(source)
+        name = f"{short(source)} ({', '.join(how)})" if how else short(source)
         rows[name if name not in rows else f"{name} #{len(rows)}"] = load_rows(
-            [limited], Path(config.data_dir), config.seed
+            [source], Path(config.data_dir), config.seed
         )[0]
     return rows
 
 
-def _short(source: DataSource) -> str:
-    """A file by its folder and name: what tells tasks apart in a table, and not where they lie on this machine."""
-    return "/".join(Path(source.name).parts[-2:]) if source.path is not None else source.name
+def _check(work: Work, config: EvalConfig) -> None:
+    if len(work.rows) < 2:
+        raise EvaluationError(f"{work.name}: {len(work.rows)} items are left to evaluate; at least 2 are needed.")
+    if config.mode != "nll" and not all(row.choices for row in work.rows):
+        raise EvaluationError(
+            f"{work.name}: mode {config.mode!r} needs multiple-choice items; use mode 'nll' for others."
+        )
 
 
-def _stores(model: C2CModel, config: EvalConfig) -> tuple[PrefillStore, PrefillStore]:
-    """Stores of whole caches: the sharer alone needs all its layers."""
-    folder = Path(config.store_dir) if config.store_dir is not None else None
-    budget = int(config.store_budget_gb * 5e8) if folder is not None else 0
-    receiver, sharer = (
-        PrefillStore(side, range(side.geometry.layers), folder=folder, budget=budget, batch=4)
-        for side in (model.receiver, model.sharers[0])
-    )
-    return receiver, sharer
+def _joined(parts: Sequence[Mapping[str, list[Record]]]) -> dict[str, list[Record]]:
+    """Each system's records over several sources."""
+    names = parts[0] if parts else {}
+    return {name: [record for part in parts for record in part[name]] for name in names}
 
 
-def _answer(training: FuserTraining, part: Sequence[Example], before: Example, config: EvalConfig) -> list[Item]:
-    """All systems' answers to some items, one record per item."""
-    padded = list(part) if len(part) > 1 else [*part, before]  # a derangement needs two
-    batch = training.collate(padded)
-    records: list[Item] = [{"id": example.row.id, "answer": example.row.answer} for example in part]
-    for system in config.systems:
-        answers = answer(system, training, batch, config)
-        for row, record in enumerate(records):
-            for key, values in (("chosen", answers.chosen), ("texts", answers.texts), ("nll", answers.losses)):
-                if values:
-                    record.setdefault(key, {})[system] = values[row]
-    return records
-
-
-def _check(examples: Sequence[Example], name: str, config: EvalConfig) -> None:
-    if len(examples) < 2:
-        raise EvaluationError(f"{name}: {len(examples)} items are left to evaluate; at least 2 are needed.")
-    if config.mode != "nll" and not all(example.choice_ids for example in examples):
-        raise EvaluationError(f"{name}: mode {config.mode!r} needs multiple-choice items; use mode 'nll' for others.")
-
-
-def _result(items: Mapping[str, list[Item]], config: EvalConfig) -> dict[str, Any]:
-    def numbers(records: Sequence[Item]) -> dict[str, Any]:
-        if config.mode == "nll":
-            scores = {system: [record["nll"][system] for record in records] for system in config.systems}
-            return summarise(scores, config.seed, percent=False)
-        right = {
-            system: [float(record["chosen"][system] == record["answer"]) for record in records]
-            for system in config.systems
-        }
-        return summarise(right, config.seed)
-
-    result = numbers([record for records in items.values() for record in records])
-    if len(items) > 1:
-        result["sources"] = {name: numbers(records) for name, records in items.items()}
-    return result
-
-
-def _provenance(config: EvalConfig, model: C2CModel) -> dict[str, Any]:
-    folder = resolve(config.fuser)
-    facts = {
-        "fuser": file_hash(folder / "model.safetensors"),
-        "receiver": model.receiver.identity.to_dict(),
-        "sharer": model.sharers[0].identity.to_dict(),
-        "data": {_short(s): file_hash(Path(config.data_dir) / s.path) if s.path else None for s in config.data},
-        "config": {key: value for key, value in config.to_dict().items() if key not in _NOT_COMPARED}
-        | {"data": [dataclasses.asdict(source) | {"path": _short(source)} for source in config.data]},
-    }
-    return facts | {
-        "training": _training(model.fusers[0]),
-        "key": hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest(),
-        "command": shlex.join(["c2c", *sys.argv[1:]]),
-        "versions": {
-            "c2c": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
-    }
-
-
-def _training(fuser: Any) -> dict[str, Any]:
-    """What tells one trained fuser from another, without its lists of data."""
-    record = fuser.config.training or {}
-    config = record.get("config")
-    settings = config if isinstance(config, dict) else {}
-    return {
-        "family": fuser.family,
-        "step": record.get("step"),
-        "config": {key: value for key, value in settings.items() if key not in ("train", "dev", "exclude")},
-    }
-
-
-_NOT_COMPARED = ("output_dir", "store_dir", "store_budget_gb", "data_dir", "fuser", "device_map")
+def _adapter_hash(folder: str) -> str:
+    path = Path(folder) / "adapter_model.safetensors"
+    if not path.is_file():
+        raise EvaluationError(f"{folder} holds no adapter ({path.name} is missing).")
+    return file_hash(path)

@@ -1,26 +1,29 @@
-"""What each system answers to a batch of items."""
+"""What each system answers to a batch of items. All systems stand behind one interface."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import Cache
 
+from c2c.baselines.text_to_text import Variant, hand_over, request, text_to_text
 from c2c.evaluation.answers import read_letter
 from c2c.evaluation.config import EvalConfig, EvaluationError
+from c2c.evaluation.costs import Cost, alone_cost, fused_cost, text_cost
+from c2c.evaluation.pair import Pair
 from c2c.language_model import LanguageModel
+from c2c.messages import Conversation
 from c2c.prompting import RenderOptions
 from c2c.tokens import TokenBatch
-from c2c.training.examples import Example, choice_tokens
+from c2c.training.examples import choice_tokens
+from c2c.training.rows import Row
 from c2c.training.step import Batch, FuserTraining, Message
 from c2c.training.store import PrefillStore, stack
-
-# The system's name to the message that the fuser gets.
-MESSAGES: dict[str, Message] = {"receiver": "none", "matched": "matched", "deranged": "deranged", "zero": "zero"}
 
 
 @dataclass
@@ -29,80 +32,207 @@ class Answers:
 
     Attributes:
         chosen: index of the chosen option of each item, None where none was named.
-        texts: what was generated, in ``generate`` mode.
-        losses: nats per token of the reference answer, in ``nll`` mode.
+        scores: log-probability of each option among the options, in ``logits`` mode.
+        text: what was generated, in ``generate`` mode.
+        message: what the sharer wrote, in text-to-text.
+        nll: nats per token of the reference answer, in ``nll`` mode.
     """
 
     chosen: list[int | None] = field(default_factory=list)
-    texts: list[str] = field(default_factory=list)
-    losses: list[float] = field(default_factory=list)
+    scores: list[list[float]] = field(default_factory=list)
+    text: list[str] = field(default_factory=list)
+    message: list[str] = field(default_factory=list)
+    nll: list[float] = field(default_factory=list)
+
+    def records(self, count: int) -> list[dict[str, Any]]:
+        """One record for each of the first ``count`` items."""
+        columns = {name: values for name, values in vars(self).items() if values}
+        return [{name: values[row] for name, values in columns.items()} for row in range(count)]
 
 
-@torch.no_grad()
-def answer(system: str, training: FuserTraining, batch: Batch, config: EvalConfig) -> Answers:
-    """One system's answers to the examples of a batch."""
-    if system == "sharer":
-        return _sharer(training.sharer_store, batch.examples, config)
-    message = MESSAGES[system]
-    if config.mode == "nll":
-        return Answers(losses=_nll(training, batch, message))
+class System(ABC):
+    """Something that answers items."""
+
+    @abstractmethod
+    def answer(self, rows: Sequence[Row], config: EvalConfig) -> Answers:
+        """Answers to a batch of items."""
+
+    @abstractmethod
+    def cost(self, row: Row, config: EvalConfig) -> Cost:
+        """Answer one item as a user would, from its text, and say what it took."""
+
+
+class Fused(System):
+    """The receiver with a message: the sharer's cache of the same item, of another one, zeros, or none at all.
+
+    Args:
+        pair: whose batches are read.
+        training: the pair through the fuser in question.
+        message: what the fuser gets.
+    """
+
+    def __init__(self, pair: Pair, training: FuserTraining, message: Message) -> None:
+        self.pair, self.training, self.message = pair, training, message
+
+    @torch.no_grad()
+    def answer(self, rows: Sequence[Row], config: EvalConfig) -> Answers:
+        """Answers from stored caches."""
+        batch = self.pair.batch(rows)
+        if config.mode == "nll":
+            return Answers(nll=self._nll(batch))
+        receiver = self.training.model.receiver
+        if config.mode == "generate":
+            ids = receiver.generate(batch.receiver, self.training.fused(batch, self.message), **_decoding(config))
+            return _read(receiver, ids, rows)
+        width = 1 + max(example.decisive for example in batch.examples)
+        logits = self.training.logits(batch, self.message, width=width)
+        picked = [logits[row, e.decisive, e.choice_ids] for row, e in enumerate(batch.examples)]
+        return _choose(picked)
+
+    def cost(self, row: Row, config: EvalConfig) -> Cost:
+        """From text to text: both prefills, fusion, decoding; the receiver alone without a message."""
+        model = self.training.model
+        if self.message == "none":
+            return alone_cost(model.receiver, row, config, stage="receiver_prefill")
+        return fused_cost(model, row, config)
+
+    def _nll(self, batch: Batch) -> list[float]:
+        losses = self.training.token_losses(batch, self.message)
+        lengths = (batch.responses != -100).sum(-1)
+        means: list[float] = (losses.sum(-1) / lengths).tolist()
+        return means
+
+
+class Alone(System):
+    """A model alone, from the same messages through its own template.
+
+    Args:
+        model: the model.
+        store: its prefills, if it has a store.
+    """
+
+    def __init__(self, model: LanguageModel, store: PrefillStore | None = None) -> None:
+        self.model, self.store = model, store
+
+    @torch.no_grad()
+    def answer(self, rows: Sequence[Row], config: EvalConfig) -> Answers:
+        """The model's own answers."""
+        return _answers(self.model, [row.messages for row in rows], rows, config, self.store)
+
+    def cost(self, row: Row, config: EvalConfig) -> Cost:
+        """Prefill and decoding."""
+        return alone_cost(self.model, row, config, stage="sharer_prefill" if self.store else "receiver_prefill")
+
+
+class Text(System):
+    """Text-to-text: the sharer writes about the question, and the receiver answers after reading it.
+
+    Args:
+        pair: who writes and who reads.
+        variant: whether the sharer may say the answer.
+    """
+
+    def __init__(self, pair: Pair, variant: Variant) -> None:
+        self.pair, self.variant = pair, variant
+
+    @torch.no_grad()
+    def answer(self, rows: Sequence[Row], config: EvalConfig) -> Answers:
+        """The receiver's answers, with the sharer's messages."""
+        sharer = self.pair.sharer
+        tokens = sharer.encode([request(row.messages, self.variant) for row in rows])
+        cache = sharer.prefill(tokens, tokens.length - 1)
+        ids = sharer.generate(tokens, cache, max_new_tokens=config.message_tokens, do_sample=False)
+        messages = _decode(sharer, ids)
+        told = [hand_over(row.messages, self.variant, text) for row, text in zip(rows, messages, strict=True)]
+        answers = _answers(self.pair.model.receiver, told, rows, config)
+        answers.message = messages
+        return answers
+
+    def cost(self, row: Row, config: EvalConfig) -> Cost:
+        """Both models' prefills and decoding."""
+        began = text_to_text(
+            self.pair.model.receiver,
+            self.pair.sharer,
+            row.messages,
+            variant=self.variant,
+            message_tokens=config.message_tokens,
+            options=RenderOptions(answer_prefix=row.answer_prefix),
+            **_decoding(config),
+        )
+        return text_cost(began)
+
+
+def make_system(name: str, pair: Pair, config: EvalConfig) -> System:
+    """The system of a name; loads what it needs."""
+    messages: dict[str, Message] = {"receiver": "none", "matched": "matched", "deranged": "deranged", "zero": "zero"}
+    if name in messages:
+        return Fused(pair, pair.training, messages[name])
+    if name == "sharer":
+        return Alone(pair.sharer, pair.stores[1])
+    if name == "untrained":
+        return Fused(pair, pair.untrained(), "matched")
+    if name in ("text", "text_published"):
+        return Text(pair, "fair" if name == "text" else "published")
+    if name == "adapter":
+        from c2c.baselines.adapter import load_adapter
+
+        return Alone(load_adapter(config.adapter or "", dtype=config.dtype, device_map=config.device_map))
+    return Fused(*pair.with_fuser(config.fusers[name]), "matched")
+
+
+def _answers(
+    model: LanguageModel,
+    conversations: Sequence[Conversation],
+    rows: Sequence[Row],
+    config: EvalConfig,
+    store: PrefillStore | None = None,
+) -> Answers:
+    """A model's answers to conversations that end with the questions of ``rows``, all put in one form."""
+    first = rows[0]
     if config.mode == "generate":
-        receiver = training.model.receiver
-        ids = receiver.generate(batch.receiver, training.fused(batch, message), **_decoding(config))
-        return _read(receiver, ids, batch.examples)
-    width = 1 + max(example.decisive for example in batch.examples)
-    logits = training.logits(batch, message, width=width)
-    rows = [logits[row, example.decisive] for row, example in enumerate(batch.examples)]
-    return Answers([_best(row, example.choice_ids) for row, example in zip(rows, batch.examples, strict=True)])
-
-
-def _nll(training: FuserTraining, batch: Batch, message: Message) -> list[float]:
-    losses = training.token_losses(batch, message)
-    lengths = (batch.responses != -100).sum(-1)
-    means: list[float] = (losses.sum(-1) / lengths).tolist()
-    return means
-
-
-def _sharer(store: PrefillStore, examples: Sequence[Example], config: EvalConfig) -> Answers:
-    """The sharer alone, from the same messages through its own template."""
-    sharer = store.model
-    if config.mode == "generate":
-        options = RenderOptions(answer_prefix=examples[0].row.answer_prefix)
-        tokens = sharer.encode([example.row.messages for example in examples], options)
-        ids = sharer.generate(tokens, _cache(store, tokens), **_decoding(config))
-        return _read(sharer, ids, examples)
-    row = examples[0].row  # the items of a batch are put in one form
-    tokens = sharer.encode(
-        [example.row.messages for example in examples], RenderOptions(answer_prefix=row.answer_prefix + row.lead)
-    )
-    logits = sharer.next_logits(tokens, _cache(store, tokens))
-    choices = [choice_tokens(sharer.tokenizer, "", example.row.choices) for example in examples]
+        tokens = model.encode(list(conversations), RenderOptions(answer_prefix=first.answer_prefix))
+        return _read(model, model.generate(tokens, _cache(model, store, tokens), **_decoding(config)), rows)
+    tokens = model.encode(list(conversations), RenderOptions(answer_prefix=first.answer_prefix + first.lead))
+    model.check_prompt(tokens)
+    logits = model.next_logits(tokens, _cache(model, store, tokens))
+    choices = [choice_tokens(model.tokenizer, "", row.choices) for row in rows]
     if any(at > 0 for at, _ in choices):
         raise EvaluationError(
-            f"the sharer {sharer.name} spells the options {row.choices} with a common first token, so that its next "
-            "token does not tell which it chooses. Use mode 'generate'."
+            f"{model.name} spells the options {first.choices} with a common first token, so that its next token does "
+            "not tell which it chooses. Use mode 'generate'."
         )
-    return Answers([_best(scores, ids) for scores, (_, ids) in zip(logits, choices, strict=True)])
+    return _choose([scores[ids] for scores, (_, ids) in zip(logits, choices, strict=True)])
 
 
-def _cache(store: PrefillStore, tokens: TokenBatch) -> DynamicCache:
-    """The cache of all but the last token of each prompt, from the store's prefills of the whole prompts."""
-    model = store.model
+def _cache(model: LanguageModel, store: PrefillStore | None, tokens: TokenBatch) -> Cache:
+    """The cache of all but the last token of each prompt, from a store's prefills of whole prompts."""
+    if store is None:
+        return model.prefill(tokens, tokens.length - 1)
     prompts = [ids[mask].tolist() for ids, mask in zip(tokens.ids, tokens.mask, strict=True)]
     entries = [entry.first(len(ids) - 1) for ids, entry in zip(prompts, store.get(prompts), strict=True)]
     return stack(entries, model.geometry.layers, model.dtype, model.device)
 
 
-def _best(logits: Tensor, ids: Sequence[int]) -> int:
-    return int(logits[list(ids)].argmax())
+def _choose(logits: Sequence[Tensor]) -> Answers:
+    """The best of each item's options."""
+    scores = [row.float().log_softmax(-1) for row in logits]
+    return Answers(
+        chosen=[int(row.argmax()) for row in scores],
+        scores=[[round(float(value), 4) for value in row] for row in scores],
+    )
 
 
 def _decoding(config: EvalConfig) -> dict[str, Any]:
     return {"max_new_tokens": config.max_new_tokens, "do_sample": False}
 
 
-def _read(model: LanguageModel, ids: Tensor, examples: Sequence[Example]) -> Answers:
-    texts = [str(text) for text in model.tokenizer.batch_decode(ids, skip_special_tokens=True)]
-    full = [example.row.answer_prefix + text for text, example in zip(texts, examples, strict=True)]
-    chosen = [read_letter(text, len(example.row.choices)) for text, example in zip(full, examples, strict=True)]
-    return Answers(chosen, texts)
+def _decode(model: LanguageModel, ids: Tensor) -> list[str]:
+    return [str(text) for text in model.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+
+def _read(model: LanguageModel, ids: Tensor, rows: Sequence[Row]) -> Answers:
+    texts = _decode(model, ids)
+    full = [row.answer_prefix + text for text, row in zip(texts, rows, strict=True)]
+    return Answers(
+        chosen=[read_letter(text, len(row.choices)) for text, row in zip(full, rows, strict=True)], text=texts
+    )

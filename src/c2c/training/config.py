@@ -11,6 +11,8 @@ import yaml
 
 from c2c.errors import C2CError
 
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
 
 class ConfigError(C2CError, ValueError):
     """A configuration with unknown or impossible keys."""
@@ -28,7 +30,7 @@ class DataSource:
         skip: leave out so many of the drawn rows first, so that two sources of one file do not overlap.
         vary_options: share of the questions that get 2 to 8 options in a new order, the missing ones from other
             questions.
-        options: give every question so many options, in the same way.
+        options: give every question so many options, in the same way; of two numbers, each question one between them.
         dataset: id of the ``datasets`` library, in place of ``path``.
         subset: configuration of the data set.
         split: split of the data set.
@@ -41,11 +43,31 @@ class DataSource:
     limit: int | None = None
     skip: int = 0
     vary_options: float = 0.0
-    options: int | None = None
+    options: int | list[int] | None = None
     dataset: str | None = None
     subset: str | None = None
     split: str = "train"
     columns: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse impossible numbers of options.
+
+        Raises:
+            ConfigError: not a number from 2 on, or not two in order.
+        """
+        low, high = self.option_range or (2, 2)
+        if not 2 <= low <= high <= len(LETTERS):
+            raise ConfigError(
+                f"options is {self.options!r}; expected a number from 2 to {len(LETTERS)}, or [lowest, highest]."
+            )
+
+    @property
+    def option_range(self) -> tuple[int, int] | None:
+        """Fewest and most options that a question is given; None where it keeps its own."""
+        if self.options is None:
+            return None
+        bounds = [self.options] if isinstance(self.options, int) else self.options
+        return (bounds[0], bounds[-1]) if 1 <= len(bounds) <= 2 else (0, 0)
 
     @property
     def name(self) -> str:
@@ -155,19 +177,11 @@ def load_config(path: str | Path, **overrides: Any) -> TrainConfig:
     Raises:
         ConfigError: not a mapping, an unknown key, or a missing one; names the known keys.
     """
-    path = Path(path)
-    if not path.exists():
-        raise ConfigError(f"no such config: {path}")
-    try:
-        data = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not YAML: {error}") from error
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path}: expected keys and values, got {type(data).__name__}.")
+    data = read_yaml(Path(path))
     data |= {key: value for key, value in overrides.items() if value is not None}
     for name in ("train", "dev"):
-        data[name] = [_build(DataSource, entry, f"{path}: {name}") for entry in data.get(name) or []]
-    config: TrainConfig = _build(TrainConfig, data, str(path))
+        data[name] = [build(DataSource, entry, f"{path}: {name}") for entry in data.get(name) or []]
+    config: TrainConfig = build(TrainConfig, data, str(path))
     if config.fill not in ("ahead", "training"):
         raise ConfigError(f"{path}: fill is {config.fill!r}; expected 'ahead' or 'training'.")
     if not config.train or not config.dev:
@@ -175,7 +189,29 @@ def load_config(path: str | Path, **overrides: Any) -> TrainConfig:
     return config
 
 
-def _build(kind: Any, data: Any, where: str) -> Any:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping that a YAML file holds.
+
+    Raises:
+        ConfigError: missing, not YAML, or not a mapping.
+    """
+    if not path.is_file():
+        raise ConfigError(f"no such config: {path}")
+    try:
+        data = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {error}") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: expected keys and values, got {type(data).__name__}.")
+    return data
+
+
+def build(kind: Any, data: Any, where: str) -> Any:
+    """An object of a dataclass from plain data.
+
+    Raises:
+        ConfigError: not a mapping, unknown keys, or missing ones; names the known keys.
+    """
     if not isinstance(data, dict):
         raise ConfigError(f"{where}: expected keys and values, got {data!r}.")
     known = {entry.name: entry for entry in dataclasses.fields(kind)}

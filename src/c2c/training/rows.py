@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from c2c.messages import Conversation
-from c2c.training.config import ConfigError, DataSource
+from c2c.training.config import LETTERS, ConfigError, DataSource
 
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 SYSTEM = "You are a helpful assistant."
 
 # The published benchmark prompt (Cache-to-Cache, ICLR 2026, appendix, Text 1).
@@ -108,24 +107,26 @@ def multiple_choice(data: dict[str, Any], source: DataSource) -> Row:
 
 
 def vary_options(rows: list[dict[str, Any]], source: DataSource, seed: int) -> list[dict[str, Any]]:
-    """Give questions another number of options in a new order: a share of them 2 to 8, or all the same number.
+    """Give questions another number of options in a new order: a share of them 2 to 8, or all of them ``options``.
 
     Missing options are taken from other questions of the same file. A fuser that has only seen four letters has
     little reason to pass on a fifth.
     """
     draw = random.Random(seed)
-    if source.options is not None:
-        return [_vary(data, rows, draw, source.options) for data in rows]
-    return [_vary(data, rows, draw, None) if draw.random() < source.vary_options else data for data in rows]
+    bounds = source.option_range
+    if bounds is not None:
+        return [_vary(data, rows, draw, bounds) for data in rows]
+    return [_vary(data, rows, draw, (2, 8)) if draw.random() < source.vary_options else data for data in rows]
 
 
 def _vary(
-    data: dict[str, Any], rows: Sequence[dict[str, Any]], draw: random.Random, wanted: int | None
+    data: dict[str, Any], rows: Sequence[dict[str, Any]], draw: random.Random, bounds: tuple[int, int]
 ) -> dict[str, Any]:
     right = data["choices"][data["answer"]]
     wrong = [choice for choice in data["choices"] if choice != right]
     draw.shuffle(wrong)
-    wanted = wanted or draw.randint(2, 8)
+    low, high = bounds
+    wanted = low if low == high else draw.randint(low, high)  # one number draws nothing
     for _ in range(20 * wanted):  # ends even where the file holds too few different options
         if len(wrong) >= wanted - 1:
             break

@@ -1,0 +1,101 @@
+"""All that is needed to repeat an evaluation: hashes, identities, versions, command."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import platform
+import shlex
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from c2c.evaluation.config import EvalConfig
+from c2c.evaluation.pair import Pair
+from c2c.files import file_hash
+from c2c.fusers.base import resolve
+from c2c.training.config import DataSource
+from c2c.version import __version__
+
+# Places on a machine, and what may be added later: they don't make it another evaluation.
+_NOT_COMPARED = (
+    "output_dir",
+    "store_dir",
+    "store_budget_gb",
+    "data_dir",
+    "fuser",
+    "device_map",
+    "systems",
+    "fusers",
+    "adapter",
+    "routed",
+    "timed",
+)
+
+
+def provenance(config: EvalConfig, pair: Pair) -> dict[str, Any]:
+    """Facts about an evaluation, and under ``key`` a hash of those that decide its answers."""
+    facts = {
+        "fuser": file_hash(resolve(config.fuser) / "model.safetensors"),
+        "receiver": pair.model.receiver.identity.to_dict(),
+        "sharer": pair.sharer.identity.to_dict(),
+        "data": {short(s): _hash(s, config) for s in (*config.data, *config.dev)},
+        "config": {name: value for name, value in config.to_dict().items() if name not in _NOT_COMPARED}
+        | {name: [_portable(s) for s in getattr(config, name)] for name in ("data", "dev")},
+    }
+    return facts | {
+        "systems": list(config.systems),
+        "fusers": {name: fuser_hash(folder) for name, folder in config.fusers.items()},
+        "training": _training(pair.model.fusers[0]),
+        "key": hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest(),
+        "command": command(),
+        "versions": versions(),
+    }
+
+
+def short(source: DataSource) -> str:
+    """A file by its folder and name: what tells tasks apart in a table, and not where they lie on this machine."""
+    return "/".join(Path(source.name).parts[-2:]) if source.path is not None else source.name
+
+
+def command() -> str:
+    """The command line of this process."""
+    return shlex.join(["c2c", *sys.argv[1:]])
+
+
+def versions(*more: str) -> dict[str, str]:
+    """Versions of this library, of what it stands on, and of further packages."""
+    found = {"c2c": __version__, "python": platform.python_version()}
+    for name in ("torch", "transformers", *more):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def fuser_hash(folder: str) -> str:
+    """Hash of a fuser's weights."""
+    return file_hash(resolve(folder) / "model.safetensors")
+
+
+def _hash(source: DataSource, config: EvalConfig) -> str | None:
+    return file_hash(Path(config.data_dir) / source.path) if source.path is not None else None
+
+
+def _portable(source: DataSource) -> dict[str, Any]:
+    return dataclasses.asdict(source) | {"path": short(source)}
+
+
+def _training(fuser: Any) -> dict[str, Any]:
+    """What tells one trained fuser from another, without its lists of data."""
+    record = fuser.config.training or {}
+    config = record.get("config")
+    settings = config if isinstance(config, dict) else {}
+    return {
+        "family": fuser.family,
+        "step": record.get("step"),
+        "config": {key: value for key, value in settings.items() if key not in ("train", "dev", "exclude")},
+    }
