@@ -419,6 +419,13 @@ def test_a_configuration_file_with_tasks(fuser, data, tmp_path):
             load_eval_config(path, fuser=fuser)
 
 
+def test_shipped_configs_load():
+    configs = sorted((Path(__file__).parent.parent / "configs" / "eval").glob("*.yaml"))
+    assert configs
+    for path in configs:
+        assert load_eval_config(path, fuser="zoo/x").systems
+
+
 def test_command_takes_further_fusers(fuser, data):
     question = str(data / "a.jsonl")
     arguments = ["eval", "--fuser", fuser, "--data", question, "--systems", "matched,twin", "--json", "--limit", "4"]

@@ -46,3 +46,27 @@ def next_logits(model: PreTrainedModel, batch: TokenBatch, cache: Cache) -> Tens
     )
     logits: Tensor = out.logits[:, -1]
     return logits
+
+
+def continued_logits(model: PreTrainedModel, batch: TokenBatch, ids: Tensor, real: Tensor, cache: Cache) -> Tensor:
+    """Run the last column of ``batch`` and the tokens that follow it; the cache is changed.
+
+    Args:
+        model: the model.
+        batch: the prompts.
+        ids: what follows them, ``[batch, read]``, right-padded.
+        real: False on padding, ``[batch, read]``.
+        cache: all columns of ``batch`` but the last.
+
+    Returns:
+        The logits after the last prompt token and after each of ``ids``, ``[batch, read + 1, vocab]``.
+    """
+    out = model(
+        input_ids=torch.cat([batch.ids[:, -1:], ids], dim=1),
+        attention_mask=torch.cat([batch.mask, real], dim=1).long(),
+        position_ids=batch.positions[:, -1:] + torch.arange(ids.shape[1] + 1, device=ids.device),
+        past_key_values=cache,
+        use_cache=True,
+    )
+    logits: Tensor = out.logits
+    return logits

@@ -18,7 +18,7 @@ c2c eval --fuser zoo/NAME --data a.jsonl --data b.jsonl --systems receiver,share
 
 c2c eval --fuser zoo/NAME --data a.jsonl --systems receiver,sharer,matched,text --timed 10
 
-c2c eval configs/benchmarks.yaml --fuser zoo/NAME --data-dir ~/data --output-dir runs/eval
+c2c eval configs/eval/benchmarks.yaml --fuser zoo/NAME --data-dir ~/data --output-dir runs/eval
 
 c2c eval --fuser zoo/NAME --data questions.jsonl --mode generate --form published --output-dir runs/eval
 

@@ -28,6 +28,7 @@ from c2c.integrations.prompt_edits import derange, fit, merge
 from c2c.language_model import LanguageModel
 from c2c.messages import Conversation
 from c2c.model import C2CModel
+from c2c.prefill import continued_logits
 from c2c.prompting import RenderOptions, render_text, require_tokenizer
 from c2c.tokens import TokenBatch, left_pad
 
@@ -439,14 +440,10 @@ class C2CLM(LM):  # type: ignore[misc]
         padded = torch.tensor([[*read, *[0] * (width - len(read))] for _, read in part], dtype=torch.long)
         real = torch.tensor([[True] * len(read) + [False] * (width - len(read)) for _, read in part], dtype=torch.bool)
         device = chosen.ids.device
-        out = self.scorer.model(
-            input_ids=torch.cat([chosen.ids[:, -1:], padded.to(device)], dim=1),
-            attention_mask=torch.cat([chosen.mask, real.to(device)], dim=1).long(),
-            position_ids=chosen.positions[:, -1:] + torch.arange(width + 1, device=device),
-            past_key_values=kv.select_rows(cache, rows),
-            use_cache=True,
+        logits = continued_logits(
+            self.scorer.model, chosen, padded.to(device), real.to(device), kv.select_rows(cache, rows)
         )
-        return torch.log_softmax(out.logits.float(), dim=-1)
+        return torch.log_softmax(logits.float(), dim=-1)
 
     def _generate(self, batch: Sequence[tuple[Context, Context | None]], arguments: dict[str, Any]) -> list[str]:
         """Texts that follow the contexts of a batch."""

@@ -16,6 +16,7 @@ from c2c.alignment.plan import derange_columns
 from c2c.fusers import Fuser
 from c2c.fusion import Source, fuse
 from c2c.model import C2CModel
+from c2c.prefill import continued_logits
 from c2c.tokens import TokenBatch, left_pad
 from c2c.training.examples import Example
 from c2c.training.store import PrefillStore, stack
@@ -128,20 +129,9 @@ class FuserTraining(nn.Module):
 
     def logits(self, batch: Batch, message: Message, width: int | None = None) -> Tensor:
         """The receiver's predictions of the response tokens, ``[batch, response, vocab]``."""
-        model = self._frozen[0]
-        responses = batch.responses[:, :width]
-        ids = torch.cat([batch.receiver.ids[:, -1:], responses[:, :-1].clamp_min(0)], dim=1)
-        mask = torch.cat([batch.receiver.mask, responses[:, :-1] != -100], dim=1)
-        positions = batch.receiver.positions[:, -1:] + torch.arange(ids.shape[1], device=ids.device)
-        out = model.receiver.model(
-            input_ids=ids,
-            attention_mask=mask.long(),
-            position_ids=positions,
-            past_key_values=self.fused(batch, message),
-            use_cache=True,
-        )
-        logits: Tensor = out.logits
-        return logits
+        read = batch.responses[:, :width][:, :-1]
+        receiver, cache = self.model.receiver, self.fused(batch, message)
+        return continued_logits(receiver.model, batch.receiver, read.clamp_min(0), read != -100, cache)
 
     def fused(self, batch: Batch, message: Message) -> DynamicCache:
         """The receiver's cache of all but the last prompt token, fused with a message; ``batch`` stays clean."""
