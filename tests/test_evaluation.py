@@ -406,7 +406,9 @@ def test_a_configuration_file_with_tasks(fuser, data, tmp_path):
     run = CliRunner().invoke(app, ["eval", str(path), "--fuser", fuser, "--data-dir", str(tmp_path), "--json"])
     assert run.exit_code == 0, run.output
     assert json.loads(run.stdout.strip().splitlines()[-1])["n"] == 6
-    loaded = load_eval_config(path, fuser=fuser, limit=4)
+    loaded = load_eval_config(path, fuser=fuser, limit=4, data_dir=str(tmp_path))
+    hub = load_eval_config(path, fuser=fuser, data_dir=str(data)).data[0]  # no such file there
+    assert (hub.dataset, hub.subset, hub.split, hub.limit) == ("allenai/ai2_arc", "ARC-Easy", "test", 6)
     assert loaded.data == [DataSource("arc_easy/test.jsonl", limit=6)]
     assert loaded.limit == 4
     for text, message in (

@@ -9,6 +9,7 @@ import pytest
 
 from c2c.training.config import ConfigError, DataSource
 from c2c.training.examples import build_examples, choice_tokens
+from c2c.training.layouts import normalise
 from c2c.training.rows import LETTERS, load_rows, multiple_choice, questions, vary_options
 from tiny import pair, tokenizer
 
@@ -23,6 +24,43 @@ def write(folder, name, rows):
 def one(folder, data, **source):
     write(folder, "rows.jsonl", [data])
     return load_rows([DataSource("rows.jsonl", **source)], folder, 0)[0][0]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"question": "q", "choices": {"text": ["x", "y", "z"], "label": ["A", "B", "C"]}, "answerKey": "B"},
+        {"question_stem": "q", "choices": {"text": ["x", "y", "z"], "label": ["1", "2", "3"]}, "answerKey": "2"},
+        {"question": "q", "A": "x", "B": "y", "C": "z", "answer": "B", "explanation": ""},
+        {"question": "q", "options": ["x", "y", "z"], "answer": 1},
+        {"question": "q", "choices": ["x", "y", "z"], "answer": 1},
+    ],
+)
+def test_layouts_of_well_known_data_sets(data):
+    row = multiple_choice(normalise(data), DataSource())
+    assert (row.choices, row.answer) == ((" A", " B", " C"), 1)
+    assert "Question: q\nA. x\nB. y\nC. z" in row.messages[-1]["content"]
+
+
+def test_worked_answers_are_told_from_their_result():
+    data = normalise({"question": "q", "answer": "2 + 2 = 4\n#### 4"})
+    assert (data["answer"], data["solution"]) == ("4", "2 + 2 = 4\n#### 4")
+    assert normalise({"question": "q", "answer": "four"}) == {"question": "q", "answer": "four"}
+
+
+def test_all_subsets_of_a_data_set_and_rows_to_keep(tmp_path):
+    pytest.importorskip("datasets")
+    header = "---\nconfigs:\n"
+    for name in ("law", "art"):
+        rows = [{"id": i, "question": f"{name} {i}", "A": "x", "B": "y", "answer": "AB"[i % 2]} for i in range(3)]
+        rows = [row | {"error_type": "ok" if row["id"] else "wrong"} for row in rows]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        header += f"- config_name: {name}\n  data_files: {name}.jsonl\n"
+    (tmp_path / "README.md").write_text(header + "---\n")
+    source = DataSource(dataset=str(tmp_path), subset="*", keep={"error_type": "ok"})
+    rows, _ = load_rows([source], tmp_path, 0)
+    assert sorted(row.id for row in rows) == ["art/1", "art/2", "law/1", "law/2"]
+    assert {row.answer for row in rows} == {0, 1}
 
 
 def test_a_range_of_options():

@@ -172,8 +172,9 @@ def make_eval_config(values: dict[str, Any], where: str, /, **overrides: Any) ->
         **overrides: values that replace those of the data; None is ignored.
     """
     data = values | {key: value for key, value in overrides.items() if value is not None}
+    folder = Path(data.get("data_dir") or ".")
     for name in ("data", "dev"):
-        data[name] = [source(entry, f"{where}: {name}") for entry in data.get(name) or []]
+        data[name] = [source(entry, folder, f"{where}: {name}") for entry in data.get(name) or []]
     if isinstance(data.get("systems"), list):
         data["systems"] = tuple(data["systems"])
     config: EvalConfig = build(EvalConfig, data, where)

@@ -57,7 +57,9 @@ def provenance(config: EvalConfig, pair: Pair) -> dict[str, Any]:
 
 def short(source: DataSource) -> str:
     """A file by its folder and name: what tells tasks apart in a table, and not where they lie on this machine."""
-    return "/".join(Path(source.name).parts[-2:]) if source.path is not None else source.name
+    if source.path is not None:
+        return "/".join(Path(source.name).parts[-2:])
+    return f"{source.name}/{source.subset}" if source.subset not in (None, "*") else source.name
 
 
 def command() -> str:

@@ -32,9 +32,10 @@ class DataSource:
             questions.
         options: give every question so many options, in the same way; of two numbers, each question one between them.
         dataset: id of the ``datasets`` library, in place of ``path``.
-        subset: configuration of the data set.
+        subset: configuration of the data set; ``"*"`` for all of them.
         split: split of the data set.
         columns: our keys to the columns that hold them, for instance ``{output: response}``.
+        keep: only rows with these values, for instance ``{error_type: ok}``.
     """
 
     path: str | None = None
@@ -48,6 +49,7 @@ class DataSource:
     subset: str | None = None
     split: str = "train"
     columns: dict[str, str] = field(default_factory=dict)
+    keep: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Refuse impossible numbers of options.

@@ -12,6 +12,7 @@ from typing import Any
 
 from c2c.messages import Conversation
 from c2c.training.config import LETTERS, ConfigError, DataSource
+from c2c.training.layouts import normalise
 
 SYSTEM = "You are a helpful assistant."
 
@@ -232,10 +233,11 @@ def read(source: DataSource, data_dir: Path) -> Iterator[dict[str, Any]]:
     """
     if (source.path is None) == (source.dataset is None):
         raise ConfigError(f"give either 'path' or 'dataset' for a source, got {source.path!r} and {source.dataset!r}.")
-    found = read_jsonl(data_dir / source.path) if source.path is not None else _read_dataset(source)
+    found = read_jsonl(data_dir / source.path) if source.path is not None else map(normalise, _read_dataset(source))
     for index, data in enumerate(found):
-        renamed = data | {key: data[column] for key, column in source.columns.items() if column in data}
-        yield {"id": f"{source.name}/{index}"} | renamed
+        if all(data.get(column) == wanted for column, wanted in source.keep.items()):
+            renamed = data | {key: data[column] for key, column in source.columns.items() if column in data}
+            yield {"id": f"{source.name}/{index}"} | renamed
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
@@ -260,18 +262,21 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
 
 def _read_dataset(source: DataSource) -> Iterator[dict[str, Any]]:
     try:
-        from datasets import load_dataset
+        from datasets import get_dataset_config_names, load_dataset
     except ImportError as error:
         raise ConfigError(
             f"data set {source.dataset!r} needs the datasets library: pip install 'cache2cache[datasets]'."
         ) from error
     try:
-        found = load_dataset(source.dataset, source.subset, split=source.split)
+        subsets = get_dataset_config_names(source.dataset) if source.subset == "*" else [source.subset]
+        found = [load_dataset(source.dataset, subset, split=source.split) for subset in subsets]
     except Exception as error:  # the library raises what its loaders raise
         raise ConfigError(
             f"could not read data set {source.dataset!r} (subset {source.subset!r}, split {source.split!r}): {error}"
         ) from error
-    yield from (dict(data) for data in found)
+    for subset, rows in zip(subsets, found, strict=True):
+        for data in rows:
+            yield dict(data) | ({"id": f"{subset}/{data['id']}"} if source.subset == "*" and "id" in data else {})
 
 
 def _convert(data: dict[str, Any], source: DataSource) -> Row:
