@@ -42,5 +42,9 @@ class MismatchError(FuserError):
         super().__init__(f"this fuser does not fit these models:\n{lines}\n{advice}")
 
 
+class HandoffError(C2CError, ValueError):
+    """A handed-over cache that can't be used: damaged, foreign, expired, or made for something else."""
+
+
 class ModelLoadError(C2CError, OSError):
     """A model, tokenizer or file could not be found, read or downloaded."""

@@ -161,6 +161,28 @@ def crop(cache: Cache, tokens: int) -> DynamicCache:
     return from_layers((keys[:, :, :tokens], values[:, :, :tokens]) for keys, values in layers(cache))
 
 
+def append(cache: Cache, entries: Sequence[KeyValue]) -> Cache:
+    """Add entries after the last ones of every layer, in place; an empty cache takes them as they are.
+
+    Args:
+        cache: the cache.
+        entries: keys (rotated to their positions) and values per layer, ``[batch, kv_heads, tokens, head_dim]``.
+
+    Raises:
+        CacheError: other layers than the cache has.
+    """
+    if not cache.layers:
+        cache.layers.extend(from_layers(entries).layers)
+        return cache
+    if len(cache.layers) != len(entries):
+        raise CacheError(f"entries for {len(entries)} layers can't be added to a cache of {len(cache.layers)}.")
+    for entry, (keys, values) in zip(cache.layers, entries, strict=True):
+        held: Any = entry
+        held.keys = torch.cat([held.keys, keys.to(held.keys)], dim=2)
+        held.values = torch.cat([held.values, values.to(held.values)], dim=2)
+    return cache
+
+
 def stack(caches: Sequence[Cache]) -> DynamicCache:
     """Join caches along the batch; shorter ones get zeros on the left, which the mask must hide.
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from c2c import identity, kv
-from c2c.alignment import ALIGNERS, Aligner, Prompt, SpanAligner
+from c2c.alignment import ALIGNERS, Aligner, Alignment, Chunk, Prompt, SpanAligner
 from c2c.alignment.sections import check_sections, plan_sections, slot_positions
 from c2c.chat import Chat
 from c2c.errors import AlignmentError, FuserError, PromptError
@@ -24,7 +24,8 @@ from c2c.fusers.base import load_fuser, resolve
 from c2c.fusion import FusionMode, Source, fuse
 from c2c.language_model import FirstTokenClock
 from c2c.layer_map import layer_map as make_layer_map
-from c2c.messages import conversations
+from c2c.messages import Conversation, conversations
+from c2c.private import Memory, Placed, first_user_column, handoffs_of, lay_down, place, project
 from c2c.prompting import RenderOptions
 from c2c.published import import_published, published_names, read_names
 from c2c.receiver import Receiver
@@ -107,6 +108,11 @@ class C2CModel(nn.Module):
         self.fusers = nn.ModuleList(fusers)
         self.aligner: Aligner = aligner or _aligner(fusers[0].config.alignment)
         self.notes = self._check(allow_mismatch)
+
+    @property
+    def private(self) -> list[int]:
+        """Indices of the sharers that hand over private context."""
+        return [index for index, fuser in enumerate(self._fusers) if fuser.context == "private"]
 
     # -- construction ------------------------------------------------------------------------------------------------
 
@@ -243,11 +249,16 @@ class C2CModel(nn.Module):
     # -- answering ---------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def generate(self, messages: Any, *, options: RenderOptions | None = None, **kwargs: Any) -> Any:
+    def generate(
+        self, messages: Any, *, sharer_messages: Any = None, options: RenderOptions | None = None, **kwargs: Any
+    ) -> Any:
         """Answer from the fused cache.
 
         Args:
             messages: a text, a conversation (list of messages), or a list of several of either.
+            sharer_messages: what the sharer alone has read, for fusers of private context: messages, or a
+                :class:`~c2c.handoff.Handoff` from ``sharer.read``; a list with one for each conversation; for several
+                such sharers a tuple with one of these for each.
             options: how to render the prompt.
             **kwargs: whatever the receiver's ``generate`` takes (``max_new_tokens``, ``do_sample``, ``num_beams``,
                 ``stop_strings``, ``streamer``, ``logits_processor``, ``num_return_sequences``).
@@ -259,7 +270,7 @@ class C2CModel(nn.Module):
             PromptError: empty or too long. AlignmentError: nothing can be fused.
         """
         clock = FirstTokenClock()
-        fused = self.prepare(messages, options=options)
+        fused = self.prepare(messages, sharer_messages=sharer_messages, options=options)
         return self.decode(fused, messages, clock, **kwargs)
 
     def decode(self, fused: FusedPrompt, messages: Any, clock: FirstTokenClock, **kwargs: Any) -> Any:
@@ -275,18 +286,82 @@ class C2CModel(nn.Module):
         return results
 
     @torch.no_grad()
-    def prepare(self, messages: Any, *, options: RenderOptions | None = None) -> FusedPrompt:
-        """Render, align, prefill and fuse; what :meth:`generate` decodes from."""
+    def prepare(
+        self, messages: Any, *, sharer_messages: Any = None, options: RenderOptions | None = None
+    ) -> FusedPrompt:
+        """Render, align, prefill and fuse; what :meth:`generate` decodes from.
+
+        Raises:
+            PromptError: private context is missing, or given to fusers that know none.
+        """
         batch, _ = conversations(messages)
-        prompts = self.aligner.align(
-            self.receiver.tokenizer, [s.tokenizer for s in self.sharers], batch, options or RenderOptions()
-        )
+        options = options or RenderOptions()
+        if self.private and sharer_messages is None:
+            raise PromptError(
+                "this fuser hands over what the sharer alone has read: pass sharer_messages=..., messages or a handoff "
+                "from sharer.read(...)."
+            )
+        if sharer_messages is not None and not self.private:
+            families = ", ".join(fuser.family for fuser in self._fusers)
+            raise PromptError(
+                f"sharer_messages were given, but {families} fuses a prompt that both models read. Use a 'memory' "
+                "fuser for private context."
+            )
+        if self.private:
+            return self._prepare_private(batch, sharer_messages, options)
+        prompts = self.aligner.align(self.receiver.tokenizer, [s.tokenizer for s in self.sharers], batch, options)
         return self.fuse_prompts(prompts)
+
+    def _prepare_private(self, batch: list[Conversation], given: Any, options: RenderOptions) -> FusedPrompt:
+        """Each conversation by itself, since what is handed over to them differs in length; then one batch."""
+        stopwatch = Stopwatch(self.receiver.device)
+        with stopwatch.stage("sharer_prefill"):
+            handed = handoffs_of(given, [self.sharers[i] for i in self.private], len(batch), options)
+        projected: dict[tuple[int, int], Memory] = {}  # a handoff that many rows share is projected once
+        with stopwatch.stage("fuse"):
+            for row in handed:
+                for index, handoff in zip(self.private, row, strict=True):
+                    if (index, id(handoff)) not in projected:
+                        fuser = self._fusers[index]
+                        projected[index, id(handoff)] = project(handoff, self.sharers[index], fuser)
+        placed = [
+            place(
+                self._own_prompt(conversation, options),
+                first_user_column(self.receiver.tokenizer, conversation, options),
+                [projected[index, id(handoff)] for index, handoff in zip(self.private, row, strict=True)],
+            )
+            for conversation, row in zip(batch, handed, strict=True)
+        ]
+        report = self._report([part.prompt for part in placed], stopwatch)
+        for part in placed:
+            report.prompt_tokens -= sum(memory.slots for memory in part.memories)
+            report.memory_slots += sum(memory.slots for memory in part.memories)
+        report.sharer_bytes += sum(memory.read for memory in projected.values())
+        return self._join_parts([self._fuse_prompt(part.prompt, report, part) for part in placed], report)
+
+    def _own_prompt(self, conversation: Conversation, options: RenderOptions) -> Prompt:
+        """One conversation as the receiver and those sharers read it that share it."""
+        shared = [index for index in range(len(self.sharers)) if index not in self.private]
+        if not shared:
+            tokens = self.receiver.encode([conversation], options)
+            return Prompt(tokens, (tokens,) * len(self.sharers), ())
+        theirs = [self.sharers[index].tokenizer for index in shared]
+        prompt = self.aligner.align(self.receiver.tokenizer, theirs, [conversation], options)[0]
+        spread: list[TokenBatch] = [prompt.receiver] * len(self.sharers)
+        for index, tokens in zip(shared, prompt.sharers, strict=True):
+            spread[index] = tokens
+        chunks = []
+        for chunk in prompt.chunks:
+            alignments: list[Alignment | None] = [None] * len(self.sharers)
+            for index, alignment in zip(shared, chunk.alignments, strict=True):
+                alignments[index] = alignment
+            chunks.append(Chunk(chunk.stop, tuple(alignments)))
+        return Prompt(prompt.receiver, tuple(spread), tuple(chunks), prompt.skipped)
 
     def stream(self, messages: Any, *, options: RenderOptions | None = None, **kwargs: Any) -> TextStream:
         """Answer one conversation piece by piece: iterate over the text; ``.result`` is there when it ends.
 
-        Closing the stream early stops the generation.
+        Closing the stream early stops the generation. Arguments as in :meth:`generate`.
         """
         return TextStream(self.receiver.tokenizer, self.generate, messages, options=options, **kwargs)
 
@@ -361,25 +436,37 @@ class C2CModel(nn.Module):
         """
         stopwatch = Stopwatch(self.receiver.device)
         report = self._report(prompts, stopwatch)
-        parts = [self._fuse_prompt(prompt, report) for prompt in prompts]
+        return self._join_parts([self._fuse_prompt(prompt, report) for prompt in prompts], report)
+
+    def _join_parts(self, parts: Sequence[tuple[TokenBatch, Cache]], report: FusionReport) -> FusedPrompt:
+        """One batch of prompts that were fused by themselves."""
         if len(parts) == 1:
             return FusedPrompt(*parts[0], report)
-        with stopwatch.stage("receiver_prefill"):  # bring all rows to one token before their end
+        watch = report.stopwatch or Stopwatch(self.receiver.device)
+        with watch.stage("receiver_prefill"):  # bring all rows to one token before their end
             caches = [self.receiver.prefill(tokens, tokens.length - 1, cache) for tokens, cache in parts]
         return FusedPrompt(_join([tokens for tokens, _ in parts]), kv.stack(caches), report)
 
-    def _fuse_prompt(self, prompt: Prompt, report: FusionReport) -> tuple[TokenBatch, Cache]:
+    def _fuse_prompt(
+        self, prompt: Prompt, report: FusionReport, placed: Placed | None = None
+    ) -> tuple[TokenBatch, Cache]:
         self.receiver.check_prompt(prompt.receiver)
         watch = report.stopwatch or Stopwatch(self.receiver.device)
         tokens = prompt.receiver.to(self.receiver.device)
         with watch.stage("sharer_prefill"):
             sources = [self._source(index, prompt) for index in range(len(self.sharers))]
-        cache = kv.empty_cache()
+        cache: Cache = kv.empty_cache()
+        if placed is not None and placed.memories:
+            with watch.stage("receiver_prefill"):
+                lay_down(cache, self.receiver, placed)
         for chunk in prompt.chunks:
             with watch.stage("receiver_prefill"):
                 self.receiver.prefill(tokens, chunk.stop, cache)
             with watch.stage("fuse"):
                 report.sharer_bytes += fuse(cache, self.receiver, tokens, sources, chunk, self.mode)
+        if placed is not None:
+            with watch.stage("receiver_prefill"):
+                self.receiver.prefill(tokens, tokens.length - 1, cache)
         return tokens, cache
 
     def _source(self, index: int, prompt: Prompt) -> Source | None:
@@ -495,7 +582,7 @@ class C2CModel(nn.Module):
         }
         if any(prompt.chunks for prompt in prompts):
             report.gate_values = [fuser.gates() for fuser in self._fusers]
-        else:
+        elif not self.private:
             report.notes.append("nothing was fused: the last section of a prompt never is")
         return report
 

@@ -61,6 +61,7 @@ class FusionReport:
         skipped_tokens: the other positions, by reason.
         fused_layers: receiver layers that were fused, over all sharers.
         skipped_layers: receiver layers that were not, by reason.
+        memory_slots: entries of private context in the receiver's cache, summed over the batch.
         sharer_bytes: bytes of the sharers' cache entries that the fusers read.
         trained: whether every fuser has been trained.
         notes: accepted mismatches and other things to know.
@@ -71,6 +72,7 @@ class FusionReport:
     skipped_tokens: dict[str, int] = field(default_factory=dict)
     fused_layers: list[int] = field(default_factory=list)
     skipped_layers: dict[int, str] = field(default_factory=dict)
+    memory_slots: int = 0
     sharer_bytes: int = 0
     trained: bool = True
     notes: list[str] = field(default_factory=list)
@@ -98,6 +100,7 @@ class FusionReport:
             "fused_layers": self.fused_layers,
             "skipped_layers": {str(layer): reason for layer, reason in self.skipped_layers.items()},
             "gate_openness": self.gate_openness,
+            "memory_slots": self.memory_slots,
             "sharer_bytes": self.sharer_bytes,
             "seconds": self.seconds,
             "trained": self.trained,

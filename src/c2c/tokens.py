@@ -50,6 +50,18 @@ class TokenBatch:
         index = torch.tensor(list(rows), device=self.ids.device)
         return TokenBatch(self.ids[index], self.mask[index], self.positions[index], self.padded, self.natural)
 
+    def with_slots(self, column: int, slots: int) -> TokenBatch:
+        """The same batch with columns that no token stands for, real and counted; for entries put into the cache.
+
+        Args:
+            column: where they are inserted, the same in all rows.
+            slots: how many.
+        """
+        filler = torch.zeros(self.rows, slots, dtype=self.ids.dtype, device=self.ids.device)
+        ids = torch.cat([self.ids[:, :column], filler, self.ids[:, column:]], dim=1)
+        mask = torch.cat([self.mask[:, :column], filler == 0, self.mask[:, column:]], dim=1)
+        return TokenBatch(ids, mask, natural_positions(mask), self.padded)
+
     def mask_until(self, stop: int) -> Tensor | None:
         """The attention mask of the first ``stop`` columns, or None where nothing is padded.
 

@@ -12,8 +12,14 @@ from c2c.fusers.base import Entries, Fuser, FuserConfig
 from c2c.fusers.bottleneck import BottleneckConfig, BottleneckFuser
 from c2c.fusers.c2c import C2CFuser, C2CFuserConfig
 from c2c.fusers.linear import LinearConfig, LinearFuser
+from c2c.fusers.memory import MemoryConfig, MemoryFuser
 
-_FAMILIES: dict[str, type[Fuser]] = {"bottleneck": BottleneckFuser, "c2c": C2CFuser, "linear": LinearFuser}
+_FAMILIES: dict[str, type[Fuser]] = {
+    "bottleneck": BottleneckFuser,
+    "c2c": C2CFuser,
+    "linear": LinearFuser,
+    "memory": MemoryFuser,
+}
 
 
 def families() -> dict[str, type[Fuser]]:
@@ -47,6 +53,8 @@ __all__ = [
     "FuserConfig",
     "LinearConfig",
     "LinearFuser",
+    "MemoryConfig",
+    "MemoryFuser",
     "families",
     "family",
 ]

@@ -87,12 +87,19 @@ class Fuser(PreTrainedModel):
 
     A family sets ``config_class``, ``family``, ``needs_rotary``, and implements ``forward`` and
     ``gates``. A new one should leave the receiver as it is.
+
+    Attributes:
+        family: its name.
+        context: ``shared``: both models read the same prompt, and entries are merged; ``private``: the sharer has read
+            something else, and its entries are added.
+        needs_rotary: whether keys are to be read without their rotation.
     """
 
     config_class = FuserConfig
     base_model_prefix = "fuser"
     main_input_name = "sharer"
     family: ClassVar[str]
+    context: ClassVar[str] = "shared"
     needs_rotary: ClassVar[bool] = False
 
     @abstractmethod

@@ -1,0 +1,247 @@
+"""A handoff: what a sharer has read, as a value. It can be kept, saved, made smaller, extended, and used many times."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import Cache
+
+from c2c import kv
+from c2c.errors import HandoffError
+from c2c.files import save_atomically
+from c2c.identity import ModelIdentity
+from c2c.kv import KeyValue
+from c2c.tokens import TokenBatch, natural_positions
+
+Precision = Literal["float32", "bfloat16", "float16", "int8", "float8"]
+_FORMAT = "c2c-handoff-1"
+_TYPES: dict[str, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "int8": torch.int8,
+    "float8": torch.float8_e4m3fn,
+}
+_LARGEST = {"int8": 127.0, "float8": 448.0}
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A tensor of keys or values, perhaps in fewer bits.
+
+    Attributes:
+        data: ``[1, kv_heads, tokens, head_dim]``.
+        scale: what to multiply it by, ``[1, kv_heads, 1, head_dim]`` for keys (whose channels differ much) or
+            ``[1, kv_heads, tokens, 1]`` for values; None where nothing was scaled.
+    """
+
+    data: Tensor
+    scale: Tensor | None = None
+
+    @classmethod
+    def pack(cls, x: Tensor, precision: Precision, along: int) -> Packed:
+        """Round ``x``; for 8 bits each slice along dimension ``along`` gets a scale of its own."""
+        if precision not in _LARGEST:
+            return cls(x.to(_TYPES[precision]).contiguous())
+        scale = (x.float().abs().amax(along, keepdim=True) / _LARGEST[precision]).clamp_min(1e-12)
+        scaled = x.float() / scale
+        return cls((scaled.round() if precision == "int8" else scaled).to(_TYPES[precision]).contiguous(), scale)
+
+    def unpack(self, dtype: torch.dtype) -> Tensor:
+        """The tensor in ``dtype``."""
+        return self.data.to(dtype) if self.scale is None else (self.data.float() * self.scale).to(dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of data and scale."""
+        return self.data.nbytes + (self.scale.nbytes if self.scale is not None else 0)
+
+
+@dataclass(frozen=True)
+class Handoff:
+    """A sharer's cache of what it has read (and perhaps written), ready for any receiver that has a fuser for it.
+
+    Attributes:
+        sharer: who has read.
+        ids: all tokens of its prompt, ``[tokens]``.
+        kept: the columns that are handed over, ``[kept]``: message texts, what the sharer wrote, and the template
+            after the last message, which has read everything.
+        layers: keys and values of all layers and tokens.
+        precision: how they are kept.
+    """
+
+    sharer: ModelIdentity
+    ids: Tensor
+    kept: Tensor
+    layers: list[tuple[Packed, Packed]] = field(repr=False)
+    precision: Precision
+
+    @classmethod
+    def from_cache(cls, sharer: ModelIdentity, ids: Tensor, kept: Tensor, layers: Sequence[KeyValue]) -> Self:
+        """From keys and values as they lie in the cache, each ``[1, kv_heads, tokens, head_dim]``."""
+        precision: Any = str(layers[0][0].dtype).removeprefix("torch.")
+        packed = [(Packed(keys.contiguous()), Packed(values.contiguous())) for keys, values in layers]
+        return cls(sharer, ids.cpu().long(), kept.cpu().long(), packed, precision)
+
+    @property
+    def tokens(self) -> TokenBatch:
+        """The sharer's tokens, one row."""
+        ids = self.ids.unsqueeze(0)
+        mask = torch.ones_like(ids, dtype=torch.bool)
+        return TokenBatch(ids, mask, natural_positions(mask), padded=False)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all keys and values."""
+        return sum(keys.nbytes + values.nbytes for keys, values in self.layers)
+
+    @property
+    def id(self) -> str:
+        """What was read and by whom: the same for the same tokens and sharer."""
+        facts = self.sharer.to_dict()
+        known = json.dumps([facts["weights"], facts["architecture"], facts["kv"], self.ids.tolist()], sort_keys=True)
+        return hashlib.sha256(known.encode()).hexdigest()
+
+    def cache(self, dtype: torch.dtype, device: torch.device) -> Cache:
+        """The sharer's cache of all tokens, in ``dtype``."""
+        return kv.from_layers(
+            (keys.unpack(dtype).to(device), values.unpack(dtype).to(device)) for keys, values in self.layers
+        )
+
+    def to(self, precision: Precision) -> Handoff:
+        """The same handoff in another precision; 8 bits take a quarter of float32.
+
+        Raises:
+            HandoffError: an unknown precision.
+        """
+        if precision not in _TYPES:
+            raise HandoffError(f"unknown precision {precision!r}; expected one of {', '.join(_TYPES)}.")
+        if precision == self.precision:
+            return self
+        packed = [
+            (
+                Packed.pack(keys.unpack(torch.float32), precision, along=2),
+                Packed.pack(values.unpack(torch.float32), precision, along=3),
+            )
+            for keys, values in self.layers
+        ]
+        return replace(self, layers=packed, precision=precision)
+
+    def shared_prefix(self, ids: Sequence[int]) -> int:
+        """How many of the first tokens of ``ids`` this handoff has read already."""
+        count = 0
+        for ours, theirs in zip(self.ids.tolist(), ids, strict=False):
+            if ours != theirs:
+                break
+            count += 1
+        return count
+
+    # -- files -------------------------------------------------------------------------------------------------------
+
+    def save(
+        self, path: str | Path, *, bound_to: str | None = None, expires: float | None = None, key: bytes | None = None
+    ) -> None:
+        """Write one safetensors file, with a manifest in its header.
+
+        Args:
+            path: the file.
+            bound_to: what it may be used for, such as a conversation's id; :meth:`load` must be given the same.
+            expires: seconds since 1970 after which it is refused.
+            key: secret that signs manifest and content (HMAC-SHA256); without it a hash finds damage, but no forgery.
+        """
+        path = Path(path)
+        tensors = self._tensors()
+        manifest = {
+            "format": _FORMAT,
+            "sharer": self.sharer.to_dict(),
+            "precision": self.precision,
+            "layers": len(self.layers),
+            "bound_to": bound_to,
+            "expires": expires,
+        }
+        header = {"manifest": json.dumps(manifest, sort_keys=True)}
+        header["digest"] = _digest(header["manifest"], tensors, key)
+        save_atomically(path.parent, lambda folder: save_file(tensors, Path(folder) / path.name, metadata=header))
+
+    @classmethod
+    def load(cls, path: str | Path, *, bound_to: str | None = None, key: bytes | None = None) -> Self:
+        """Read what :meth:`save` wrote.
+
+        Args:
+            path: the file.
+            bound_to: what it is to be used for.
+            key: the secret that it was signed with.
+
+        Raises:
+            HandoffError: missing, cut off, damaged, forged, no handoff at all, expired, or made for something else.
+        """
+        header, tensors = _read(Path(path))
+        manifest = json.loads(header["manifest"])
+        if not hmac.compare_digest(header["digest"], _digest(header["manifest"], tensors, key)):
+            signed = " or was signed with another key" if key is not None else " (or was signed: pass its key)"
+            raise HandoffError(f"{path} is damaged: its content does not have the digest in its header{signed}.")
+        if manifest.get("bound_to") != bound_to:
+            raise HandoffError(
+                f"{path} was handed over for {manifest.get('bound_to')!r}, and is to be used for {bound_to!r}. A "
+                "handoff is not taken from one conversation to another."
+            )
+        if manifest.get("expires") is not None and time.time() > manifest["expires"]:
+            raise HandoffError(f"{path} has expired: let the sharer read again.")
+        layers = [
+            (
+                Packed(tensors[f"{index}.key"], tensors.get(f"{index}.key.scale")),
+                Packed(tensors[f"{index}.value"], tensors.get(f"{index}.value.scale")),
+            )
+            for index in range(manifest["layers"])
+        ]
+        identity = ModelIdentity.from_dict(manifest["sharer"])
+        return cls(identity, tensors["ids"], tensors["kept"], layers, manifest["precision"])
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = {"ids": self.ids, "kept": self.kept}
+        for index, pair in enumerate(self.layers):
+            for name, packed in zip(("key", "value"), pair, strict=True):
+                tensors[f"{index}.{name}"] = packed.data.cpu()
+                if packed.scale is not None:
+                    tensors[f"{index}.{name}.scale"] = packed.scale.cpu()
+        return tensors
+
+
+def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    if not path.is_file():
+        raise HandoffError(f"no such handoff: {path}.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    except (SafetensorError, OSError) as error:
+        raise HandoffError(f"{path} is cut off or no safetensors file: {error}") from error
+    try:
+        known = json.loads(header["manifest"])["format"] == _FORMAT and "digest" in header
+    except (KeyError, TypeError, ValueError):
+        known = False
+    if not known:
+        raise HandoffError(f"{path} is no handoff: its header has no manifest of format {_FORMAT}.")
+    return header, tensors
+
+
+def _digest(manifest: str, tensors: dict[str, Tensor], key: bytes | None) -> str:
+    """Over manifest, names, shapes, types and bytes."""
+    sum_ = hmac.new(key, digestmod=hashlib.sha256) if key is not None else hashlib.sha256()
+    sum_.update(manifest.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        sum_.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        sum_.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return sum_.hexdigest()

@@ -1,0 +1,133 @@
+"""Handoffs as values: files that can be trusted, fewer bits, reuse."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from c2c import kv
+from c2c.errors import HandoffError
+from c2c.handoff import Handoff
+from c2c.sharer import Sharer
+from tiny import build, tokenizer
+
+DOCUMENT = "The fox sleeps in a red house by the sea, and the dog does not know where."
+
+
+@pytest.fixture(scope="module")
+def sharer():
+    return Sharer(build("qwen2", 2), tokenizer("llama3"), "qwen2")
+
+
+@pytest.fixture(scope="module")
+def handoff(sharer):
+    return sharer.read(DOCUMENT)
+
+
+def same(first: Handoff, second: Handoff) -> bool:
+    caches = [kv.layers(h.cache(torch.float32, torch.device("cpu"))) for h in (first, second)]
+    return all(torch.equal(a, b) for one, other in zip(*caches, strict=True) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8", "float8"])
+def test_saved_and_loaded(handoff, tmp_path, precision):
+    packed = handoff.to(precision)
+    packed.save(tmp_path / "a.safetensors", bound_to="talk 1", key=b"secret")
+    again = Handoff.load(tmp_path / "a.safetensors", bound_to="talk 1", key=b"secret")
+    assert same(packed, again)
+    assert (again.id, again.precision, again.sharer) == (handoff.id, precision, handoff.sharer)
+    assert again.kept.tolist() == handoff.kept.tolist()
+
+
+def test_fewer_bits_are_close_and_small(handoff):
+    whole = kv.layers(handoff.cache(torch.float32, torch.device("cpu")))
+    for precision, size, error in (("bfloat16", 0.5, 0.005), ("int8", 0.45, 0.01), ("float8", 0.45, 0.05)):
+        packed = handoff.to(precision)
+        assert packed.nbytes <= size * handoff.nbytes
+        for pair, kept in zip(whole, kv.layers(packed.cache(torch.float32, torch.device("cpu"))), strict=True):
+            for x, y in zip(pair, kept, strict=True):
+                assert float((x - y).norm() / x.norm()) < error
+    with pytest.raises(HandoffError, match="unknown precision 'int3'"):
+        handoff.to("int3")
+
+
+def test_a_file_that_is_cut_off_is_refused(handoff, tmp_path):
+    path = tmp_path / "a.safetensors"
+    handoff.save(path)
+    whole = path.read_bytes()
+    for length in (0, 5, 100, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(HandoffError, match=r"cut off|no handoff"):
+            Handoff.load(path)
+
+
+def test_every_changed_byte_is_found(handoff, tmp_path):
+    path = tmp_path / "a.safetensors"
+    handoff.save(path, key=b"secret")
+    whole = bytearray(path.read_bytes())
+    for at in range(8, len(whole), max(1, len(whole) // 97)):
+        changed = bytearray(whole)
+        changed[at] ^= 1
+        path.write_bytes(bytes(changed))
+        try:
+            loaded = Handoff.load(path, key=b"secret")
+        except HandoffError:
+            continue
+        assert same(loaded, handoff)  # what is left are bytes that mean nothing: spaces of the header
+        assert loaded.kept.tolist() == handoff.kept.tolist()
+
+
+def test_a_forged_manifest_needs_the_key(handoff, tmp_path):
+    path = tmp_path / "a.safetensors"
+    handoff.save(path, bound_to="talk 1", key=b"secret")
+    with safe_open(path, "pt") as file:
+        header = file.metadata()
+    manifest = json.loads(header["manifest"]) | {"bound_to": "talk 2"}
+    save_file(load_file(path), path, metadata=header | {"manifest": json.dumps(manifest, sort_keys=True)})
+    with pytest.raises(HandoffError, match="damaged"):
+        Handoff.load(path, bound_to="talk 2", key=b"secret")
+    handoff.save(path, key=b"another")
+    with pytest.raises(HandoffError, match="another key"):
+        Handoff.load(path, key=b"secret")
+    with pytest.raises(HandoffError, match="pass its key"):
+        Handoff.load(path)
+
+
+def test_foreign_files_are_refused(handoff, tmp_path):
+    path = tmp_path / "a.safetensors"
+    with pytest.raises(HandoffError, match="no such handoff"):
+        Handoff.load(path)
+    path.write_text("not a tensor in sight")
+    with pytest.raises(HandoffError, match="cut off or no safetensors"):
+        Handoff.load(path)
+    save_file({"x": torch.zeros(2)}, path)
+    with pytest.raises(HandoffError, match="no handoff"):
+        Handoff.load(path)
+    save_file({"x": torch.zeros(2)}, path, metadata={"manifest": "[]", "digest": ""})
+    with pytest.raises(HandoffError, match="no handoff"):
+        Handoff.load(path)
+
+
+def test_a_handoff_is_not_replayed(handoff, tmp_path):
+    path = tmp_path / "a.safetensors"
+    handoff.save(path, bound_to="talk 1")
+    with pytest.raises(HandoffError, match="'talk 1', and is to be used for 'talk 2'"):
+        Handoff.load(path, bound_to="talk 2")
+    with pytest.raises(HandoffError, match="to be used for None"):
+        Handoff.load(path)
+    handoff.save(path, expires=time.time() - 1)
+    with pytest.raises(HandoffError, match="expired"):
+        Handoff.load(path)
+    handoff.save(path, expires=time.time() + 60)
+    assert same(Handoff.load(path), handoff)
+
+
+def test_an_id_tells_what_was_read_and_by_whom(sharer, handoff):
+    assert sharer.read(DOCUMENT).id == handoff.id
+    assert sharer.read(DOCUMENT + "!").id != handoff.id
+    assert Sharer(build("qwen2", 3), tokenizer("llama3"), "qwen2").read(DOCUMENT).id != handoff.id
