@@ -61,12 +61,35 @@ def continued_logits(model: PreTrainedModel, batch: TokenBatch, ids: Tensor, rea
     Returns:
         The logits after the last prompt token and after each of ``ids``, ``[batch, read + 1, vocab]``.
     """
+    new = torch.cat([batch.ids[:, -1:], ids], dim=1)
+    mask = torch.cat([batch.mask, real], dim=1)
+    positions = batch.positions[:, -1:] + torch.arange(new.shape[1], device=new.device)
+    return logits_after(model, new, mask, positions, cache)
+
+
+def logits_after(
+    model: PreTrainedModel, ids: Tensor, mask: Tensor, positions: Tensor, cache: Cache, keep: int = 0
+) -> Tensor:
+    """Run new tokens on a cache, which grows.
+
+    Args:
+        model: the model.
+        ids: the new tokens, ``[batch, new]``.
+        mask: False on padding, over the cache and the new tokens, ``[batch, cached + new]``.
+        positions: of the new tokens, ``[batch, new]``.
+        cache: what was read before.
+        keep: logits of so many last tokens; 0 for all.
+
+    Returns:
+        Logits after each token kept, ``[batch, keep or new, vocab]``.
+    """
     out = model(
-        input_ids=torch.cat([batch.ids[:, -1:], ids], dim=1),
-        attention_mask=torch.cat([batch.mask, real], dim=1).long(),
-        position_ids=batch.positions[:, -1:] + torch.arange(ids.shape[1] + 1, device=ids.device),
+        input_ids=ids,
+        attention_mask=mask.long(),
+        position_ids=positions,
         past_key_values=cache,
         use_cache=True,
+        logits_to_keep=keep,
     )
     logits: Tensor = out.logits
     return logits

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,10 @@ from c2c.evaluation.pair import Pair
 from c2c.evaluation.provenance import fuser_hash, provenance, short
 from c2c.evaluation.systems import System, make_system
 from c2c.files import file_hash, write_json
+from c2c.progress import OnProgress
 from c2c.training.config import DataSource
 from c2c.training.rows import Row, load_rows
 
-OnProgress = Callable[[str, int, int], None]
 _DEV = "dev: "
 
 

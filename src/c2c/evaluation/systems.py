@@ -21,8 +21,9 @@ from c2c.messages import Conversation
 from c2c.prompting import RenderOptions
 from c2c.tokens import TokenBatch
 from c2c.training.examples import choice_tokens
+from c2c.training.objective import Message
 from c2c.training.rows import Row
-from c2c.training.step import Batch, FuserTraining, Message
+from c2c.training.step import Batch, FuserTraining
 from c2c.training.store import PrefillStore, stack
 
 

@@ -12,6 +12,7 @@ import yaml
 from c2c.errors import C2CError
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+ADAPTER = "adapter"  # in place of a fuser family
 
 
 class ConfigError(C2CError, ValueError):
@@ -32,6 +33,8 @@ class DataSource:
             questions.
         options: give every question so many options, in the same way; of two numbers, each question one between them.
         dataset: id of the ``datasets`` library, in place of ``path``.
+        synthetic: rows that are made up, in place of ``path``: ``relay`` or ``relay_test`` (see
+            :mod:`c2c.training.relay`; of kind ``private_question``), as many as ``limit`` and ``skip`` ask for.
         subset: configuration of the data set; ``"*"`` for all of them.
         split: split of the data set.
         columns: our keys to the columns that hold them, for instance ``{output: response}``.
@@ -46,6 +49,7 @@ class DataSource:
     vary_options: float = 0.0
     options: int | list[int] | None = None
     dataset: str | None = None
+    synthetic: str | None = None
     subset: str | None = None
     split: str = "train"
     columns: dict[str, str] = field(default_factory=dict)
@@ -73,8 +77,8 @@ class DataSource:
 
     @property
     def name(self) -> str:
-        """The file or data set."""
-        return str(self.path if self.path is not None else self.dataset)
+        """The file, data set, or what is made up."""
+        return str(self.path or self.dataset or self.synthetic)
 
 
 @dataclass(frozen=True)
@@ -89,9 +93,13 @@ class TrainConfig:
         output_dir: where checkpoints and the chosen fuser go.
         data_dir: folder that the paths of ``train``, ``dev`` and ``exclude`` start from.
         exclude: files whose questions must not be trained on.
-        family: fuser family.
+        family: fuser family; or ``adapter``, which trains the receiver alone on the same rows, as a control.
         fuser_options: passed to the family's config.
         layer_map: ``depth``, ``terminal`` or a list.
+        adapter_of: with ``adapter``, the fuser family whose size it has, with ``fuser_options``; in a command,
+            ``--family adapter`` puts the file's family here.
+        adapter_rank: rank of the adapter; by default that with nearest to as many parameters as the fuser.
+        adapter_learning_rate: peak for the adapter, in place of ``learning_rate``: LoRA takes smaller steps.
         linear_weight: what a pair counts when a ``linear`` fuser is fitted: ``none`` or ``attention``.
         max_prompt_tokens: longer prompts are dropped and counted.
         max_response_tokens: longer responses are dropped and counted.
@@ -134,6 +142,9 @@ class TrainConfig:
     exclude: list[str] = field(default_factory=list)
     family: str = "bottleneck"
     fuser_options: dict[str, Any] = field(default_factory=dict)
+    adapter_of: str = "bottleneck"
+    adapter_rank: int | None = None
+    adapter_learning_rate: float = 5e-4
     layer_map: str | list[int | None] = "depth"
     linear_weight: Literal["none", "attention"] = "none"
     max_prompt_tokens: int = 512
@@ -180,7 +191,10 @@ def load_config(path: str | Path, **overrides: Any) -> TrainConfig:
         ConfigError: not a mapping, an unknown key, or a missing one; names the known keys.
     """
     data = read_yaml(Path(path))
-    data |= {key: value for key, value in overrides.items() if value is not None}
+    given = {key: value for key, value in overrides.items() if value is not None}
+    if given.get("family") == ADAPTER and data.get("family", ADAPTER) != ADAPTER:
+        given.setdefault("adapter_of", data["family"])  # the control of this very fuser
+    data |= given
     for name in ("train", "dev"):
         data[name] = [build(DataSource, entry, f"{path}: {name}") for entry in data.get(name) or []]
     config: TrainConfig = build(TrainConfig, data, str(path))

@@ -42,6 +42,11 @@ class Example:
     choice_ids: list[int]
     passage_ids: list[int]
 
+    @property
+    def receiver_prefix(self) -> list[int]:
+        """What of the receiver's prompt is prefilled and stored: all but the last token."""
+        return self.receiver_ids[:-1]
+
     def reconstructing(self) -> Example:
         """The same prompt, with its last message as the response."""
         length = len(self.passage_ids)
@@ -77,11 +82,7 @@ def _build(model: C2CModel, row: Row, max_response: int) -> Example:
     if len(prompt.chunks) != 1 or alignment is None:
         raise PromptError("training needs an aligner with a single chunk, such as 'spans'")
     stop = int(alignment.sharer.max()) + 1
-    response = tokenizer.encode(row.response, add_special_tokens=False)
-    if row.ends and tokenizer.eos_token_id is not None:
-        response = [*response, tokenizer.eos_token_id]
-    if not response:
-        raise PromptError(f"row {row.id} has an empty response")
+    response = response_tokens(tokenizer, row)
     decisive, choices = choice_tokens(tokenizer, row.lead, row.choices)
     return Example(
         row,
@@ -89,11 +90,25 @@ def _build(model: C2CModel, row: Row, max_response: int) -> Example:
         prompt.sharers[0].ids[0, :stop].tolist(),
         alignment,
         response,
-        _weights(len(response), decisive if choices else None),
+        response_weights(len(response), decisive if choices else None),
         decisive,
         choices,
         tokenizer.encode(row.messages[-1]["content"], add_special_tokens=False)[:max_response],
     )
+
+
+def response_tokens(tokenizer: Any, row: Row) -> list[int]:
+    """The receiver's tokens of a row's response, with the end token where it belongs to it.
+
+    Raises:
+        PromptError: there are none.
+    """
+    response: list[int] = tokenizer.encode(row.response, add_special_tokens=False)
+    if row.ends and tokenizer.eos_token_id is not None:
+        response = [*response, tokenizer.eos_token_id]
+    if not response:
+        raise PromptError(f"row {row.id} has an empty response")
+    return response
 
 
 def choice_tokens(tokenizer: Any, lead: str, choices: Sequence[str]) -> tuple[int, list[int]]:
@@ -114,7 +129,7 @@ def choice_tokens(tokenizer: Any, lead: str, choices: Sequence[str]) -> tuple[in
     raise PromptError(f"no single token tells the choices {list(choices)} apart in the receiver's or sharer's words")
 
 
-def _weights(length: int, decisive: int | None) -> list[float]:
+def response_weights(length: int, decisive: int | None) -> list[float]:
     """Loss weights: a letter must not drown among the words around it."""
     if decisive is None:
         return [1 / length] * length

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,16 +10,18 @@ from typing import Any
 import torch
 from transformers import set_seed
 
-from c2c.fusers import BottleneckFuser
+from c2c.fusers import BottleneckFuser, MemoryFuser
 from c2c.model import C2CModel
+from c2c.progress import OnProgress
 from c2c.training.config import ConfigError, TrainConfig
 from c2c.training.distributed import Processes, shard
-from c2c.training.examples import Example, build_examples
+from c2c.training.examples import build_examples
+from c2c.training.objective import Objective
+from c2c.training.private import PrivateTraining, build_private_examples
 from c2c.training.rows import load_rows, questions
 from c2c.training.step import FuserTraining
 from c2c.training.store import PrefillStore
-
-OnProgress = Callable[[str, int, int], None]
+from c2c.training.warm_start import warm_start
 
 # where things lay on this machine, which is nobody else's business
 _PLACES = ("data_dir", "output_dir", "store_dir", "report_to")
@@ -31,9 +32,9 @@ class Prepared:
     """A run with its models, data and stores, before the first step."""
 
     config: TrainConfig
-    training: FuserTraining
-    train: list[Example]
-    dev: list[Example]
+    training: Objective
+    train: list[Any]
+    dev: list[Any]
     dropped: Counter[str]
     receiver_store: PrefillStore
     sharer_store: PrefillStore
@@ -81,8 +82,9 @@ def prepare(config: TrainConfig, processes: Processes | None = None) -> Prepared
     forbidden = questions([data / name for name in config.exclude])
     rows, dropped = load_rows(config.train, data, config.data_seed, forbidden)
     dev_rows, _ = load_rows(config.dev, data, config.data_seed)
-    train_examples, too_long = build_examples(model, rows, config.max_prompt_tokens, config.max_response_tokens)
-    dev_examples, _ = build_examples(model, dev_rows, config.max_prompt_tokens, config.max_response_tokens)
+    build: Any = build_private_examples if model.private else build_examples
+    train_examples, too_long = build(model, rows, config.max_prompt_tokens, config.max_response_tokens)
+    dev_examples, _ = build(model, dev_rows, config.max_prompt_tokens, config.max_response_tokens)
     if not train_examples or not dev_examples:
         raise ConfigError(f"no examples are left: {len(train_examples)} to train, {len(dev_examples)} dev; {too_long}.")
     fuser: Any = model.fusers[0].config
@@ -99,7 +101,8 @@ def prepare(config: TrainConfig, processes: Processes | None = None) -> Prepared
         if folder is None or config.fill != "ahead":
             raise ConfigError("shard_sharer needs store_dir and fill: ahead, so that all processes prefill in step.")
         shard(model.sharers[0])
-    training = FuserTraining(model, receiver_store, sharer_store, config.guard_weight)
+    kind = PrivateTraining if model.private else FuserTraining
+    training = kind(model, receiver_store, sharer_store, config.guard_weight)
     return Prepared(
         config,
         training,
@@ -122,7 +125,7 @@ def fill(prepared: Prepared, progress: OnProgress | None = None) -> None:
         return
     examples = [*prepared.train, *prepared.dev]
     jobs = {
-        "receiver prefill": (prepared.receiver_store, [e.receiver_ids[:-1] for e in examples], False),
+        "receiver prefill": (prepared.receiver_store, [e.receiver_prefix for e in examples], False),
         "sharer prefill": (prepared.sharer_store, [e.sharer_ids for e in examples], prepared.config.shard_sharer),
     }
     for stage, (store, prompts, in_step) in jobs.items():
@@ -141,13 +144,15 @@ def fill(prepared: Prepared, progress: OnProgress | None = None) -> None:
 
 
 @torch.no_grad()
-def calibrate(prepared: Prepared) -> None:
-    """Set the bottleneck fuser's channel statistics from the first examples."""
+def calibrate(prepared: Prepared, progress: OnProgress | None = None) -> None:
+    """Start where data says: channel statistics of a bottleneck fuser, the affine map of a memory fuser."""
     fuser = prepared.training.fuser
-    if not isinstance(fuser, BottleneckFuser) or prepared.config.calibration <= 0:
+    examples = prepared.train[: prepared.config.calibration]
+    if isinstance(fuser, MemoryFuser) and examples:
+        warm_start(fuser, prepared.training, examples, progress=progress)
+    if not isinstance(fuser, BottleneckFuser) or not examples:
         return
     fuser.start_calibration()
-    examples = prepared.train[: prepared.config.calibration]
     size = prepared.config.batch_size
     for start in range(0, len(examples), size):
         batch = prepared.training.collate(examples[start : start + size])

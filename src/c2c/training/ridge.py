@@ -25,8 +25,8 @@ from c2c.errors import FuserError
 from c2c.fusers.linear import LinearFuser, channels
 from c2c.fusion import Picker, Source, aligned_entries
 from c2c.model import C2CModel
+from c2c.progress import OnProgress
 from c2c.training.examples import Example
-from c2c.training.prepared import OnProgress
 from c2c.training.step import Batch, FuserTraining
 
 Weighting = Literal["none", "attention"]

@@ -7,12 +7,14 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from c2c.messages import Conversation
 from c2c.training.config import LETTERS, ConfigError, DataSource
 from c2c.training.layouts import normalise
+from c2c.training.relay import relay
 
 SYSTEM = "You are a helpful assistant."
 
@@ -47,6 +49,7 @@ class Row:
         lead: the part of the response before the choice.
         ends: whether the end token belongs to the response.
         source: where the row came from.
+        sharer_messages: what the sharer alone reads; None where both read ``messages``.
     """
 
     id: str
@@ -58,6 +61,7 @@ class Row:
     lead: str = ""
     ends: bool = True
     source: str = ""
+    sharer_messages: Conversation | None = None
 
 
 # -- multiple choice -------------------------------------------------------------------------------------------------
@@ -144,10 +148,16 @@ def _vary(
 
 def context_question(data: dict[str, Any], source: DataSource) -> Row:
     """``context``, ``question``, ``answer`` or ``answers``: the response is the answer."""
-    answers = data.get("answers") or [""]
-    answer = data.get("answer") or answers[0]
-    text = f"Answer the question from the passage.\n\nPassage: {_text(data, 'context')}\n\nQuestion: "
-    return Row("", _turn(text + _text(data, "question")), "", str(answer))
+    context, asked = _text(data, "context"), _text(data, "question")
+    text = f"Answer the question from the passage.\n\nPassage: {context}\n\nQuestion: "
+    return Row("", _turn(text + asked), "", _answer(data))
+
+
+def private_question(data: dict[str, Any], source: DataSource) -> Row:
+    """The same keys, but only the sharer reads the context; the receiver knows the question alone."""
+    context, asked = _text(data, "context"), _text(data, "question")
+    text = f"Answer the question briefly, from the passage that was handed over.\n\nQuestion: {asked}"
+    return Row("", _turn(text), "", _answer(data), sharer_messages=_turn(context))
 
 
 def question(data: dict[str, Any], source: DataSource) -> Row:
@@ -173,6 +183,7 @@ def chat(data: dict[str, Any], source: DataSource) -> Row:
 KINDS: dict[str, Callable[[dict[str, Any], DataSource], Row]] = {
     "multiple_choice": multiple_choice,
     "context_question": context_question,
+    "private_question": private_question,
     "question": question,
     "instruction": instruction,
     "chat": chat,
@@ -205,7 +216,7 @@ def load_rows(
         if source.kind not in KINDS:
             raise ConfigError(f"unknown kind of rows {source.kind!r}. Known: {', '.join(KINDS)}.")
         kept = []
-        for data in read(source, data_dir):
+        for data in read(source, data_dir, seed):
             if _asked(data) in exclude:
                 dropped["question is in an excluded file"] += 1
             else:
@@ -225,15 +236,23 @@ def questions(files: Sequence[Path]) -> frozenset[str]:
     return frozenset(_asked(data) for file in files for data in read_jsonl(file))
 
 
-def read(source: DataSource, data_dir: Path) -> Iterator[dict[str, Any]]:
-    """The raw rows of a file or data set, with columns renamed.
+def read(source: DataSource, data_dir: Path, seed: int = 0) -> Iterator[dict[str, Any]]:
+    """The raw rows of a source, with columns renamed.
 
     Raises:
-        ConfigError: neither or both of ``path`` and ``dataset`` are given, or the data set can't be had.
+        ConfigError: not exactly one of ``path``, ``dataset`` and ``synthetic`` is given, or it can't be had.
     """
-    if (source.path is None) == (source.dataset is None):
-        raise ConfigError(f"give either 'path' or 'dataset' for a source, got {source.path!r} and {source.dataset!r}.")
-    found = read_jsonl(data_dir / source.path) if source.path is not None else map(normalise, _read_dataset(source))
+    given = [source.path, source.dataset, source.synthetic]
+    if sum(place is not None for place in given) != 1:
+        raise ConfigError(
+            f"give either 'path' or 'dataset' (or 'synthetic') for a source, got {', '.join(map(repr, given))}."
+        )
+    if source.path is not None:
+        found = read_jsonl(data_dir / source.path)
+    elif source.synthetic is not None:
+        found = _make_up(source, seed)
+    else:
+        found = map(normalise, _read_dataset(source))
     for index, data in enumerate(found):
         if all(data.get(column) == wanted for column, wanted in source.keep.items()):
             renamed = data | {key: data[column] for key, column in source.columns.items() if column in data}
@@ -258,6 +277,16 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
                 if not isinstance(data, dict):
                     raise ConfigError(f"{path}, line {number}: expected an object, got {type(data).__name__}.")
                 yield data
+
+
+def _make_up(source: DataSource, seed: int) -> Iterator[dict[str, Any]]:
+    splits = {"relay": "train", "relay_test": "test"}
+    if source.synthetic not in splits or source.limit is None:
+        raise ConfigError(
+            f"synthetic is {source.synthetic!r} with limit {source.limit}; expected one of {', '.join(splits)}, and "
+            "how many rows."
+        )
+    return islice(relay(splits[source.synthetic], seed), source.skip + source.limit)
 
 
 def _read_dataset(source: DataSource) -> Iterator[dict[str, Any]]:
@@ -305,6 +334,11 @@ def _text(data: dict[str, Any], key: str) -> str:
     if value is None or str(value).strip() == "":
         raise ConfigError(f"{key!r} is missing or empty; the row has {', '.join(sorted(data))}.")
     return str(value)
+
+
+def _answer(data: dict[str, Any]) -> str:
+    answers = data.get("answers") or [""]
+    return str(data.get("answer") or answers[0])
 
 
 def _message(message: dict[str, Any]) -> dict[str, str]:

@@ -8,18 +8,20 @@ from typing import Any
 
 from c2c.files import write_json
 from c2c.fusers import LinearFuser
+from c2c.progress import OnProgress
+from c2c.training.adapter import train_adapter
 from c2c.training.checkpoints import last_complete
-from c2c.training.config import ConfigError, TrainConfig
+from c2c.training.config import ADAPTER, ConfigError, TrainConfig
 from c2c.training.distributed import Processes
 from c2c.training.memory import keep_freed_memory
-from c2c.training.prepared import OnProgress, Prepared, calibrate, fill, prepare
+from c2c.training.prepared import Prepared, calibrate, fill, prepare
 from c2c.training.ridge import Batches, choose_blend, fit
 from c2c.training.selection import DevScore, DevSet
 from c2c.training.trainer import Selection, make_arguments, make_trainer
 
 
 def train(config: TrainConfig, *, resume: bool = True, progress: OnProgress | None = None) -> dict[str, Any]:
-    """Train a fuser.
+    """Train a fuser; with ``family: adapter`` a receiver-only adapter of its size.
 
     Args:
         config: the run.
@@ -29,6 +31,8 @@ def train(config: TrainConfig, *, resume: bool = True, progress: OnProgress | No
     Returns:
         A summary: the chosen fuser's folder, its dev scores, counts and seconds.
     """
+    if config.family == ADAPTER:
+        return train_adapter(config, resume=resume, progress=progress)
     arguments = make_arguments(config)
     processes = Processes(arguments.process_index, arguments.world_size)
     prepared = prepare(config, processes)
@@ -37,7 +41,7 @@ def train(config: TrainConfig, *, resume: bool = True, progress: OnProgress | No
     output = Path(config.output_dir)
     if isinstance(prepared.training.fuser, LinearFuser):
         return solve(prepared, output, progress)
-    calibrate(prepared)
+    calibrate(prepared, progress)
     if prepared.training.model.receiver.device.type == "cpu":
         keep_freed_memory()
     selection = Selection(prepared, config.eval_steps or prepared.steps_per_epoch, output)
@@ -57,7 +61,8 @@ def solve(prepared: Prepared, output: Path, progress: OnProgress | None = None) 
     Raises:
         ConfigError: asked for in several processes. FuserError: too few examples.
     """
-    training, config = prepared.training, prepared.config
+    training: Any = prepared.training
+    config = prepared.config
     fuser: Any = training.fuser
     if prepared.processes.count > 1:
         raise ConfigError("a linear fuser is solved for in one process, in seconds: start it without a launcher.")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from c2c.training.examples import Example
-from c2c.training.step import Batch, FuserTraining, cross_entropy
+from c2c.training.objective import Objective, cross_entropy
+from c2c.training.step import Batch
 
 
 @dataclass(frozen=True)
@@ -58,12 +59,12 @@ class DevSet:
         batch_size: examples at a time; a deranged cache comes from the same batch.
     """
 
-    def __init__(self, examples: Sequence[Example], batch_size: int) -> None:
+    def __init__(self, examples: Sequence[Any], batch_size: int) -> None:
         self.examples, self.batch_size = list(examples), batch_size
         self._receiver: float | None = None
 
     @torch.no_grad()
-    def score(self, training: FuserTraining) -> DevScore:
+    def score(self, training: Objective) -> DevScore:
         """Score a fuser as it is now."""
         was_training = training.training
         training.eval()

@@ -4,24 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache
 
 from c2c import kv
 from c2c.alignment import Alignment, Chunk
 from c2c.alignment.plan import derange_columns
-from c2c.fusers import Fuser
 from c2c.fusion import Source, fuse
-from c2c.model import C2CModel
 from c2c.prefill import continued_logits
 from c2c.tokens import TokenBatch, left_pad
 from c2c.training.examples import Example
-from c2c.training.store import PrefillStore, stack
-
-Message = Literal["matched", "deranged", "zero", "none"]
+from c2c.training.objective import Message, Objective, right_pad
+from c2c.training.store import stack
 
 
 @dataclass(frozen=True)
@@ -51,52 +47,8 @@ class Batch:
     weights: Tensor
 
 
-class FuserTraining(nn.Module):
-    """The fuser with its two frozen models: what the Trainer trains. Only the fuser is a submodule.
-
-    Args:
-        model: the pair.
-        receiver_store: the receiver's prefills.
-        sharer_store: the sharer's prefills.
-        guard_weight: see :class:`~c2c.training.config.TrainConfig`.
-
-    Attributes:
-        reconstructing: learn to repeat the last message in place of the response.
-    """
-
-    def __init__(
-        self, model: C2CModel, receiver_store: PrefillStore, sharer_store: PrefillStore, guard_weight: float = 0.0
-    ) -> None:
-        super().__init__()
-        self.fuser: Fuser = model.fusers[0]  # type: ignore[assignment]
-        # in a tuple, so that the frozen models are neither parameters nor saved
-        self._frozen = (model, receiver_store, sharer_store)
-        self.guard_weight = guard_weight
-        self.reconstructing = False
-        self.accepts_loss_kwargs = False
-
-    @property
-    def model(self) -> C2CModel:
-        """The frozen pair with its fuser."""
-        return self._frozen[0]
-
-    @property
-    def sharer_store(self) -> PrefillStore:
-        """The sharer's prefills."""
-        return self._frozen[2]
-
-    def forward(self, examples: Sequence[Example]) -> dict[str, Tensor]:
-        """The loss of a batch of examples: next-token loss on the responses, plus the guard."""
-        if self.reconstructing:
-            examples = [example.reconstructing() for example in examples]
-        batch = self.collate(examples)
-        loss = self.losses(batch, "matched").mean()
-        if self.guard_weight > 0 and len(examples) > 1:
-            with torch.no_grad():
-                alone = self.losses(batch, "none")
-            guard = torch.relu(alone - self.losses(batch, "deranged")).mean()
-            loss = loss + self.guard_weight * guard
-        return {"loss": loss}
+class FuserTraining(Objective):
+    """Shared context: the fuser over stored prompt caches, then the receiver over the response tokens."""
 
     def collate(self, examples: Sequence[Example]) -> Batch:
         """Fetch the caches and pad."""
@@ -115,17 +67,9 @@ class FuserTraining(nn.Module):
             stack(theirs, model.sharers[0].geometry.layers, dtype, device),
             _batch_alignment(examples, receiver.length, sharer.length, shift=0),
             _batch_alignment(examples, receiver.length, sharer.length, shift=1),
-            _right_pad([example.response_ids for example in examples], -100).to(device),
-            _right_pad([example.weights for example in examples], 0.0).to(device),
+            right_pad([example.response_ids for example in examples], -100).to(device),
+            right_pad([example.weights for example in examples], 0.0).to(device),
         )
-
-    def losses(self, batch: Batch, message: Message) -> Tensor:
-        """Loss of each example's response, its tokens weighted by ``Example.weights``; ``[batch]``."""
-        return (self.token_losses(batch, message) * batch.weights).sum(-1)
-
-    def token_losses(self, batch: Batch, message: Message) -> Tensor:
-        """Next-token loss of each response token in nats, 0 on padding; ``[batch, response]``."""
-        return cross_entropy(self.logits(batch, message), batch.responses)
 
     def logits(self, batch: Batch, message: Message, width: int | None = None) -> Tensor:
         """The receiver's predictions of the response tokens, ``[batch, response, vocab]``."""
@@ -154,14 +98,6 @@ class FuserTraining(nn.Module):
         return cache
 
 
-def cross_entropy(logits: Tensor, responses: Tensor) -> Tensor:
-    """Loss of each response token in nats, 0 on padding; ``[batch, response]``."""
-    loss = nn.functional.cross_entropy(
-        logits.flatten(0, 1).float(), responses.flatten(), ignore_index=-100, reduction="none"
-    )
-    return loss.view(responses.shape)
-
-
 def _batch_alignment(examples: Sequence[Example], width: int, sharer_width: int, shift: int) -> Alignment:
     """Alignment of a left-padded batch, each row with the sharer cache ``shift`` rows further on."""
     pairs: list[tuple[int, int, int]] = []
@@ -175,8 +111,3 @@ def _batch_alignment(examples: Sequence[Example], width: int, sharer_width: int,
             (row, t + ours, s + theirs) for t, s in zip(example.alignment.receiver.tolist(), columns, strict=True)
         ]
     return Alignment.from_pairs(pairs)
-
-
-def _right_pad(rows: Sequence[Sequence[float]], filler: float) -> Tensor:
-    tensors = [torch.tensor(row) for row in rows]
-    return nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=filler)

@@ -15,25 +15,25 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from c2c.files import write_json
 from c2c.fusers import C2CFuser, Fuser
 from c2c.fusers.base import load_fuser
+from c2c.progress import OnProgress
 from c2c.training.checkpoints import CompleteCheckpoints
 from c2c.training.config import ConfigError, TrainConfig
-from c2c.training.examples import Example
+from c2c.training.objective import Objective
 from c2c.training.order import GroupedOrder
-from c2c.training.prepared import OnProgress, Prepared
+from c2c.training.prepared import Prepared
 from c2c.training.selection import DevScore, DevSet
-from c2c.training.step import FuserTraining
 
 log = logging.getLogger("c2c.training")
 
 
-class _Examples(Dataset[Example]):
-    def __init__(self, examples: Sequence[Example]) -> None:
+class _Examples(Dataset[Any]):
+    def __init__(self, examples: Sequence[Any]) -> None:
         self.examples = examples
 
     def __len__(self) -> int:
         return len(self.examples)
 
-    def __getitem__(self, index: int) -> Example:
+    def __getitem__(self, index: int) -> Any:
         return self.examples[index]
 
 
@@ -64,7 +64,7 @@ class FuserTrainer(Trainer):
 class Schedule(TrainerCallback):
     """What depends on the step: the published gate temperature, and whether the fuser still learns to reconstruct."""
 
-    def __init__(self, training: FuserTraining, reconstruction_steps: int) -> None:
+    def __init__(self, training: Objective, reconstruction_steps: int) -> None:
         self.training, self.reconstruction_steps = training, reconstruction_steps
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -1,0 +1,100 @@
+"""What is learned: the next-token loss on the responses, and the guard against wrong messages."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from c2c.fusers import Fuser
+from c2c.model import C2CModel
+from c2c.training.store import PrefillStore
+
+Message = Literal["matched", "deranged", "zero", "none"]
+
+
+class Objective(nn.Module, ABC):
+    """A fuser with its two frozen models: what the Trainer trains. Only the fuser is a submodule.
+
+    Args:
+        model: the pair.
+        receiver_store: the receiver's prefills.
+        sharer_store: the sharer's prefills.
+        guard_weight: see :class:`~c2c.training.config.TrainConfig`.
+
+    Attributes:
+        reconstructing: learn to repeat what was read in place of the response.
+    """
+
+    def __init__(
+        self, model: C2CModel, receiver_store: PrefillStore, sharer_store: PrefillStore, guard_weight: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.fuser: Fuser = model.fusers[0]  # type: ignore[assignment]
+        # in a tuple, so that the frozen models are neither parameters nor saved
+        self._frozen = (model, receiver_store, sharer_store)
+        self.guard_weight = guard_weight
+        self.reconstructing = False
+        self.accepts_loss_kwargs = False
+
+    @property
+    def model(self) -> C2CModel:
+        """The frozen pair with its fuser."""
+        return self._frozen[0]
+
+    @property
+    def receiver_store(self) -> PrefillStore:
+        """The receiver's prefills."""
+        return self._frozen[1]
+
+    @property
+    def sharer_store(self) -> PrefillStore:
+        """The sharer's prefills."""
+        return self._frozen[2]
+
+    @abstractmethod
+    def collate(self, examples: Sequence[Any]) -> Any:
+        """Fetch the caches of examples and pad them to a batch, with ``responses`` and ``weights``."""
+
+    @abstractmethod
+    def logits(self, batch: Any, message: Message, width: int | None = None) -> Tensor:
+        """The receiver's predictions of the first ``width`` response tokens, ``[batch, response, vocab]``."""
+
+    def forward(self, examples: Sequence[Any]) -> dict[str, Tensor]:
+        """The loss of a batch of examples: next-token loss on the responses, plus the guard."""
+        if self.reconstructing:
+            examples = [example.reconstructing() for example in examples]
+        batch = self.collate(examples)
+        loss = self.losses(batch, "matched").mean()
+        if self.guard_weight > 0 and len(examples) > 1:
+            with torch.no_grad():
+                alone = self.losses(batch, "none")
+            guard = torch.relu(alone - self.losses(batch, "deranged")).mean()
+            loss = loss + self.guard_weight * guard
+        return {"loss": loss}
+
+    def losses(self, batch: Any, message: Message) -> Tensor:
+        """Loss of each example's response, its tokens weighted by ``weights``; ``[batch]``."""
+        weighted: Tensor = self.token_losses(batch, message) * batch.weights
+        return weighted.sum(-1)
+
+    def token_losses(self, batch: Any, message: Message) -> Tensor:
+        """Next-token loss of each response token in nats, 0 on padding; ``[batch, response]``."""
+        return cross_entropy(self.logits(batch, message), batch.responses)
+
+
+def cross_entropy(logits: Tensor, responses: Tensor) -> Tensor:
+    """Loss of each response token in nats, 0 on padding; ``[batch, response]``."""
+    loss = nn.functional.cross_entropy(
+        logits.flatten(0, 1).float(), responses.flatten(), ignore_index=-100, reduction="none"
+    )
+    return loss.view(responses.shape)
+
+
+def right_pad(rows: Sequence[Sequence[float]], filler: float) -> Tensor:
+    """Rows of numbers as one tensor, ``[rows, longest]``."""
+    tensors = [torch.tensor(row) for row in rows]
+    return nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=filler)

@@ -1,0 +1,55 @@
+"""Relay: a random key that only the sharer has read is asked of the receiver. The plainest test that content crosses.
+
+Nothing in a question hints at its answer, so a receiver alone, or one with a wrong message, is right by luck only.
+"""
+
+from __future__ import annotations
+
+import random
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+_NAMES = ("Anna", "Bruno", "Carla", "David", "Elena", "Felix", "Greta", "Hugo", "Irene", "Jonas", "Karin", "Leo")
+_THINGS = ("access code", "locker number", "room number", "ticket number", "badge number", "table number")
+_COLOURS = ("red", "blue", "green", "white", "black", "yellow", "purple", "orange", "brown", "grey", "silver")
+_OBJECTS = ("umbrella", "suitcase", "bicycle", "hat", "piano", "lamp", "kite", "basket", "clock", "boat", "drum")
+_TOWNS = ("Lisbon", "Oslo", "Vienna", "Cairo", "Lima", "Dublin", "Kyoto", "Quebec", "Athens", "Havana", "Prague")
+_TEST = 5  # one key in so many is kept for tests
+
+
+def relay(split: str, seed: int) -> Iterator[dict[str, Any]]:
+    """Rows with ``context``, ``question`` and ``answer``, without end; keys of ``test`` never occur in ``train``.
+
+    Args:
+        split: ``train`` or ``test``.
+        seed: of the draw.
+    """
+    draw = random.Random(f"{split} {seed}")
+    count = 0
+    while True:
+        facts = draw.choice((_number, _thing))(draw)
+        if (zlib.crc32(facts["answer"].encode()) % _TEST == 0) == (split == "test"):
+            yield {"id": f"relay/{split}/{count}"} | facts
+            count += 1
+
+
+def _number(draw: random.Random) -> dict[str, str]:
+    name, thing = draw.choice(_NAMES), draw.choice(_THINGS)
+    key = "".join(draw.choice("0123456789") for _ in range(draw.randint(3, 5)))
+    other = draw.choice([one for one in _NAMES if one != name])
+    noise = draw.choice(("", f"{other} has left for {draw.choice(_TOWNS)}. ", f"{other} is late today. "))
+    return {
+        "context": f"{noise}The {thing} of {name} is {key}.",
+        "question": f"What is the {thing} of {name}?",
+        "answer": key,
+    }
+
+
+def _thing(draw: random.Random) -> dict[str, str]:
+    name, colour, thing, town = (draw.choice(words) for words in (_NAMES, _COLOURS, _OBJECTS, _TOWNS))
+    return {
+        "context": f"{name} bought the {colour} {thing} in {town}.",
+        "question": f"What did {name} buy, of which colour, and where?",
+        "answer": f"the {colour} {thing} in {town}",
+    }

@@ -1,0 +1,200 @@
+"""Training for private context, on tiny models."""
+
+from __future__ import annotations
+
+import json
+from itertools import islice
+
+import pytest
+import torch
+
+from c2c import C2CModel
+from c2c.fusers import MemoryFuser
+from c2c.fusers.base import load_fuser
+from c2c.receiver import Receiver
+from c2c.sharer import Sharer
+from c2c.training import TrainConfig, train
+from c2c.training.config import ConfigError, DataSource
+from c2c.training.prepared import prepare
+from c2c.training.private import PrivateTraining, build_private_examples
+from c2c.training.relay import relay
+from c2c.training.rows import load_rows, private_question
+from c2c.training.store import PrefillStore
+from c2c.training.warm_start import observe, warm_start
+from tiny import build, pair_folders, tokenizer
+
+PASSAGES = [
+    "The fox sleeps in a red house by the sea.",
+    "A dog and a cat went to the market, and bought three fish and a loaf of bread.",
+    "Rain fell for a week.",
+]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return pair_folders(tmp_path_factory.mktemp)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("passages")
+    rows = [
+        {
+            "id": f"{i}",
+            "context": PASSAGES[i % 3],
+            "question": f"Who was number {i}?",
+            "answer": ["fox", "dog", "rain"][i % 3],
+        }
+        for i in range(12)
+    ]
+    (folder / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def config(folders, data, tmp_path, **changes) -> TrainConfig:
+    source = DataSource("a.jsonl", kind="private_question")
+    settings = {
+        "receiver": folders[0],
+        "sharer": folders[1],
+        "train": [source],
+        "dev": [source],
+        "data_dir": str(data),
+        "output_dir": str(tmp_path / "run"),
+        "family": "memory",
+        "fuser_options": {"rank": 8},
+        "epochs": 2.0,
+        "batch_size": 4,
+        "warmup_steps": 0,
+        "calibration": 12,
+    }
+    return TrainConfig(**(settings | changes))
+
+
+@pytest.mark.parametrize("slots", [None, 3])
+def test_a_training_batch_predicts_what_the_public_path_does(folders, data, tmp_path, slots):
+    prepared = prepare(config(folders, data, tmp_path, fuser_options={"rank": 8, "slots": slots}))
+    training = prepared.training.eval()
+    torch.nn.init.normal_(training.fuser.weight, std=0.3)
+    torch.nn.init.normal_(training.fuser.up, std=0.3)
+    batch = training.collate(prepared.train[:4])
+    with torch.no_grad():
+        matched = training.logits(batch, "matched", width=1)[:, 0]
+        alone = training.logits(batch, "none", width=1)[:, 0]
+        deranged = training.logits(batch, "deranged", width=1)[:, 0]
+    model = training.model
+    passages = [example.row.sharer_messages for example in batch.examples]
+    for row, example in enumerate(batch.examples):
+        for predicted, passage in ((matched, passages[row]), (deranged, passages[(row + 1) % 4])):
+            fused = model.prepare(example.row.messages, sharer_messages=passage)
+            expected = model.receiver.next_logits(fused.tokens, fused.cache)[0]
+            # the store keeps bfloat16
+            assert float((predicted[row] - expected).norm() / expected.norm()) < 0.03
+        tokens = model.receiver.encode(example.row.messages)
+        expected = model.receiver.next_logits(tokens, model.receiver.prefill(tokens, tokens.length - 1))[0]
+        assert float((alone[row] - expected).norm() / expected.norm()) < 0.03
+
+
+def test_each_passage_is_read_once(folders, data, tmp_path):
+    prepared = prepare(config(folders, data, tmp_path))
+    for start in range(0, 12, 4):
+        prepared.training.collate(prepared.train[start : start + 4])
+    assert prepared.sharer_store.computed <= 3 + 4  # the first batch may ask for one passage several times
+    assert len({tuple(example.sharer_ids) for example in prepared.train}) == 3
+
+
+def test_warm_start_finds_the_receivers_own_entries():
+    """With the receiver itself as the sharer the entries can be predicted without error, and are."""
+    own = build("llama", 1)
+    receiver, sharer = Receiver(own, tokenizer("chatml"), "r"), Sharer(own, tokenizer("chatml"), "s")
+    model = C2CModel.from_models(receiver, sharer, fuser="memory", fuser_options={"rank": 8})
+    rows = [private_question(row, DataSource("x")) for row in islice(relay("train", 0), 40)]
+    examples, _ = build_private_examples(model, rows, 512, 64)
+    training = PrivateTraining(model, *(PrefillStore(m, range(m.geometry.layers)) for m in (receiver, sharer)))
+    fuser = model.fusers[0]
+    assert warm_start(fuser, training, examples[:30], ridge=1e-6) > 100
+    unseen = examples[35]
+    _, own_entries = observe(fuser, training, unseen)
+    with torch.no_grad():
+        made = fuser(training.entries(training.collate([unseen])))
+    found = torch.stack([torch.cat([x.transpose(1, 2).flatten(2)[0] for x in pair], dim=-1) for pair in made])
+    found = found[:, : own_entries.shape[1]]  # the template after the text was not fitted
+    assert float((found - own_entries).norm() / (own_entries - own_entries.mean(1, keepdim=True)).norm()) < 0.1
+
+
+def test_a_run_learns_and_what_it_keeps_answers(folders, data, tmp_path):
+    summary = train(config(folders, data, tmp_path, epochs=40.0, learning_rate=0.01, eval_steps=30))
+    dev = summary["dev"]
+    assert dev["matched"] > dev["deranged"]
+    assert dev["matched"] > 60
+    fuser = load_fuser(summary["fuser"])
+    assert isinstance(fuser, MemoryFuser)
+    model = C2CModel.from_pretrained(summary["fuser"])
+    answer = model.generate("Who was it?", sharer_messages=PASSAGES[0], max_new_tokens=2)
+    assert answer.report.memory_slots > 0
+
+
+def test_a_stopped_run_goes_on_to_the_same_weights(folders, data, tmp_path):
+    whole = train(config(folders, data, tmp_path, output_dir=str(tmp_path / "whole"), save_steps=2))
+    part = config(folders, data, tmp_path, output_dir=str(tmp_path / "part"), save_steps=2)
+
+    class Stopped(Exception):
+        pass
+
+    def stop(stage, done, total):
+        if stage == "training" and done == 3:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        train(part, progress=stop)
+    resumed = train(part)
+    first, second = load_fuser(whole["fuser"]), load_fuser(resumed["fuser"])
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+def test_reconstruction_learns_the_passage(folders, data, tmp_path):
+    prepared = prepare(config(folders, data, tmp_path))
+    example = prepared.train[0].reconstructing()
+    words = prepared.training.model.receiver.tokenizer
+    assert words.decode(example.response_ids).strip() == example.row.sharer_messages[-1]["content"]
+    prepared.training.reconstructing = True
+    assert float(prepared.training(prepared.train[:4])["loss"]) > 0
+
+
+def test_guard(folders, data, tmp_path):
+    prepared = prepare(config(folders, data, tmp_path, guard_weight=1.0))
+    examples = prepared.train[:4]
+    with_guard = float(prepared.training(examples)["loss"].detach())
+    prepared.training.guard_weight = 0.0
+    assert with_guard >= float(prepared.training(examples)["loss"].detach())
+
+
+def test_rows_without_private_context_are_dropped_and_counted(folders, data, tmp_path):
+    shared = DataSource("a.jsonl", kind="context_question")
+    with pytest.raises(ConfigError, match="no examples are left"):
+        prepare(config(folders, data, tmp_path, train=[shared]))
+
+
+def test_relay_rows():
+    made = [DataSource(synthetic=name, kind="private_question", limit=50) for name in ("relay", "relay_test")]
+    train_rows, test_rows = (load_rows([source], ".", 0)[0] for source in made)
+    assert len(train_rows) == len(test_rows) == 50
+    assert not {row.response for row in train_rows} & {row.response for row in test_rows}
+    for row in (*train_rows, *test_rows):
+        assert row.response in row.sharer_messages[-1]["content"]
+        assert row.response not in row.messages[-1]["content"]
+    assert load_rows([made[0]], ".", 0)[0] == train_rows
+    assert load_rows([made[0]], ".", 1)[0] != train_rows
+    with pytest.raises(ConfigError, match="how many rows"):
+        load_rows([DataSource(synthetic="relay", kind="private_question")], ".", 0)
+
+
+def test_channels_of_padding_do_not_matter(folders, data, tmp_path):
+    """A row's loss is the same alone and in a batch of longer passages."""
+    training = prepare(config(folders, data, tmp_path)).training.eval()
+    torch.nn.init.normal_(training.fuser.weight, std=0.3)
+    examples = prepare(config(folders, data, tmp_path)).train[:5]
+    with torch.no_grad():
+        together = training.losses(training.collate(examples), "matched")
+        for row, example in enumerate(examples):
+            alone = training.losses(training.collate([example]), "matched")
+            torch.testing.assert_close(together[row], alone[0], rtol=1e-3, atol=1e-3)
