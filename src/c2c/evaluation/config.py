@@ -24,13 +24,21 @@ SYSTEMS = (
     "adapter",
     "router",
     "abstain",
+    "reader",
+    "draft",
+    "summary_50",
+    "summary_100",
+    "summary_200",
 )
+# Of a fuser of private context only; and of one of shared context only.
+PRIVATE_SYSTEMS = ("reader", "draft", "summary_50", "summary_100", "summary_200")
+SHARED_SYSTEMS = ("text", "text_published", "adapter", "untrained", "router", "abstain")
 DEFAULT_SYSTEMS = ("receiver", "sharer", "matched", "deranged", "zero")
 # Made of other systems' answers, with a rule fitted on dev.
 DERIVED = {"router": ("receiver", "sharer"), "abstain": ("receiver", "matched")}
 # Systems that have a loss over the receiver's own tokens.
 _WITH_LOSS = frozenset({"receiver", "matched", "deranged", "zero", "untrained"})
-MODES = ("logits", "generate", "nll")
+MODES = ("logits", "generate", "answers", "nll")
 
 
 class EvaluationError(C2CError, ValueError):
@@ -48,9 +56,14 @@ class EvalConfig:
             another item), ``zero`` (a sharer cache of zeros), ``untrained`` (a new fuser of the same shape), ``text``
             and ``text_published`` (the sharer writes, the receiver reads; may say the answer, or must not),
             ``adapter`` (a trained adapter of the receiver, without sharer), ``router`` (each question to one of the
-            two models), ``abstain`` (the fused cache only where it seems to help), and the names in ``fusers``.
+            two models), ``abstain`` (the fused cache only where it seems to help), and the names in ``fusers``. For
+            private context, where the sharer alone has read a passage, ``receiver`` and ``matched``, ``deranged`` and
+            ``zero`` as above, ``sharer`` (passage and question), ``reader`` (the receiver with the passage in its
+            prompt), ``summary_50``, ``_100``, ``_200`` (the receiver with a summary of so many tokens that the sharer
+            wrote), and ``draft`` (the sharer drafts an answer first, and hands over its cache of that as well).
         mode: ``logits`` compares the options' tokens at the place of the letter, ``generate`` decodes and reads the
-            letter from the text, ``nll`` measures the reference answer, in nats per token.
+            letter from the text, ``answers`` decodes and compares with the reference answers (token F1, exact match),
+            ``nll`` measures the reference answer, in nats per token.
         fusers: further fusers to compare with, name to folder; for instance a linear one, or one that the receiver
             uses with itself as sharer.
         adapter: folder of the receiver's adapter, for the system of that name.
@@ -64,6 +77,7 @@ class EvalConfig:
         batch_size: items at a time; a deranged cache comes from the same batch.
         max_new_tokens: of an answer that is generated.
         message_tokens: at most so many tokens from the sharer in text-to-text; 256 as published.
+        draft_tokens: at most so many tokens of the system ``draft``.
         receiver: in place of the recorded receiver.
         sharer: in place of the recorded sharer.
         output_dir: where per-item outputs and the result go; an unfinished run there is resumed, and systems can be
@@ -89,6 +103,7 @@ class EvalConfig:
     batch_size: int = 8
     max_new_tokens: int = 32
     message_tokens: int = 256
+    draft_tokens: int = 64
     receiver: str | None = None
     sharer: str | None = None
     output_dir: str | None = None

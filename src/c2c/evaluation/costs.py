@@ -11,8 +11,6 @@ import torch
 
 from c2c.baselines.text_to_text import TextToTextResult
 from c2c.evaluation.config import EvalConfig
-from c2c.language_model import LanguageModel
-from c2c.model import C2CModel
 from c2c.prompting import RenderOptions
 from c2c.report import GenerationResult
 from c2c.training.rows import Row
@@ -23,34 +21,46 @@ Cost = dict[str, float]
 STAGES = ("sharer_prefill", "sharer_decode", "receiver_prefill", "fuse", "decode")
 
 
-def alone_cost(model: LanguageModel, row: Row, config: EvalConfig, stage: str) -> Cost:
-    """One model without the other; its prefill is counted under ``stage``."""
-    result = model.answer(row.messages, **_arguments(row, config))
+def cost_of(result: GenerationResult, prefill: str = "receiver_prefill") -> Cost:
+    """What one answer took.
+
+    Args:
+        result: the answer, fused or of one model alone.
+        prefill: for a model alone, what its prefill is counted as.
+    """
     first = result.seconds_to_first_token
-    return _total(result) | {stage: first, "decode": result.seconds_total - first, "bytes": 0}
-
-
-def fused_cost(model: C2CModel, row: Row, config: EvalConfig) -> Cost:
-    """Both prefills, fusion and decoding."""
-    result = model.generate(row.messages, **_arguments(row, config))
+    if result.report is None:
+        stages: Cost = {prefill: first, "decode": result.seconds_total - first, "bytes": 0}
+        return _total(result) | stages
     seconds = result.report.seconds
-    # reading the last prompt token belongs to the receiver's prefill
     stages = {
-        "sharer_prefill": seconds["sharer_prefill"],
-        "receiver_prefill": seconds["receiver_prefill"] + seconds["first_token"],
-        "fuse": seconds["fuse"],
+        "sharer_prefill": seconds.get("sharer_prefill", 0.0),
+        # reading the last prompt token belongs to the receiver's prefill
+        "receiver_prefill": seconds.get("receiver_prefill", 0.0) + seconds["first_token"],
+        "fuse": seconds.get("fuse", 0.0),
         "decode": seconds["decode"],
+        "bytes": result.report.sharer_bytes,
     }
-    return _total(result) | stages | {"bytes": result.report.sharer_bytes}
+    return _total(result) | stages
 
 
 def text_cost(result: TextToTextResult) -> Cost:
-    """The sharer's prefill and decoding, then the receiver's."""
+    """What text-to-text took; the answer's times include the message's."""
     answer, message = result.answer, result.message
-    before = message.seconds_total
+    return _two(message, answer, before=message.seconds_total)
+
+
+def summary_cost(message: GenerationResult, answer: GenerationResult) -> Cost:
+    """What two answers took, one after the other."""
+    cost = _two(message, answer, before=0.0)
+    return cost | {name: cost[name] + message.seconds_total for name in ("seconds", "first_token")}
+
+
+def _two(message: GenerationResult, answer: GenerationResult, before: float) -> Cost:
+    """A message and the answer to it, whose clock started ``before`` seconds before the receiver began."""
     stages = {
         "sharer_prefill": message.seconds_to_first_token,
-        "sharer_decode": before - message.seconds_to_first_token,
+        "sharer_decode": message.seconds_total - message.seconds_to_first_token,
         "receiver_prefill": answer.seconds_to_first_token - before,
         "decode": answer.seconds_total - answer.seconds_to_first_token,
     }
@@ -66,7 +76,8 @@ def with_memory(measure: Callable[[], Cost], device: torch.device) -> Cost:
     return cost | ({"memory": max(0, peak - before)} if peak is not None and before is not None else {})
 
 
-def _arguments(row: Row, config: EvalConfig) -> dict[str, Any]:
+def arguments(row: Row, config: EvalConfig) -> dict[str, Any]:
+    """How one item is put to a model."""
     return {
         "options": RenderOptions(answer_prefix=row.answer_prefix),
         "max_new_tokens": config.max_new_tokens,

@@ -15,14 +15,17 @@ DRAWS = 10_000
 GAINS = {"G": "receiver", "P": "deranged", "Z": "zero", "S": "sharer", "T": "text", "A": "adapter"}
 
 
-def summarise(scores: Mapping[str, Sequence[float]], seed: int, *, percent: bool = True) -> dict[str, Any]:
+def summarise(
+    scores: Mapping[str, Sequence[float]], seed: int, *, percent: bool = True, key: str = "accuracy"
+) -> dict[str, Any]:
     """All numbers of a table.
 
     Args:
         scores: for each system one number per item, the same items in the same order: 1 or 0, or a loss.
         seed: of the bootstrap.
-        percent: scores are right (1) or wrong (0) and are reported in percent and points; otherwise means are
-            reported as they are.
+        percent: scores are from 0 to 1, right or wrong by default, and are reported in percent and points; otherwise
+            means are reported as they are.
+        key: what scores in percent are called.
 
     Returns:
         ``n``; ``systems`` with the accuracy (or mean) of each and its 95 % interval; ``G`` = matched - receiver,
@@ -33,8 +36,9 @@ def summarise(scores: Mapping[str, Sequence[float]], seed: int, *, percent: bool
     arrays = {name: np.asarray(values, dtype=np.float64) for name, values in scores.items()}
     n = len(next(iter(arrays.values())))
     draws = np.random.default_rng(seed).integers(0, n, (DRAWS, n))
-    scale, key = (100.0, "accuracy") if percent else (1.0, "mean")
-    result: dict[str, Any] = {"n": n, "unit": "percent" if percent else "nats per token", "systems": {}}
+    scale, key = (100.0, key) if percent else (1.0, "mean")
+    unit = {"accuracy": "percent", "mean": "nats per token"}.get(key, f"percent {key}")
+    result: dict[str, Any] = {"n": n, "unit": unit, "systems": {}}
     for name, values in arrays.items():
         result["systems"][name] = {key: _round(scale * values.mean()), "ci95": _interval(values, draws, scale)}
     for name, other in GAINS.items():
@@ -43,7 +47,8 @@ def summarise(scores: Mapping[str, Sequence[float]], seed: int, *, percent: bool
             result[name] = _round(scale * difference.mean())
             result[f"{name}_ci95"] = _interval(difference, draws, scale)
     if percent and "matched" in arrays and "receiver" in arrays:
-        result |= _changes(arrays["receiver"], arrays["matched"])
+        if key != "f1":
+            result |= _changes(arrays["receiver"], arrays["matched"])
         if "sharer" in arrays:
             gap = float(arrays["sharer"].mean() - arrays["receiver"].mean())
             gained = float(arrays["matched"].mean() - arrays["receiver"].mean())

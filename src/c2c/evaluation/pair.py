@@ -6,6 +6,7 @@ import copy
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,9 +16,11 @@ from c2c.fusers.base import load_fuser
 from c2c.language_model import LanguageModel
 from c2c.model import C2CModel
 from c2c.sharer import Sharer
-from c2c.training.examples import Example, build_examples
+from c2c.training.examples import build_examples
+from c2c.training.objective import Objective
+from c2c.training.private import PrivateTraining, build_private_examples
 from c2c.training.rows import Row
-from c2c.training.step import Batch, FuserTraining
+from c2c.training.step import FuserTraining
 from c2c.training.store import PrefillStore
 
 _UNLIMITED = 10**9
@@ -42,8 +45,8 @@ class Pair:
         self.model, self.config = model, config
         self.sharer = model.sharers[0]
         self.stores = (_store(model.receiver, config), _store(self.sharer, config))
-        self.training = FuserTraining(model, *self.stores).eval()
-        self._last: tuple[list[Row], Batch] | None = None
+        self.training = self._through(model)
+        self._last: tuple[list[Row], Any] | None = None
 
     @classmethod
     def open(cls, config: EvalConfig) -> Pair:
@@ -57,11 +60,14 @@ class Pair:
         )
         return cls(model, config)
 
-    def examples(self, rows: Sequence[Row]) -> tuple[list[Example], Counter[str]]:
+    def examples(self, rows: Sequence[Row]) -> tuple[Sequence[Any], Counter[str]]:
         """Rows as this pair reads them, and how many do not fit, by reason."""
-        return build_examples(self.model, rows, self.model.receiver.context_length or _UNLIMITED, _UNLIMITED)
+        longest = self.model.receiver.context_length or _UNLIMITED
+        if self.model.private:
+            return build_private_examples(self.model, rows, longest, _UNLIMITED)
+        return build_examples(self.model, rows, longest, _UNLIMITED)
 
-    def batch(self, rows: Sequence[Row]) -> Batch:
+    def batch(self, rows: Sequence[Row]) -> Any:
         """Rows with their stored caches; the last batch is kept, since several systems answer it in turn.
 
         Raises:
@@ -74,7 +80,7 @@ class Pair:
             self._last = (list(rows), self.training.collate(examples))
         return self._last[1]
 
-    def untrained(self) -> FuserTraining:
+    def untrained(self) -> Objective:
         """The same pair with a new fuser of the same shape."""
         fuser: Fuser = self.model.fusers[0]  # type: ignore[assignment]
         torch.manual_seed(self.config.seed)
@@ -82,7 +88,7 @@ class Pair:
         config.training = None
         return self._through(C2CModel(self.model.receiver, [self.sharer], [type(fuser)(config)]))
 
-    def with_fuser(self, folder: str) -> tuple[Pair, FuserTraining]:
+    def with_fuser(self, folder: str) -> tuple[Pair, Objective]:
         """The same receiver through another fuser, and the pair whose batches that fuser reads.
 
         That is this pair where the fuser has the same sharer and token alignment. The sharer may be the receiver
@@ -107,9 +113,10 @@ class Pair:
             return Sharer(receiver.model, receiver.tokenizer, receiver.name)
         return Sharer.from_pretrained(recorded.name, dtype=self.config.dtype, device_map=self.config.device_map)
 
-    def _through(self, model: C2CModel) -> FuserTraining:
+    def _through(self, model: C2CModel) -> Objective:
         model.fusers.to(model.receiver.device).eval()
-        return FuserTraining(model, *self.stores).eval()
+        kind = PrivateTraining if model.private else FuserTraining
+        return kind(model, *self.stores).eval()
 
 
 def _store(model: LanguageModel, config: EvalConfig) -> PrefillStore:

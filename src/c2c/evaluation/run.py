@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from c2c.evaluation.config import DERIVED, EvalConfig, EvaluationError
+from c2c.evaluation.config import DERIVED, PRIVATE_SYSTEMS, SHARED_SYSTEMS, EvalConfig, EvaluationError
 from c2c.evaluation.costs import with_memory
 from c2c.evaluation.derived import abstain, route
 from c2c.evaluation.journal import TIMED, Journal, Record
@@ -59,6 +59,7 @@ def evaluate(config: EvalConfig, progress: OnProgress | None = None) -> dict[str
     """
     given = _rows(config.data, config), _rows(config.dev, config, limited=False)
     pair = Pair.open(config)
+    _check_context(config, private=bool(pair.model.private))
     evaluation = _Evaluation(config, pair)
     items, dev = (evaluation.works(rows, prefix) for rows, prefix in zip(given, ("", _DEV), strict=True))
     evaluation.start()
@@ -172,13 +173,7 @@ class _Evaluation:
 
     def _numbers(self, records: Mapping[str, list[Record]], works: Sequence[Work]) -> dict[str, Any]:
         config = self.config
-        if config.mode == "nll":
-            losses = {name: [record["nll"] for record in records[name]] for name in config.systems}
-            return summarise(losses, config.seed, percent=False)
-        right = {
-            name: [float(record["chosen"] == record["answer"]) for record in records[name]] for name in config.systems
-        }
-        result = summarise(right, config.seed)
+        result = self._scores(records)
         costs = {
             name: [cost for work in works for cost in self.journal.records(TIMED + work.name, self._label(name))]
             for name in self._timed()
@@ -187,6 +182,25 @@ class _Evaluation:
             if measured:
                 result["systems"][name] |= mean_costs(measured)
         return result | speed(costs, config.seed)
+
+    def _scores(self, records: Mapping[str, list[Record]]) -> dict[str, Any]:
+        config = self.config
+
+        def column(key: str) -> dict[str, list[float]]:
+            return {name: [record[key] for record in records[name]] for name in config.systems}
+
+        if config.mode == "nll":
+            return summarise(column("nll"), config.seed, percent=False)
+        if config.mode == "answers":
+            result = summarise(column("f1"), config.seed, key="f1")
+            exact = summarise(column("exact"), config.seed, key="exact")
+            for name, numbers in exact["systems"].items():
+                result["systems"][name]["exact"] = numbers["exact"]
+            return result
+        right = {
+            name: [float(record["chosen"] == record["answer"]) for record in records[name]] for name in config.systems
+        }
+        return summarise(right, config.seed)
 
     def _timed(self) -> list[str]:
         """Systems whose answers cost something of their own; controls cost what matched does."""
@@ -220,10 +234,22 @@ def _rows(sources: Sequence[DataSource], config: EvalConfig, *, limited: bool = 
 def _check(work: Work, config: EvalConfig) -> None:
     if len(work.rows) < 2:
         raise EvaluationError(f"{work.name}: {len(work.rows)} items are left to evaluate; at least 2 are needed.")
-    if config.mode != "nll" and not all(row.choices for row in work.rows):
+    if config.mode in ("logits", "generate") and not all(row.choices for row in work.rows):
         raise EvaluationError(
-            f"{work.name}: mode {config.mode!r} needs multiple-choice items; use mode 'nll' for others."
+            f"{work.name}: mode {config.mode!r} needs multiple-choice items; use 'answers' or 'nll' for others."
         )
+    if config.mode == "answers" and not all(row.references for row in work.rows):
+        raise EvaluationError(f"{work.name}: mode 'answers' needs rows with a reference answer, such as questions.")
+
+
+def _check_context(config: EvalConfig, private: bool) -> None:
+    """Refuse systems and modes that the fuser's kind of context does not have."""
+    wrong = [name for name in config.systems if name in (SHARED_SYSTEMS if private else PRIVATE_SYSTEMS)]
+    if wrong:
+        kind = "private" if private else "shared"
+        raise EvaluationError(f"{config.fuser} is a fuser of {kind} context, which has no {', '.join(wrong)}.")
+    if private and config.mode == "logits" and "sharer" in config.systems:
+        raise EvaluationError("with private context the sharer alone answers in words: use mode 'answers'.")
 
 
 def _joined(parts: Sequence[Mapping[str, list[Record]]]) -> dict[str, list[Record]]:

@@ -14,16 +14,17 @@ from transformers import Cache
 from c2c.baselines.text_to_text import Variant, hand_over, request, text_to_text
 from c2c.evaluation.answers import read_letter
 from c2c.evaluation.config import EvalConfig, EvaluationError
-from c2c.evaluation.costs import Cost, alone_cost, fused_cost, text_cost
+from c2c.evaluation.costs import Cost, arguments, cost_of, text_cost
 from c2c.evaluation.pair import Pair
+from c2c.evaluation.text_scores import exact, f1
 from c2c.language_model import LanguageModel
 from c2c.messages import Conversation
 from c2c.prompting import RenderOptions
 from c2c.tokens import TokenBatch
 from c2c.training.examples import choice_tokens
-from c2c.training.objective import Message
+from c2c.training.objective import Message, Objective
 from c2c.training.rows import Row
-from c2c.training.step import Batch, FuserTraining
+from c2c.training.step import FuserTraining
 from c2c.training.store import PrefillStore, stack
 
 
@@ -37,6 +38,8 @@ class Answers:
         text: what was generated, in ``generate`` mode.
         message: what the sharer wrote, in text-to-text.
         nll: nats per token of the reference answer, in ``nll`` mode.
+        f1: overlap with the references, 0 to 1, in ``answers`` mode.
+        exact: 1 where a reference was met, in ``answers`` mode.
     """
 
     chosen: list[int | None] = field(default_factory=list)
@@ -44,6 +47,8 @@ class Answers:
     text: list[str] = field(default_factory=list)
     message: list[str] = field(default_factory=list)
     nll: list[float] = field(default_factory=list)
+    f1: list[float] = field(default_factory=list)
+    exact: list[float] = field(default_factory=list)
 
     def records(self, count: int) -> list[dict[str, Any]]:
         """One record for each of the first ``count`` items."""
@@ -72,7 +77,7 @@ class Fused(System):
         message: what the fuser gets.
     """
 
-    def __init__(self, pair: Pair, training: FuserTraining, message: Message) -> None:
+    def __init__(self, pair: Pair, training: Objective, message: Message) -> None:
         self.pair, self.training, self.message = pair, training, message
 
     @torch.no_grad()
@@ -82,9 +87,10 @@ class Fused(System):
         if config.mode == "nll":
             return Answers(nll=self._nll(batch))
         receiver = self.training.model.receiver
-        if config.mode == "generate":
-            ids = receiver.generate(batch.receiver, self.training.fused(batch, self.message), **_decoding(config))
-            return _read(receiver, ids, rows)
+        if config.mode in ("generate", "answers"):
+            cache = _shared(self.training).fused(batch, self.message)
+            ids = receiver.generate(batch.receiver, cache, **decoding(config))
+            return read_answers(decode(receiver, ids), rows)
         width = 1 + max(example.decisive for example in batch.examples)
         logits = self.training.logits(batch, self.message, width=width)
         picked = [logits[row, e.decisive, e.choice_ids] for row, e in enumerate(batch.examples)]
@@ -94,10 +100,10 @@ class Fused(System):
         """From text to text: both prefills, fusion, decoding; the receiver alone without a message."""
         model = self.training.model
         if self.message == "none":
-            return alone_cost(model.receiver, row, config, stage="receiver_prefill")
-        return fused_cost(model, row, config)
+            return cost_of(model.receiver.answer(row.messages, **arguments(row, config)))
+        return cost_of(model.generate(row.messages, **arguments(row, config)))
 
-    def _nll(self, batch: Batch) -> list[float]:
+    def _nll(self, batch: Any) -> list[float]:
         losses = self.training.token_losses(batch, self.message)
         lengths = (batch.responses != -100).sum(-1)
         means: list[float] = (losses.sum(-1) / lengths).tolist()
@@ -122,7 +128,8 @@ class Alone(System):
 
     def cost(self, row: Row, config: EvalConfig) -> Cost:
         """Prefill and decoding."""
-        return alone_cost(self.model, row, config, stage="sharer_prefill" if self.store else "receiver_prefill")
+        prefill = "sharer_prefill" if self.store is not None else "receiver_prefill"
+        return cost_of(self.model.answer(row.messages, **arguments(row, config)), prefill)
 
 
 class Text(System):
@@ -143,7 +150,7 @@ class Text(System):
         tokens = sharer.encode([request(row.messages, self.variant) for row in rows])
         cache = sharer.prefill(tokens, tokens.length - 1)
         ids = sharer.generate(tokens, cache, max_new_tokens=config.message_tokens, do_sample=False)
-        messages = _decode(sharer, ids)
+        messages = decode(sharer, ids)
         told = [hand_over(row.messages, self.variant, text) for row, text in zip(rows, messages, strict=True)]
         answers = _answers(self.pair.model.receiver, told, rows, config)
         answers.message = messages
@@ -151,20 +158,23 @@ class Text(System):
 
     def cost(self, row: Row, config: EvalConfig) -> Cost:
         """Both models' prefills and decoding."""
-        began = text_to_text(
+        result = text_to_text(
             self.pair.model.receiver,
             self.pair.sharer,
             row.messages,
             variant=self.variant,
             message_tokens=config.message_tokens,
-            options=RenderOptions(answer_prefix=row.answer_prefix),
-            **_decoding(config),
+            **arguments(row, config),
         )
-        return text_cost(began)
+        return text_cost(result)
 
 
 def make_system(name: str, pair: Pair, config: EvalConfig) -> System:
     """The system of a name; loads what it needs."""
+    if pair.model.private and config.mode in ("generate", "answers"):
+        from c2c.evaluation.private import make_private_system
+
+        return make_private_system(name, pair, config)
     messages: dict[str, Message] = {"receiver": "none", "matched": "matched", "deranged": "deranged", "zero": "zero"}
     if name in messages:
         return Fused(pair, pair.training, messages[name])
@@ -181,6 +191,12 @@ def make_system(name: str, pair: Pair, config: EvalConfig) -> System:
     return Fused(*pair.with_fuser(config.fusers[name]), "matched")
 
 
+def _shared(training: Objective) -> FuserTraining:
+    """Generation from stored caches is for shared context; private context goes through the public path."""
+    assert isinstance(training, FuserTraining)
+    return training
+
+
 def _answers(
     model: LanguageModel,
     conversations: Sequence[Conversation],
@@ -190,9 +206,11 @@ def _answers(
 ) -> Answers:
     """A model's answers to conversations that end with the questions of ``rows``, all put in one form."""
     first = rows[0]
-    if config.mode == "generate":
+    if config.mode in ("generate", "answers"):
         tokens = model.encode(list(conversations), RenderOptions(answer_prefix=first.answer_prefix))
-        return _read(model, model.generate(tokens, _cache(model, store, tokens), **_decoding(config)), rows)
+        return read_answers(
+            decode(model, model.generate(tokens, _cache(model, store, tokens), **decoding(config))), rows
+        )
     tokens = model.encode(list(conversations), RenderOptions(answer_prefix=first.answer_prefix + first.lead))
     model.check_prompt(tokens)
     logits = model.next_logits(tokens, _cache(model, store, tokens))
@@ -223,17 +241,21 @@ def _choose(logits: Sequence[Tensor]) -> Answers:
     )
 
 
-def _decoding(config: EvalConfig) -> dict[str, Any]:
+def decoding(config: EvalConfig) -> dict[str, Any]:
+    """How answers are generated."""
     return {"max_new_tokens": config.max_new_tokens, "do_sample": False}
 
 
-def _decode(model: LanguageModel, ids: Tensor) -> list[str]:
+def decode(model: LanguageModel, ids: Tensor) -> list[str]:
+    """New tokens as texts."""
     return [str(text) for text in model.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
 
-def _read(model: LanguageModel, ids: Tensor, rows: Sequence[Row]) -> Answers:
-    texts = _decode(model, ids)
-    full = [row.answer_prefix + text for text, row in zip(texts, rows, strict=True)]
-    return Answers(
-        chosen=[read_letter(text, len(row.choices)) for text, row in zip(full, rows, strict=True)], text=texts
-    )
+def read_answers(texts: list[str], rows: Sequence[Row]) -> Answers:
+    """Generated texts with what they say: the letter of an option, or how close they are to the references."""
+    if rows[0].choices:
+        full = [row.answer_prefix + text for text, row in zip(texts, rows, strict=True)]
+        chosen = [read_letter(text, len(row.choices)) for text, row in zip(full, rows, strict=True)]
+        return Answers(chosen=chosen, text=texts)
+    pairs = [(text, row.references) for text, row in zip(texts, rows, strict=True)]
+    return Answers(text=texts, f1=[f1(*pair) for pair in pairs], exact=[exact(*pair) for pair in pairs])

@@ -5,11 +5,11 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from c2c.reporting.names import CONTROLS
 from c2c.reporting.results import ReportError
@@ -20,10 +20,11 @@ if TYPE_CHECKING:
 
 WIDTH = 420  # pixels; small enough that the text can be read on a phone
 TEXT, HEADING = 12.5, 13.0
+LEGEND = 18.0  # height of a line of a legend
 _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif"
 
-# What is drawn with a colour of this table comes out as a variable: name -> (in light, in dark). Blue, orange and
-# purple are told apart with every common colour blindness, and shapes and labels say the same again.
+# What is drawn with a colour of this table comes out as a variable: name -> (in light, in dark). Shapes and labels say
+# the same again, since no eleven colours are told apart by everyone. Stages have the hue of the model that works.
 COLOURS = {
     "ink": ("#1f2328", "#e6edf3"),
     "muted": ("#57606a", "#9da7b3"),
@@ -35,12 +36,33 @@ COLOURS = {
     "sharer": ("#b35900", "#f2a65a"),
     "matched": ("#0b5cad", "#6cb0ff"),
     "control": ("#8a3fa0", "#d59be6"),
-    "other": ("#0f766e", "#4fd1c5"),
+    "text": ("#0f766e", "#4fd1c5"),
+    "adapter": ("#8a7300", "#e3d34f"),
+    "router": ("#8c5546", "#d8a999"),
+    "abstain": ("#0e86b0", "#8fdcf7"),
+    "other": ("#c2447e", "#f58ab8"),
+    "sharer_prefill": ("#f0b678", "#8a4a0c"),
+    "sharer_decode": ("#b35900", "#f2a65a"),
+    "receiver_prefill": ("#b3bcc6", "#59636e"),
+    "fuse": ("#0b5cad", "#6cb0ff"),
+    "decode": ("#57606a", "#a9b4c0"),
 }
 # Stand-ins while matplotlib draws, which knows no variables.
 PAINT = {name: f"#c2c0{position:02x}" for position, name in enumerate(COLOURS)}
-_MARKERS = {"receiver": "o", "sharer": "s", "matched": "D", "deranged": "o", "zero": "s", "untrained": "^"}
-_OTHER_MARKERS = "^v<>Pph8"
+_MARKERS = {
+    "receiver": "o",
+    "sharer": "s",
+    "matched": "D",
+    "deranged": "o",
+    "zero": "s",
+    "untrained": "^",
+    "text": "^",
+    "text_published": "v",
+    "adapter": "P",
+    "router": "X",
+    "abstain": "d",
+}
+_OTHER_MARKERS = "<>ph8*"
 
 
 @dataclass(frozen=True)
@@ -48,7 +70,7 @@ class Plot:
     """One figure.
 
     Attributes:
-        kind: ``scores``, ``gains`` or ``speed``.
+        kind: ``scores``, ``tasks``, ``gains``, ``speed``, ``stages`` or ``abstention``.
         title: what it shows.
         caption: how to read it.
         svg: for a page that sets the colours.
@@ -104,12 +126,62 @@ def new_axes(margins: tuple[float, float, float, float], height: float) -> tuple
 
 def look(name: str, systems: Sequence[str]) -> tuple[str, str, bool]:
     """Colour and marker of a system, and whether the marker is hollow."""
-    if name in ("receiver", "sharer", "matched"):
-        return name, _MARKERS[name], False
     if name in CONTROLS:
         return "control", _MARKERS[name], True
+    if name in _MARKERS:
+        return ("text" if name == "text_published" else name), _MARKERS[name], False
     others = [other for other in systems if other not in _MARKERS]
     return "other", _OTHER_MARKERS[others.index(name) % len(_OTHER_MARKERS)], False
+
+
+def legend_lines(labels: Sequence[str]) -> list[list[tuple[float, str]]]:
+    """Labels of a legend in lines that fit, each with where its sign stands, in pixels from the left."""
+    lines: list[list[tuple[float, str]]] = [[]]
+    x = 10.0
+    for label in labels:
+        width = 16 + 6.7 * len(label)
+        if lines[-1] and x + width > WIDTH:
+            lines.append([])
+            x = 10.0
+        lines[-1].append((x, label))
+        x += width + 14
+    return lines
+
+
+def legend(axes: Axes, signs: dict[str, dict[str, Any]], left: float, above: float) -> None:
+    """Draw a legend over the axes.
+
+    Args:
+        axes: where.
+        signs: how matplotlib draws the marker of each label.
+        left: pixels from the figure's left to the axes.
+        above: pixels from the axes to the middle of the lowest line.
+    """
+    lines = legend_lines(list(signs))
+    for row, line in enumerate(lines):
+        y = above + LEGEND * (len(lines) - 1 - row)
+        for x, label in line:
+            write_above(axes, label, x - left + 12, y, fontsize=TEXT - 0.5)
+            sign: dict[str, Any] = {"ls": "", "clip_on": False, "zorder": 5} | signs[label]
+            axes.plot([0], [1], transform=_offset(axes, x - left, y), **sign)
+
+
+def heading_above(axes: Axes, text: str, left: float, above: float) -> None:
+    """A heading over the axes, so many pixels from their upper left corner."""
+    write_above(axes, text, -left, above, fontsize=HEADING, weight="bold")
+
+
+def write_above(axes: Axes, text: str, x: float, y: float, **style: Any) -> None:
+    """Text so many pixels from the upper left corner of the axes."""
+    plain: dict[str, Any] = {"va": "center", "color": PAINT["ink"], "parse_math": False}
+    axes.annotate(text, (0, 1), (x, y), xycoords="axes fraction", textcoords="offset points", **plain | style)
+
+
+def _offset(axes: Axes, x: float, y: float) -> Any:
+    """So many pixels from the upper left corner of the axes."""
+    from matplotlib.transforms import ScaledTranslation
+
+    return axes.transAxes + ScaledTranslation(x / 72, y / 72, axes.figure.dpi_scale_trans)
 
 
 def short(text: str, length: int) -> str:
@@ -117,25 +189,21 @@ def short(text: str, length: int) -> str:
     return text if len(text) <= length else text[: length - 1] + "\u2026"
 
 
-def capital(text: str) -> str:
-    """A text with a capital letter."""
-    return text[:1].upper() + text[1:]
-
-
 def finish(kind: str, title: str, caption: str, figure: Figure, slug: str) -> Plot:
     """A drawn figure as a plot."""
     size = WIDTH, round(figure.get_figheight() * 72)
     drawn = _drawn(figure, f"{slug}-{kind}")
-    light, dark = colour_rules()
+    used = [name for name in COLOURS if name == "page" or f"--c2c-{name})" in drawn]
+    light, dark = colour_rules(used)
     style = f"<style>svg {{ {light} }} @media (prefers-color-scheme: dark) {{ svg {{ {dark} }} }}</style>"
     page = '<rect x="-12" y="-12" width="100%" height="100%" rx="8" fill="var(--c2c-page)"/>'
     alone = f"{_opening(title, *size, margin=12)}{style}{page}{drawn}\n"
     return Plot(kind, title, caption, _opening(title, *size) + drawn, alone)
 
 
-def colour_rules() -> tuple[str, str]:
+def colour_rules(names: Iterable[str] = tuple(COLOURS)) -> tuple[str, str]:
     """CSS declarations of the colours, in light and in dark."""
-    light, dark = (" ".join(f"--c2c-{name}: {pair[theme]};" for name, pair in COLOURS.items()) for theme in (0, 1))
+    light, dark = (" ".join(f"--c2c-{name}: {COLOURS[name][theme]};" for name in names) for theme in (0, 1))
     return light, dark
 
 

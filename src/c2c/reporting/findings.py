@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from c2c.reporting.losses import RULES, losses, quicker, rank, standing
-from c2c.reporting.names import POOLED, system_phrase
+from c2c.reporting.losses import losses, quicker, rank, standing
+from c2c.reporting.names import LETTERS, POOLED, system_phrase
 from c2c.reporting.results import Numbers
 from c2c.reporting.sections import Section
-from c2c.reporting.text import Unit, cost, fixed, gain_text, listed, mean, plural
+from c2c.reporting.text import Unit, capital, cost, fixed, gain_text, listed, mean, plural, ratio_of, ratio_text
 
 GAIN, LOSS, CAUTION = "gain", "loss", "caution"
+_MANY = 3  # places beside all questions that are told in full
+# Ahead of matched, these are told with the interval of the gain; for the others there is none to tell, or no need.
+_WITH_CHANCE = frozenset({"sharer", "text", "adapter"})
 
 
 @dataclass(frozen=True)
@@ -32,11 +35,17 @@ class Finding:
 def findings(section: Section) -> list[Finding]:
     """The verdict on a section: what is gained, what is lost, and what was not measured."""
     fired: dict[str, dict[str, list[Numbers]]] = {}
+    against: dict[str, str] = {}
     for task in section.tasks:
         for numbers in section.numbers(task):
             for loss in losses(numbers, section.unit):
                 fired.setdefault(loss.rule, {}).setdefault(task, []).append(numbers)
-    lost = [_tell(rule, tasks, section) for rule, tasks in sorted(fired.items(), key=lambda item: rank(item[0]))]
+                against[loss.rule] = loss.system
+    told = sorted(fired.items(), key=lambda item: rank(item[0]))
+    lost = [
+        _tell(rule, [_Place(task, rows, section, against[rule]) for task, rows in tasks.items()])
+        for rule, tasks in told
+    ]
     return [*_gains(section), *lost, *_not_measured(section)]
 
 
@@ -45,10 +54,9 @@ def gain_words(section: Section) -> list[str]:
     return [found.lead[:1].lower() + found.lead[1:] for found in _gains(section) if found.level == GAIN]
 
 
-def _tell(rule: str, tasks: dict[str, list[Numbers]], section: Section) -> Finding:
+def _tell(rule: str, places: Sequence[_Place]) -> Finding:
     """One sentence for all rows in which a rule fired."""
-    places = [_Place(task, rows, section) for task, rows in tasks.items()]
-    if rule in RULES:
+    if rule in _TELL:
         return _TELL[rule](places)
     kind, _, system = rule.partition(" ")
     return _tell_ahead(system, places) if kind == "ahead" else _tell_level(system, places)
@@ -56,25 +64,39 @@ def _tell(rule: str, tasks: dict[str, list[Numbers]], section: Section) -> Findi
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a rule fired: a task, and the runs of it."""
+    """Where a rule fired: a task, the runs of it, and the system that matched was compared with."""
 
     task: str
     rows: list[Numbers]
     section: Section
+    system: str
 
     @property
     def unit(self) -> Unit:
         return self.section.unit
 
     @property
+    def measured(self) -> int:
+        """Runs in which the rule could have fired."""
+        return sum(self.system in row.scores for row in self.section.numbers(self.task))
+
+    @property
+    def short(self) -> str:
+        """The task, and in how many runs where not in all."""
+        runs = "" if len(self.rows) == self.measured else f" ({len(self.rows)} of {self.measured} runs)"
+        return self.task + runs
+
+    @property
     def where(self) -> str:
-        runs = len(self.section.numbers(self.task))
+        """The task and the runs as part of a sentence."""
+        every, measured = self.section.numbers(self.task), self.measured
         place = f"over {self.task}" if self.task == POOLED else f"on {self.task}"
-        if runs == 1:
+        if len(every) == 1:
             return place
-        return (
-            f"{place} in all {runs} runs" if len(self.rows) == runs else f"{place} in {len(self.rows)} of {runs} runs"
-        )
+        if measured == 1:
+            return f"{place} in the one run that measured it"
+        runs = "both runs" if measured == 2 else f"all {measured} runs"
+        return f"{place} in {runs if len(self.rows) == measured else f'{len(self.rows)} of {measured} runs'}"
 
     def gain(self, letter: str) -> str:
         values = [row.gains[letter] for row in self.rows]
@@ -85,10 +107,24 @@ class _Place:
         )
         return f"{letter} from {lowest} to {highest}"
 
+    def ratio(self, system: str) -> str:
+        """How many times as long as matched a system takes."""
+        ratios = [ratio for row in self.rows if (ratio := ratio_of(row.speed, row.costs, system)) is not None]
+        return ratio_text(ratios)
+
     def amount(self, first: str, second: str) -> str:
         """How far the first system is ahead."""
         ahead = [(row.scores[first].value - row.scores[second].value) * self.unit.sign for row in self.rows]
         return f"{fixed(mean(ahead), self.unit.digits)} {self.unit.points}"
+
+
+def _places(places: Sequence[_Place], tell: Callable[[_Place], str]) -> str:
+    """Where a rule fired; with many places the numbers over all questions, and the names of the others."""
+    pooled = [place for place in places if place.task == POOLED]
+    others = [place for place in places if place.task != POOLED]
+    if not pooled or len(others) < _MANY:
+        return listed([tell(place) for place in places])
+    return f"{tell(pooled[0])}, also on {listed([place.short for place in others])}"
 
 
 def _tell_content(places: Sequence[_Place]) -> Finding:
@@ -109,38 +145,64 @@ def _tell_no_gain(places: Sequence[_Place]) -> Finding:
 
 
 def _tell_sharer(places: Sequence[_Place]) -> Finding:
-    parts = [f"by {place.amount('sharer', 'matched')} {place.where} ({_chance(place)})" for place in places]
-    return Finding(LOSS, "The sharer alone is better", f"{listed(parts)}.{_seconds('sharer', places)}")
+    return _tell_ahead("sharer", places)
 
 
 def _tell_sharer_quicker(places: Sequence[_Place]) -> Finding:
-    parts = [f"{place.where} ({place.gain('S')})" for place in places]
-    text = f"{listed(parts)}.{_seconds('sharer', places)}"
+    text = f"{_at(places, 'S')}.{_seconds('sharer', places)}"
     return Finding(LOSS, "The sharer alone is quicker, and as good within chance", text)
 
 
 def _tell_deranged(places: Sequence[_Place]) -> Finding:
-    parts = [f"by {place.amount('deranged', 'receiver')} {place.where}" for place in places]
-    text = f"it lifts the receiver {listed(parts)}; that part of G is not the content of the message."
-    return Finding(LOSS, "A wrong message helps too", text)
+    where = _places(places, lambda place: f"by {place.amount('deranged', 'receiver')} {place.where}")
+    return Finding(
+        LOSS,
+        "A wrong message helps too",
+        f"it lifts the receiver {where}; that part of G is not the content of the message.",
+    )
 
 
 def _tell_ahead(system: str, places: Sequence[_Place]) -> Finding:
-    parts = [f"by {place.amount(system, 'matched')} {place.where}" for place in places]
-    return Finding(LOSS, f"{system_phrase(system)} is better", f"{listed(parts)}.{_seconds(system, places)}")
+    letter = LETTERS.get(system, "") if system in _WITH_CHANCE else ""
+
+    def tell(place: _Place) -> str:
+        chance = f" ({_chance(place, letter)})" if letter else ""
+        return f"by {place.amount(system, 'matched')} {place.where}{chance}"
+
+    text = f"{_places(places, tell)}.{_seconds(system, places)}"
+    return Finding(LOSS, f"{system_phrase(system)} is better", text)
+
+
+def _tell_text_quicker(places: Sequence[_Place]) -> Finding:
+    text = f"{_at(places, 'T')}.{_seconds('text', places)}"
+    return Finding(LOSS, "Text-to-text is quicker, and as good within chance", text)
+
+
+def _tell_slower(places: Sequence[_Place]) -> Finding:
+    where = _places(places, lambda place: f"{place.ratio('text')} {place.where}")
+    return Finding(LOSS, "Slower than text-to-text", f"for each second of matched, text-to-text takes {where}.")
+
+
+def _tell_adapter(places: Sequence[_Place]) -> Finding:
+    text = f"{_at(places, 'A')}: zero is not ruled out, and an adapter needs no sharer."
+    return Finding(LOSS, "No gain over an adapter of the receiver shown", text)
 
 
 def _tell_level(system: str, places: Sequence[_Place]) -> Finding:
-    where = listed([place.where for place in places])
+    where = _places(places, lambda place: place.where)
     return Finding(LOSS, f"{system_phrase(system)} is as good and quicker", f"{where}.{_seconds(system, places)}")
 
 
 def _seconds(system: str, places: Sequence[_Place]) -> str:
     """How much quicker a system is than matched, where it is."""
-    rows = [row for place in places for row in place.rows if quicker(row, system)]
+    pooled = [place for place in places if place.task == POOLED] or places
+    rows = [row for place in pooled for row in place.rows if quicker(row, system)]
     if not rows:
         return ""
-    theirs, ours = (cost("seconds", mean(row.costs[name]["seconds"] for row in rows)) for name in (system, "matched"))
+    timed = [row.costs for row in rows if all("seconds" in row.costs.get(name, {}) for name in (system, "matched"))]
+    if not timed:
+        return ""
+    theirs, ours = (cost("seconds", mean(costs[name]["seconds"] for costs in timed)) for name in (system, "matched"))
     return f" It takes {theirs} seconds per question, matched {ours}."
 
 
@@ -151,25 +213,49 @@ _TELL: dict[str, Callable[[Sequence[_Place]], Finding]] = {
     "no gain": _tell_no_gain,
     "sharer": _tell_sharer,
     "sharer quicker": _tell_sharer_quicker,
+    "text quicker": _tell_text_quicker,
+    "slower": _tell_slower,
+    "adapter": _tell_adapter,
     "deranged": _tell_deranged,
 }
 
 
 def _gains(section: Section) -> Iterable[Finding]:
     """What is clearly above zero over all questions, and in how many of the runs."""
-    leads = {"P": "Content crosses", "G": "Better than the receiver alone", "S": "Better than the sharer alone"}
-    rows = section.numbers(section.headline)
-    for letter, lead in leads.items():
+    for letter, lead in _LEADS.items():
+        rows = section.numbers(section.headline)
         estimates = [row.gains[letter] for row in rows if letter in row.gains]
-        standings = [standing(estimate, section.unit) for estimate in estimates]
-        clear = standings.count("above")
+        clear = [standing(estimate, section.unit) for estimate in estimates].count("above")
         lower = f" {section.unit.name}; lower is better" if section.unit.sign < 0 else ""
         text = f"{letter} = {gain_text(estimates, section.unit.digits)}{lower}." if estimates else ""
         if clear:
-            runs = f" in {clear} of {plural(len(estimates), 'run')}" if clear < len(estimates) else ""
-            yield Finding(GAIN, lead + runs, text)
-        elif letter == "S" and estimates and mean(one.value for one in estimates) * section.unit.sign >= 0:
-            yield Finding(CAUTION, "Not shown to be better than the sharer alone", text)
+            yield Finding(GAIN, lead + _some(clear, len(estimates)), text)
+        elif letter in "ST" and estimates and mean(one.value for one in estimates) * section.unit.sign >= 0:
+            yield Finding(CAUTION, f"Not shown to be {lead[:1].lower()}{lead[1:]}", text)
+    yield from _speed(section)
+
+
+_LEADS = {
+    "P": "Content crosses",
+    "G": "Better than the receiver alone",
+    "S": "Better than the sharer alone",
+    "T": "Better than text-to-text",
+    "A": "Better than an adapter of the receiver",
+}
+
+
+def _speed(section: Section) -> Iterable[Finding]:
+    """Whether text-to-text clearly takes longer, over all questions."""
+    ratios = [row.speed["text"] for row in section.numbers(section.headline) if "text" in row.speed]
+    clear = sum(ratio.low is not None and ratio.low > 1 for ratio in ratios)
+    if clear:
+        text = f"text-to-text takes {ratio_text(ratios)} times as long."
+        yield Finding(GAIN, "Quicker than text-to-text" + _some(clear, len(ratios)), text)
+
+
+def _some(clear: int, count: int) -> str:
+    """In how many runs something holds, where it does not in all."""
+    return f" in {clear} of {plural(count, 'run')}" if clear < count else ""
 
 
 def _not_measured(section: Section) -> Iterable[Finding]:
@@ -183,17 +269,28 @@ def _not_measured(section: Section) -> Iterable[Finding]:
         yield Finding(CAUTION, "P was not measured", text)
     if "receiver" not in systems:
         yield Finding(CAUTION, "G was not measured", f"the receiver alone is missing, {without} what the fuser brings.")
-    if "sharer" not in systems and section.unit.sign > 0:
+    if section.unit.sign < 0:
+        return  # the others have no loss over the receiver's tokens
+    if "sharer" not in systems:
         text = f"{without} whether asking the sharer would do as well."
         yield Finding(CAUTION, "The sharer alone was not measured", text)
+    missing = [name for name in ("text", "adapter") if name not in systems]
+    if missing:
+        names = listed([_WITHOUT[name] for name in missing])
+        verb = "was" if len(missing) == 1 else "were"
+        text = f"{without} whether {'that' if len(missing) == 1 else 'one of these'} would do as well."
+        yield Finding(CAUTION, f"{capital(names)} {verb} not measured", text)
+
+
+_WITHOUT = {"text": "text-to-text", "adapter": "an adapter of the receiver"}
 
 
 def _at(places: Sequence[_Place], letter: str) -> str:
-    return listed([f"{place.where} ({place.gain(letter)})" for place in places])
+    return _places(places, lambda place: f"{place.where} ({place.gain(letter)})")
 
 
-def _chance(place: _Place) -> str:
-    """S, and whether its intervals reach zero."""
-    estimates = [row.gains["S"] for row in place.rows]
+def _chance(place: _Place, letter: str) -> str:
+    """A gain below zero, and whether its intervals reach zero."""
+    estimates = [row.gains[letter] for row in place.rows if letter in row.gains]
     within = all(estimate.low is not None and estimate.holds_zero() for estimate in estimates)
-    return place.gain("S") + ", within chance" * within
+    return place.gain(letter) + ", within chance" * within

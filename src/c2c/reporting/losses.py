@@ -5,12 +5,29 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from c2c.reporting.names import CONTROLS, system_title
+from c2c.reporting.names import CONTROLS, LETTERS, system_title
 from c2c.reporting.results import Numbers
-from c2c.reporting.text import Estimate, Unit
+from c2c.reporting.text import Estimate, Unit, ratio_of
 
 # In the order of a verdict; the rules of further systems, "ahead NAME" and "level NAME", come last.
-RULES = ("wrong better", "no content", "harm", "no gain", "sharer", "sharer quicker", "deranged")
+RULES = (
+    "wrong better",
+    "no content",
+    "harm",
+    "no gain",
+    "sharer",
+    "sharer quicker",
+    "ahead text",
+    "text quicker",
+    "slower",
+    "ahead adapter",
+    "adapter",
+    "deranged",
+)
+
+
+# Systems with rules of their own.
+_OWN = frozenset({"receiver", "sharer", "matched", "deranged", "text", "adapter"})
 
 
 @dataclass(frozen=True)
@@ -20,34 +37,50 @@ class Loss:
     Attributes:
         rule: what was looked at; losses of one rule are told in one sentence.
         words: a few words for the table.
-        column: the system or the gain whose number is marked, empty if none is.
+        column: the system, the gain or ``speed SYSTEM`` whose number is marked, empty if none is.
+        system: what matched was compared with.
     """
 
     rule: str
     words: str
     column: str
+    system: str
 
 
 def losses(numbers: Numbers, unit: Unit) -> list[Loss]:
     """Every rule that fires for one row."""
-    rules = (_content, _gain, _sharer, _others, _deranged)
+    rules = (_content, _gain, _sharer, _text, _adapter, _others, _deranged)
     return [loss for rule in rules for loss in rule(numbers, unit)]
 
 
 def marked(rows: Sequence[Numbers], unit: Unit) -> set[str]:
     """Systems and gains to mark in what one or several runs say of a task.
 
-    A loss shows there, or a system is ahead of matched, in half of the runs or more.
+    A loss shows there, or a system is ahead of matched, in half of the runs that measured it, or more.
     """
     found = [{loss.column for loss in losses(row, unit)} | _ahead(row, unit) for row in rows]
-    return {column for one in found for column in one if 2 * sum(column in other for other in found) >= len(rows)}
+    counts = {column: sum(column in one for one in found) for one in found for column in one}
+    return {column for column, count in counts.items() if 2 * count >= sum(_measured(row, column) for row in rows)}
 
 
-def loss_words(rows: Sequence[Numbers], unit: Unit) -> dict[str, int]:
-    """The losses of some rows in a few words each, in the order of a verdict, and in how many rows they are."""
-    found = [{loss.words: rank(loss.rule) for loss in losses(row, unit)} for row in rows]
-    ranks = {words: rank for one in found for words, rank in one.items()}
-    return {words: sum(words in one for one in found) for words in sorted(ranks, key=lambda words: ranks[words])}
+def loss_words(rows: Sequence[Numbers], unit: Unit) -> dict[str, tuple[int, int]]:
+    """The losses of some rows in a few words each, in the order of a verdict; in how many rows they are, and of how
+    many that measured them.
+    """
+    found = [{loss.words: loss for loss in losses(row, unit)} for row in rows]
+    every = {words: loss for one in found for words, loss in one.items()}
+    return {
+        words: (sum(words in one for one in found), sum(every[words].system in row.scores for row in rows))
+        for words in sorted(every, key=lambda words: rank(every[words].rule))
+    }
+
+
+def worst_words(rows: Sequence[Numbers], unit: Unit) -> list[str]:
+    """The losses of some rows in fewer words: for each comparison only the worst, in the order of a verdict."""
+    worst: dict[tuple[str, bool], Loss] = {}
+    for loss in sorted((loss for row in rows for loss in losses(row, unit)), key=lambda loss: rank(loss.rule)):
+        worst.setdefault((loss.system, loss.rule == "deranged"), loss)
+    return [loss.words.removesuffix(" and quicker") for loss in worst.values()]
 
 
 def rank(rule: str) -> tuple[int, str]:
@@ -62,26 +95,46 @@ def rank(rule: str) -> tuple[int, str]:
 def _content(numbers: Numbers, unit: Unit) -> Iterable[Loss]:
     stands = standing(numbers.gains.get("P"), unit)
     if stands == "below":
-        yield Loss("wrong better", "wrong message better", "P")
+        yield Loss("wrong better", "wrong message better", "P", "deranged")
     elif stands == "open":
-        yield Loss("no content", "no content shown", "P")
+        yield Loss("no content", "no content shown", "P", "deranged")
 
 
 def _gain(numbers: Numbers, unit: Unit) -> Iterable[Loss]:
     stands = standing(numbers.gains.get("G"), unit)
     if stands == "below":
-        yield Loss("harm", "worse than the receiver", "G")
+        yield Loss("harm", "worse than the receiver", "G", "receiver")
     elif stands == "open":
-        yield Loss("no gain", "no gain shown", "G")
+        yield Loss("no gain", "no gain shown", "G", "receiver")
 
 
 def _sharer(numbers: Numbers, unit: Unit) -> Iterable[Loss]:
     behind = _behind(numbers, "sharer", unit)
     sooner = quicker(numbers, "sharer")
     if behind is not None and behind > 0:
-        yield Loss("sharer", "sharer alone better" + " and quicker" * sooner, "S")
+        yield Loss("sharer", "sharer alone better" + " and quicker" * sooner, "S", "sharer")
     elif sooner and behind is not None and standing(numbers.gains.get("S"), unit) != "above":
-        yield Loss("sharer quicker", "sharer alone quicker, as good within chance", "")
+        yield Loss("sharer quicker", "sharer alone quicker, as good within chance", "", "sharer")
+
+
+def _text(numbers: Numbers, unit: Unit) -> Iterable[Loss]:
+    """The sharer could have said it in words: better, or as good within chance and quicker, or only quicker."""
+    behind, sooner = _behind(numbers, "text", unit), quicker(numbers, "text")
+    if behind is not None and behind > 0:
+        yield Loss("ahead text", "text-to-text better" + " and quicker" * sooner, "T", "text")
+    elif sooner and behind is not None and standing(numbers.gains.get("T"), unit) != "above":
+        yield Loss("text quicker", "text-to-text quicker, as good within chance", "speed text", "text")
+    elif sooner:
+        yield Loss("slower", "slower than text-to-text", "speed text", "text")
+
+
+def _adapter(numbers: Numbers, unit: Unit) -> Iterable[Loss]:
+    """Training the receiver alone would do: no sharer has to run for it."""
+    behind = _behind(numbers, "adapter", unit)
+    if behind is not None and behind > 0:
+        yield Loss("ahead adapter", "adapter better" + " and quicker" * quicker(numbers, "adapter"), "A", "adapter")
+    elif behind is not None and standing(numbers.gains.get("A"), unit) != "above":
+        yield Loss("adapter", "no gain over the adapter shown", "A", "adapter")
 
 
 def _deranged(numbers: Numbers, unit: Unit) -> Iterable[Loss]:
@@ -89,32 +142,41 @@ def _deranged(numbers: Numbers, unit: Unit) -> Iterable[Loss]:
     if "deranged" in scores and "receiver" in scores:
         raised = (scores["deranged"].value - scores["receiver"].value) * unit.sign
         if raised > 0:
-            yield Loss("deranged", "deranged above receiver", "deranged")
+            yield Loss("deranged", "deranged above receiver", "deranged", "deranged")
 
 
 def _others(numbers: Numbers, unit: Unit) -> Iterable[Loss]:
     """Every other system that is ahead, or as good and quicker, known to this version or not."""
     for name in numbers.scores:
         behind = _behind(numbers, name, unit)
-        if name in ("receiver", "sharer", "matched", "deranged") or behind is None:
-            continue  # these have their own rules
+        if name in _OWN or behind is None:
+            continue
         title, sooner = system_title(name), quicker(numbers, name)
         if behind > 0:
-            yield Loss(f"ahead {name}", f"{title} better" + " and quicker" * sooner, name)
+            yield Loss(f"ahead {name}", f"{title} better" + " and quicker" * sooner, name, name)
         elif behind == 0 and sooner:
-            yield Loss(f"level {name}", f"{title} as good and quicker", "")
+            yield Loss(f"level {name}", f"{title} as good and quicker", "", name)
 
 
 def quicker(numbers: Numbers, system: str) -> bool:
-    """Whether a system takes fewer seconds than matched; a control costs what matched costs and is no choice."""
-    costs = numbers.costs
-    ours, theirs = (costs.get(name, {}).get("seconds") for name in ("matched", system))
-    return system not in CONTROLS and ours is not None and theirs is not None and theirs < ours
+    """Whether a system takes less time than matched; a control costs what matched costs and is no choice."""
+    ratio = ratio_of(numbers.speed, numbers.costs, system)
+    return system not in CONTROLS and ratio is not None and ratio.value < 1
 
 
 def _ahead(numbers: Numbers, unit: Unit) -> set[str]:
-    """All systems that are ahead of matched."""
-    return {name for name in numbers.scores if (_behind(numbers, name, unit) or 0) > 0}
+    """All systems that are ahead of matched, and their gains; and text-to-text where it is quicker."""
+    systems = {name for name in numbers.scores if (_behind(numbers, name, unit) or 0) > 0}
+    sooner = {"speed text"} if quicker(numbers, "text") else set()
+    return systems | {LETTERS[name] for name in systems if name in LETTERS} | sooner
+
+
+def _measured(numbers: Numbers, column: str) -> bool:
+    """Whether a row has what a column shows."""
+    speed = column.removeprefix("speed ")
+    if speed != column:
+        return ratio_of(numbers.speed, numbers.costs, speed) is not None
+    return column in numbers.scores or column in numbers.gains
 
 
 def _behind(numbers: Numbers, other: str, unit: Unit) -> float | None:

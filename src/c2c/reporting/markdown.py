@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
+from c2c.reporting.cells import LOST, NOTHING, WON, Cell, Table
 from c2c.reporting.findings import CAUTION, GAIN, LOSS, findings
-from c2c.reporting.names import READING
-from c2c.reporting.sections import Section, run_title, systems_in
-from c2c.reporting.tables import NOTHING, Cell, Table, overview, section_tables
+from c2c.reporting.overview import Verdict, overview, verdicts
+from c2c.reporting.sections import Section, readings, run_title, systems_in
+from c2c.reporting.tables import detail_tables, section_tables
 
 HEADER = "<!-- Made by `c2c report` from result files; change those, not this. -->"
 SIGNS = {GAIN: "\u2713", LOSS: "\u2717", CAUTION: "!"}
@@ -24,14 +25,26 @@ def to_markdown(sections: Sequence[Section], title: str, plots: Mapping[str, Seq
     """
     parts = [HEADER, f"# {escape(title)}", *_reading(sections)]
     if len(sections) > 1:
-        parts.append(table_markdown(overview(sections)))
+        parts.append(overview_markdown(sections))
     for section in sections:
         parts += _section(section, plots.get(section.slug, ()))
     return "\n\n".join(parts) + "\n"
 
 
+def overview_markdown(sections: Sequence[Section]) -> str:
+    """All sections at a glance: the tables, and gains and losses in words."""
+    lines = [line for verdict in verdicts(sections) if (line := _verdict(verdict))]
+    return "\n\n".join([*map(table_markdown, overview(sections)), *["\n".join(lines)] * bool(lines)])
+
+
+def _verdict(verdict: Verdict) -> str:
+    won, lost = (f"{sign} {escape(words)}" * bool(words) for sign, words in ((WON, verdict.won), (LOST, verdict.lost)))
+    words = " ".join(part for part in (won, lost) if part)
+    return f"- {escape(verdict.title)}: {words}" if words else ""
+
+
 def _reading(sections: Sequence[Section]) -> list[str]:
-    gains = [f"- **{letter}** = {difference}: {meaning}" for letter, difference, meaning in READING]
+    gains = [f"- **{letter}** = {difference}: {meaning}" for letter, difference, meaning in readings(sections)]
     known = "; ".join(f"**{escape(name)}**: {meaning}" for name, meaning in systems_in(sections) if meaning)
     lower = " Losses in nats are better when lower, so there G, P and S should be below zero."
     note = "Brackets hold 95 % intervals." + lower * any(section.unit.sign < 0 for section in sections)
@@ -42,7 +55,14 @@ def _section(section: Section, plots: Sequence[tuple[str, str]]) -> list[str]:
     verdict = [f"- {SIGNS[found.level]} **{escape(found.lead)}**: {escape(found.text)}" for found in findings(section)]
     images = [f"![{re.sub(r'[][]', '', escape(description))}]({address})" for description, address in plots]
     heading = [f"## {escape(section.title)}", f"Data: {escape(section.subtitle)}", "\n".join(verdict)]
-    return [*heading, *images, *(table_markdown(table) for table in section_tables(section)), _provenance(section)]
+    tables = [table_markdown(table) for table in section_tables(section)]
+    return [*heading, *images, *tables, *_details(section), _provenance(section)]
+
+
+def _details(section: Section) -> list[str]:
+    tables = [table_markdown(table) for table in detail_tables(section)]
+    head = "<details><summary>Each run, and each stage</summary>"
+    return ["\n\n".join([head, *tables, "</details>"])] if tables else []
 
 
 def _provenance(section: Section) -> str:

@@ -1,4 +1,4 @@
-"""What things are called on the page: systems, gains, costs, tasks; and paths without a machine's folders."""
+"""What things are called on the page: systems, gains, costs, stages, tasks; and paths without a machine's folders."""
 
 from __future__ import annotations
 
@@ -16,12 +16,16 @@ SYSTEMS: dict[str, tuple[str, str]] = {
     "deranged": ("deranged", "the same fuser with the sharer's cache of another question"),
     "zero": ("zero", "the same fuser with a sharer cache of zeros"),
     "untrained": ("untrained", "a fuser that was not trained"),
-    "text": ("text-to-text", "the sharer writes, the receiver reads it"),
-    "text_published": ("text, published", "text-to-text as in the published evaluation"),
-    "router": ("router", "each question goes to one of the two models"),
-    "adapter": ("adapter", "a trained adapter of the receiver, without a sharer"),
-    "self": ("self", "the receiver as its own sharer"),
-    "linear": ("linear", "a linear fuser"),
+    "text": ("text-to-text", "the sharer answers briefly in words, the receiver reads that and answers"),
+    "text_published": (
+        "text, published",
+        "the same as in the published evaluation: the sharer must not say the answer",
+    ),
+    "adapter": ("adapter", "the receiver with a small adapter (LoRA) of its own, trained on the same rows; no sharer"),
+    "router": ("router", "each question goes to the sharer or the receiver, by its words, before either has run"),
+    "abstain": ("abstain", "matched where it seems surer than the receiver alone, else the receiver"),
+    "linear": ("linear", "a linear fuser, fitted in closed form"),
+    "self": ("self", "a fuser that reads the receiver's own cache, as its own sharer"),
 }
 # Nothing of the message, or of the training, is in them: they should not win.
 CONTROLS = frozenset({"deranged", "zero", "untrained"})
@@ -30,8 +34,13 @@ GAINS: dict[str, tuple[str, str]] = {
     "G": ("matched", "receiver"),
     "P": ("matched", "deranged"),
     "S": ("matched", "sharer"),
+    "T": ("matched", "text"),
+    "A": ("matched", "adapter"),
     "Z": ("matched", "zero"),
 }
+
+# The letter of the gain over a system.
+LETTERS = {other: letter for letter, (_, other) in GAINS.items()}
 
 # Each gain in plain words.
 READING = (
@@ -39,10 +48,12 @@ READING = (
     (
         "P",
         "matched - deranged",
-        "how much of G is the content of the message. Deranged is the same fuser with the sharer's cache of another "
-        "question: with P at zero, nothing that the sharer read in this one has crossed.",
+        "how much of G is the content of the message. Deranged: the same fuser with the sharer's cache of another "
+        "question. At zero, nothing that the sharer read in this one has crossed.",
     ),
     ("S", "matched - sharer", "what the pair has over the sharer alone. Below zero, ask the sharer, if you can."),
+    ("T", "matched - text-to-text", "what the cache carries over words. Below zero, let the sharer write instead."),
+    ("A", "matched - adapter", "what the pair has over training the receiver alone. Below zero, no sharer is needed."),
 )
 
 COSTS: dict[str, str] = {
@@ -50,6 +61,29 @@ COSTS: dict[str, str] = {
     "first_token": "first token, s",
     "tokens": "tokens",
     "bytes": "bytes",
+    "memory": "memory",
+}
+# Parts of the seconds, in the order in which they pass.
+STAGES: dict[str, str] = {
+    "sharer_prefill": "sharer reads",
+    "sharer_decode": "sharer writes",
+    "receiver_prefill": "receiver reads",
+    "fuse": "fusing",
+    "decode": "answer",
+}
+
+_PHRASES = {
+    "receiver": "The receiver alone",
+    "sharer": "The sharer alone",
+    "zero": "A message of zeros",
+    "untrained": "An untrained fuser",
+    "text": "Text-to-text",
+    "text_published": "Text-to-text with the published request",
+    "adapter": "An adapter of the receiver, without a sharer,",
+    "router": "Sending each question to one of the two models",
+    "abstain": "Leaving the fused cache out where it seems unsure",
+    "linear": "A linear fuser",
+    "self": "The receiver as its own sharer",
 }
 
 _TASKS = {
@@ -76,10 +110,14 @@ def system_title(name: str) -> str:
     return SYSTEMS[name][0] if name in SYSTEMS else name
 
 
+def listed_titles(names: Iterable[str]) -> str:
+    """Systems in the known order, with commas."""
+    return ", ".join(system_title(name) for name in in_order(names, SYSTEMS))
+
+
 def system_phrase(name: str) -> str:
     """A system at the beginning of a sentence."""
-    phrases = {"sharer": "The sharer alone", "receiver": "The receiver alone", "zero": "A message of zeros"}
-    return phrases.get(name, system_title(name))
+    return _PHRASES.get(name, system_title(name))
 
 
 def task_titles(sources: Iterable[str]) -> dict[str, str]:

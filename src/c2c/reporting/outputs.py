@@ -11,9 +11,10 @@ from urllib.parse import quote
 
 from c2c.files import write_text
 from c2c.reporting.canvas import Plot
-from c2c.reporting.markdown import to_markdown
+from c2c.reporting.markdown import HEADER, overview_markdown, to_markdown
 from c2c.reporting.page import to_html
 from c2c.reporting.plots import draw
+from c2c.reporting.readme import fill_readme
 from c2c.reporting.results import ReportError
 from c2c.reporting.sections import Section
 
@@ -21,7 +22,12 @@ _SHOWN = 12
 
 
 def make_files(
-    sections: Sequence[Section], title: str, html: Path | None, markdown: Path | None, plots: Path | None
+    sections: Sequence[Section],
+    title: str,
+    html: Path | None,
+    markdown: Path | None,
+    plots: Path | None,
+    readme: Path | None = None,
 ) -> dict[Path, str]:
     """The text of every file that was asked for.
 
@@ -31,12 +37,15 @@ def make_files(
         html: where the page goes.
         markdown: where the Markdown goes.
         plots: folder of the plots, which the Markdown then shows.
+        readme: a file whose marked part the overview fills.
 
     Raises:
-        ReportError: matplotlib is needed and not installed.
+        ReportError: matplotlib is needed and not installed, or the readme has no marked part.
     """
-    drawn = draw(sections) if html is not None or plots is not None else {}
     files: dict[Path, str] = {}
+    if readme is not None:
+        files[readme] = fill_readme(readme, f"{HEADER}\n\n{overview_markdown(sections)}")
+    drawn = draw(sections) if html is not None or plots is not None else {}
     if html is not None:
         files[html] = to_html(sections, title, drawn)
     if plots is not None:

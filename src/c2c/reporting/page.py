@@ -11,9 +11,9 @@ from markupsafe import Markup
 
 from c2c.reporting.canvas import Plot, colour_rules
 from c2c.reporting.findings import CAUTION, GAIN, LOSS, findings
-from c2c.reporting.names import READING
-from c2c.reporting.sections import Section, run_title, systems_in
-from c2c.reporting.tables import overview, section_tables
+from c2c.reporting.overview import overview, verdicts
+from c2c.reporting.sections import Section, readings, run_title, systems_in
+from c2c.reporting.tables import detail_tables, section_tables
 from c2c.reporting.text import plural
 
 WORDS = {GAIN: "\u2713 gain", LOSS: "\u2717 loss", CAUTION: "! caution"}
@@ -33,10 +33,11 @@ def to_html(sections: Sequence[Section], title: str, plots: Mapping[str, Sequenc
     return environment.from_string(_resource("page.html")).render(
         title=title,
         style=Markup(_resource("page.css").replace("/* light */", light).replace("/* dark */", dark)),
-        reading=READING,
+        reading=readings(sections),
         systems=systems_in(sections),
         lower=any(section.unit.sign < 0 for section in sections),
-        overview=overview(sections) if len(sections) > 1 else None,
+        overview=overview(sections) if len(sections) > 1 else [],
+        verdicts=verdicts(sections) if len(sections) > 1 else [],
         sections=[_section(section, plots.get(section.slug, ())) for section in sections],
     )
 
@@ -54,6 +55,7 @@ def _section(section: Section, plots: Sequence[Plot]) -> dict[str, Any]:
         "verdict": [(found.level, WORDS[found.level], found.lead, found.text) for found in verdict],
         "plots": [(plot.kind, Markup(plot.svg), plot.caption) for plot in plots],
         "tables": section_tables(section),
+        "details": detail_tables(section),
         "runs": [(run_title(run), run.provenance) for run in section.runs],
     }
 

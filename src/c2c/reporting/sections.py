@@ -1,14 +1,17 @@
-"""Results side by side: the runs of one pair on the same data, which differ in fuser or seed only."""
+"""Results side by side: the runs of one pair on the same data, which differ in fuser, seed and systems only."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
-from c2c.reporting.names import POOLED, SYSTEMS, in_order, system_title
+from c2c.reporting.names import POOLED, READING, SYSTEMS, in_order, system_title
 from c2c.reporting.results import Numbers, Result
 from c2c.reporting.text import Unit, plural
+
+_SHOWN = 3  # settings in a line
 
 
 @dataclass(frozen=True)
@@ -18,10 +21,12 @@ class Section:
     Attributes:
         runs: at least one, by seed and fuser.
         slug: a name for files and anchors, different for every section.
+        variant: settings that tell it from other sections of the pair on the same data, in words; empty without any.
     """
 
     runs: list[Result]
     slug: str
+    variant: str = ""
 
     @property
     def title(self) -> str:
@@ -50,6 +55,11 @@ class Section:
         return self.tasks[-1]
 
     @property
+    def size(self) -> int:
+        """Most questions of a run."""
+        return max(numbers.n for numbers in self.numbers(self.headline))
+
+    @property
     def systems(self) -> list[str]:
         """Every system of any run, in the order of the tables."""
         return in_order((name for run in self.runs for numbers in run.tasks for name in numbers.scores), SYSTEMS)
@@ -59,7 +69,7 @@ class Section:
         """Mode, data and runs in a line."""
         own = [task for task in self.tasks if task != POOLED]
         data = ", ".join(own) if len(own) <= 4 else plural(len(own), "task")
-        parts = [data, *self._counts(), *[f"mode {self.mode}"] * bool(self.mode)]
+        parts = [data, *self._counts(), *[f"mode {self.mode}"] * bool(self.mode), *[self.variant] * bool(self.variant)]
         return " \u00b7 ".join(parts)
 
     def numbers(self, task: str) -> list[Numbers]:
@@ -73,7 +83,7 @@ class Section:
 
 
 def group(results: Iterable[Result]) -> list[Section]:
-    """Results as sections: accuracies first, then by the names of the models."""
+    """Results as sections: accuracies first, then by the names of the models, those of most questions first."""
     groups: dict[str, list[Result]] = {}
     for result in sorted(results, key=lambda run: (run.trained_seed or 0, run.seed or 0, run.fuser)):
         groups.setdefault(result.same, []).append(result)
@@ -82,14 +92,21 @@ def group(results: Iterable[Result]) -> list[Section]:
     sections = []
     for _, runs in ordered:
         slugs.append(_slug(runs[0], slugs))
-        sections.append(Section(runs, slugs[-1]))
-    return sections
+        alike = [other[0].settings for _, other in ordered if _names(other[0]) == _names(runs[0])]
+        sections.append(Section(runs, slugs[-1], _variant(runs[0].settings, alike)))
+    return sorted(sections, key=lambda one: (-one.unit.sign, *_names(one.runs[0])[:2], -one.size))
 
 
 def systems_in(sections: Iterable[Section]) -> list[tuple[str, str]]:
     """Title and meaning of every system; no meaning where this version does not know it."""
     names = in_order((name for section in sections for name in section.systems), SYSTEMS)
     return [(system_title(name), SYSTEMS[name][1] if name in SYSTEMS else "") for name in names]
+
+
+def readings(sections: Iterable[Section]) -> list[tuple[str, str, str]]:
+    """Letter, difference and meaning of the gains; of T and A only where one of the sections has it."""
+    there = {letter for section in sections for run in section.runs for one in run.tasks for letter in one.gains}
+    return [reading for reading in READING if reading[0] in there or reading[0] in "GPS"]
 
 
 def run_title(run: Result) -> str:
@@ -100,6 +117,26 @@ def run_title(run: Result) -> str:
     elif run.seed is not None:
         parts.append(f"seed {run.seed}")
     return ", ".join(parts)
+
+
+def _variant(settings: dict[str, Any], alike: list[dict[str, Any]]) -> str:
+    """The settings in which sections of the same name differ, in words."""
+    flat = [_flat(one) for one in alike]
+    differing = [key for key in sorted({key for one in flat for key in one}) if len({one.get(key) for one in flat}) > 1]
+    own = _flat(settings)
+    words = [f"{key} {own[key]}" if key in own else f"default {key}" for key in differing]
+    return ", ".join(words[:_SHOWN]) + ", \u2026" * (len(words) > _SHOWN)
+
+
+def _flat(settings: dict[str, Any]) -> dict[str, str]:
+    """Every setting by its own name, those inside others too; of the sources of data only how they are read."""
+    flat: dict[str, str] = {}
+    for key, value in settings.items():
+        inner = value if isinstance(value, list) and key == "data" else [value]
+        for one in inner:
+            named = _flat(one) if isinstance(one, dict) else {key: str(one)}
+            flat |= {name: text for name, text in named.items() if name not in ("path", "dataset")}
+    return flat
 
 
 def _names(run: Result) -> tuple[str, str, str, list[str]]:

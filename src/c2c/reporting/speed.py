@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from c2c.reporting.canvas import HEADING, PAINT, TEXT, WIDTH, Plot, capital, finish, look, new_axes, short
+from c2c.reporting.canvas import PAINT, TEXT, WIDTH, Plot, finish, heading_above, look, new_axes, short
 from c2c.reporting.names import system_title
 from c2c.reporting.results import Numbers
 from c2c.reporting.sections import Section
-from c2c.reporting.text import cost, mean
+from c2c.reporting.text import capital, mean
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,8 +19,12 @@ Box = tuple[float, float, float, float]  # left, right, bottom, top
 
 _MARGINS = (46, 24, 26, 44)
 _FAR = 1e4
-# Beyond the figure, on the left and on the right.
-_OUTSIDE: tuple[Box, ...] = ((-_FAR, 4, -_FAR, _FAR), (WIDTH - 4, _FAR, -_FAR, _FAR))
+# Beyond the axes on the left, where numbers stand, beyond the figure on the right, and below the axes.
+_OUTSIDE: tuple[Box, ...] = (
+    (-_FAR, _MARGINS[0] + 1, -_FAR, _FAR),
+    (WIDTH - 4, _FAR, -_FAR, _FAR),
+    (-_FAR, _FAR, -_FAR, _MARGINS[3]),
+)
 
 
 def plot_speed(section: Section) -> Plot | None:
@@ -32,9 +36,7 @@ def plot_speed(section: Section) -> Plot | None:
     points = {name: point for name in section.systems if (point := _point(rows, name)) is not None}
     figure, axes = new_axes(_MARGINS, 250)
     heading = short(f"{capital(section.unit.score)}: {task}", 48)
-    left = -_MARGINS[0] / (WIDTH - _MARGINS[0] - _MARGINS[1])
-    style = {"weight": "bold", "color": PAINT["ink"], "fontsize": HEADING}
-    axes.text(left, 1.06, heading, style, transform=axes.transAxes, va="center", parse_math=False)
+    heading_above(axes, heading, _MARGINS[0], 15)
     _scale(axes, list(points.values()))
     axes.grid(axis="y", color=PAINT["grid"], lw=0.8)
     axes.set_xlabel("Seconds per question")
@@ -66,7 +68,7 @@ def _scale(axes: Axes, points: Sequence[Point]) -> None:
         axes.set_xscale("log")
         axes.set_xlim(min(seconds) / 1.5, max(seconds) * 2.2)
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: cost("seconds", value)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.xaxis.set_minor_formatter(NullFormatter())
     else:
         axes.set_xlim(0, max(seconds) * 1.3 or 1)

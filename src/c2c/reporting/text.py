@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 
@@ -88,6 +88,16 @@ def gain_text(estimates: Sequence[Estimate], digits: int) -> str:
     return f"{shown} {interval(estimates[0], digits)}".rstrip()
 
 
+def ratio_text(ratios: Sequence[Estimate]) -> str:
+    """``2.41 [2.20, 2.66]``, or for several runs ``2.41 (mean of 3 runs from 2.20 to 2.66)``."""
+    values = [ratio.value for ratio in ratios]
+    if len(values) > 1:
+        lowest, highest = (fixed(bound(values), 2) for bound in (min, max))
+        return f"{fixed(mean(values), 2)} (mean of {len(values)} runs from {lowest} to {highest})"
+    shown = interval(ratios[0], 2)
+    return f"{fixed(values[0], 2)} {shown}".rstrip()
+
+
 def p_value(value: float) -> str:
     """A p-value with as many digits as it deserves."""
     return "<0.001" if value < 0.001 else fixed(value, 3)
@@ -95,15 +105,40 @@ def p_value(value: float) -> str:
 
 def cost(field: str, value: float) -> str:
     """Seconds, tokens or bytes for people."""
-    if field == "bytes":
+    if field in ("bytes", "memory"):
         return _bytes(value)
-    return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.3g}" if field == "tokens" or value == 0 else f"{value:#.3g}".rstrip(".")
 
 
 def plural(count: int, noun: str) -> str:
     """``1 task``, ``2 tasks``."""
     ending = "es" if noun.endswith("s") else "s"
     return f"{count:,} {noun}{'' if count == 1 else ending}"
+
+
+def capital(text: str) -> str:
+    """A text with a capital letter."""
+    return text[:1].upper() + text[1:]
+
+
+def ranged(counts: Sequence[int]) -> str:
+    """``32``, or ``32 to 64`` where they differ."""
+    return " to ".join(f"{count:,}" for count in sorted({min(counts), max(counts)}))
+
+
+def percent(share: float) -> int:
+    """A share in whole percent."""
+    return round(100 * share)
+
+
+def ratio_of(speed: Mapping[str, Estimate], costs: Mapping[str, Mapping[str, float]], system: str) -> Estimate | None:
+    """How many times as long as matched a system takes: as measured, or from the mean seconds of both."""
+    if system in speed:
+        return speed[system]
+    theirs, ours = (costs.get(name, {}).get("seconds") for name in (system, "matched"))
+    return None if theirs is None or not ours or system == "matched" else Estimate(theirs / ours)
 
 
 def listed(parts: Sequence[str]) -> str:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, TrainingArguments, set_seed
 
 from c2c.alignment import Aligner, SpanAligner
-from c2c.baselines.adapter import nearest_rank, new_adapter, restore_adapter, save_adapter, trainable
+from c2c.baselines.adapter import MANIFEST, nearest_rank, new_adapter, restore_adapter, save_adapter, trainable
 from c2c.files import write_json
 from c2c.fusers import family
 from c2c.language_model import LanguageModel
@@ -371,6 +371,10 @@ def train_adapter(config: TrainConfig, *, resume: bool = True, progress: OnProgr
     """
     if config.adapter_learning_rate <= 0:
         raise ConfigError(f"adapter_learning_rate is {config.adapter_learning_rate}; expected a number above 0.")
+    output = Path(config.output_dir)
+    last = last_complete(output) if resume else None
+    if last is not None and not (Path(last) / MANIFEST).exists():
+        raise ConfigError(f"{last} is not an adapter's: give the adapter an output_dir (--output-dir) of its own.")
     # the guard is about wrong messages, and here are none
     arguments = make_arguments(
         dataclasses.replace(config, learning_rate=config.adapter_learning_rate, guard_weight=0.0)
@@ -379,10 +383,9 @@ def train_adapter(config: TrainConfig, *, resume: bool = True, progress: OnProgr
     prepared = prepare_adapter(config)
     if prepared.receiver.device.type == "cpu":
         keep_freed_memory()
-    output = Path(config.output_dir)
     selection = AdapterSelection(prepared, config.eval_steps or prepared.steps_per_epoch, output)
     trainer = make_adapter_trainer(prepared, arguments, selection, progress)
-    outcome = trainer.train(resume_from_checkpoint=last_complete(output) if resume else None)
+    outcome = trainer.train(resume_from_checkpoint=last)
     processes.wait()
     if not processes.first:
         return {}

@@ -50,6 +50,8 @@ class Row:
         ends: whether the end token belongs to the response.
         source: where the row came from.
         sharer_messages: what the sharer alone reads; None where both read ``messages``.
+        question: the bare question, where there is one.
+        references: answers that count as right, where the answer is open.
     """
 
     id: str
@@ -62,6 +64,8 @@ class Row:
     ends: bool = True
     source: str = ""
     sharer_messages: Conversation | None = None
+    question: str = ""
+    references: tuple[str, ...] = ()
 
 
 # -- multiple choice -------------------------------------------------------------------------------------------------
@@ -150,19 +154,23 @@ def context_question(data: dict[str, Any], source: DataSource) -> Row:
     """``context``, ``question``, ``answer`` or ``answers``: the response is the answer."""
     context, asked = _text(data, "context"), _text(data, "question")
     text = f"Answer the question from the passage.\n\nPassage: {context}\n\nQuestion: "
-    return Row("", _turn(text + asked), "", _answer(data))
+    answers = _references(data)
+    return Row("", _turn(text + asked), "", answers[0], question=asked, references=answers)
 
 
 def private_question(data: dict[str, Any], source: DataSource) -> Row:
     """The same keys, but only the sharer reads the context; the receiver knows the question alone."""
     context, asked = _text(data, "context"), _text(data, "question")
     text = f"Answer the question briefly, from the passage that was handed over.\n\nQuestion: {asked}"
-    return Row("", _turn(text), "", _answer(data), sharer_messages=_turn(context))
+    answers = _references(data)
+    passage = _turn(context)
+    return Row("", _turn(text), "", answers[0], sharer_messages=passage, question=asked, references=answers)
 
 
 def question(data: dict[str, Any], source: DataSource) -> Row:
     """``question`` with ``solution`` (worked out, as in GSM8K) or ``answer``."""
-    return Row("", _turn(_text(data, "question")), "", str(data.get("solution") or _text(data, "answer")))
+    asked, answers = _text(data, "question"), _references(data)
+    return Row("", _turn(asked), "", str(data.get("solution") or answers[0]), question=asked, references=answers)
 
 
 def instruction(data: dict[str, Any], source: DataSource) -> Row:
@@ -336,9 +344,17 @@ def _text(data: dict[str, Any], key: str) -> str:
     return str(value)
 
 
-def _answer(data: dict[str, Any]) -> str:
-    answers = data.get("answers") or [""]
-    return str(data.get("answer") or answers[0])
+def _references(data: dict[str, Any]) -> tuple[str, ...]:
+    """All answers that count, the first one first.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    given = [data.get("answer"), *(data.get("answers") or [])]
+    found = dict.fromkeys(str(answer) for answer in given if answer is not None and str(answer).strip())
+    if not found:
+        _text(data, "answer")  # says what is missing
+    return tuple(found)
 
 
 def _message(message: dict[str, Any]) -> dict[str, str]:

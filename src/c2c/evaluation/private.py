@@ -1,0 +1,183 @@
+"""Systems for private context: only the sharer has read the passage, and the receiver is asked about it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+
+from c2c.evaluation.config import EvalConfig
+from c2c.evaluation.costs import Cost, arguments, cost_of, summary_cost
+from c2c.evaluation.pair import Pair
+from c2c.evaluation.systems import Answers, System, decode, decoding, read_answers
+from c2c.handoff import Handoff, Packed
+from c2c.language_model import LanguageModel
+from c2c.messages import Conversation
+from c2c.model import C2CModel
+from c2c.prompting import RenderOptions
+from c2c.training.objective import Message
+from c2c.training.private import PrivateExample
+from c2c.training.rows import Row
+
+Given = Literal["nothing", "passage"]
+SUMMARIES = (50, 100, 200)
+
+
+class HandedOver(System):
+    """The receiver with what a sharer has read, through a memory fuser.
+
+    Args:
+        pair: who reads and who answers.
+        model: the pair through the fuser in question.
+        message: the own passage, another item's, zeros in its place; ``none`` is the receiver alone.
+        draft: tokens of an answer that the sharer writes first, and hands over as well.
+    """
+
+    def __init__(self, pair: Pair, model: C2CModel, message: Message, draft: int = 0) -> None:
+        self.pair, self.model, self.message, self.draft = pair, model, message, draft
+
+    @torch.no_grad()
+    def answer(self, rows: Sequence[Row], config: EvalConfig) -> Answers:
+        """Answers from stored caches of the passages."""
+        handoffs = self._handoffs(rows)
+        results = self.model.generate(
+            [row.messages for row in rows],
+            sharer_messages=handoffs,
+            options=RenderOptions(answer_prefix=rows[0].answer_prefix),
+            **decoding(config),
+        )
+        return read_answers([result.text for result in results], rows)
+
+    def cost(self, row: Row, config: EvalConfig) -> Cost:
+        """From text to text: the passage is read, projected, and the question answered."""
+        handoff: Any = row.sharer_messages
+        if self.draft:
+            handoff = self.pair.sharer.read(_asked(row), draft_tokens=self.draft)
+        return cost_of(self.model.generate(row.messages, sharer_messages=handoff, **arguments(row, config)))
+
+    def _handoffs(self, rows: Sequence[Row]) -> list[Handoff]:
+        if self.draft:
+            return [self.pair.sharer.read(_asked(row), draft_tokens=self.draft) for row in rows]
+        examples: list[PrivateExample] = list(self.pair.batch(rows).examples)
+        if self.message == "deranged":
+            examples = [*examples[1:], examples[0]]
+        handoffs = [self._stored(example) for example in examples]
+        return [_zeros(handoff) for handoff in handoffs] if self.message == "zero" else handoffs
+
+    def _stored(self, example: PrivateExample) -> Handoff:
+        """What ``sharer.read`` returns, from the store."""
+        sharer = self.pair.sharer
+        [entry] = self.pair.stores[1].get([example.sharer_ids])
+        layers = [entry.layers[index] for index in range(sharer.geometry.layers)]
+        return Handoff.from_cache(sharer.identity, torch.tensor(example.sharer_ids), torch.tensor(example.kept), layers)
+
+
+class Reader(System):
+    """A model alone: with the passage in its prompt, or with the question only.
+
+    Args:
+        model: the model.
+        given: what it reads.
+        stage: what its prefill is counted as.
+    """
+
+    def __init__(self, model: LanguageModel, given: Given, stage: str = "receiver_prefill") -> None:
+        self.model, self.given, self.stage = model, given, stage
+
+    @torch.no_grad()
+    def answer(self, rows: Sequence[Row], config: EvalConfig) -> Answers:
+        """The model's own answers."""
+        tokens = self.model.encode([self._conversation(row) for row in rows])
+        cache = self.model.prefill(tokens, tokens.length - 1)
+        return read_answers(decode(self.model, self.model.generate(tokens, cache, **decoding(config))), rows)
+
+    def cost(self, row: Row, config: EvalConfig) -> Cost:
+        """Prefill and decoding."""
+        result = self.model.answer(self._conversation(row), **arguments(row, config))
+        return cost_of(result, prefill=self.stage)
+
+    def _conversation(self, row: Row) -> Conversation:
+        return row.messages if self.given == "nothing" else _asked(row)
+
+
+class Summary(System):
+    """Text-to-text: the sharer sums the passage up, not knowing the question, and the receiver reads the summary.
+
+    Args:
+        pair: who writes and who reads.
+        tokens: the longest summary.
+    """
+
+    def __init__(self, pair: Pair, tokens: int) -> None:
+        self.pair, self.tokens = pair, tokens
+
+    @torch.no_grad()
+    def answer(self, rows: Sequence[Row], config: EvalConfig) -> Answers:
+        """The receiver's answers, with the sharer's summaries."""
+        sharer, receiver = self.pair.sharer, self.pair.model.receiver
+        request = sharer.encode([self._request(row) for row in rows])
+        written = sharer.generate(
+            request, sharer.prefill(request, request.length - 1), max_new_tokens=self.tokens, do_sample=False
+        )
+        summaries = decode(sharer, written)
+        tokens = receiver.encode([_with_passage(row, text) for row, text in zip(rows, summaries, strict=True)])
+        ids = receiver.generate(tokens, receiver.prefill(tokens, tokens.length - 1), **decoding(config))
+        answers = read_answers(decode(receiver, ids), rows)
+        answers.message = summaries
+        return answers
+
+    def cost(self, row: Row, config: EvalConfig) -> Cost:
+        """Both models' prefills and decoding."""
+        summary = self.pair.sharer.answer(self._request(row), max_new_tokens=self.tokens, do_sample=False)
+        answer = self.pair.model.receiver.answer(_with_passage(row, summary.text), **arguments(row, config))
+        return summary_cost(summary, answer)
+
+    def _request(self, row: Row) -> Conversation:
+        words = self.tokens * 2 // 3  # fewer words than tokens, so that the summary comes to its end
+        return _with_request(row, f"Summarise the following text in at most {words} words, with all names and numbers.")
+
+
+def make_private_system(name: str, pair: Pair, config: EvalConfig) -> System:
+    """The system of a name."""
+    receiver, sharer = pair.model.receiver, pair.sharer
+    messages: dict[str, Message] = {"matched": "matched", "deranged": "deranged", "zero": "zero"}
+    if name in messages:
+        return HandedOver(pair, pair.model, messages[name])
+    if name == "receiver":
+        return Reader(receiver, "nothing")
+    if name == "reader":
+        return Reader(receiver, "passage")
+    if name == "sharer":
+        return Reader(sharer, "passage", stage="sharer_prefill")
+    if name == "draft":
+        return HandedOver(pair, pair.model, "matched", draft=config.draft_tokens)
+    if name.startswith("summary_"):
+        return Summary(pair, int(name.removeprefix("summary_")))
+    _, training = pair.with_fuser(config.fusers[name])
+    return HandedOver(pair, training.model, "matched")
+
+
+def _passage(row: Row) -> str:
+    assert row.sharer_messages is not None
+    return row.sharer_messages[-1]["content"]
+
+
+def _with_passage(row: Row, passage: str) -> Conversation:
+    """The question with a passage before it, in one prompt."""
+    text = f"Answer the question briefly, from the passage.\n\nPassage: {passage}\n\nQuestion: {row.question}"
+    return [*row.messages[:-1], {"role": "user", "content": text}]
+
+
+def _asked(row: Row) -> Conversation:
+    return _with_passage(row, _passage(row))
+
+
+def _with_request(row: Row, request: str) -> Conversation:
+    return [*row.messages[:-1], {"role": "user", "content": f"{request}\n\n{_passage(row)}"}]
+
+
+def _zeros(handoff: Handoff) -> Handoff:
+    layers = [(Packed(torch.zeros_like(k.data)), Packed(torch.zeros_like(v.data))) for k, v in handoff.layers]
+    return replace(handoff, layers=layers)

@@ -1,0 +1,128 @@
+"""Evaluation of private context on tiny models, and scores of written answers."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from c2c import C2CModel
+from c2c.evaluation import EvalConfig, evaluate
+from c2c.evaluation.config import EvaluationError
+from c2c.evaluation.costs import STAGES
+from c2c.evaluation.text_scores import exact, f1
+from c2c.training.config import DataSource
+from c2c.training.rows import load_rows
+from tiny import open_fusers, pair_folders
+
+PASSAGES = ["The fox sleeps in a red house by the sea.", "A dog and a cat went to the market.", "Rain fell for a week."]
+SYSTEMS = ("receiver", "sharer", "reader", "summary_50", "matched", "deranged", "zero", "draft")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return pair_folders(tmp_path_factory.mktemp)
+
+
+@pytest.fixture(scope="module")
+def fuser(folders, tmp_path_factory):
+    model = C2CModel.from_models(*folders, fuser="memory", fuser_options={"rank": 8})
+    torch.nn.init.normal_(model.fusers[0].weight, std=0.3, generator=torch.Generator().manual_seed(0))
+    model.fusers[0].config.training = {"config": "random"}
+    folder = tmp_path_factory.mktemp("fuser")
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("passages")
+    rows = [
+        {"id": f"{i}", "context": PASSAGES[i % 3], "question": f"Who was number {i}?", "answers": ["fox", "a dog"]}
+        for i in range(7)
+    ]
+    (folder / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def config(fuser, data, **changes) -> EvalConfig:
+    source = DataSource("a.jsonl", kind=changes.pop("kind", "private_question"))
+    settings = {"systems": SYSTEMS, "mode": "answers", "max_new_tokens": 4, "batch_size": 3, "draft_tokens": 3}
+    return EvalConfig(fuser, [source], data_dir=str(data), **(settings | changes))
+
+
+def test_every_system_answers_and_costs(fuser, data, tmp_path):
+    result = evaluate(config(fuser, data, timed=2, output_dir=str(tmp_path)))
+    assert (result["n"], result["unit"]) == (7, "percent f1")
+    assert set(result["systems"]) == set(SYSTEMS)
+    for name in ("receiver", "sharer", "reader", "summary_50", "matched", "draft"):
+        system = result["systems"][name]
+        assert 0 <= system["exact"] <= system["f1"] <= 100
+        assert sum(system.get(stage, 0) for stage in STAGES) <= system["seconds"] * 1.001
+    assert result["systems"]["matched"]["bytes"] > result["systems"]["summary_50"]["bytes"] > 0
+    assert "mended" not in result  # F1 is no right or wrong
+
+
+def test_answers_are_those_of_the_public_path(fuser, data, tmp_path):
+    evaluate(config(fuser, data, output_dir=str(tmp_path)))
+    items = [json.loads(line) for line in (tmp_path / "items.jsonl").read_text().splitlines()[1:]]
+    texts = {(item["id"], item["system"]): item["text"] for item in items}
+    model = C2CModel.from_pretrained(fuser)
+    rows = load_rows([DataSource("a.jsonl", kind="private_question")], data, 0)[0]
+    agree = 0
+    for row in rows:
+        passage = row.sharer_messages
+        matched = model.generate(row.messages, sharer_messages=passage, max_new_tokens=4, do_sample=False).text
+        assert model.receiver.answer(row.messages, max_new_tokens=4, do_sample=False).text == texts[row.id, "receiver"]
+        agree += matched == texts[row.id, "matched"]
+        drafted = model.sharers[0].read(
+            [row.messages[0], {"role": "user", "content": _with_passage(row)}], draft_tokens=3
+        )
+        draft = model.generate(row.messages, sharer_messages=drafted, max_new_tokens=4, do_sample=False).text
+        assert draft == texts[row.id, "draft"]
+    assert agree >= len(rows) - 1  # the store keeps bfloat16
+
+
+def _with_passage(row):
+    passage = row.sharer_messages[-1]["content"]
+    return f"Answer the question briefly, from the passage.\n\nPassage: {passage}\n\nQuestion: {row.question}"
+
+
+def test_loss_of_the_reference(fuser, data):
+    result = evaluate(config(fuser, data, mode="nll", systems=("receiver", "matched", "deranged", "zero")))
+    assert all(system["mean"] > 0 for system in result["systems"].values())
+
+
+def test_answers_of_shared_context_are_scored_too(folders, data, tmp_path):
+    model = open_fusers(C2CModel.from_models(*folders, fuser_options={"rank": 8}))
+    model.save_pretrained(tmp_path)
+    systems = ("receiver", "sharer", "matched", "deranged", "text")
+    result = evaluate(config(str(tmp_path), data, kind="context_question", systems=systems, message_tokens=4))
+    assert set(result["systems"]["text"]) >= {"f1", "exact", "ci95"}
+
+
+def test_systems_of_the_other_kind_of_context_are_refused(fuser, folders, data, tmp_path):
+    with pytest.raises(EvaluationError, match="fuser of private context, which has no text"):
+        evaluate(config(fuser, data, systems=("matched", "text")))
+    with pytest.raises(EvaluationError, match="answers in words"):
+        evaluate(config(fuser, data, mode="logits", systems=("matched", "sharer")))
+    C2CModel.from_models(*folders).save_pretrained(tmp_path)
+    with pytest.raises(EvaluationError, match="fuser of shared context, which has no reader"):
+        evaluate(config(str(tmp_path), data, systems=("matched", "reader")))
+
+
+@pytest.mark.parametrize(
+    ("text", "references", "overlap", "same"),
+    [
+        ("The Eiffel Tower.", ["eiffel tower"], 1.0, 1.0),
+        ("in the Eiffel Tower", ["Eiffel Tower"], 0.8, 0.0),
+        ("Paris", ["London", "paris"], 1.0, 1.0),
+        ("", ["Paris"], 0.0, 0.0),
+        ("It is 7, so 1,200 in all.", ["1200"], 0.0, 1.0),
+        ("1200 or 7", ["1200"], 0.5, 0.0),
+    ],
+)
+def test_scores_of_texts(text, references, overlap, same):
+    assert f1(text, references) == pytest.approx(overlap)
+    assert exact(text, references) == same
