@@ -161,7 +161,7 @@ def test_other_data_or_another_mode_is_another_section(tmp_path):
         ({"n": 3}, "provenance is missing"),
         ({"fuser": "x", "results": {}, "provenance": {}}, "unit is missing"),
         (result(numbers(GOOD) | {"systems": {}}), "systems is empty"),
-        (result(numbers(GOOD) | {"systems": {"matched": {"ci95": [0, 1]}}}), "neither 'accuracy' nor 'mean'"),
+        (result(numbers(GOOD) | {"systems": {"matched": {"ci95": [0, 1]}}}), "no 'accuracy', 'f1' or 'mean'"),
         (result(numbers(GOOD) | {"systems": {"matched": {"accuracy": "66"}}}), "expected a number"),
         (result(numbers(GOOD) | {"systems": {"matched": {"accuracy": True}}}), "expected a number"),
         (result(numbers(GOOD) | {"n": 0}), "expected the number of items"),

@@ -69,7 +69,7 @@ def _limits(estimates: Sequence[Estimate], unit: Unit, zero: bool) -> tuple[floa
     numbers = [n for one in estimates for n in (one.value, one.low, one.high) if n is not None] + [0.0] * zero
     low, high = min(numbers), max(numbers)
     room = max((high - low) * 0.06, 0.5 if unit.sign > 0 else 0.01)
-    if unit.name == "percent" and not zero:
+    if unit.name.startswith("percent") and not zero:
         return max(-room / 4, low - room), min(100 + room / 4, high + room)  # an axis of percent ends where they do
     return low - room, high + room
 

@@ -130,9 +130,9 @@ def _numbers(data: Any, task: str, where: str) -> Numbers:
 
 def _score(system: Any, where: str) -> Estimate:
     values = _mapping(system, where)
-    key = "accuracy" if "accuracy" in values else "mean"
+    key = next((name for name in ("accuracy", "f1") if name in values), "mean")
     if key not in values:
-        raise _Broken(f"{where} has neither 'accuracy' nor 'mean'")
+        raise _Broken(f"{where} has no 'accuracy', 'f1' or 'mean'")
     return _estimate(values[key], values.get("ci95"), f"{where}.{key}")
 
 
@@ -150,7 +150,7 @@ def _gains(part: Mapping[str, Any], scores: Mapping[str, Estimate], prefix: str)
 
 def _costs(system: Mapping[str, Any]) -> dict[str, float]:
     """Every further number of a system: seconds, tokens, bytes, and what later versions measure."""
-    rest = {key: value for key, value in system.items() if key not in ("accuracy", "mean", "ci95", "timed")}
+    rest = {key: value for key, value in system.items() if key not in ("accuracy", "f1", "exact", "mean", "ci95", "timed")}
     return {key: float(value) for key, value in rest.items() if _is_number(value)}
 
 

@@ -11,7 +11,7 @@ class Unit:
     """What the scores are counted in.
 
     Attributes:
-        name: as in the result file, ``percent`` or ``nats per token``.
+        name: as in the result file, ``percent``, ``percent f1`` or ``nats per token``.
     """
 
     name: str
@@ -31,12 +31,12 @@ class Unit:
         """What a score is called."""
         if self.sign < 0:
             return f"loss, {self.name} (lower is better)"
-        return "accuracy, percent" if self.name == "percent" else self.name
+        return {"percent": "accuracy, percent", "percent f1": "F1, percent"}.get(self.name, self.name)
 
     @property
     def points(self) -> str:
         """What a difference is counted in."""
-        return "points" if self.name == "percent" else self.name
+        return "points" if self.name.startswith("percent") else self.name
 
 
 @dataclass(frozen=True)
