@@ -30,16 +30,16 @@ class FuserError(C2CError, ValueError):
 
 
 class MismatchError(FuserError):
-    """The fuser was trained for other models than those given. Lists every difference.
+    """The fuser or adapter was trained for other models than those given. Lists every difference.
 
     Attributes:
         differences: one line per difference, "what: fuser expects X, got Y".
     """
 
-    def __init__(self, differences: Sequence[str], advice: str) -> None:
+    def __init__(self, differences: Sequence[str], advice: str, what: str = "fuser") -> None:
         self.differences = list(differences)
         lines = "\n".join(f"  - {line}" for line in self.differences)
-        super().__init__(f"this fuser does not fit these models:\n{lines}\n{advice}")
+        super().__init__(f"this {what} does not fit these models:\n{lines}\n{advice}")
 
 
 class HandoffError(C2CError, ValueError):

@@ -96,8 +96,10 @@ def tokenizer_hash(tokenizer: Any) -> str | None:
     return _digest(json.dumps(rules, sort_keys=True).encode())
 
 
-def differences(role: str, expected: ModelIdentity, given: ModelIdentity) -> tuple[list[str], list[str]]:
-    """Compare two identities.
+def differences(
+    role: str, expected: ModelIdentity, given: ModelIdentity, what: str = "fuser"
+) -> tuple[list[str], list[str]]:
+    """Compare two identities; ``what`` was made for the expected one.
 
     Returns:
         Differences that make fusion impossible (cache shape, rotary embedding, architecture), and differences that
@@ -111,17 +113,20 @@ def differences(role: str, expected: ModelIdentity, given: ModelIdentity) -> tup
         want, got = getattr(expected, field.name), getattr(given, field.name)
         if want is None or got is None or want == got:
             continue
-        line = f"{role} {field.name}: the fuser was made for {want} ({expected.name}), got {got} ({given.name})"
+        line = f"{role} {field.name}: the {what} was made for {want} ({expected.name}), got {got} ({given.name})"
         (hard if field.name in _STRUCTURE else soft).append(line)
     return hard, soft
 
 
-def check(pairs: list[tuple[str, ModelIdentity | None, ModelIdentity]], allow_mismatch: bool) -> list[str]:
+def check(
+    pairs: list[tuple[str, ModelIdentity | None, ModelIdentity]], allow_mismatch: bool, what: str = "fuser"
+) -> list[str]:
     """Compare what a fuser expects with the models given, all of them, before complaining.
 
     Args:
         pairs: (role, expected or None if the fuser does not say, given).
         allow_mismatch: accept other weights, tokenizers or templates of the same structure.
+        what: what expects them, for the error.
 
     Returns:
         The differences that were accepted.
@@ -133,14 +138,16 @@ def check(pairs: list[tuple[str, ModelIdentity | None, ModelIdentity]], allow_mi
     soft: list[str] = []
     for role, expected, given in pairs:
         if expected is not None:
-            more_hard, more_soft = differences(role, expected, given)
+            more_hard, more_soft = differences(role, expected, given, what)
             hard += more_hard
             soft += more_soft
     if hard or (soft and not allow_mismatch):
-        advice = "Load the models that the fuser names (c2c inspect FUSER), or train a fuser for this pair."
+        advice = f"Load the models that the {what} names, or train one for these."
+        if what == "fuser":
+            advice = "Load the models that the fuser names (c2c inspect FUSER), or train a fuser for this pair."
         if not hard:
             advice += " If you know that the models are equivalent, pass allow_mismatch=True."
-        raise MismatchError(hard + soft, advice)
+        raise MismatchError(hard + soft, advice, what)
     return soft
 
 

@@ -1,4 +1,4 @@
-"""``c2c train`` and ``c2c prefill``: from a configuration to a trained fuser."""
+"""``c2c train`` and ``c2c prefill``: from a configuration to a trained fuser, or to its control."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ c2c train configs/multiple_choice.yaml
 c2c train config.yaml --data-dir ~/data --output-dir runs/a --seed 1
 
 c2c train config.yaml --max-steps 20 --json
+
+c2c train config.yaml --family adapter --output-dir runs/adapter     # the receiver alone, same rows and size
 
 A run that was stopped goes on from its last checkpoint; --no-resume starts afresh."""
 
@@ -48,12 +50,16 @@ def train(
     data_dir: DataDir = None,
     output_dir: Annotated[str | None, typer.Option(help="Overrides output_dir.")] = None,
     store_dir: StoreDir = None,
+    family: Annotated[
+        str | None, typer.Option(help="Overrides family; 'adapter' trains the receiver alone, as a control.")
+    ] = None,
+    adapter_learning_rate: Annotated[float | None, typer.Option(help="Overrides adapter_learning_rate.")] = None,
     seed: Annotated[int | None, typer.Option(help="Overrides seed.")] = None,
     max_steps: Annotated[int | None, typer.Option(help="Overrides max_steps.")] = None,
     resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint in output_dir.")] = True,
     json_: Json = False,
 ) -> None:
-    """Train a fuser between two frozen models."""
+    """Train a fuser between two frozen models, or the control of one."""
     from c2c.training import load_config
     from c2c.training import train as run_training
 
@@ -64,6 +70,8 @@ def train(
         data_dir=data_dir,
         output_dir=output_dir,
         store_dir=store_dir,
+        family=family,
+        adapter_learning_rate=adapter_learning_rate,
         seed=seed,
         max_steps=max_steps,
     )
@@ -74,6 +82,8 @@ def train(
         return
     if json_:
         print_json(summary)
+    elif "adapter" in summary:
+        _show_adapter(summary)
     else:
         _show(summary)
 
@@ -89,11 +99,14 @@ def prefill(
     """Fill the prefill store of a configuration ahead of training."""
     from c2c.errors import C2CError
     from c2c.training import load_config
+    from c2c.training.config import ADAPTER
     from c2c.training.prepared import fill, prepare
 
     loaded = load_config(config, receiver=receiver, sharer=sharer, data_dir=data_dir, store_dir=store_dir)
     if loaded.store_dir is None:
         raise C2CError("this config keeps its prefills in memory: set store_dir, or pass --store-dir FOLDER.")
+    if loaded.family == ADAPTER:
+        raise C2CError("an adapter changes the receiver's layers, so no prefill can be stored ahead: run c2c train.")
     prepared = prepare(loaded)
     with progress_bars() as report:
         fill(prepared, report)
@@ -107,6 +120,20 @@ def prefill(
         print_json(data)
     else:
         out.print(f"{data['prompts']} prompts in {loaded.store_dir}, {data['bytes'] / 1e9:.2f} GB")
+
+
+def _show_adapter(summary: dict[str, Any]) -> None:
+    dev, matched = summary["dev"], summary["matched"]
+    table = Table("", "dev accuracy")
+    for name in ("receiver", "adapter"):
+        table.add_row(name, f"{dev[name]:.1f} %")
+    table.add_row("adapter - receiver", f"{dev['G']:+.1f}")
+    out.print(table)
+    out.print(f"{summary['adapter']}, chosen at step {summary['step']} on {dev['n']} dev examples")
+    out.print(
+        f"rank {summary['rank']}: {summary['parameters']:,} parameters; "
+        f"the {matched['family']} fuser has {matched['parameters']:,}"
+    )
 
 
 def _show(summary: dict[str, Any]) -> None:
