@@ -195,8 +195,8 @@ def test_prompts_that_only_the_sharer_finds_too_long_are_dropped_here_too(folder
 
 def test_the_sharers_weights_are_not_in_memory(folders, tmp_path, monkeypatch):
     seen = []
-    original = adapters._examples
-    monkeypatch.setattr(adapters, "_examples", lambda c, model: seen.append(model) or original(c, model))
+    original = adapters.read_examples
+    monkeypatch.setattr(adapters, "read_examples", lambda c, pair, build: seen.append(pair) or original(c, pair, build))
     prepare_adapter(config(folders, tmp_path))
     assert isinstance(seen[0], Tokenizers)
     assert all(parameter.is_meta for parameter in seen[0].sharers[0].model.parameters())

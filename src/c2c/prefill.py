@@ -68,14 +68,15 @@ def continued_logits(model: PreTrainedModel, batch: TokenBatch, ids: Tensor, rea
 
 
 def logits_after(
-    model: PreTrainedModel, ids: Tensor, mask: Tensor, positions: Tensor, cache: Cache, keep: int = 0
+    model: PreTrainedModel, ids: Tensor, mask: Tensor | None, positions: Tensor, cache: Cache | None, keep: int = 0
 ) -> Tensor:
-    """Run new tokens on a cache, which grows.
+    """Run new tokens on a cache, which grows, or without one.
 
     Args:
         model: the model.
         ids: the new tokens, ``[batch, new]``.
-        mask: False on padding, over the cache and the new tokens, ``[batch, cached + new]``.
+        mask: False on padding, over the cache and the new tokens, ``[batch, cached + new]``; None where there is none,
+            which keeps the causal fast path of the attention kernels.
         positions: of the new tokens, ``[batch, new]``.
         cache: what was read before.
         keep: logits of so many last tokens; 0 for all.
@@ -85,10 +86,10 @@ def logits_after(
     """
     out = model(
         input_ids=ids,
-        attention_mask=mask.long(),
+        attention_mask=None if mask is None else mask.long(),
         position_ids=positions,
         past_key_values=cache,
-        use_cache=True,
+        use_cache=cache is not None,
         logits_to_keep=keep,
     )
     logits: Tensor = out.logits

@@ -25,6 +25,7 @@ from c2c.files import write_json
 from c2c.fusers import family
 from c2c.language_model import LanguageModel
 from c2c.layer_map import layer_map
+from c2c.prefill import logits_after
 from c2c.progress import OnProgress
 from c2c.receiver import Receiver
 from c2c.sharer import Sharer
@@ -35,9 +36,8 @@ from c2c.training.distributed import Processes
 from c2c.training.examples import Example, build_examples
 from c2c.training.memory import keep_freed_memory
 from c2c.training.objective import cross_entropy, right_pad
-from c2c.training.prepared import _PLACES
-from c2c.training.rows import load_rows, questions
-from c2c.training.selection import _right
+from c2c.training.prepared import PLACES, read_examples
+from c2c.training.selection import answered_right
 from c2c.training.trainer import FuserTrainer, Report, Selection, make_arguments
 
 log = logging.getLogger("c2c.training")
@@ -110,16 +110,14 @@ class AdapterTraining(nn.Module):
         prompt, read = batch.prompt, batch.responses[:, :-1]
         padded = prompt.padded or bool((read == -100).any())
         after = prompt.positions[:, -1:] + 1 + torch.arange(read.shape[1], device=read.device)
-        out = self.adapter.get_base_model()(
-            input_ids=torch.cat([prompt.ids, read.clamp_min(0)], dim=1),
-            # None keeps the causal fast path of the attention kernels
-            attention_mask=torch.cat([prompt.mask, read != -100], dim=1).long() if padded else None,
-            position_ids=torch.cat([prompt.positions, after], dim=1),
-            use_cache=False,
-            logits_to_keep=batch.responses.shape[1],
+        return logits_after(
+            self.adapter.get_base_model(),
+            torch.cat([prompt.ids, read.clamp_min(0)], dim=1),
+            torch.cat([prompt.mask, read != -100], dim=1) if padded else None,
+            torch.cat([prompt.positions, after], dim=1),
+            None,
+            keep=batch.responses.shape[1],
         )
-        logits: Tensor = out.logits
-        return logits
 
 
 @dataclass
@@ -165,7 +163,7 @@ class PreparedAdapter:
         """Save the adapter as the best so far, with all that is needed to train it again."""
         training = {
             **facts,
-            "config": {key: value for key, value in self.config.to_dict().items() if key not in _PLACES},
+            "config": {key: value for key, value in self.config.to_dict().items() if key not in PLACES},
             "examples": len(self.train),
             "dropped": dict(self.dropped),
         }
@@ -183,7 +181,7 @@ def prepare_adapter(config: TrainConfig) -> PreparedAdapter:
     """
     receiver = Receiver.from_pretrained(config.receiver, dtype=config.dtype, device_map=config.device_map)
     sharer = _without_weights(config.sharer)
-    train, dev, dropped = _examples(config, Tokenizers(receiver, [sharer], SpanAligner()))
+    train, dev, dropped = read_examples(config, Tokenizers(receiver, [sharer], SpanAligner()), build_examples)
     size = fuser_parameters(config, receiver, sharer)
     rank = nearest_rank(receiver.model, size) if config.adapter_rank is None else config.adapter_rank
     set_seed(config.seed)
@@ -192,18 +190,6 @@ def prepare_adapter(config: TrainConfig) -> PreparedAdapter:
     prepared = PreparedAdapter(config, receiver, training, train, dev, dropped, rank, matched)
     log.info("adapter of rank %d: %d parameters; the fuser has %d", rank, prepared.parameters, size)
     return prepared
-
-
-def _examples(config: TrainConfig, pair: Any) -> tuple[list[Example], list[Example], Counter[str]]:
-    """The examples of the fuser's run, to train and to choose on, and how many rows were left out, by reason."""
-    data = Path(config.data_dir)
-    rows, dropped = load_rows(config.train, data, config.data_seed, questions([data / name for name in config.exclude]))
-    dev_rows, _ = load_rows(config.dev, data, config.data_seed)
-    train, too_long = build_examples(pair, rows, config.max_prompt_tokens, config.max_response_tokens)
-    dev, _ = build_examples(pair, dev_rows, config.max_prompt_tokens, config.max_response_tokens)
-    if not train or not dev:
-        raise ConfigError(f"no examples are left: {len(train)} to train, {len(dev)} dev; {too_long}.")
-    return train, dev, dropped + too_long
 
 
 def fuser_parameters(config: TrainConfig, receiver: LanguageModel, sharer: LanguageModel) -> int:
@@ -276,7 +262,7 @@ def score(
         for part in pieces(examples, piece):
             batch: Any = training.collate(part)
             logits = training.logits(batch)
-            hits += sum(_right(logits, batch))
+            hits += sum(answered_right(logits, batch))
             loss += float(training.losses(logits, batch).sum())
     return 100 * hits / len(examples), loss / len(examples)
 

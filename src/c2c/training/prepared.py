@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from c2c.training.store import PrefillStore
 from c2c.training.warm_start import warm_start
 
 # where things lay on this machine, which is nobody else's business
-_PLACES = ("data_dir", "output_dir", "store_dir", "report_to")
+PLACES = ("data_dir", "output_dir", "store_dir", "report_to")
 
 
 @dataclass
@@ -50,7 +51,7 @@ class Prepared:
         fuser = self.training.fuser
         fuser.config.training = {
             **facts,
-            "config": {key: value for key, value in self.config.to_dict().items() if key not in _PLACES},
+            "config": {key: value for key, value in self.config.to_dict().items() if key not in PLACES},
             "examples": len(self.train),
             "dropped": dict(self.dropped),
         }
@@ -78,15 +79,8 @@ def prepare(config: TrainConfig, processes: Processes | None = None) -> Prepared
         dtype=config.dtype,
         device_map=config.device_map,
     )
-    data = Path(config.data_dir)
-    forbidden = questions([data / name for name in config.exclude])
-    rows, dropped = load_rows(config.train, data, config.data_seed, forbidden)
-    dev_rows, _ = load_rows(config.dev, data, config.data_seed)
-    build: Any = build_private_examples if model.private else build_examples
-    train_examples, too_long = build(model, rows, config.max_prompt_tokens, config.max_response_tokens)
-    dev_examples, _ = build(model, dev_rows, config.max_prompt_tokens, config.max_response_tokens)
-    if not train_examples or not dev_examples:
-        raise ConfigError(f"no examples are left: {len(train_examples)} to train, {len(dev_examples)} dev; {too_long}.")
+    build = build_private_examples if model.private else build_examples
+    train_examples, dev_examples, dropped = read_examples(config, model, build)
     fuser: Any = model.fusers[0].config
     folder = Path(config.store_dir) if config.store_dir else None
     common: dict[str, Any] = {
@@ -108,11 +102,34 @@ def prepare(config: TrainConfig, processes: Processes | None = None) -> Prepared
         training,
         train_examples,
         dev_examples,
-        dropped + too_long,
+        dropped,
         receiver_store,
         sharer_store,
         processes,
     )
+
+
+def read_examples(
+    config: TrainConfig, pair: Any, build: Callable[..., tuple[list[Any], Counter[str]]]
+) -> tuple[list[Any], list[Any], Counter[str]]:
+    """The examples to train and to choose on, and how many rows were left out, by reason.
+
+    Args:
+        config: the run.
+        pair: receiver, sharers and aligner, as in a :class:`~c2c.model.C2CModel`.
+        build: makes examples of rows.
+
+    Raises:
+        ConfigError: none is left.
+    """
+    data = Path(config.data_dir)
+    rows, dropped = load_rows(config.train, data, config.data_seed, questions([data / name for name in config.exclude]))
+    dev_rows, _ = load_rows(config.dev, data, config.data_seed)
+    train, too_long = build(pair, rows, config.max_prompt_tokens, config.max_response_tokens)
+    dev, _ = build(pair, dev_rows, config.max_prompt_tokens, config.max_response_tokens)
+    if not train or not dev:
+        raise ConfigError(f"no examples are left: {len(train)} to train, {len(dev)} dev; {too_long}.")
+    return train, dev, dropped + too_long
 
 
 def fill(prepared: Prepared, progress: OnProgress | None = None) -> None:

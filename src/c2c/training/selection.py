@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from c2c.training.objective import Objective, cross_entropy
-from c2c.training.step import Batch
 
 
 @dataclass(frozen=True)
@@ -78,10 +77,10 @@ class DevSet:
             batch = training.collate(part)
             matched = training.logits(batch, "matched")
             loss += float((cross_entropy(matched, batch.responses) * batch.weights).sum(-1)[:counted].sum())
-            right["matched"] += sum(_right(matched, batch)[:counted])
-            right["deranged"] += sum(_right(training.logits(batch, "deranged"), batch)[:counted])
+            right["matched"] += sum(answered_right(matched, batch)[:counted])
+            right["deranged"] += sum(answered_right(training.logits(batch, "deranged"), batch)[:counted])
             if self._receiver is None:
-                right["none"] += sum(_right(training.logits(batch, "none"), batch)[:counted])
+                right["none"] += sum(answered_right(training.logits(batch, "none"), batch)[:counted])
         training.train(was_training)
         n = len(self.examples)
         if self._receiver is None:
@@ -89,7 +88,8 @@ class DevSet:
         return DevScore(n, self._receiver, 100 * right["matched"] / n, 100 * right["deranged"] / n, loss / n)
 
 
-def _right(logits: Tensor, batch: Batch) -> list[float]:
+def answered_right(logits: Tensor, batch: Any) -> list[float]:
+    """For each example 1 if the best option is the right one; without options the share of tokens that are right."""
     scores = []
     for row, example in enumerate(batch.examples):
         if example.choice_ids:
