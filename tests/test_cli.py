@@ -8,9 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
+from c2c import C2CModel
 from c2c.cli import app
+from c2c.errors import PromptError
 from tiny import pair_folders
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -126,6 +129,31 @@ def test_run_side_by_side_says_that_the_fuser_is_untrained(tiny_pair_folders):
     for title in ("receiver alone", "sharer alone", "text-to-text", "cache-to-cache"):
         assert title in result.output
     assert "equals the receiver's" in " ".join(result.output.split())
+
+
+def test_run_with_context_for_the_sharer_alone(tiny_pair_folders, tmp_path):
+    receiver, sharer = tiny_pair_folders
+    model = C2CModel.from_models(receiver, sharer, fuser="memory", fuser_options={"rank": 4})
+    torch.nn.init.normal_(model.fusers[0].weight, std=0.3)
+    model.fusers[0].config.training = {"config": "random"}
+    model.save_pretrained(tmp_path / "fuser")
+    (tmp_path / "page.txt").write_text("The fox sleeps in a red house.")
+    arguments = ["run", "Where?", "--fuser", str(tmp_path / "fuser"), "--max-new-tokens", "3", "--json"]
+    result = runner.invoke(app, [*arguments, "--context", str(tmp_path / "page.txt"), "--message-tokens", "5"])
+    assert result.exit_code == 0, result.output
+    results = json.loads(result.stdout)["results"]
+    assert results["c2c"]["report"]["memory_slots"] > 5
+    assert results["receiver"]["prompt_tokens"] == results["c2c"]["prompt_tokens"]
+    assert results["text"]["message_tokens"] <= 5
+    drafted = runner.invoke(
+        app, [*arguments, "--context", str(tmp_path / "page.txt"), "--mode", "c2c", "--draft-tokens", "4"]
+    )
+    slots = json.loads(drafted.stdout)["results"]["c2c"]["report"]["memory_slots"]
+    assert slots > results["c2c"]["report"]["memory_slots"]
+    with pytest.raises(PromptError, match="can't be read"):
+        runner.invoke(app, [*arguments, "--context", str(tmp_path)], catch_exceptions=False)
+    with pytest.raises(PromptError, match="pass sharer_messages"):
+        runner.invoke(app, [*arguments, "--mode", "c2c"], catch_exceptions=False)
 
 
 def test_run_reads_stdin(tiny_pair_folders):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from c2c import C2CModel
+from c2c.baselines.summary import with_passage
 from c2c.evaluation import EvalConfig, evaluate
 from c2c.evaluation.config import EvaluationError
 from c2c.evaluation.costs import STAGES
@@ -76,17 +77,14 @@ def test_answers_are_those_of_the_public_path(fuser, data, tmp_path):
         matched = model.generate(row.messages, sharer_messages=passage, max_new_tokens=4, do_sample=False).text
         assert model.receiver.answer(row.messages, max_new_tokens=4, do_sample=False).text == texts[row.id, "receiver"]
         agree += matched == texts[row.id, "matched"]
-        drafted = model.sharers[0].read(
-            [row.messages[0], {"role": "user", "content": _with_passage(row)}], draft_tokens=3
+        asked = with_passage(
+            [row.messages[0], {"role": "user", "content": f"Question: {row.question}"}],
+            row.sharer_messages[-1]["content"],
         )
+        drafted = model.sharers[0].read(asked, draft_tokens=3)
         draft = model.generate(row.messages, sharer_messages=drafted, max_new_tokens=4, do_sample=False).text
         assert draft == texts[row.id, "draft"]
     assert agree >= len(rows) - 1  # the store keeps bfloat16
-
-
-def _with_passage(row):
-    passage = row.sharer_messages[-1]["content"]
-    return f"Answer the question briefly, from the passage.\n\nPassage: {passage}\n\nQuestion: {row.question}"
 
 
 def test_loss_of_the_reference(fuser, data):

@@ -26,6 +26,7 @@ RECEIVERS = ["llama", "qwen3", "gemma"]
 def private(receiver="llama", **options) -> C2CModel:
     """A pair with a memory fuser of random weights."""
     model = pair(receiver, fuser="memory", fuser_options={"rank": 8} | options)
+    model.fusers[0].config.training = {"config": "random"}
     generator = torch.Generator().manual_seed(4)
     for name, parameter in model.fusers[0].named_parameters():
         if name in ("weight", "up", "bias"):
@@ -41,6 +42,13 @@ def logits(model: C2CModel, messages, given):
 @pytest.mark.parametrize("receiver", RECEIVERS)
 def test_no_slots_are_the_receiver_alone_bit_for_bit(receiver):
     model = private(receiver, slots=0)
+    tokens = model.receiver.encode(QUESTION)
+    alone = model.receiver.next_logits(tokens, model.receiver.prefill(tokens, tokens.length - 1))
+    assert torch.equal(logits(model, QUESTION, DOCUMENT), alone)
+
+
+def test_an_untrained_fuser_is_the_receiver_alone_bit_for_bit():
+    model = pair(fuser="memory")
     tokens = model.receiver.encode(QUESTION)
     alone = model.receiver.next_logits(tokens, model.receiver.prefill(tokens, tokens.length - 1))
     assert torch.equal(logits(model, QUESTION, DOCUMENT), alone)
@@ -175,6 +183,7 @@ def test_several_sharers_each_with_a_document():
         )
     )
     torch.nn.init.normal_(second.weight, std=0.3)
+    second.config.training = {"config": "random"}
     model = C2CModel(receiver, [sharer, other], [one.fusers[0], second])
     both = model.prepare(QUESTION, sharer_messages=(DOCUMENT, LONGER))
     kept = [len(sharer.read(DOCUMENT).kept), len(other.read(LONGER).kept)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -247,11 +248,23 @@ class LanguageModel:
         self._check_cache(batch, cache)
         return next_logits(self.model, batch.to(self.device), cache)
 
-    def results(self, batch: TokenBatch, ids: Tensor, clock: FirstTokenClock, messages: Any, report: Any = None) -> Any:
-        """Wrap new ids, ``[batch * num_return_sequences, new]``, as results with text and times."""
+    def results(
+        self,
+        batch: TokenBatch,
+        ids: Tensor,
+        clock: FirstTokenClock,
+        messages: Any,
+        report: Any = None,
+        slots: Sequence[int] = (),
+    ) -> Any:
+        """Wrap new ids, ``[batch * num_return_sequences, new]``, as results with text and times.
+
+        ``slots`` says how many columns of each row are no tokens that the model has read.
+        """
         ended = time.perf_counter()
         per_row = ids.shape[0] // batch.rows
-        prompt_tokens = batch.mask.sum(-1).tolist()
+        given = slots or [0] * batch.rows
+        prompt_tokens = [read - extra for read, extra in zip(batch.mask.sum(-1).tolist(), given, strict=True)]
         results = [
             GenerationResult(
                 text=self._text(row),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -45,11 +45,13 @@ class FusedPrompt:
         tokens: the receiver's tokens, left-padded.
         cache: the fused cache; it does not cover the last token.
         report: what was fused.
+        slots: per row, how many columns of ``tokens`` are private context and no tokens; empty without any.
     """
 
     tokens: TokenBatch
     cache: Cache
     report: FusionReport
+    slots: tuple[int, ...] = ()
 
 
 @dataclass
@@ -277,7 +279,7 @@ class C2CModel(nn.Module):
         """Decode from a prepared prompt; its cache is used up."""
         began = time.perf_counter()
         ids = self.receiver.generate(fused.tokens, fused.cache, clock=clock, **kwargs)
-        results = self.receiver.results(fused.tokens, ids, clock, messages, fused.report)
+        results = self.receiver.results(fused.tokens, ids, clock, messages, fused.report, fused.slots)
         ended = time.perf_counter()
         if fused.report.stopwatch is not None:
             first = clock.first or ended
@@ -333,11 +335,12 @@ class C2CModel(nn.Module):
             for conversation, row in zip(batch, handed, strict=True)
         ]
         report = self._report([part.prompt for part in placed], stopwatch)
-        for part in placed:
-            report.prompt_tokens -= sum(memory.slots for memory in part.memories)
-            report.memory_slots += sum(memory.slots for memory in part.memories)
+        slots = tuple(sum(memory.slots for memory in part.memories) for part in placed)
+        report.prompt_tokens -= sum(slots)
+        report.memory_slots += sum(slots)
         report.sharer_bytes += sum(memory.read for memory in projected.values())
-        return self._join_parts([self._fuse_prompt(part.prompt, report, part) for part in placed], report)
+        fused = self._join_parts([self._fuse_prompt(part.prompt, report, part) for part in placed], report)
+        return replace(fused, slots=slots)
 
     def _own_prompt(self, conversation: Conversation, options: RenderOptions) -> Prompt:
         """One conversation as the receiver and those sharers read it that share it."""

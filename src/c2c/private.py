@@ -61,7 +61,7 @@ class Placed:
 
 
 def project(handoff: Handoff, sharer: Sharer, fuser: Fuser) -> Memory:
-    """A handoff through a memory fuser.
+    """A handoff through a memory fuser; an untrained one makes no entries, and so leaves the receiver as it is.
 
     Raises:
         MismatchError: the handoff is another model's than the fuser's sharer.
@@ -73,7 +73,9 @@ def project(handoff: Handoff, sharer: Sharer, fuser: Fuser) -> Memory:
     values = [handoff.layers[layer][1].unpack(sharer.dtype)[:, :, kept].to(device) for layer in layers]
     tables = sharer.rotary(handoff.tokens.positions[:, kept].to(device))
     rotary = None if tables is None else [tables[layer] for layer in layers]
-    entries = fuser(Entries(keys, values, rotary))
+    entries: list[KeyValue] = fuser(Entries(keys, values, rotary))
+    if not fuser.trained:  # zeros are no entries: each would take its share of the receiver's attention
+        entries = [(keys[:, :, :0], values[:, :, :0]) for keys, values in entries]
     used = dict.fromkeys(layers, 0)  # several receiver layers may read one sharer layer
     per_token = {layer: sum(part.nbytes for part in handoff.layers[layer]) // len(handoff.ids) for layer in used}
     return Memory(entries, sum(per_token.values()) * len(kept))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -31,7 +32,12 @@ c2c run --fuser ./my-fuser --max-new-tokens 64 "Name three uses of copper."
 
 c2c run --receiver smollm2-135m --sharer qwen2.5-coder-1.5b --mode c2c --json "2 + 2 ="
 
-cat prompt.txt | c2c run -"""
+c2c run --fuser ./my-memory-fuser --context report.txt "Who signed the report?"
+
+cat prompt.txt | c2c run -
+
+With --context, only the sharer reads that file; the receiver, and what is text-to-text, get no more than what is handed
+over."""
 
 
 class Mode(StrEnum):
@@ -71,6 +77,12 @@ def run(
     mode: Annotated[Mode, typer.Option(help="Which way to answer.")] = Mode.ALL,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="At most this many tokens per answer.")] = 64,
     message_tokens: Annotated[int, typer.Option(min=1, help="At most this many for the text-to-text message.")] = 64,
+    context: Annotated[
+        Path | None, typer.Option(help="Text that only the sharer reads; for a fuser of private context.")
+    ] = None,
+    draft_tokens: Annotated[
+        int, typer.Option(help="With --context: the sharer drafts so many tokens of an answer, handed over as well.")
+    ] = 0,
     system: Annotated[str | None, typer.Option(help="System message for both models.")] = None,
     answer_prefix: Annotated[str, typer.Option(help="Text that the answer continues, such as 'The answer is'.")] = "",
     sample: Annotated[bool, typer.Option("--sample", help="Sample instead of greedy decoding.")] = False,
@@ -86,7 +98,11 @@ def run(
     messages.append({"role": "user", "content": text})
     with err.status("loading models ..."):
         model = _load(fuser, receiver, sharer, allow_mismatch, dtype=dtype, device_map=device)
-    ways = _ways(model, messages, message_tokens, answer_prefix, max_new_tokens=max_new_tokens, do_sample=sample)
+    kwargs: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": sample, "answer_prefix": answer_prefix}
+    if context is not None:
+        ways = _private_ways(model, messages, _read(context), message_tokens, draft_tokens, **kwargs)
+    else:
+        ways = _ways(model, messages, message_tokens, **kwargs)
     chosen = list(ways) if mode is Mode.ALL else [mode]
     if not json_:
         out.print(_header(model))
@@ -116,8 +132,50 @@ def _load(fuser: str | None, receiver: str | None, sharer: str | None, allow_mis
     return C2CModel.from_models(receiver or DEFAULT_RECEIVER, sharer or DEFAULT_SHARER, **kwargs)
 
 
+def _read(path: Path) -> str:
+    from c2c.errors import PromptError
+
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PromptError(f"--context {path} can't be read as text: {error}") from error
+
+
+def _private_ways(
+    model: C2CModel,
+    messages: list[dict[str, str]],
+    passage: str,
+    message_tokens: int,
+    draft_tokens: int,
+    answer_prefix: str = "",
+    **kwargs: Any,
+) -> dict[Mode, Callable[[], Any]]:
+    """The same ways where only the sharer has the passage; its draft answers the question, so it reads that as well."""
+    from c2c.baselines.summary import summary_to_text, with_passage
+    from c2c.prompting import RenderOptions
+
+    kwargs["options"] = RenderOptions(answer_prefix=answer_prefix)
+    sharer = model.sharers[0]
+
+    def fused() -> Any:
+        if draft_tokens > 0:
+            given: Any = sharer.read(with_passage(messages, passage), draft_tokens=draft_tokens)
+        else:
+            given = passage
+        return model.generate(messages, sharer_messages=given, **kwargs)
+
+    return {
+        Mode.RECEIVER: lambda: model.receiver.answer(messages, **kwargs),
+        Mode.SHARER: lambda: sharer.answer(with_passage(messages, passage), **kwargs),
+        Mode.TEXT: lambda: summary_to_text(
+            model.receiver, sharer, messages, passage, message_tokens=message_tokens, **kwargs
+        ),
+        Mode.C2C: fused,
+    }
+
+
 def _ways(
-    model: C2CModel, messages: list[dict[str, str]], message_tokens: int, answer_prefix: str, **kwargs: Any
+    model: C2CModel, messages: list[dict[str, str]], message_tokens: int, answer_prefix: str = "", **kwargs: Any
 ) -> dict[Mode, Callable[[], Any]]:
     from c2c.baselines.text_to_text import text_to_text
     from c2c.prompting import RenderOptions

@@ -47,21 +47,10 @@ def cost_of(result: GenerationResult, prefill: str = "receiver_prefill") -> Cost
 def text_cost(result: TextToTextResult) -> Cost:
     """What text-to-text took; the answer's times include the message's."""
     answer, message = result.answer, result.message
-    return _two(message, answer, before=message.seconds_total)
-
-
-def summary_cost(message: GenerationResult, answer: GenerationResult) -> Cost:
-    """What two answers took, one after the other."""
-    cost = _two(message, answer, before=0.0)
-    return cost | {name: cost[name] + message.seconds_total for name in ("seconds", "first_token")}
-
-
-def _two(message: GenerationResult, answer: GenerationResult, before: float) -> Cost:
-    """A message and the answer to it, whose clock started ``before`` seconds before the receiver began."""
     stages = {
         "sharer_prefill": message.seconds_to_first_token,
         "sharer_decode": message.seconds_total - message.seconds_to_first_token,
-        "receiver_prefill": answer.seconds_to_first_token - before,
+        "receiver_prefill": answer.seconds_to_first_token - message.seconds_total,
         "decode": answer.seconds_total - answer.seconds_to_first_token,
     }
     sent = {"tokens": answer.new_tokens + message.new_tokens, "bytes": len(message.text.encode())}

@@ -8,8 +8,9 @@ from typing import Any, Literal
 
 import torch
 
+from c2c.baselines.summary import summary_request, summary_to_text, with_passage
 from c2c.evaluation.config import EvalConfig
-from c2c.evaluation.costs import Cost, arguments, cost_of, summary_cost
+from c2c.evaluation.costs import Cost, arguments, cost_of, text_cost
 from c2c.evaluation.pair import Pair
 from c2c.evaluation.systems import Answers, System, decode, decoding, read_answers
 from c2c.handoff import Handoff, Packed
@@ -117,12 +118,13 @@ class Summary(System):
     def answer(self, rows: Sequence[Row], config: EvalConfig) -> Answers:
         """The receiver's answers, with the sharer's summaries."""
         sharer, receiver = self.pair.sharer, self.pair.model.receiver
-        request = sharer.encode([self._request(row) for row in rows])
+        request = sharer.encode([summary_request(_passage(row), self.tokens) for row in rows])
         written = sharer.generate(
             request, sharer.prefill(request, request.length - 1), max_new_tokens=self.tokens, do_sample=False
         )
         summaries = decode(sharer, written)
-        tokens = receiver.encode([_with_passage(row, text) for row, text in zip(rows, summaries, strict=True)])
+        told = [with_passage(_bare(row), text) for row, text in zip(rows, summaries, strict=True)]
+        tokens = receiver.encode(told)
         ids = receiver.generate(tokens, receiver.prefill(tokens, tokens.length - 1), **decoding(config))
         answers = read_answers(decode(receiver, ids), rows)
         answers.message = summaries
@@ -130,13 +132,15 @@ class Summary(System):
 
     def cost(self, row: Row, config: EvalConfig) -> Cost:
         """Both models' prefills and decoding."""
-        summary = self.pair.sharer.answer(self._request(row), max_new_tokens=self.tokens, do_sample=False)
-        answer = self.pair.model.receiver.answer(_with_passage(row, summary.text), **arguments(row, config))
-        return summary_cost(summary, answer)
-
-    def _request(self, row: Row) -> Conversation:
-        words = self.tokens * 2 // 3  # fewer words than tokens, so that the summary comes to its end
-        return _with_request(row, f"Summarise the following text in at most {words} words, with all names and numbers.")
+        result = summary_to_text(
+            self.pair.model.receiver,
+            self.pair.sharer,
+            _bare(row),
+            _passage(row),
+            message_tokens=self.tokens,
+            **arguments(row, config),
+        )
+        return text_cost(result)
 
 
 def make_private_system(name: str, pair: Pair, config: EvalConfig) -> System:
@@ -164,18 +168,14 @@ def _passage(row: Row) -> str:
     return row.sharer_messages[-1]["content"]
 
 
-def _with_passage(row: Row, passage: str) -> Conversation:
-    """The question with a passage before it, in one prompt."""
-    text = f"Answer the question briefly, from the passage.\n\nPassage: {passage}\n\nQuestion: {row.question}"
-    return [*row.messages[:-1], {"role": "user", "content": text}]
+def _bare(row: Row) -> Conversation:
+    """The question alone, for a prompt that holds the passage."""
+    return [*row.messages[:-1], {"role": "user", "content": f"Question: {row.question}"}]
 
 
 def _asked(row: Row) -> Conversation:
-    return _with_passage(row, _passage(row))
-
-
-def _with_request(row: Row, request: str) -> Conversation:
-    return [*row.messages[:-1], {"role": "user", "content": f"{request}\n\n{_passage(row)}"}]
+    """The question with the passage before it, in one prompt."""
+    return with_passage(_bare(row), _passage(row))
 
 
 def _zeros(handoff: Handoff) -> Handoff:

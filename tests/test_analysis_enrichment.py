@@ -1,0 +1,267 @@
+"""The cache-enrichment oracle, and scaling over result files."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from c2c import kv
+from c2c.analysis import AnalysisError, EnrichmentSettings, measure_enrichment, measure_scaling
+from c2c.analysis.enrichment import read_prompts, without_exemplars
+from c2c.analysis.scaling import count_parameters
+from c2c.cli.app import app
+from c2c.errors import CacheError
+from c2c.language_model import LanguageModel
+from c2c.training.rows import letter_form
+from tiny import build, pair_folders, tokenizer
+
+WORDS = ["fox", "dog", "sun", "sea"]
+
+
+def write(path, numbers):
+    rows = [
+        {"id": str(i), "question": f"Which is number {i}?", "choices": WORDS[: 2 + i % 3], "answer": i % 2}
+        for i in numbers
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    return write(folder / "test.jsonl", range(6)), write(folder / "train.jsonl", range(4, 12))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return pair_folders(tmp_path_factory.mktemp)[0]
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen3", "gemma"])
+def model(request):
+    return LanguageModel(build(request.param, 1), tokenizer("chatml"))
+
+
+@pytest.fixture(scope="module")
+def shots():
+    return [letter_form("Is the sky blue?", ["yes", "no"], 0), letter_form("Is the sea dry?", ["yes", "no"], 1)]
+
+
+ROW = letter_form("Which one barks?", WORDS, 1)
+
+
+def enriched(model, prompts):
+    full = model.prefill(prompts.few_shot, prompts.few_shot.length - 1)
+    return full, without_exemplars(model, full, prompts.head, prompts.exemplars)
+
+
+def test_prompts_share_head_and_question(model, shots):
+    prompts = read_prompts(model, ROW, shots)
+    direct, long = prompts.direct.ids[0].tolist(), prompts.few_shot.ids[0].tolist()
+    assert long[: prompts.head] + long[prompts.head + prompts.exemplars :] == direct
+    assert (
+        long[prompts.head + prompts.exemplars - 1] != direct[prompts.head - 1]
+    )  # no token of the question is left out
+    dropped = model.tokenizer.decode(long[prompts.head : prompts.head + prompts.exemplars])
+    assert "Is the sky blue?" in dropped
+    assert "The answer is B" in dropped
+    assert "Which one barks?" not in dropped
+
+
+def test_without_exemplars_the_oracle_is_direct(model):
+    prompts = read_prompts(model, ROW, [])
+    assert prompts.exemplars == 0
+    _, short = enriched(model, prompts)
+    own = model.prefill(prompts.direct, prompts.direct.length - 1)
+    for one, other in zip(kv.layers(short), kv.layers(own), strict=True):
+        assert torch.equal(one[0], other[0])
+        assert torch.equal(one[1], other[1])
+
+
+def test_the_enriched_cache_has_the_questions_length_and_positions(model, shots):
+    """In the first layer entries depend on token and position only: there they are those of the direct prompt."""
+    prompts = read_prompts(model, ROW, shots)
+    full, short = enriched(model, prompts)
+    own = model.prefill(prompts.direct, prompts.direct.length - 1)
+    assert kv.length(short) == kv.length(own) < kv.length(full)
+    for side in (0, 1):
+        assert torch.allclose(kv.layer(short, 0)[side], kv.layer(own, 0)[side], atol=1e-4)
+    unmoved = kv.layer(full, 0)[0][:, :, prompts.head + prompts.exemplars :]
+    assert not torch.allclose(unmoved, kv.layer(own, 0)[0][:, :, prompts.head :], atol=1e-2)
+
+
+def test_enriched_entries_have_read_the_exemplars(model, shots):
+    prompts = read_prompts(model, ROW, shots)
+    full, short = enriched(model, prompts)
+    own = model.prefill(prompts.direct, prompts.direct.length - 1)
+    head = prompts.head
+    for layer in range(1, model.geometry.layers):
+        mine, alone = kv.layer(short, layer)[1], kv.layer(own, layer)[1]
+        assert torch.allclose(mine[:, :, :head], alone[:, :, :head], atol=1e-4)
+        assert not torch.allclose(mine[:, :, head:], alone[:, :, head:], atol=1e-3)
+        assert torch.equal(mine[:, :, head:], kv.layer(full, layer)[1][:, :, head + prompts.exemplars :])
+
+
+def test_a_gap_outside_the_cache_is_refused(model):
+    prompts = read_prompts(model, ROW, [])
+    cache = model.prefill(prompts.direct, 5)
+    with pytest.raises(CacheError, match="columns 3 to 7 of a cache of 5"):
+        without_exemplars(model, cache, 3, 4)
+
+
+def test_a_template_that_changes_the_question_is_refused(model, shots):
+    other = copy.copy(model)
+    other.tokenizer = tokenizer("chatml")
+    # the last message ends differently where others precede it
+    other.tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}{{ 'turn %d' % (messages | length) }}"
+    )
+    bare = letter_form("Which one barks?", WORDS, 1)
+    with pytest.raises(AnalysisError, match="sets the question differently"):
+        read_prompts(other, type(bare)(**(vars(bare) | {"answer_prefix": ""})), shots)
+
+
+def test_zero_exemplars_give_three_equal_systems(folder, files):
+    result = measure_enrichment(EnrichmentSettings(folder, *files, shots=0))
+    systems = result["systems"]
+    assert systems["direct"] == systems["few_shot"] == systems["oracle"]
+    assert result["oracle_gain"]["points"] == 0
+    assert result["tokens"]["direct"] == result["tokens"]["few_shot"]
+
+
+def test_enrichment_command(folder, files, tmp_path):
+    items, exemplars = files
+    arguments = ["analyze", "enrichment", "--model", folder, "--data", items, "--shots-data", exemplars, "--shots", "2"]
+    run = CliRunner().invoke(app, [*arguments, "--output-dir", str(tmp_path), "--json"])
+    assert run.exit_code == 0, run.output
+    result = json.loads((tmp_path / "enrichment.json").read_text())
+    assert result["n"] == 6
+    assert set(result["systems"]) == {"direct", "few_shot", "oracle"}
+    assert result["tokens"]["few_shot"] > 1.5 * result["tokens"]["direct"]
+    direct, oracle = (result["systems"][name]["accuracy"] for name in ("direct", "oracle"))
+    assert result["oracle_gain"]["points"] == pytest.approx(oracle - direct, abs=2e-3)
+    assert len(result["provenance"]["data"]) == 2
+    assert (tmp_path / "enrichment.svg").read_text().startswith("<svg")
+    shown = CliRunner().invoke(app, arguments)
+    assert "few-shot" in shown.output
+
+
+def test_exemplars_are_never_items(folder, files):
+    items, _ = files
+    with pytest.raises(AnalysisError, match="has 0 questions that are not in"):
+        measure_enrichment(EnrichmentSettings(folder, items, items, shots=1))
+
+
+def test_items_that_do_not_fit_are_dropped_and_counted(folder, files, tmp_path):
+    items, exemplars = files
+    long = tmp_path / "long.jsonl"
+    row = {"id": "x", "question": "word " * 600, "choices": WORDS, "answer": 0}
+    long.write_text(Path(items).read_text() + json.dumps(row) + "\n")
+    result = measure_enrichment(EnrichmentSettings(folder, str(long), exemplars, shots=1))
+    assert result["n"] == 6
+    assert result["dropped"] == {"prompt too long": 1}
+
+
+# -- scaling ---------------------------------------------------------------------------------------------------------
+
+
+def result(sharer="toy-0.5b", matched=50.0, receiver="r1", **changes):
+    def score(value):
+        return {"accuracy": value, "ci95": [value - 5, value + 5]}
+
+    return {
+        "n": 100,
+        "systems": {"receiver": score(25.0), "sharer": score(60.0), "matched": score(matched)},
+        "G": matched - 25,
+        "G_ci95": [1.0, 40.0],
+        "provenance": {
+            "fuser": "f" * 64,
+            "receiver": {"name": "receiver-135m", "weights": receiver},
+            "sharer": {"name": sharer, "weights": sharer},
+            "data": {"a.jsonl": "hash"},
+            "config": {"mode": "logits", "seed": 0, "data": [{"form": "letter"}]},
+        },
+    } | changes
+
+
+def store(folder, name, data):
+    (folder / name).mkdir()
+    (folder / name / "result.json").write_text(json.dumps(data))
+    return str(folder / name)
+
+
+def test_scaling_orders_sharers_by_size(tmp_path):
+    results = [
+        store(tmp_path, "large", result("toy-1.5b", 70.0)),
+        store(tmp_path, "small", result("toy-360M", 40.0)),
+    ]
+    found = measure_scaling(results, output_dir=str(tmp_path / "out"))
+    assert [(row["sharer"], row["parameters"]) for row in found["rows"]] == [
+        ("toy-360M", 360_000_000),
+        ("toy-1.5b", 1_500_000_000),
+    ]
+    assert [row["systems"]["matched"]["accuracy"] for row in found["rows"]] == [40, 70]
+    assert found["rows"][0]["G"] == 15
+    assert "1.5B" in (tmp_path / "out" / "scaling.svg").read_text()
+    assert json.loads((tmp_path / "out" / "scaling.json").read_text())["rows"] == found["rows"]
+
+
+def test_scaling_command_reads_folders(tmp_path):
+    store(tmp_path, "a", result("toy-0.5b"))
+    store(tmp_path, "b", result("nameless"))
+    arguments = ["analyze", "scaling", str(tmp_path)]
+    unknown = CliRunner().invoke(app, arguments)
+    assert isinstance(unknown.exception, AnalysisError)
+    assert "--parameters nameless=COUNT" in str(unknown.exception)
+    run = CliRunner().invoke(app, [*arguments, "--parameters", "nameless=2e9", "--json"])
+    assert run.exit_code == 0, run.output
+    rows = json.loads(run.stdout.strip().splitlines()[-1])["rows"]
+    assert [(row["parameters"], row["counted"]) for row in rows] == [(500_000_000, "name"), (2_000_000_000, "given")]
+    assert CliRunner().invoke(app, [*arguments, "--parameters", "nameless"]).exit_code == 2
+    shown = CliRunner().invoke(app, [*arguments, "--parameters", "nameless=2e9"])
+    assert "nameless" in shown.output
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"receiver": "other"}, "differ in receiver"),
+        ({"n": 50}, "differ in n"),
+    ],
+)
+def test_results_that_can_not_be_compared_are_refused(tmp_path, change, words):
+    store(tmp_path, "a", result("toy-0.5b"))
+    store(tmp_path, "b", result("toy-1b", **change))
+    with pytest.raises(AnalysisError, match=words):
+        measure_scaling([str(tmp_path)])
+
+
+def test_what_is_no_result_is_refused(tmp_path):
+    with pytest.raises(AnalysisError, match="does not exist"):
+        measure_scaling([str(tmp_path / "nowhere")])
+    with pytest.raises(AnalysisError, match=r"holds no result\.json"):
+        measure_scaling([str(tmp_path)])
+    store(tmp_path, "a", {"n": 3})
+    with pytest.raises(AnalysisError, match="is not a result of c2c eval"):
+        measure_scaling([str(tmp_path)])
+    one = result()
+    del one["systems"]["sharer"]
+    (tmp_path / "a" / "result.json").write_text(json.dumps(one))
+    with pytest.raises(AnalysisError, match="has no accuracy of sharer"):
+        measure_scaling([str(tmp_path)])
+    (tmp_path / "a" / "result.json").write_text(json.dumps(result()))
+    with pytest.raises(AnalysisError, match="at least two"):
+        measure_scaling([str(tmp_path)])
+
+
+def test_parameters_are_counted_from_a_models_config(folder):
+    expected = sum(parameter.numel() for parameter in LanguageModel.from_pretrained(folder).model.parameters())
+    assert count_parameters({"name": folder}, {}) == (expected, "config")
+    assert count_parameters({"name": folder, "parameters": 7}, {}) == (7, "identity")
+    assert count_parameters({"name": folder, "parameters": 7}, {folder: 9.0}) == (9, "given")
