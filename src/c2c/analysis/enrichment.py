@@ -26,10 +26,11 @@ from c2c.analysis.inputs import check_items
 from c2c.analysis.provenance import provenance
 from c2c.analysis.record import check_output, publish
 from c2c.analysis.scores import accuracies, difference
-from c2c.analysis.settings import AnalysisError, OnProgress, check_limit, source
+from c2c.analysis.settings import AnalysisError, check_limit, source
 from c2c.errors import CacheError
 from c2c.language_model import LanguageModel
 from c2c.messages import Conversation
+from c2c.progress import OnProgress
 from c2c.prompting import RenderOptions
 from c2c.reporting.canvas import Plot
 from c2c.rope import Rotary

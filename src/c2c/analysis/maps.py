@@ -20,8 +20,9 @@ from c2c.analysis.drawing import done, legend, panels
 from c2c.analysis.entries import Side, layer_entries
 from c2c.analysis.inputs import Subject
 from c2c.analysis.record import check_output, publish
-from c2c.analysis.settings import AnalysisError, OnProgress, Settings
+from c2c.analysis.settings import AnalysisError, Settings
 from c2c.fusers import Fuser
+from c2c.progress import OnProgress
 from c2c.reporting.canvas import PAINT, Plot
 
 Method = Literal["pca", "tsne"]

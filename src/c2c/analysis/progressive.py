@@ -19,7 +19,8 @@ from c2c.analysis.drawing import band, done, legend, level, panels
 from c2c.analysis.inputs import Subject
 from c2c.analysis.record import check_output, publish
 from c2c.analysis.scores import Right, accuracies, difference, right_answers
-from c2c.analysis.settings import OnProgress, Settings
+from c2c.analysis.settings import Settings
+from c2c.progress import OnProgress
 from c2c.reporting.canvas import Plot
 from c2c.training.step import Batch, FuserTraining
 

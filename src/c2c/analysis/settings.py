@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from c2c.errors import C2CError
 from c2c.training.config import DataSource
-
-OnProgress = Callable[[str, int, int], None]
 
 
 class AnalysisError(C2CError, ValueError):

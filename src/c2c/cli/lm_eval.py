@@ -181,8 +181,8 @@ def _without_samples(result: dict[str, Any]) -> dict[str, Any]:
 
 def _provenance(model: C2CModel, fuser: str, settings: dict[str, Any]) -> dict[str, Any]:
     """All that is needed to repeat a run."""
-    from c2c.evaluation.provenance import command, versions
     from c2c.fusers.base import resolve
+    from c2c.provenance import command, versions
 
     folder = resolve(fuser)
     return {

@@ -5,19 +5,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import platform
-import shlex
-import sys
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from c2c.evaluation.config import EvalConfig
 from c2c.evaluation.pair import Pair
 from c2c.files import file_hash
-from c2c.fusers.base import resolve
+from c2c.provenance import command, fuser_hash, short_path, training_facts, versions
 from c2c.training.config import DataSource
-from c2c.version import __version__
 
 # Places on a machine, and what may be added later: they don't make it another evaluation.
 _NOT_COMPARED = (
@@ -38,7 +33,7 @@ _NOT_COMPARED = (
 def provenance(config: EvalConfig, pair: Pair) -> dict[str, Any]:
     """Facts about an evaluation, and under ``key`` a hash of those that decide its answers."""
     facts = {
-        "fuser": file_hash(resolve(config.fuser) / "model.safetensors"),
+        "fuser": fuser_hash(config.fuser),
         "receiver": pair.model.receiver.identity.to_dict(),
         "sharer": pair.sharer.identity.to_dict(),
         "data": {short(s): _hash(s, config) for s in (*config.data, *config.dev)},
@@ -48,7 +43,7 @@ def provenance(config: EvalConfig, pair: Pair) -> dict[str, Any]:
     return facts | {
         "systems": list(config.systems),
         "fusers": {name: fuser_hash(folder) for name, folder in config.fusers.items()},
-        "training": _training(pair.model.fusers[0]),
+        "training": training_facts(pair.model.fusers[0]),
         "key": hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest(),
         "command": command(),
         "versions": versions(),
@@ -58,29 +53,8 @@ def provenance(config: EvalConfig, pair: Pair) -> dict[str, Any]:
 def short(source: DataSource) -> str:
     """A file by its folder and name: what tells tasks apart in a table, and not where they lie on this machine."""
     if source.path is not None:
-        return "/".join(Path(source.name).parts[-2:])
+        return short_path(source.name)
     return f"{source.name}/{source.subset}" if source.subset not in (None, "*") else source.name
-
-
-def command() -> str:
-    """The command line of this process."""
-    return shlex.join(["c2c", *sys.argv[1:]])
-
-
-def versions(*more: str) -> dict[str, str]:
-    """Versions of this library, of what it stands on, and of further packages."""
-    found = {"c2c": __version__, "python": platform.python_version()}
-    for name in ("torch", "transformers", *more):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
-
-
-def fuser_hash(folder: str) -> str:
-    """Hash of a fuser's weights."""
-    return file_hash(resolve(folder) / "model.safetensors")
 
 
 def _hash(source: DataSource, config: EvalConfig) -> str | None:
@@ -89,15 +63,3 @@ def _hash(source: DataSource, config: EvalConfig) -> str | None:
 
 def _portable(source: DataSource) -> dict[str, Any]:
     return dataclasses.asdict(source) | {"path": short(source)}
-
-
-def _training(fuser: Any) -> dict[str, Any]:
-    """What tells one trained fuser from another, without its lists of data."""
-    record = fuser.config.training or {}
-    config = record.get("config")
-    settings = config if isinstance(config, dict) else {}
-    return {
-        "family": fuser.family,
-        "step": record.get("step"),
-        "config": {key: value for key, value in settings.items() if key not in ("train", "dev", "exclude")},
-    }

@@ -13,10 +13,11 @@ from c2c.evaluation.derived import abstain, route
 from c2c.evaluation.journal import TIMED, Journal, Record
 from c2c.evaluation.numbers import mean_costs, speed, summarise
 from c2c.evaluation.pair import Pair
-from c2c.evaluation.provenance import fuser_hash, provenance, short
+from c2c.evaluation.provenance import provenance, short
 from c2c.evaluation.systems import System, make_system
 from c2c.files import file_hash, write_json
 from c2c.progress import OnProgress
+from c2c.provenance import fuser_hash
 from c2c.training.config import DataSource
 from c2c.training.rows import Row, load_rows
 

@@ -150,7 +150,9 @@ def _gains(part: Mapping[str, Any], scores: Mapping[str, Estimate], prefix: str)
 
 def _costs(system: Mapping[str, Any]) -> dict[str, float]:
     """Every further number of a system: seconds, tokens, bytes, and what later versions measure."""
-    rest = {key: value for key, value in system.items() if key not in ("accuracy", "f1", "exact", "mean", "ci95", "timed")}
+    rest = {
+        key: value for key, value in system.items() if key not in ("accuracy", "f1", "exact", "mean", "ci95", "timed")
+    }
     return {key: float(value) for key, value in rest.items() if _is_number(value)}
 
 
