@@ -85,3 +85,27 @@ def test_memory_that_a_step_frees_serves_the_next():
         faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     pages = 50 * 4 * 1024**2 // resource.getpagesize()
     assert faults[-1] < pages / 100
+
+
+def test_handoff_reads_a_document_once_for_all_questions(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+    import handoff
+    from tiny import pair
+
+    model = pair(fuser="memory", fuser_options={"rank": 4})
+    torch.nn.init.normal_(model.fusers[0].weight, std=0.3)
+    model.fusers[0].config.training = {"config": "random"}
+    text = "The fox sleeps in a red house by the sea. " * 2
+    read = []
+    original = type(model.sharers[0]).read
+    monkeypatch.setattr(type(model.sharers[0]), "read", lambda *a, **k: read.append(1) or original(*a, **k))
+    ways = handoff._ways(model, text, 3, 2)
+    ways["handoff, read once"]()
+    assert len(read) == 1
+    ways["handoff, read for each"]()
+    assert len(read) == 4
+    result = handoff.measure(model, text, 2, 2, 1)
+    assert result["over_handoff"]["handoff, read once"] == 1
+    sizes = [result["handoff"][precision]["bytes_per_token"] for precision in handoff.PRECISIONS]
+    assert sizes[0] == 2 * sizes[1] > sizes[2]
+    assert handoff.table(result).row_count == 4 + 1 + len(handoff.PRECISIONS)

@@ -127,6 +127,7 @@ def test_a_run_learns_and_what_it_keeps_answers(folders, data, tmp_path):
     dev = summary["dev"]
     assert dev["matched"] > dev["deranged"]
     assert dev["matched"] > 60
+    assert "0" in json.loads((tmp_path / "run" / "dev.json").read_text())  # the ridge map was scored first
     fuser = load_fuser(summary["fuser"])
     assert isinstance(fuser, MemoryFuser)
     model = C2CModel.from_pretrained(summary["fuser"])

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from c2c.files import write_json
-from c2c.fusers import LinearFuser
+from c2c.fusers import LinearFuser, MemoryFuser
 from c2c.progress import OnProgress
 from c2c.training.adapter import train_adapter
 from c2c.training.checkpoints import last_complete
@@ -47,6 +47,8 @@ def train(config: TrainConfig, *, resume: bool = True, progress: OnProgress | No
     selection = Selection(prepared, config.eval_steps or prepared.steps_per_epoch, output)
     trainer = make_trainer(prepared, arguments, selection, progress)
     last = last_complete(output) if resume else None
+    if last is None and processes.first and isinstance(prepared.training.fuser, MemoryFuser):
+        selection.score(0)  # the ridge map that training must beat, and is kept if it does not
     outcome = trainer.train(resume_from_checkpoint=last)
     processes.wait()
     if not processes.first:
