@@ -78,7 +78,7 @@ def test_answers_are_those_of_the_public_path(fuser, data, tmp_path):
         assert model.receiver.answer(row.messages, max_new_tokens=4, do_sample=False).text == texts[row.id, "receiver"]
         agree += matched == texts[row.id, "matched"]
         asked = with_passage(
-            [row.messages[0], {"role": "user", "content": f"Question: {row.question}"}],
+            [{"role": "user", "content": f"Question: {row.question}"}],
             row.sharer_messages[-1]["content"],
         )
         drafted = model.sharers[0].read(asked, draft_tokens=3)

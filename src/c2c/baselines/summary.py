@@ -17,7 +17,7 @@ def summary_request(passage: str, tokens: int) -> Conversation:
 
 def with_passage(messages: Conversation, passage: str) -> Conversation:
     """A conversation whose last message asks about a passage, with the passage before it."""
-    content = f"Answer the question from the passage.\n\nPassage: {passage}\n\n{messages[-1]['content']}"
+    content = f"Answer the question briefly, from the passage.\n\nPassage: {passage}\n\n{messages[-1]['content']}"
     return [*messages[:-1], {"role": "user", "content": content}]
 
 

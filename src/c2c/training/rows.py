@@ -159,12 +159,11 @@ def context_question(data: dict[str, Any], source: DataSource) -> Row:
 
 
 def private_question(data: dict[str, Any], source: DataSource) -> Row:
-    """The same keys, but only the sharer reads the context; the receiver knows the question alone."""
-    context, asked = _text(data, "context"), _text(data, "question")
-    text = f"Answer the question briefly, from the passage that was handed over.\n\nQuestion: {asked}"
-    answers = _references(data)
-    passage = _turn(context)
-    return Row("", _turn(text), "", answers[0], sharer_messages=passage, question=asked, references=answers)
+    """The same keys, but only the sharer reads the context; the receiver is asked the bare question."""
+    context, asked, answers = _text(data, "context"), _text(data, "question"), _references(data)
+    passage = [{"role": "user", "content": context}]
+    turn = [{"role": "user", "content": asked}]
+    return Row("", turn, "", answers[0], sharer_messages=passage, question=asked, references=answers)
 
 
 def question(data: dict[str, Any], source: DataSource) -> Row:
