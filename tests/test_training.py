@@ -276,6 +276,53 @@ def test_config_errors_name_the_problem(tmp_path, text, message):
         load_config(path)
 
 
+def test_soft_targets_are_the_sharers_centred_answers(folders, tmp_path):
+    run = config(folders, tmp_path, soft_targets=0.5, soft_temperature=1.0, store_dir=str(tmp_path / "store"))
+    prepared = prepare(run)
+    model = prepared.training.model
+    rows = [example.row for example in prepared.train]
+    sharer = model.sharers[0]
+    raw = []
+    for row in rows:
+        tokens = sharer.encode(row.messages, RenderOptions(answer_prefix=row.answer_prefix))
+        ids = [sharer.tokenizer.encode(choice, add_special_tokens=False)[0] for choice in row.choices]
+        raw.append(sharer.next_logits(tokens, sharer.prefill(tokens, tokens.length - 1))[0, ids].log_softmax(-1))
+    table = torch.stack(raw)
+    expected = ((table - table.mean(0)) / (table - table.mean(0)).std()).softmax(-1)
+    fill(prepared)
+    assert sharer.released
+    found = torch.tensor([example.beliefs for example in prepared.train])
+    torch.testing.assert_close(found, expected, rtol=0.05, atol=0.02)  # the store keeps bfloat16
+    assert not any(example.beliefs for example in prepared.dev)
+    again = prepare(run)
+    fill(again)  # read back, since the weights are not asked again
+    assert [example.beliefs for example in again.train] == [example.beliefs for example in prepared.train]
+
+
+def test_soft_targets_mix_with_the_right_answer(folders, tmp_path):
+    prepared = prepare(config(folders, tmp_path, soft_targets=0.25))
+    fill(prepared)
+    training, examples = prepared.training, prepared.train[:3]
+    open_fuser(training.model)
+    batch = training.collate(examples)
+    mixed = training.losses(batch, "matched")
+    training.soft_targets = 0.0
+    hard = training.losses(batch, "matched")
+    logits = training.logits(batch, "matched")
+    for row, example in enumerate(examples):
+        scores = logits[row, example.decisive].log_softmax(-1)[example.choice_ids]
+        right, soft = -scores[example.row.answer], -(torch.tensor(example.beliefs) * scores).sum()
+        torch.testing.assert_close(mixed[row], hard[row] + 0.25 * (soft - right))
+
+
+def test_impossible_soft_targets_are_refused(tmp_path):
+    text = "receiver: a\nsharer: b\noutput_dir: c\ntrain: [{path: x}]\ndev: [{path: x}]\n"
+    for more, message in (("soft_targets: 2", "a share"), ("soft_targets: 0.5\nfill: training", "fill: ahead")):
+        (tmp_path / "a.yaml").write_text(text + more)
+        with pytest.raises(ConfigError, match=message):
+            load_config(tmp_path / "a.yaml")
+
+
 def test_shipped_configs_load():
     configs = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
     assert configs

@@ -56,6 +56,7 @@ def train(
     adapter_learning_rate: Annotated[float | None, typer.Option(help="Overrides adapter_learning_rate.")] = None,
     seed: Annotated[int | None, typer.Option(help="Overrides seed.")] = None,
     max_steps: Annotated[int | None, typer.Option(help="Overrides max_steps.")] = None,
+    soft_targets: Annotated[float | None, typer.Option(help="Overrides soft_targets.")] = None,
     resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint in output_dir.")] = True,
     json_: Json = False,
 ) -> None:
@@ -74,6 +75,7 @@ def train(
         adapter_learning_rate=adapter_learning_rate,
         seed=seed,
         max_steps=max_steps,
+        soft_targets=soft_targets,
     )
     log_to_stderr("c2c.training")
     with progress_bars() as report:

@@ -114,6 +114,9 @@ class TrainConfig:
         max_grad_norm: clipping.
         guard_weight: weight of the guard: with another example's sharer cache the loss must not be lower than the
             receiver's alone. 0 turns it off.
+        soft_targets: share of the sharer's own belief in the target of the token that names a choice, 0 to 1; for a
+            weak sharer, whose answers are often wrong.
+        soft_temperature: below 1 these beliefs are sharper.
         reconstruction_steps: in the first so many steps the receiver learns to repeat the last message in place of
             the response.
         calibration: examples for the channel statistics of the bottleneck fuser.
@@ -159,6 +162,8 @@ class TrainConfig:
     schedule: str = "cosine"
     max_grad_norm: float = 1.0
     guard_weight: float = 0.0
+    soft_targets: float = 0.0
+    soft_temperature: float = 0.5
     reconstruction_steps: int = 0
     calibration: int = 64
     eval_steps: int | None = None
@@ -200,6 +205,13 @@ def load_config(path: str | Path, **overrides: Any) -> TrainConfig:
     config: TrainConfig = build(TrainConfig, data, str(path))
     if config.fill not in ("ahead", "training"):
         raise ConfigError(f"{path}: fill is {config.fill!r}; expected 'ahead' or 'training'.")
+    if not 0 <= config.soft_targets <= 1 or config.soft_temperature <= 0:
+        raise ConfigError(
+            f"{path}: soft_targets is {config.soft_targets} (a share, 0 to 1) and soft_temperature "
+            f"{config.soft_temperature} (above 0)."
+        )
+    if config.soft_targets > 0 and config.fill != "ahead":
+        raise ConfigError(f"{path}: soft_targets needs fill: ahead, since the sharer is asked before the first step.")
     if not config.train or not config.dev:
         raise ConfigError(f"{path}: give at least one entry under 'train' and one under 'dev'.")
     return config

@@ -30,6 +30,7 @@ class Example:
         choice_ids: for multiple choice, the token that names each choice.
         passage_ids: the receiver's tokens of the last message, cut to the longest response allowed; what is learned
             while reconstructing.
+        beliefs: how probable the sharer finds each choice, where that is a target as well.
     """
 
     row: Row
@@ -41,6 +42,7 @@ class Example:
     decisive: int
     choice_ids: list[int]
     passage_ids: list[int]
+    beliefs: tuple[float, ...] | None = None
 
     @property
     def receiver_prefix(self) -> list[int]:
@@ -50,7 +52,9 @@ class Example:
     def reconstructing(self) -> Example:
         """The same prompt, with its last message as the response."""
         length = len(self.passage_ids)
-        return replace(self, response_ids=self.passage_ids, weights=[1 / length] * length, decisive=0, choice_ids=[])
+        return replace(
+            self, response_ids=self.passage_ids, weights=[1 / length] * length, decisive=0, choice_ids=[], beliefs=None
+        )
 
 
 def build_examples(

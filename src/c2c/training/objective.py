@@ -27,6 +27,7 @@ class Objective(nn.Module, ABC):
 
     Attributes:
         reconstructing: learn to repeat what was read in place of the response.
+        soft_targets: share of the sharer's own belief in the target of the token that names a choice.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class Objective(nn.Module, ABC):
         self._frozen = (model, receiver_store, sharer_store)
         self.guard_weight = guard_weight
         self.reconstructing = False
+        self.soft_targets = 0.0
         self.accepts_loss_kwargs = False
 
     @property
@@ -77,8 +79,12 @@ class Objective(nn.Module, ABC):
         return {"loss": loss}
 
     def losses(self, batch: Any, message: Message) -> Tensor:
-        """Loss of each example's response, its tokens weighted by ``weights``; ``[batch]``."""
-        weighted: Tensor = self.token_losses(batch, message) * batch.weights
+        """Loss of each example's response, its tokens weighted by ``weights``, with soft targets; ``[batch]``."""
+        logits = self.logits(batch, message)
+        losses = cross_entropy(logits, batch.responses)
+        if self.soft_targets > 0:
+            losses = _softened(losses, logits, batch.examples, self.soft_targets)
+        weighted: Tensor = losses * batch.weights
         return weighted.sum(-1)
 
     def token_losses(self, batch: Any, message: Message) -> Tensor:
@@ -92,6 +98,17 @@ def cross_entropy(logits: Tensor, responses: Tensor) -> Tensor:
         logits.flatten(0, 1).float(), responses.flatten(), ignore_index=-100, reduction="none"
     )
     return loss.view(responses.shape)
+
+
+def _softened(losses: Tensor, logits: Tensor, examples: Sequence[Any], share: float) -> Tensor:
+    """Losses in which a share of the target of each decisive token is the sharer's belief about the options."""
+    losses = losses.clone()
+    for row, example in enumerate(examples):
+        if getattr(example, "beliefs", None) is not None:
+            scores = logits[row, example.decisive].float().log_softmax(-1)[example.choice_ids]
+            soft = -(torch.tensor(example.beliefs, device=scores.device) * scores).sum()
+            losses[row, example.decisive] = (1 - share) * losses[row, example.decisive] + share * soft
+    return losses
 
 
 def right_pad(rows: Sequence[Sequence[float]], filler: float) -> Tensor:

@@ -14,6 +14,7 @@ from transformers import set_seed
 from c2c.fusers import BottleneckFuser, MemoryFuser
 from c2c.model import C2CModel
 from c2c.progress import OnProgress
+from c2c.training.beliefs import with_beliefs
 from c2c.training.config import ConfigError, TrainConfig
 from c2c.training.distributed import Processes, shard
 from c2c.training.examples import build_examples
@@ -97,6 +98,7 @@ def prepare(config: TrainConfig, processes: Processes | None = None) -> Prepared
         shard(model.sharers[0])
     kind = PrivateTraining if model.private else FuserTraining
     training = kind(model, receiver_store, sharer_store, config.guard_weight)
+    training.soft_targets = config.soft_targets
     return Prepared(
         config,
         training,
@@ -139,6 +141,7 @@ def fill(prepared: Prepared, progress: OnProgress | None = None) -> None:
     """
     processes = prepared.processes
     if processes.count > 1 and prepared.config.store_dir is None:
+        _ask_sharer(prepared, progress)
         return
     examples = [*prepared.train, *prepared.dev]
     jobs = {
@@ -155,9 +158,17 @@ def fill(prepared: Prepared, progress: OnProgress | None = None) -> None:
             if progress is not None and processes.first:
                 progress(stage, done, len(part))
     processes.wait()
+    _ask_sharer(prepared, progress)
     sharded = prepared.config.shard_sharer and processes.count > 1
     if not sharded and all(example.sharer_ids in prepared.sharer_store for example in examples):
         prepared.training.model.sharers[0].release()  # from now on only the receiver runs
+
+
+def _ask_sharer(prepared: Prepared, progress: OnProgress | None) -> None:
+    """Soft targets, while the sharer still has its weights."""
+    config = prepared.config
+    if config.soft_targets > 0 and not prepared.training.model.private:
+        prepared.train = with_beliefs(prepared.train, prepared.training, config.soft_temperature, progress)
 
 
 @torch.no_grad()
