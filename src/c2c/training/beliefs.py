@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import Cache
 
 from c2c import kv
 from c2c.files import write_text
@@ -100,7 +101,9 @@ class _Notes:
         whole = self.store.kept == list(range(self.sharer.geometry.layers))
         if whole and ids in self.store:
             [entry] = self.store.get([ids])
-            cache = stack([entry.first(len(ids) - 1)], len(self.store.kept), self.sharer.dtype, self.sharer.device)
+            cache: Cache = stack(
+                [entry.first(len(ids) - 1)], len(self.store.kept), self.sharer.dtype, self.sharer.device
+            )
         else:
             cache = self.sharer.prefill(tokens, len(ids) - 1, kv.empty_cache())
         logits = self.sharer.next_logits(tokens, cache)[0, options]
