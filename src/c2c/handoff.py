@@ -138,6 +138,10 @@ class Handoff:
         ]
         return replace(self, layers=packed, precision=precision)
 
+    def projected(self, fuser: Any) -> list[KeyValue] | None:
+        """Entries that the sharer's side has made with ``fuser`` already; None where they are made of the layers."""
+        return None
+
     def shared_prefix(self, ids: Sequence[int]) -> int:
         """How many of the first tokens of ``ids`` this handoff has read already."""
         count = 0

@@ -29,8 +29,9 @@ from c2c.private import Memory, Placed, first_user_column, handoffs_of, lay_down
 from c2c.prompting import RenderOptions
 from c2c.published import import_published, published_names, read_names
 from c2c.receiver import Receiver
+from c2c.remote.errors import SharerLost
 from c2c.report import FusionReport, Stopwatch
-from c2c.sharer import Sharer
+from c2c.sharer import Sharer, Wanted
 from c2c.streaming import TextStream
 from c2c.tokens import TokenBatch
 
@@ -135,7 +136,7 @@ class C2CModel(nn.Module):
 
         Args:
             receiver: alias, hub id, folder, GGUF file, loaded model, or :class:`Receiver`.
-            sharer: the same, or a list for several sharers.
+            sharer: the same, the URL of ``c2c share`` or a :class:`~c2c.remote.RemoteSharer`; a list for several.
             fuser: fuser family.
             layer_map: ``depth``, ``terminal``, or one sharer layer (or None) per receiver layer.
             aligner: by default :class:`SpanAligner`.
@@ -172,7 +173,8 @@ class C2CModel(nn.Module):
         Args:
             source: folder or hub id of a fuser, of a model saved by :meth:`save_pretrained`, or a list of fusers.
             receiver: in place of the recorded receiver: alias, id, folder, GGUF file or loaded model.
-            sharer: in place of the recorded sharer; a list for several.
+            sharer: in place of the recorded sharer: the same, the URL of ``c2c share`` or a
+                :class:`~c2c.remote.RemoteSharer`; a list for several.
             mode: how several sharers are combined.
             aligner: in place of the recorded one.
             allow_mismatch: accept other weights, tokenizers or templates of the same structure.
@@ -309,23 +311,32 @@ class C2CModel(nn.Module):
                 f"sharer_messages were given, but {families} fuses a prompt that both models read. Use a 'memory' "
                 "fuser for private context."
             )
-        if self.private:
-            return self._prepare_private(batch, sharer_messages, options)
-        prompts = self.aligner.align(self.receiver.tokenizer, [s.tokenizer for s in self.sharers], batch, options)
-        return self.fuse_prompts(prompts)
+        try:
+            if self.private:
+                return self._prepare_private(batch, sharer_messages, options)
+            prompts = self.aligner.align(self.receiver.tokenizer, [s.tokenizer for s in self.sharers], batch, options)
+            return self.fuse_prompts(prompts)
+        except SharerLost as lost:
+            return self._alone(self.receiver.encode(batch, options), lost)
 
     def _prepare_private(self, batch: list[Conversation], given: Any, options: RenderOptions) -> FusedPrompt:
         """Each conversation by itself, since what is handed over to them differs in length; then one batch."""
         stopwatch = Stopwatch(self.receiver.device)
         with stopwatch.stage("sharer_prefill"):
-            handed = handoffs_of(given, [self.sharers[i] for i in self.private], len(batch), options)
+            readers = [self.sharers[i].for_fuser(self._fusers[i]) for i in self.private]
+            handed = handoffs_of(given, readers, len(batch), options)
         projected: dict[tuple[int, int], Memory] = {}  # a handoff that many rows share is projected once
         with stopwatch.stage("fuse"):
             for row in handed:
                 for index, handoff in zip(self.private, row, strict=True):
                     if (index, id(handoff)) not in projected:
                         fuser = self._fusers[index]
-                        projected[index, id(handoff)] = project(handoff, self.sharers[index], fuser)
+                        made = handoff.projected(fuser)
+                        projected[index, id(handoff)] = (
+                            project(handoff, self.sharers[index], fuser)
+                            if made is None
+                            else Memory(made, handoff.nbytes)
+                        )
         placed = [
             place(
                 self._own_prompt(conversation, options),
@@ -480,8 +491,22 @@ class C2CModel(nn.Module):
         sharer = self.sharers[index]
         sharer.check_tokens(prompt.sharers[index])
         tokens = prompt.sharers[index].to(sharer.device)
-        stop = 1 + max(int(alignment.sharer.max()) for alignment in needed)
-        return Source(sharer, tokens, sharer.prefill(tokens, stop), self._fusers[index])
+        rows, columns = torch.cat([part.rows for part in needed]), torch.cat([part.sharer for part in needed])
+        wanted = Wanted(self._fusers[index].config.source_layers, rows, columns)
+        return Source(sharer, tokens, sharer.share(tokens, wanted), self._fusers[index])
+
+    def _alone(self, tokens: TokenBatch, lost: SharerLost) -> FusedPrompt:
+        """The receiver's own prompt and cache, where a sharer was lost whose policy is that it answers alone."""
+        self.receiver.check_prompt(tokens)
+        watch, why = Stopwatch(self.receiver.device), "a sharer was lost"
+        tokens = tokens.to(self.receiver.device)
+        with watch.stage("receiver_prefill"):
+            cache = self.receiver.prefill(tokens, tokens.length - 1)
+        report = FusionReport(stopwatch=watch, notes=[*self.notes, f"receiver only: {lost}"], trained=self.trained)
+        report.prompt_tokens = int(tokens.mask.sum())
+        report.skipped_tokens = {why: report.prompt_tokens}
+        report.skipped_layers = dict.fromkeys(range(self.receiver.geometry.layers), why)
+        return FusedPrompt(tokens, cache, report)
 
     def _fuse_ids(
         self,
@@ -526,7 +551,10 @@ class C2CModel(nn.Module):
                 "receiver's alone. Leave at least the last token out of the mask.",
                 stacklevel=3,
             )
-        fused = self.fuse_prompts(prompts)
+        try:
+            fused = self.fuse_prompts(prompts)
+        except SharerLost as lost:
+            return self._alone(tokens, lost)
         if len(prompts) > 1:  # rows were grouped by their sections: back to the caller's order
             order = torch.tensor([row for rows in groups.values() for row in rows]).argsort()
             fused = FusedPrompt(fused.tokens.select(order.tolist()), kv.select_rows(fused.cache, order), fused.report)
@@ -624,8 +652,16 @@ def _load_models(receiver: Any, sharer: Any, load_kwargs: dict[str, Any]) -> tup
         )
     ours = receiver if isinstance(receiver, Receiver) else Receiver.from_pretrained(receiver, **load_kwargs)
     several = list(sharer) if isinstance(sharer, list | tuple) else [sharer]
-    theirs = [s if isinstance(s, Sharer) else Sharer.from_pretrained(s, **load_kwargs) for s in several]
-    return ours, theirs
+    return ours, [s if isinstance(s, Sharer) else _load_sharer(s, load_kwargs) for s in several]
+
+
+def _load_sharer(source: Any, load_kwargs: dict[str, Any]) -> Sharer:
+    """A sharer here, or at a URL on another machine."""
+    if isinstance(source, str) and source.startswith(("http://", "https://")):
+        from c2c.remote import RemoteSharer  # brings an HTTP client along
+
+        return RemoteSharer(source)
+    return Sharer.from_pretrained(source, **load_kwargs)
 
 
 def _fuser_folders(source: str | Path | Sequence[str | Path]) -> tuple[list[str | Path], dict[str, Any]]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
+from torch import Tensor
 from transformers import Cache
 
 from c2c import kv
@@ -15,7 +17,27 @@ from c2c.identity import differences
 from c2c.language_model import LanguageModel
 from c2c.messages import Conversation, conversations
 from c2c.prompting import RenderOptions, encode, render, require_tokenizer, text_tokens
-from c2c.tokens import left_pad
+from c2c.tokens import TokenBatch, left_pad
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which entries of a sharer's cache fusion reads: in these layers, column ``columns[i]`` of row ``rows[i]``.
+
+    Attributes:
+        layers: sharer layers; one that several receiver layers read may stand there several times.
+        rows: ``[pairs]``, int64, on the host.
+        columns: ``[pairs]``, int64.
+    """
+
+    layers: Sequence[int]
+    rows: Tensor
+    columns: Tensor
+
+    @property
+    def stop(self) -> int:
+        """How many columns must be read to have them all."""
+        return 1 + int(self.columns.max())
 
 
 @dataclass(frozen=True)
@@ -27,9 +49,17 @@ class Reading:
 
 
 class Sharer(LanguageModel):
-    """A frozen model whose cache is shared. For a shared prompt ``prefill`` is all that fusion asks of it."""
+    """A frozen model whose cache is shared. Fusion asks ``share`` of it, and ``for_fuser`` and ``read``."""
 
     role = "sharer"
+
+    def share(self, batch: TokenBatch, wanted: Wanted) -> Cache:
+        """The cache of ``batch``, filled at least where ``wanted`` says; other entries must not be read."""
+        return self.prefill(batch, wanted.stop)
+
+    def for_fuser(self, fuser: Any) -> Self:
+        """Who reads for this fuser: the sharer itself. One on another machine sends what the fuser needs, no more."""
+        return self
 
     @torch.no_grad()
     def read(
@@ -69,12 +99,16 @@ class Sharer(LanguageModel):
         if draft_tokens <= 0:
             cache = self.prefill(tokens, cache=cache)
             return Handoff.from_cache(self.identity, torch.tensor(plan.ids), torch.tensor(plan.kept), kv.layers(cache))
-        cache = self.prefill(tokens, tokens.length - 1, cache)
-        drafted = self.generate(tokens, cache, max_new_tokens=draft_tokens, do_sample=False)[0].tolist()
-        ids = [*plan.ids, *drafted]
-        cache = self.prefill(left_pad([ids], 0), cache=cache)  # the last drafted token is not in the cache yet
+        ids, cache = self.draft(tokens, cache, draft_tokens)
         kept = [*plan.kept, *range(len(plan.ids), len(ids))]
         return Handoff.from_cache(self.identity, torch.tensor(ids), torch.tensor(kept), kv.layers(cache))
+
+    def draft(self, tokens: TokenBatch, cache: Cache, count: int) -> tuple[list[int], Cache]:
+        """Write at most ``count`` tokens after a prompt of one row, greedily: all ids, and the cache of them all."""
+        cache = self.prefill(tokens, tokens.length - 1, cache)
+        drafted = self.generate(tokens, cache, max_new_tokens=count, do_sample=False)[0].tolist()
+        ids = [*tokens.ids[0].tolist(), *drafted]
+        return ids, self.prefill(left_pad([ids], 0), cache=cache)  # the last drafted token is not in the cache yet
 
 
 def reading(tokenizer: Any, conversation: Conversation, options: RenderOptions) -> Reading:
