@@ -45,11 +45,11 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/c2c report results --markdown docs/results.md --plots docs/results --check
+	$(BIN)/c2c report results --markdown docs/results.md --plots docs/results --readme README.md --check
 
-# docs/results.md and its plots, from the result files
+# docs/results.md, its plots and the README's table, from the result files
 results: $(STAMP)
-	$(BIN)/c2c report results --markdown docs/results.md --plots docs/results
+	$(BIN)/c2c report results --markdown docs/results.md --plots docs/results --readme README.md
 
 format: $(STAMP)
 	$(BIN)/ruff format .
