@@ -18,17 +18,16 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from c2c import kv
 from c2c.files import write_text
 from c2c.progress import OnProgress
 from c2c.prompting import RenderOptions
-from c2c.tokens import left_pad
+from c2c.tokens import TokenBatch, left_pad
 from c2c.training.config import ConfigError
 from c2c.training.examples import Example, choice_tokens
 from c2c.training.objective import Objective
 from c2c.training.store import stack
 
-_SAVE_EVERY = 100  # prompts
+_BATCH = 16  # prompts at a time
 
 
 def with_beliefs(
@@ -44,12 +43,8 @@ def with_beliefs(
     """
     asked = [index for index, example in enumerate(examples) if example.choice_ids]
     notes = _Notes(training)
-    scores: dict[int, Tensor] = {}
-    for done, index in enumerate(asked, 1):
-        scores[index] = notes.scores(examples[index])
-        if progress is not None:
-            progress("sharer's answers", done, len(asked))
-    notes.save()
+    found = notes.scores([examples[index] for index in asked], progress)
+    scores = dict(zip(asked, found, strict=True))
     beliefs: dict[int, tuple[float, ...]] = {}
     for options in {len(score) for score in scores.values()}:
         group = [index for index in asked if len(scores[index]) == options]
@@ -69,42 +64,52 @@ class _Notes:
         self.path = None if self.store.folder is None else Path(self.store.folder) / "answers.json"
         read = self.path is not None and self.path.exists()
         self._known: dict[str, list[float]] = json.loads(self.path.read_text()) if read and self.path else {}
-        self._new = 0
 
-    def scores(self, example: Example) -> Tensor:
-        """Log-probability of each option among the options, by the sharer alone, ``[options]``."""
+    def scores(self, examples: Sequence[Example], progress: OnProgress | None = None) -> list[Tensor]:
+        """Log-probability of each option among the options, by the sharer alone, ``[options]`` per example."""
+        prompts = [self._prompt(example) for example in examples]
+        names = [self._name(ids, example) for ids, example in zip(prompts, examples, strict=True)]
+        missing = [index for index, name in enumerate(names) if name not in self._known]
+        missing.sort(key=lambda index: len(prompts[index]))  # little padding
+        for start in range(0, len(missing), _BATCH):
+            part = missing[start : start + _BATCH]
+            made = self._compute([prompts[i] for i in part], [examples[i].row.choices for i in part])
+            self._known |= {names[index]: scores for index, scores in zip(part, made, strict=True)}
+            self._save()
+            if progress is not None:
+                progress("sharer's answers", start + len(part), len(missing))
+        return [torch.tensor(self._known[name]) for name in names]
+
+    def _prompt(self, example: Example) -> list[int]:
         row = example.row
-        tokens = self.sharer.encode([row.messages], RenderOptions(answer_prefix=row.answer_prefix + row.lead))
-        ids = tokens.ids[0].tolist()
-        name = hashlib.sha256(json.dumps([self.store.key(ids), row.choices]).encode()).hexdigest()
-        if name not in self._known:
-            self._known[name] = self._compute(ids, row.choices)
-            self._new += 1
-            if self._new % _SAVE_EVERY == 0:
-                self.save()
-        return torch.tensor(self._known[name])
+        options = RenderOptions(answer_prefix=row.answer_prefix + row.lead)
+        ids: list[int] = self.sharer.encode([row.messages], options).ids[0].tolist()
+        return ids
 
-    def save(self) -> None:
-        """Write what is known."""
-        if self.path is not None and self._new:
+    def _name(self, ids: list[int], example: Example) -> str:
+        return hashlib.sha256(json.dumps([self.store.key(ids), example.row.choices]).encode()).hexdigest()
+
+    def _save(self) -> None:
+        if self.path is not None:
             write_text(self.path, json.dumps(self._known))
 
     @torch.no_grad()
-    def _compute(self, ids: list[int], choices: Sequence[str]) -> list[float]:
-        at, options = choice_tokens(self.sharer.tokenizer, "", choices)
-        if at > 0:
+    def _compute(self, prompts: list[list[int]], choices: Sequence[Sequence[str]]) -> list[list[float]]:
+        spelled = [choice_tokens(self.sharer.tokenizer, "", options) for options in choices]
+        if any(at > 0 for at, _ in spelled):
             raise ConfigError(
-                f"soft_targets: the sharer {self.sharer.name} spells the options {list(choices)} with a common first "
+                f"soft_targets: the sharer {self.sharer.name} spells the options {list(choices[0])} with a common first "
                 "token, so that its next token does not tell what it believes."
             )
-        tokens = left_pad([ids], 0)
-        whole = self.store.kept == list(range(self.sharer.geometry.layers))
-        if whole and ids in self.store:
-            [entry] = self.store.get([ids])
-            cache: Cache = stack(
-                [entry.first(len(ids) - 1)], len(self.store.kept), self.sharer.dtype, self.sharer.device
-            )
-        else:
-            cache = self.sharer.prefill(tokens, len(ids) - 1, kv.empty_cache())
-        logits = self.sharer.next_logits(tokens, cache)[0, options]
-        return [round(float(value), 5) for value in logits.float().log_softmax(-1)]
+        tokens = left_pad(prompts, 0)
+        logits = self.sharer.next_logits(tokens, self._cache(prompts, tokens))
+        rows = [scores[options].float().log_softmax(-1) for scores, (_, options) in zip(logits, spelled, strict=True)]
+        return [[round(float(value), 5) for value in row] for row in rows]
+
+    def _cache(self, prompts: list[list[int]], tokens: TokenBatch) -> Cache:
+        """All but the last token of each prompt, from the store where it has all of them with all layers."""
+        layers = self.sharer.geometry.layers
+        if self.store.kept == list(range(layers)) and all(ids in self.store for ids in prompts):
+            entries = [entry.first(len(ids) - 1) for ids, entry in zip(prompts, self.store.get(prompts), strict=True)]
+            return stack(entries, layers, self.sharer.dtype, self.sharer.device)
+        return self.sharer.prefill(tokens, tokens.length - 1)
