@@ -98,8 +98,8 @@ class _Notes:
         spelled = [choice_tokens(self.sharer.tokenizer, "", options) for options in choices]
         if any(at > 0 for at, _ in spelled):
             raise ConfigError(
-                f"soft_targets: the sharer {self.sharer.name} spells the options {list(choices[0])} with a common first "
-                "token, so that its next token does not tell what it believes."
+                f"soft_targets: the sharer {self.sharer.name} spells the options {list(choices[0])} with a common "
+                "first token, so that its next token does not tell what it believes."
             )
         tokens = left_pad(prompts, 0)
         logits = self.sharer.next_logits(tokens, self._cache(prompts, tokens))
@@ -110,6 +110,7 @@ class _Notes:
         """All but the last token of each prompt, from the store where it has all of them with all layers."""
         layers = self.sharer.geometry.layers
         if self.store.kept == list(range(layers)) and all(ids in self.store for ids in prompts):
-            entries = [entry.first(len(ids) - 1) for ids, entry in zip(prompts, self.store.get(prompts), strict=True)]
+            kept = self.store.get(prompts)
+            entries = [entry.first(len(ids) - 1) for ids, entry in zip(prompts, kept, strict=True)]
             return stack(entries, layers, self.sharer.dtype, self.sharer.device)
         return self.sharer.prefill(tokens, tokens.length - 1)
