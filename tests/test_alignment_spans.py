@@ -267,3 +267,23 @@ def test_base_models_without_a_template_get_a_plain_one():
     rendered = render(base, say("Hello", "Hi", "Bye"), RenderOptions())
     assert rendered.text == "User: Hello\n\nAssistant: Hi\n\nUser: Bye\n\nAssistant:"
     assert [rendered.text[start:end] for (start, end), _ in rendered.spans] == ["Hello", "Hi", "Bye"]
+
+
+def test_a_cue_is_read_by_the_sharer_alone():
+    """The closing template takes the sharer's position at the end of the cue; a prompt's own answer prefix wins."""
+    receiver, sharer = TOKENIZERS["chatml"], TOKENIZERS["llama3"]
+    cued = SpanAligner(cue="The answer is")
+    plain, with_cue = (
+        aligner.align(receiver, [sharer], [say("Hello")], RenderOptions())[0] for aligner in (SpanAligner(), cued)
+    )
+    assert with_cue.receiver.ids.tolist() == plain.receiver.ids.tolist()
+    expected = read("llama3", say("Hello"), RenderOptions(answer_prefix="The answer is")).ids
+    assert with_cue.sharers[0].ids[0].tolist() == expected
+    assert int(with_cue.chunks[0].alignments[0].sharer[-1]) == len(expected) - 1
+    assert with_cue.chunks[0].alignments[0].sharer[0] == plain.chunks[0].alignments[0].sharer[0]
+    own = RenderOptions(answer_prefix="Answer:")
+    assert cued.align(receiver, [sharer], [say("Hello")], own)[0].sharers[0].ids.tolist() == (
+        SpanAligner().align(receiver, [sharer], [say("Hello")], own)[0].sharers[0].ids.tolist()
+    )
+    assert SpanAligner(**{k: v for k, v in cued.to_dict().items() if k != "name"}) == cued
+    assert "cue" not in SpanAligner().to_dict()

@@ -299,6 +299,16 @@ def test_soft_targets_are_the_sharers_centred_answers(folders, tmp_path):
     assert [example.beliefs for example in again.train] == [example.beliefs for example in prepared.train]
 
 
+def test_a_cue_goes_with_the_fuser(folders, tmp_path):
+    run = config(folders, tmp_path, train=[DataSource("train.jsonl", form="published")], sharer_cue="The answer is")
+    prepared = prepare(run)
+    plain = prepare(config(folders, tmp_path, train=[DataSource("train.jsonl", form="published")]))
+    assert len(prepared.train[0].sharer_ids) > len(plain.train[0].sharer_ids)
+    assert prepared.train[0].receiver_ids == plain.train[0].receiver_ids
+    prepared.keep(tmp_path, {})
+    assert C2CModel.from_pretrained(tmp_path / "best").aligner.cue == "The answer is"
+
+
 def test_soft_targets_mix_with_the_right_answer(folders, tmp_path):
     prepared = prepare(config(folders, tmp_path, soft_targets=0.25))
     fill(prepared)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from c2c.alignment.plan import Alignment, Chunk, Prompt
@@ -27,20 +27,25 @@ class SpanAligner:
 
     Attributes:
         fuse_template: fuse the template positions after a message as well.
+        cue: text that the sharer alone reads after the opening of its turn, where the prompt gives no answer prefix of
+            its own ("The answer is"): at its end the sharer is about to name an answer, and the receiver's closing
+            template takes that position.
     """
 
     fuse_template: bool = True
+    cue: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Name and options, for the fuser's config."""
-        return {"name": "spans", "fuse_template": self.fuse_template}
+        return {"name": "spans", "fuse_template": self.fuse_template} | ({"cue": self.cue} if self.cue else {})
 
     def align(
         self, receiver: Any, sharers: Sequence[Any], batch: Sequence[Conversation], options: RenderOptions
     ) -> list[Prompt]:
         """One prompt for the whole batch, left-padded. See :class:`~c2c.alignment.plan.Aligner`."""
         ours = _encode_all(receiver, batch, options, "receiver")
-        theirs = [_encode_all(tokenizer, batch, options, "sharer") for tokenizer in sharers]
+        cued = replace(options, answer_prefix=self.cue) if self._uses_cue(options) else options
+        theirs = [_encode_all(tokenizer, batch, cued, "sharer") for tokenizer in sharers]
         receiver_batch = left_pad([row.ids for row in ours], _pad_id(receiver))
         sharer_batches = tuple(
             left_pad([row.ids for row in rows], _pad_id(tokenizer))
@@ -53,6 +58,9 @@ class SpanAligner:
         ]
         chunk = Chunk(receiver_batch.length - 1, tuple(alignments))
         return [Prompt(receiver_batch, sharer_batches, (chunk,), dict(skipped))]
+
+    def _uses_cue(self, options: RenderOptions) -> bool:
+        return bool(self.cue) and options.add_generation_prompt and not options.answer_prefix
 
     def _align_batch(
         self, ours: list[Encoded], theirs: list[Encoded], width: int, other_width: int, skipped: Counter[str]

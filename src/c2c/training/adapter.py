@@ -181,7 +181,9 @@ def prepare_adapter(config: TrainConfig) -> PreparedAdapter:
     """
     receiver = Receiver.from_pretrained(config.receiver, dtype=config.dtype, device_map=config.device_map)
     sharer = _without_weights(config.sharer)
-    train, dev, dropped = read_examples(config, Tokenizers(receiver, [sharer], SpanAligner()), build_examples)
+    train, dev, dropped = read_examples(
+        config, Tokenizers(receiver, [sharer], SpanAligner(cue=config.sharer_cue)), build_examples
+    )
     size = fuser_parameters(config, receiver, sharer)
     rank = nearest_rank(receiver.model, size) if config.adapter_rank is None else config.adapter_rank
     set_seed(config.seed)

@@ -100,6 +100,8 @@ class TrainConfig:
             ``--family adapter`` puts the file's family here.
         adapter_rank: rank of the adapter; by default that with nearest to as many parameters as the fuser.
         adapter_learning_rate: peak for the adapter, in place of ``learning_rate``: LoRA takes smaller steps.
+        sharer_cue: text that the sharer alone reads after the opening of its turn, where a row has no answer prefix,
+            see :class:`~c2c.alignment.SpanAligner`.
         linear_weight: what a pair counts when a ``linear`` fuser is fitted: ``none`` or ``attention``.
         max_prompt_tokens: longer prompts are dropped and counted.
         max_response_tokens: longer responses are dropped and counted.
@@ -149,6 +151,7 @@ class TrainConfig:
     adapter_rank: int | None = None
     adapter_learning_rate: float = 5e-4
     layer_map: str | list[int | None] = "depth"
+    sharer_cue: str = ""
     linear_weight: Literal["none", "attention"] = "none"
     max_prompt_tokens: int = 512
     max_response_tokens: int = 128

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import set_seed
 
+from c2c.alignment import SpanAligner
 from c2c.fusers import BottleneckFuser, MemoryFuser
 from c2c.model import C2CModel
 from c2c.progress import OnProgress
@@ -76,6 +77,7 @@ def prepare(config: TrainConfig, processes: Processes | None = None) -> Prepared
         config.sharer,
         fuser=config.family,
         layer_map=config.layer_map,
+        aligner=SpanAligner(cue=config.sharer_cue),
         fuser_options=config.fuser_options,
         dtype=config.dtype,
         device_map=config.device_map,
