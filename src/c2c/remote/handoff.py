@@ -1,0 +1,71 @@
+"""What one fuser needs of a reading on another machine: not the whole cache, and so not for every use."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Cache
+
+from c2c.errors import HandoffError
+from c2c.fusers import Fuser
+from c2c.handoff import Handoff, Precision
+from c2c.kv import KeyValue
+from c2c.remote.fuser_hash import fuser_hash
+
+_ADVICE = "Read with sharer.read(...), which sends everything."
+
+
+@dataclass(frozen=True)
+class PartialHandoff(Handoff):
+    """A handoff for one fuser: the layers that it reads, at the columns that are handed over, or what it made of them.
+
+    Attributes:
+        held: layers that are there; the others are empty.
+        fuser: hash of the fuser that the server projected with, None where layers were sent.
+        entries: what it made, keys without rotation and values per receiver layer; None where layers were sent.
+    """
+
+    held: frozenset[int] = frozenset()
+    fuser: str | None = None
+    entries: Sequence[KeyValue] | None = field(default=None, repr=False)
+    wire_bytes: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the entries that were sent, as they crossed."""
+        return self.wire_bytes
+
+    def projected(self, fuser: Any) -> list[KeyValue] | None:
+        """What the server made with this fuser; None where it sent layers.
+
+        Raises:
+            HandoffError: it was read for another fuser.
+        """
+        asked: Fuser = fuser
+        if self.entries is None:
+            if missing := sorted(set(asked.config.source_layers) - self.held):
+                raise HandoffError(
+                    f"this handoff was read for another fuser: layers {missing} are not in it. {_ADVICE}"
+                )
+            return None
+        if fuser_hash(asked) != self.fuser:
+            raise HandoffError(f"this handoff was projected with another fuser on the sharer's machine. {_ADVICE}")
+        return list(self.entries)
+
+    def cache(self, dtype: torch.dtype, device: torch.device) -> Cache:
+        """Refused: there is no whole cache."""
+        raise HandoffError(f"this handoff holds only what one fuser reads, and no cache can be made of it. {_ADVICE}")
+
+    def to(self, precision: Precision) -> Handoff:
+        """Refused: the precision was chosen when it crossed."""
+        raise HandoffError(f"this handoff crossed as {self.precision} and stays so. {_ADVICE}")
+
+    def save(
+        self, path: str | Path, *, bound_to: str | None = None, expires: float | None = None, key: bytes | None = None
+    ) -> None:
+        """Refused: what is missing would be missing for other fusers."""
+        raise HandoffError(f"this handoff holds only what one fuser reads, and is not saved. {_ADVICE}")

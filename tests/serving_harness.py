@@ -1,0 +1,107 @@
+"""A real server on a free port, in a thread, and what tests ask it with."""
+
+from __future__ import annotations
+
+import json
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from threading import Event, Thread
+
+import httpx
+import openai
+
+from c2c import C2CModel
+from c2c.serving.app import create_app
+from c2c.serving.huggingface import HuggingFaceEngine
+from c2c.serving.server import Server, listen
+from c2c.serving.settings import Settings
+from tiny import open_fusers, pair
+
+NAME = "tiny"
+PATIENCE = 120.0  # seconds; other work may have the machine
+
+
+def user(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
+def model() -> C2CModel:
+    """A tiny pair whose fuser really changes the cache."""
+    made = open_fusers(pair())
+    made.fusers[0].config.training = {"config": "random"}
+    return made
+
+
+@dataclass
+class Running:
+    """A server that runs."""
+
+    url: str
+    service: object
+    server: Server
+
+    def post(self, path: str, **kwargs) -> httpx.Response:
+        return httpx.post(self.url + path, timeout=PATIENCE, **kwargs)
+
+    def get(self, path: str, **kwargs) -> httpx.Response:
+        return httpx.get(self.url + path, timeout=PATIENCE, **kwargs)
+
+    def chat(self, text="hello there", model=NAME, **fields) -> httpx.Response:
+        body = {"model": model, "messages": user(text), "max_tokens": 6, "temperature": 0} | fields
+        return self.post("/v1/chat/completions", json={k: v for k, v in body.items() if v is not ...})
+
+    def client(self, key="any") -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=PATIENCE)
+
+    def metric(self, name: str, **labels: str) -> float:
+        """Sum of a metric's samples with these labels."""
+        wanted = [f'{key}="{value}"' for key, value in labels.items()]
+        lines = [line for line in self.get("/metrics").text.splitlines() if line.startswith((name + "{", name + " "))]
+        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if all(label in line for label in wanted))
+
+    def until(self, condition) -> None:
+        """Wait until something holds."""
+        end = time.monotonic() + PATIENCE
+        while not condition():
+            assert time.monotonic() < end, "it never came to hold"
+            time.sleep(0.01)
+
+
+@contextmanager
+def running(model_, *, max_queue=64, max_batch=16, window=0.05, message_tokens=6, engine=None, **settings):
+    """Serve a model, or an engine of its own."""
+    engine = engine or HuggingFaceEngine(
+        model_, max_queue=max_queue, max_batch=max_batch, window=window, message_tokens=message_tokens
+    )
+    app = create_app(engine, Settings(NAME, max_batch=max_batch, **settings))
+    sock = listen("127.0.0.1", 0)
+    server = Server(app)
+    thread = Thread(target=server.run, args=([sock],), daemon=True)
+    thread.start()
+    found = Running(f"http://127.0.0.1:{sock.getsockname()[1]}", app.state.service, server)
+    try:
+        found.until(lambda: server.started)
+        yield found
+    finally:
+        server.should_exit = True
+        thread.join(PATIENCE)
+        assert not thread.is_alive(), "the server did not end"
+
+
+@contextmanager
+def held(model_):
+    """The receiver stands still before every forward pass until the event is set."""
+    gate = Event()
+    hook = model_.receiver.model.register_forward_pre_hook(lambda *_: gate.wait(PATIENCE) and None)
+    try:
+        yield gate
+    finally:
+        gate.set()
+        hook.remove()
+
+
+def events(response_text: str) -> list:
+    """The data of server-sent events."""
+    lines = [line.removeprefix("data: ") for line in response_text.split("\n\n") if line.startswith("data: ")]
+    return [line if line == "[DONE]" else json.loads(line) for line in lines]

@@ -1,0 +1,208 @@
+"""``c2c serve`` as a process: how it starts, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from threading import Thread
+
+import httpx
+import pytest
+from typer.testing import CliRunner
+
+from c2c import C2CModel
+from c2c.cli import app
+from serving_harness import PATIENCE, Running, user
+from tiny import pair_folders
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return pair_folders(tmp_path_factory.mktemp)
+
+
+class Process:
+    """A server in a process of its own, and its log."""
+
+    def __init__(self, folders, *options, **environment):
+        receiver, sharer = folders
+        command = [sys.executable, "-m", "c2c", "serve", "--receiver", receiver, "--sharer", sharer, "--port", "0"]
+        self.popen = subprocess.Popen(
+            [*command, *options],
+            stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | environment,
+        )
+        self.log: list[dict] = []
+        self.other: list[str] = []
+        self._reader = Thread(target=self._read, daemon=True)
+        self._reader.start()
+        self.running = Running("", None, None)
+        self.running.until(lambda: self.event("ready") or self.popen.poll() is not None)
+        ready = self.event("ready")
+        assert ready is not None, self.other
+        self.running.url = ready["url"]
+
+    def _read(self):
+        for line in self.popen.stderr:
+            try:
+                self.log.append(json.loads(line))
+            except ValueError:
+                self.other.append(line)
+
+    def event(self, name: str) -> dict | None:
+        return next((line for line in self.log if line["event"] == name), None)
+
+    def end(self, number: signal.Signals | None = None) -> int:
+        """Send a signal, and wait for the exit code."""
+        if number is not None:
+            self.popen.send_signal(number)
+        code = self.popen.wait(PATIENCE)
+        self._reader.join(PATIENCE)
+        return code
+
+
+@contextmanager
+def serving(folders, *options, **environment):
+    process = Process(folders, *options, **environment)
+    try:
+        yield process
+    finally:
+        process.popen.kill()
+        process.end()
+
+
+def body(text: str, **fields) -> dict:
+    return {"model": "pair", "messages": user(text), "max_tokens": 8, "temperature": 0} | fields
+
+
+def test_sigterm_under_load_loses_nothing_that_was_accepted(folders):
+    pair = C2CModel.from_models(*folders)
+    texts = [f"hello there {number}" for number in range(12)]
+    with serving(folders, "--name", "pair", "--max-batch", "2") as process, ThreadPoolExecutor(12) as clients:
+        server = process.running
+
+        def ask(text):
+            return server.post("/v1/chat/completions", json=body(text, stream=text.endswith("7")))
+
+        futures = [clients.submit(ask, text) for text in texts]
+        server.until(lambda: server.get("/health").json()["active"] == 12 or futures[0].done())
+        process.popen.send_signal(signal.SIGTERM)
+        server.until(lambda: process.event("draining"))
+        assert process.event("draining")["active"] > 2, "the signal came while most of them were under way"
+        late = server.post("/v1/chat/completions", json=body("late"))
+        assert late.status_code == 503
+        found = [future.result() for future in futures]
+        assert [response.status_code for response in found] == [200] * 12
+        for text, response in zip(texts, found, strict=True):
+            expected = pair.generate(text, max_new_tokens=8, do_sample=False).text
+            if text.endswith("7"):
+                assert response.text.endswith("data: [DONE]\n\n")
+            else:
+                assert response.json()["choices"][0]["message"]["content"] == expected
+        assert process.end() == 0
+        assert process.event("stopped")["forced"] is False
+        assert [line["status"] for line in process.log if line["event"] == "request"].count(200) == 12
+        with pytest.raises(httpx.ConnectError):
+            server.get("/health")
+
+
+def test_a_second_signal_gives_up_what_is_under_way(folders):
+    with serving(folders, "--name", "pair") as process, ThreadPoolExecutor(2) as clients:
+        server = process.running
+        path = "/v1/chat/completions"
+        whole = clients.submit(server.post, path, json=body("hello", max_tokens=470))
+        stream = clients.submit(server.post, path, json=body("hello", max_tokens=470, stream=True))
+        server.until(lambda: server.get("/health").json()["active"] == 2)
+        process.popen.send_signal(signal.SIGINT)
+        server.until(lambda: process.event("draining"))
+        process.popen.send_signal(signal.SIGINT)
+        assert process.end() == 1
+        assert process.event("stopped")["forced"] is True
+        assert whole.result().json()["error"]["code"] == "shutting_down"
+        assert "shutting_down" in stream.result().text
+        assert "[DONE]" not in stream.result().text
+
+
+def test_an_idle_server_ends_with_0_and_said_only_json(folders):
+    key = "from-the-environment"
+    with serving(folders, C2C_API_KEY=f"other, {key}") as process:
+        server = process.running
+        assert server.get("/v1/models").status_code == 401
+        assert [card.id for card in server.client(key).models.list()] == [
+            "c2c",
+            "c2c/receiver",
+            "c2c/sharer",
+            "c2c/text",
+        ]
+        curl = shutil.which("curl")
+        if curl:
+            command = [curl, "-sN", f"{server.url}/v1/chat/completions", "-H", f"Authorization: Bearer {key}"]
+            asked = json.dumps(body("hello", model="c2c", stream=True))
+            said = subprocess.run([*command, "-d", asked], capture_output=True, text=True, timeout=PATIENCE)
+            assert said.stdout.startswith("data: {")
+            assert said.stdout.endswith("data: [DONE]\n\n")
+        assert process.end(signal.SIGTERM) == 0
+        assert key not in json.dumps(process.log)
+        assert {line["event"] for line in process.log} == {"ready", "request", "draining", "stopped"}
+        assert all("untrained" in line or not line.strip() or "answers equal" in line for line in process.other)
+
+
+def test_a_port_that_is_taken_is_one_message(folders):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        result = subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "c2c",
+                "serve",
+                "--receiver",
+                folders[0],
+                "--sharer",
+                folders[1],
+                "--port",
+                str(port),
+            ],
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+        )
+    assert result.returncode == 1
+    assert result.stderr.startswith(f"c2c: can't listen at 127.0.0.1:{port}")
+    assert "--port" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_missing_packages_are_named(monkeypatch):
+    import importlib.util
+
+    from c2c.cli import serve
+    from c2c.serving.errors import MissingServerError
+
+    real = importlib.util.find_spec
+    monkeypatch.setattr(serve, "find_spec", lambda name: None if name == "uvicorn" else real(name))
+    result = CliRunner().invoke(app, ["serve"])
+    assert isinstance(result.exception, MissingServerError)
+    assert "uvicorn" in str(result.exception)
+    assert "cache2cache[serve]" in str(result.exception)
+
+
+def test_help_shows_examples_and_imports_nothing_heavy():
+    result = CliRunner().invoke(app, ["serve", "--help"])
+    assert result.exit_code == 0
+    assert "Examples" in result.output
+    assert "c2c serve" in result.output
+    heavy = "{'torch', 'fastapi', 'uvicorn', 'prometheus_client'}"
+    code = f"import sys, c2c.cli; assert not {heavy} & set(sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
