@@ -539,6 +539,20 @@ def test_the_log_tells_no_prompt(local):
     assert "dawn" not in text
 
 
+def test_a_cache_tells_its_text_to_whoever_has_the_model(local, server):
+    """One layer, in 8 bits: each token is found by trying all of them. That is why a cache is treated as the text."""
+    sharer, model = RemoteSharer(server.url, precision="int8"), local.sharers[0]
+    batch = left_pad([model.tokenizer("The fox sleeps by the sea.")["input_ids"]], 0)
+    wanted = Wanted([2], torch.zeros(batch.length, dtype=torch.long), torch.arange(batch.length))
+    stolen = torch.cat(kv.layer(sharer.share(batch, wanted), 2), dim=-1)
+    found: list[int] = []
+    for column in range(batch.length):
+        tried = kv.layer(model.prefill(left_pad([[*found, word] for word in range(512)], 0)), 2)
+        apart = (torch.cat(tried, dim=-1)[:, :, column] - stolen[:, :, column]).flatten(1).norm(dim=-1)
+        found.append(int(apart.argmin()))
+    assert found == batch.ids[0].tolist()
+
+
 def test_health_tells_nothing_of_the_model(server):
     answer = httpx.get(server.url + "/health").json()
     assert answer["status"] == "ok"

@@ -9,6 +9,7 @@ import socket
 import struct
 import threading
 import time
+import zlib
 from types import SimpleNamespace
 
 import httpx
@@ -19,8 +20,9 @@ from c2c import C2CModel
 from c2c.errors import MismatchError
 from c2c.remote import RemoteError, RemoteSharer, SharerLost
 from c2c.remote.connection import Connection
-from c2c.remote.frame import MAGIC, FrameReader, body_of, encode
+from c2c.remote.frame import MAGIC, Frame, FrameReader, body_of, encode
 from c2c.remote.freshness import Freshness, StaleError
+from c2c.remote.greeting import Greeting
 from c2c.remote.limits import Limits, RateLimiter
 from c2c.remote.order import Order
 from c2c.remote.retry import Backoff
@@ -569,13 +571,22 @@ def test_a_full_server_sends_away_and_the_client_comes_again(local):
 
 
 def test_a_client_that_leaves_stops_the_work(local):
-    sharer, hold = slow_sharer()
+    """The model is in its second layer when the client gives up: it does not begin the third."""
+    sharer, hold, third = Sharer(build("qwen2", 2), tokenizer("llama3"), "qwen2"), threading.Event(), []
+    assert sharer.identity.kv  # reading its geometry runs the model once
+    layers = sharer.model.get_decoder().layers
+    layers[1].register_forward_pre_hook(lambda *_: None if hold.wait(60) else None)
+    layers[2].register_forward_pre_hook(lambda *_: third.append(1))
     with serving(sharer) as running:
         with pytest.raises(RemoteError, match="longer than"):
             generated(through(local, running.url, timeout=1.0))
-        hold.set()
         assert running.logged(2)[1]["code"] == "cut"
+        hold.set()
+        while httpx.get(running.url + "/health").json()["waiting"]:
+            time.sleep(0.05)
+        assert third == []
         assert generated(through(local, running.url)) == generated(local)
+        assert third == [1]
 
 
 def test_a_model_that_fails_is_an_error_and_the_server_goes_on(local):
@@ -629,7 +640,6 @@ def test_a_server_that_does_not_check_is_checked(local, proxy):
 
 def test_a_server_whose_claims_do_not_agree(local, proxy):
     """Its tokenizer is not the one of its identity."""
-    import zlib
 
     def other(answer: bytes) -> bytes:
         head, data = answer.split(b"\r\n\r\n", 1)
@@ -647,6 +657,17 @@ def test_a_server_whose_claims_do_not_agree(local, proxy):
         RemoteSharer(proxy.url)
 
 
+def test_a_greeting_that_does_not_end_is_refused(monkeypatch):
+    """A few bytes that inflate to more than is held."""
+    monkeypatch.setattr("c2c.remote.greeting._LARGEST", 1 << 16)
+    bomb = zlib.compress(b" " * (1 << 20))
+    assert len(bomb) < 2000
+    with pytest.raises(RemoteError, match="cut off or too long"):
+        Greeting.from_frame(Frame({"kind": "hello"}, bomb), "http://x")
+    with pytest.raises(RemoteError, match="can't be read"):
+        Greeting.from_frame(Frame({"kind": "hello"}, zlib.compress(b"[]")), "http://x")
+
+
 @pytest.mark.parametrize("url", ["ftp://x", "localhost:8650", "http://", "http://user:secret@127.0.0.1:1"])
 def test_a_url_that_is_none(url):
     with pytest.raises(RemoteError, match=r"Expected https://host:port") as caught:
@@ -657,6 +678,12 @@ def test_a_url_that_is_none(url):
 def test_asking_others_without_tls_warns():
     with pytest.warns(UserWarning, match="without TLS"), pytest.raises(RemoteError, match="no answer"):
         RemoteSharer("http://host.invalid:1", retries=0)
+
+
+@pytest.mark.parametrize("token", ["Größe", "a\nb"])
+def test_a_token_that_no_header_can_hold(token):
+    with pytest.raises(RemoteError, match="printable ASCII"):
+        RemoteSharer("http://127.0.0.1:1", token=token)
 
 
 def test_a_policy_that_is_none():

@@ -177,6 +177,12 @@ def test_which_addresses_are_local():
     assert [is_local(host) for host in ("0.0.0.0", "::", "10.0.0.1", "example.org", "")] == [False] * 5
 
 
+def test_an_empty_token_is_none():
+    result = runner.invoke(app, ["share", "/nowhere", "--host", "0.0.0.0", "--token", ""])
+    assert result.exit_code == 2
+    assert "it is empty" in result.output
+
+
 @pytest.mark.parametrize("layers", ["a", "1-", "-1", "1,,2", ""])
 def test_layers_that_can_not_be_read(layers):
     result = runner.invoke(app, ["share", "/nowhere", "--layers", layers])
@@ -187,10 +193,14 @@ def test_layers_that_can_not_be_read(layers):
 def test_the_command_serves_and_ends(local, tmp_path_factory, tmp_path):
     """One process of the real command: token from the environment, key, layers, precision, log, SIGTERM."""
     receiver, sharer = pair_folders(tmp_path_factory.mktemp)
+    small = C2CModel.from_models(receiver, sharer, fuser="memory", fuser_options={"slots": 2, "rank": 8})
+    small.fusers[0].config.training = {"config": "none"}
+    small.fusers[0].to(torch.bfloat16).save_pretrained(tmp_path / "fuser")  # stored in another type than it is used in
     key = tmp_path / "shared.key"
     key.write_text("0123456789abcdef0123456789abcdef\n")
     command = [sys.executable, "-m", "c2c", "share", sharer, "--port", "0", "--key-file", str(key)]
     command += ["--layers", "0-1,2", "--precision", "bfloat16", "--max-tokens", "300", "--rate", "0"]
+    command += ["--fuser", str(tmp_path / "fuser")]
     child = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"C2C_TOKEN": "sesame"}
     )
@@ -205,6 +215,9 @@ def test_the_command_serves_and_ends(local, tmp_path_factory, tmp_path):
         assert remote.precision == "bfloat16"
         model = C2CModel.from_models(receiver, remote)
         assert model.generate("Zebulon says hi", **GREEDY).report.fused_tokens > 0
+        private = C2CModel.from_pretrained(tmp_path / "fuser", receiver=receiver, sharer=remote)
+        answer = private.generate("Who says hi?", sharer_messages="Zebulon says hi to all of them", **GREEDY)
+        assert answer.report.memory_slots == 2
         with pytest.raises(RemoteError, match="takes 300"):
             model.generate("word " * 100)
         remote.close()
@@ -214,7 +227,8 @@ def test_the_command_serves_and_ends(local, tmp_path_factory, tmp_path):
     finally:
         child.kill()
     entries = [json.loads(entry) for entry in log.splitlines() if entry.startswith("{")]
-    assert [entry["status"] for entry in entries] == [401, 200, 200, 413]
+    assert [entry["status"] for entry in entries] == [401, 200, 200, 200, 413]
+    assert [entry.get("kind") for entry in entries[1:4]] == ["hello", "prefill", "project"]
     assert "Zebulon" not in log
     assert "sesame" not in log
 

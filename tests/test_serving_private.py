@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 
 import httpx
 import pytest
 
+import remote_rig
 from c2c import C2CModel
 from c2c.baselines.summary import summary_to_text, with_passage
+from c2c.remote import RemoteSharer
 from serving_harness import NAME, PATIENCE, model, running, user
 from test_private import DOCUMENT, LONGER, private
 
@@ -191,3 +194,22 @@ def test_handoffs_expire(pair):
         made = server.post(HANDOFFS, json={"messages": DOCUMENT, "ttl_seconds": 0.05}).json()["id"]
         server.until(lambda: server.get(f"{HANDOFFS}/{made}").status_code == 404)
         assert server.metric("c2c_handoffs") == 0
+
+
+def test_a_sharer_on_another_machine(pair):
+    """It reads, shares and hands over; it does not answer."""
+    with remote_rig.serving(pair.sharers[0]) as share, closing(RemoteSharer(share.url)) as sharer:
+        private_ = C2CModel(pair.receiver, [sharer], list(pair.fusers))
+        with running(private_) as server:
+            assert [card["id"] for card in server.get("/v1/models").json()["data"]] == [NAME, f"{NAME}/receiver"]
+            expected = alone(pair, QUESTION, DOCUMENT)
+            assert text_of(server.chat(QUESTION, c2c={"sharer_messages": DOCUMENT})) == expected
+            made = server.post(HANDOFFS, json={"messages": DOCUMENT}).json()
+            assert text_of(server.chat(QUESTION, c2c={"handoff": made["id"]})) == expected
+            assert server.chat(model=f"{NAME}/text").status_code == 404
+        shared = model()
+        remote = C2CModel(shared.receiver, [RemoteSharer(share.url)], list(shared.fusers))
+        with running(remote) as server:
+            assert text_of(server.chat("hello there")) == (
+                shared.generate("hello there", max_new_tokens=6, do_sample=False).text
+            )

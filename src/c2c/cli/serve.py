@@ -46,7 +46,9 @@ def serve(
     ] = None,
     sharer: Annotated[
         str | None,
-        typer.Option(help=f"Alias, hub id, folder or GGUF. [default: the fuser's, else {DEFAULT_SHARER}]"),
+        typer.Option(
+            help=f"Alias, hub id, folder, GGUF, or URL of c2c share. [default: the fuser's, else {DEFAULT_SHARER}]"
+        ),
     ] = None,
     name: Annotated[
         str | None, typer.Option(help="What clients call the model. [default: the fuser's folder, else 'c2c']")

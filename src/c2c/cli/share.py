@@ -76,6 +76,8 @@ def share(
     """Serve a sharer: receivers on other machines ask it to read, and get its KV cache."""
     from c2c.remote.address import is_local
 
+    if any(not given.strip() for given in token or []):
+        raise typer.BadParameter("it is empty; give some characters, or leave it out.", param_hint="--token")
     if not is_local(host) and not token and not insecure:
         raise typer.BadParameter(
             f"{host} can be reached by others, who would get the model's caches without a token. Set C2C_TOKEN, or "
@@ -85,6 +87,8 @@ def share(
     chosen = None if layers is None else _layers(layers)
     with err.status("loading model ..."):
         _require_extra()
+        import torch
+
         from c2c.fusers.base import load_fuser
         from c2c.remote.app import build_app
         from c2c.remote.desk import Desk
@@ -98,10 +102,10 @@ def share(
         limits = Limits(max_tokens, max_body_kb << 10, rate, timeout, waiting)
         signer = Signer(read_key(key_file) if key_file else None)
         sharer = Sharer.from_pretrained(model, dtype=dtype, device_map=device)
-        fusers = [load_fuser(folder) for folder in fuser or []]
+        fusers = [load_fuser(folder, dtype=torch.float32) for folder in fuser or []]  # as C2CModel loads them
         stall = Stall(sharer, signer, limits, chosen, precision.value, fusers)
         app = build_app(stall, Desk(token or [], signer, limits), Log())
-        server = Server(app, host, port, tls_cert, tls_key)
+        server = Server(app, host, port, tls_cert, tls_key, grace=timeout)
     if not is_local(host) and tls_cert is None:
         err.print("[yellow]Without TLS whoever is on the way can read prompts, caches and the token.[/yellow]")
     out.print(f"sharing {model} at {server.url}", highlight=False, soft_wrap=True)

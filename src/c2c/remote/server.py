@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import socket
 import threading
@@ -13,7 +14,6 @@ from fastapi import FastAPI
 
 from c2c.errors import C2CError
 
-GRACE_SECONDS = 30
 CONNECTIONS = 100
 
 
@@ -30,12 +30,15 @@ class Server:
         port: port; 0 for a free one.
         cert: certificate file for TLS.
         key: its private key.
+        grace: seconds for what is under way when the server is told to end.
 
     Raises:
         ServerError: the address can't be bound, or the TLS files can't be read.
     """
 
-    def __init__(self, app: FastAPI, host: str, port: int, cert: Path | None = None, key: Path | None = None) -> None:
+    def __init__(
+        self, app: FastAPI, host: str, port: int, cert: Path | None = None, key: Path | None = None, grace: float = 30.0
+    ) -> None:
         if (cert is None) != (key is None):
             raise ServerError("TLS needs both --tls-cert and --tls-key.")
         tls: dict[str, Any] = {} if cert is None else {"ssl_certfile": str(cert), "ssl_keyfile": str(key)}
@@ -45,7 +48,7 @@ class Server:
             access_log=False,
             server_header=False,
             limit_concurrency=CONNECTIONS,
-            timeout_graceful_shutdown=GRACE_SECONDS,
+            timeout_graceful_shutdown=math.ceil(grace),
             **tls,
         )
         try:

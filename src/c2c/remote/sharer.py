@@ -87,11 +87,12 @@ class RemoteSharer(Sharer):
         retries: int = 3,
         tokenizer: Any = None,
     ) -> None:
-        _check_options(url, precision, on_failure)
+        token = token or os.environ.get("C2C_TOKEN")
+        _check_options(url, token, precision, on_failure)
         key_file = key_file or os.environ.get("C2C_KEY_FILE")
         self._connection = Connection(
             url,
-            token or os.environ.get("C2C_TOKEN"),
+            token,
             Signer(read_key(key_file) if key_file else None),
             _trust(verify),
             timeout,
@@ -421,7 +422,7 @@ class RemoteSharer(Sharer):
         )
 
 
-def _check_options(url: str, precision: str | None, on_failure: str) -> None:
+def _check_options(url: str, token: str | None, precision: str | None, on_failure: str) -> None:
     try:
         parsed = httpx.URL(url)
     except (httpx.InvalidURL, TypeError) as error:
@@ -432,6 +433,8 @@ def _check_options(url: str, precision: str | None, on_failure: str) -> None:
             "give a token as token=....",
             "url",
         )
+    if token is not None and not (token.isascii() and token.isprintable()):
+        raise RemoteError("the token has characters that HTTP headers can't hold; expected printable ASCII.", "token")
     if precision is not None and precision not in PRECISIONS:
         raise RemoteError(f"unknown precision {precision!r}; expected one of {', '.join(PRECISIONS)}.", "precision")
     if on_failure not in ("raise", "receiver_only"):

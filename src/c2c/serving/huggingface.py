@@ -12,6 +12,7 @@ import torch
 from c2c.errors import C2CError
 from c2c.language_model import DEFAULT_NEW_TOKENS
 from c2c.model import C2CModel
+from c2c.remote.errors import RemoteError
 from c2c.serving.answers import Answers
 from c2c.serving.batch import write
 from c2c.serving.engine import Ask, AskToRead, Description, Way
@@ -110,6 +111,10 @@ class HuggingFaceEngine:
             began = time.monotonic()
             try:
                 self._run(jobs)
+            except RemoteError as error:
+                log_failure("sharer_lost", error, code=error.code)
+                for job in jobs:
+                    job.ticket.fail(as_api_error(error))
             except Exception as error:
                 log_failure("batch_failed", error)
                 for job in jobs:
@@ -132,7 +137,7 @@ class HuggingFaceEngine:
     def _read(self, job: Job, ask: AskToRead) -> None:
         """Let a sharer read something, to be handed over later."""
         index = self._sharer_of(ask)
-        sharer = self._model.sharers[index]
+        sharer = self._model.sharers[index].for_fuser(self._model.fusers[index])
         try:
             handoff: Any = sharer.read(ask.messages, draft_tokens=ask.draft_tokens)
             if ask.precision is not None:

@@ -16,6 +16,8 @@ from c2c.language_model import LanguageModel
 from c2c.messages import Conversation
 from c2c.model import C2CModel
 from c2c.prompting import RenderOptions, encode, render, require_tokenizer
+from c2c.remote.errors import RemoteError, SharerLost
+from c2c.remote.sharer import RemoteSharer
 from c2c.report import FusionReport
 from c2c.serving.batch import Prefilled, ends_of, join, write
 from c2c.serving.engine import Ask, Way
@@ -79,7 +81,7 @@ class Ways:
             Way.C2C: self._private if model.private else self._shared,
             Way.RECEIVER: self._receiver,
         }
-        if isinstance(model.sharers[self._sharer_index], LanguageModel):
+        if not isinstance(model.sharers[self._sharer_index], RemoteSharer):  # its weights are not here
             self._known |= {Way.SHARER: self._sharer, Way.TEXT: self._text}
 
     @property
@@ -100,7 +102,9 @@ class Ways:
             ApiError: it can't.
         """
         if ask.way not in self._known:
-            raise invalid(f"the sharer of this server can't answer by itself, so there is no {ask.way} way.", "model")
+            raise invalid(
+                f"the sharer of this server is on another machine and only shares: no {ask.way} way.", "model"
+            )
         if isinstance(ask.prompt, str) and (ask.way is Way.TEXT or self.model.private):
             raise invalid("text-to-text and private context need messages: use /v1/chat/completions.", "prompt")
         if ask.way is Way.TEXT and ask.prompt[-1]["role"] != "user":  # type: ignore[index]
@@ -196,7 +200,10 @@ class Ways:
                 prompts.append(prompt)
         if not prompts:
             return None
-        fused = self.model.fuse_prompts(merge(prompts))
+        try:
+            fused = self.model.fuse_prompts(merge(prompts))
+        except SharerLost as lost:
+            return self._receiver_only([one.job for one in prompted], lost)
         cache = receiver.prefill(fused.tokens, fused.tokens.length - 1, fused.cache)
         for one, prompt in zip(prompted, prompts, strict=True):
             one.crossed = self._read_bytes(prompt)
@@ -208,6 +215,19 @@ class Ways:
                 sharer_bytes=one.crossed,
             )
         return Batch(receiver, prompted, Prefilled(fused.tokens, cache))
+
+    def _receiver_only(self, jobs: Sequence[Job], lost: SharerLost) -> Batch | None:
+        """The receiver's own answers, where a sharer was lost whose policy is that it answers alone."""
+        batch = self._receiver(jobs)
+        for one in batch.prompted if batch else []:
+            one.report = FusionReport(
+                prompt_tokens=one.prompt_tokens,
+                skipped_tokens={"a sharer was lost": one.prompt_tokens},
+                skipped_layers=dict.fromkeys(range(self.model.receiver.geometry.layers), "a sharer was lost"),
+                trained=self.model.trained,
+                notes=[*self.model.notes, f"receiver only: {lost}"],
+            )
+        return batch
 
     def _aligned(self, ask: Ask) -> Prompt:
         ours, theirs = self.model.receiver.tokenizer, [sharer.tokenizer for sharer in self.model.sharers]
@@ -314,6 +334,8 @@ def as_api_error(error: C2CError, param: str | None = None) -> ApiError:
     if isinstance(error, ApiError):
         return error
     message = str(error)
+    if isinstance(error, RemoteError):
+        return ApiError(502, f"the sharer could not be asked: {message}", code="sharer_lost")
     # said by LanguageModel.check_tokens alone, which has no type of its own for it
     return too_long(message, param) if "which was made for" in message else invalid(message, param)
 
