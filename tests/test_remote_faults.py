@@ -575,7 +575,7 @@ def test_a_client_that_leaves_stops_the_work(local):
     sharer, hold, third = Sharer(build("qwen2", 2), tokenizer("llama3"), "qwen2"), threading.Event(), []
     assert sharer.identity.kv  # reading its geometry runs the model once
     layers = sharer.model.get_decoder().layers
-    layers[1].register_forward_pre_hook(lambda *_: None if hold.wait(60) else None)
+    layers[1].register_forward_pre_hook(lambda *_: hold.wait(60) and None)
     layers[2].register_forward_pre_hook(lambda *_: third.append(1))
     with serving(sharer) as running:
         with pytest.raises(RemoteError, match="longer than"):
