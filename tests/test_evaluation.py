@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -215,6 +216,20 @@ def test_text_to_text_is_that_of_the_public_function(fuser, data, tmp_path):
             options=RenderOptions(answer_prefix=row.answer_prefix),
         )
         assert (item["message"], item["text"]) == (alone.message.text, alone.answer.text)
+
+
+def test_messages_are_written_once(fuser, data, tmp_path, monkeypatch):
+    """What the sharer writes is kept beside its prefills: another run, of any fuser, does not ask it again."""
+    made = config(fuser, data, systems=("text",), message_tokens=6, store_dir=str(tmp_path / "store"))
+    first = evaluate(made)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("the sharer was asked again")
+
+    monkeypatch.setattr(Sharer, "generate", refuse)
+    assert evaluate(made)["systems"] == first["systems"]
+    with pytest.raises(AssertionError, match="asked again"):
+        evaluate(replace(made, message_tokens=5))
 
 
 def test_further_fusers_and_an_untrained_one(fuser, data, tmp_path):

@@ -22,6 +22,7 @@ from c2c.messages import Conversation
 from c2c.prompting import RenderOptions
 from c2c.tokens import TokenBatch
 from c2c.training.examples import choice_tokens
+from c2c.training.notes import Notes
 from c2c.training.objective import Message, Objective
 from c2c.training.rows import Row
 from c2c.training.step import FuserTraining
@@ -142,19 +143,30 @@ class Text(System):
 
     def __init__(self, pair: Pair, variant: Variant) -> None:
         self.pair, self.variant = pair, variant
+        self.notes = Notes(pair.stores[1], "messages")
 
     @torch.no_grad()
     def answer(self, rows: Sequence[Row], config: EvalConfig) -> Answers:
         """The receiver's answers, with the sharer's messages."""
-        sharer = self.pair.sharer
-        tokens = sharer.encode([request(row.messages, self.variant) for row in rows])
-        cache = sharer.prefill(tokens, tokens.length - 1)
-        ids = sharer.generate(tokens, cache, max_new_tokens=config.message_tokens, do_sample=False)
-        messages = decode(sharer, ids)
+        messages = self.messages(rows, config.message_tokens)
         told = [hand_over(row.messages, self.variant, text) for row, text in zip(rows, messages, strict=True)]
         answers = _answers(self.pair.model.receiver, told, rows, config)
         answers.message = messages
         return answers
+
+    def messages(self, rows: Sequence[Row], longest: int) -> list[str]:
+        """What the sharer writes, at most ``longest`` tokens each; kept beside its prefills, whatever the fuser."""
+        sharer = self.pair.sharer
+        asked = [request(row.messages, self.variant) for row in rows]
+        prompts = [sharer.encode([conversation]).ids[0].tolist() for conversation in asked]
+        names = [self.notes.name(ids, longest) for ids in prompts]
+        missing = [index for index, name in enumerate(names) if name not in self.notes]
+        if missing:
+            tokens = sharer.encode([asked[index] for index in missing])
+            cache = sharer.prefill(tokens, tokens.length - 1)
+            texts = decode(sharer, sharer.generate(tokens, cache, max_new_tokens=longest, do_sample=False))
+            self.notes.add({names[index]: text for index, text in zip(missing, texts, strict=True)})
+        return [self.notes[name] for name in names]
 
     def cost(self, row: Row, config: EvalConfig) -> Cost:
         """Both models' prefills and decoding."""

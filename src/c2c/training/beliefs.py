@@ -8,22 +8,19 @@ with the training questions as reference), and brought to unit spread.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import Cache
 
-from c2c.files import write_text
 from c2c.progress import OnProgress
 from c2c.prompting import RenderOptions
 from c2c.tokens import TokenBatch, left_pad
 from c2c.training.config import ConfigError
 from c2c.training.examples import Example, choice_tokens
+from c2c.training.notes import Notes
 from c2c.training.objective import Objective
 from c2c.training.store import stack
 
@@ -42,8 +39,7 @@ def with_beliefs(
         progress: called with (stage, done, total).
     """
     asked = [index for index, example in enumerate(examples) if example.choice_ids]
-    notes = _Notes(training)
-    found = notes.scores([examples[index] for index in asked], progress)
+    found = _Beliefs(training).scores([examples[index] for index in asked], progress)
     scores = dict(zip(asked, found, strict=True))
     beliefs: dict[int, tuple[float, ...]] = {}
     for options in {len(score) for score in scores.values()}:
@@ -56,42 +52,32 @@ def with_beliefs(
     return [replace(example, beliefs=beliefs.get(index)) for index, example in enumerate(examples)]
 
 
-class _Notes:
+class _Beliefs:
     """Log-probabilities of options, computed once per prompt and kept beside the sharer's prefills."""
 
     def __init__(self, training: Objective) -> None:
         self.store, self.sharer = training.sharer_store, training.model.sharers[0]
-        self.path = None if self.store.folder is None else Path(self.store.folder) / "answers.json"
-        read = self.path is not None and self.path.exists()
-        self._known: dict[str, list[float]] = json.loads(self.path.read_text()) if read and self.path else {}
+        self.notes = Notes(self.store, "answers")
 
     def scores(self, examples: Sequence[Example], progress: OnProgress | None = None) -> list[Tensor]:
         """Log-probability of each option among the options, by the sharer alone, ``[options]`` per example."""
         prompts = [self._prompt(example) for example in examples]
-        names = [self._name(ids, example) for ids, example in zip(prompts, examples, strict=True)]
-        missing = [index for index, name in enumerate(names) if name not in self._known]
+        names = [self.notes.name(ids, e.row.choices) for ids, e in zip(prompts, examples, strict=True)]
+        missing = [index for index, name in enumerate(names) if name not in self.notes]
         missing.sort(key=lambda index: len(prompts[index]))  # little padding
         for start in range(0, len(missing), _BATCH):
             part = missing[start : start + _BATCH]
             made = self._compute([prompts[i] for i in part], [examples[i].row.choices for i in part])
-            self._known |= {names[index]: scores for index, scores in zip(part, made, strict=True)}
-            self._save()
+            self.notes.add({names[index]: scores for index, scores in zip(part, made, strict=True)})
             if progress is not None:
                 progress("sharer's answers", start + len(part), len(missing))
-        return [torch.tensor(self._known[name]) for name in names]
+        return [torch.tensor(self.notes[name]) for name in names]
 
     def _prompt(self, example: Example) -> list[int]:
         row = example.row
         options = RenderOptions(answer_prefix=row.answer_prefix + row.lead)
         ids: list[int] = self.sharer.encode([row.messages], options).ids[0].tolist()
         return ids
-
-    def _name(self, ids: list[int], example: Example) -> str:
-        return hashlib.sha256(json.dumps([self.store.key(ids), example.row.choices]).encode()).hexdigest()
-
-    def _save(self) -> None:
-        if self.path is not None:
-            write_text(self.path, json.dumps(self._known))
 
     @torch.no_grad()
     def _compute(self, prompts: list[list[int]], choices: Sequence[Sequence[str]]) -> list[list[float]]:
