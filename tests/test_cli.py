@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
 from c2c import C2CModel
-from c2c.cli import app
+from c2c.cli import app, output
 from c2c.errors import PromptError
 from tiny import pair_folders
 
@@ -33,7 +36,8 @@ def run_process(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(
-    "command", ["pull", "run", "train", "prefill", "eval", "lm-eval", "report", "inspect", "convert", "doctor"]
+    "command",
+    "pull run train prefill eval lm-eval report inspect convert doctor share serve".split(),
 )
 def test_help_shows_examples(command):
     result = runner.invoke(app, [command, "--help"])
@@ -161,3 +165,15 @@ def test_run_reads_stdin(tiny_pair_folders):
     arguments = ["run", "-", "--receiver", receiver, "--sharer", sharer, "--mode", "c2c", "--max-new-tokens", "2"]
     result = runner.invoke(app, [*arguments, "--json"], input="from a pipe\n")
     assert json.loads(result.stdout)["prompt"] == "from a pipe"
+
+
+def test_a_log_shows_progress_line_by_line(monkeypatch):
+    """Bars are for terminals; in a log there is a line now and then, with what is left."""
+    written = io.StringIO()
+    monkeypatch.setattr(output, "err", Console(file=written))
+    monkeypatch.setattr(output, "LINE_EVERY", 0.0)
+    with output.progress_bars() as report:
+        for done in (0, 25, 100):
+            report("sharer prefill", done, 100)
+        assert re.search(r"^sharer prefill 25/100, about \d:\d\d:\d\d left$", written.getvalue(), re.MULTILINE)
+        assert "100/100, about" not in written.getvalue()

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from c2c.progress import OnProgress
+
+LINE_EVERY = 30.0  # seconds between lines of progress in a log
 
 out = Console()
 err = Console(stderr=True)
@@ -40,7 +46,7 @@ def log_to_stderr(name: str) -> None:
 
 
 @contextmanager
-def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
+def progress_bars() -> Iterator[OnProgress]:
     """Progress bars on stderr, one per stage; yields what to call with (stage, done, total)."""
     columns = (
         TextColumn("{task.description}"),
@@ -57,4 +63,23 @@ def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
                 tasks[stage] = bars.add_task(stage, total=total)
             bars.update(tasks[stage], completed=done)
 
-        yield report
+        yield report if err.is_terminal else _lines(report)
+
+
+def _lines(report: OnProgress) -> OnProgress:
+    """The same with a line now and then: where nobody sees bars move, as in a log, rich draws them at the end only."""
+    began: dict[str, float] = {}
+    said: dict[str, float] = {}
+
+    def tell(stage: str, done: int, total: int) -> None:
+        report(stage, done, total)
+        now = time.monotonic()
+        if stage not in began:
+            began[stage] = said[stage] = now
+            return
+        if now - said[stage] >= LINE_EVERY and 0 < done < total:
+            said[stage] = now
+            left = (now - began[stage]) / done * (total - done)
+            err.print(f"{stage} {done}/{total}, about {timedelta(seconds=round(left))} left", highlight=False)
+
+    return tell
