@@ -37,7 +37,7 @@ def run_process(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize(
     "command",
-    "pull run train prefill eval lm-eval report inspect convert doctor share serve".split(),
+    ["pull", "run", "train", "prefill", "eval", "lm-eval", "report", "inspect", "convert", "doctor", "share", "serve"],
 )
 def test_help_shows_examples(command):
     result = runner.invoke(app, [command, "--help"])
