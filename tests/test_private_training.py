@@ -190,6 +190,20 @@ def test_relay_rows():
         load_rows([DataSource(synthetic="relay", kind="private_question")], ".", 0)
 
 
+def test_skeleton_rows():
+    """Which element a text belongs into stands in the page alone, and those of the test are not asked in training."""
+    made = [DataSource(synthetic=name, kind="private_question", limit=80) for name in ("skeleton", "skeleton_test")]
+    openings = []
+    for rows in (load_rows([source], ".", 0)[0] for source in made):
+        openings.append({row.response.split(">")[0] for row in rows})
+        for row in rows:
+            opening, rest = row.response.split(">", 1)
+            assert row.sharer_messages[-1]["content"].count(opening) == 1
+            assert opening not in row.messages[-1]["content"]
+            assert row.messages[-1]["content"].endswith(rest.split("<")[0])
+    assert not openings[0] & openings[1]
+
+
 def test_channels_of_padding_do_not_matter(folders, data, tmp_path):
     """A row's loss is the same alone and in a batch of longer passages."""
     training = prepare(config(folders, data, tmp_path)).training.eval()

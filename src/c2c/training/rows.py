@@ -15,6 +15,7 @@ from c2c.messages import Conversation
 from c2c.training.config import LETTERS, ConfigError, DataSource
 from c2c.training.layouts import normalise
 from c2c.training.relay import relay
+from c2c.training.skeleton import skeleton
 
 SYSTEM = "You are a helpful assistant."
 
@@ -196,6 +197,13 @@ KINDS: dict[str, Callable[[dict[str, Any], DataSource], Row]] = {
     "chat": chat,
 }
 
+_SYNTHETIC: dict[str, tuple[Callable[[str, int], Iterator[dict[str, Any]]], str]] = {
+    "relay": (relay, "train"),
+    "relay_test": (relay, "test"),
+    "skeleton": (skeleton, "train"),
+    "skeleton_test": (skeleton, "test"),
+}
+
 
 # -- reading ---------------------------------------------------------------------------------------------------------
 
@@ -287,13 +295,13 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _make_up(source: DataSource, seed: int) -> Iterator[dict[str, Any]]:
-    splits = {"relay": "train", "relay_test": "test"}
-    if source.synthetic not in splits or source.limit is None:
+    if source.synthetic not in _SYNTHETIC or source.limit is None:
         raise ConfigError(
-            f"synthetic is {source.synthetic!r} with limit {source.limit}; expected one of {', '.join(splits)}, and "
-            "how many rows."
+            f"synthetic is {source.synthetic!r} with limit {source.limit}; expected one of {', '.join(_SYNTHETIC)}, "
+            "and how many rows."
         )
-    return islice(relay(splits[source.synthetic], seed), source.skip + source.limit)
+    make, split = _SYNTHETIC[source.synthetic]
+    return islice(make(split, seed), source.skip + source.limit)
 
 
 def _read_dataset(source: DataSource) -> Iterator[dict[str, Any]]:

@@ -1,0 +1,80 @@
+"""Skeletons: the sharer reads the skeleton of a page, the receiver writes a text into an element of it.
+
+The Coder-to-Writer story of the original work as rows that can be scored: the text stands in the question, and which
+element it belongs into, with its tag, id and class, only in the page.
+"""
+
+from __future__ import annotations
+
+import random
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+_TOPICS = ("opening hours", "address", "prices", "contact", "history", "news", "team", "directions", "menu", "events")
+_TAGS = ("p", "div", "section", "li", "span", "article", "aside", "footer")
+_IDS = (
+    "amber",
+    "birch",
+    "cedar",
+    "delta",
+    "ember",
+    "fjord",
+    "grove",
+    "haven",
+    "inlet",
+    "jade",
+    "kiosk",
+    "lotus",
+    "maple",
+)
+_CLASSES = ("wide", "note", "small", "bold", "dark", "plain", "round", "left", "muted", "framed", "large", "quiet")
+_SUBJECTS = (
+    "The shop",
+    "Our kitchen",
+    "The museum",
+    "The harbour",
+    "My brother",
+    "The library",
+    "Everybody",
+    "The team",
+)
+_DOINGS = (
+    "opens",
+    "is closed",
+    "moves to the market square",
+    "sells tea",
+    "meets us",
+    "has a new door",
+    "rests",
+    "sings",
+)
+_TIMES = ("at nine", "on Mondays", "in summer", "after lunch", "every day", "until six", "in winter", "before noon")
+_ELEMENTS = 3  # in a page
+_TEST = 5  # one element in so many is kept for tests
+
+
+def skeleton(split: str, seed: int) -> Iterator[dict[str, Any]]:
+    """Rows with ``context``, ``question`` and ``answer``, without end; elements asked in ``test`` are not in ``train``.
+
+    Args:
+        split: ``train`` or ``test``.
+        seed: of the draw.
+    """
+    draw = random.Random(f"skeleton {split} {seed}")
+    count = 0
+    while True:
+        topics, tags = draw.sample(_TOPICS, _ELEMENTS), [draw.choice(_TAGS) for _ in range(_ELEMENTS)]
+        names = zip(tags, draw.sample(_IDS, _ELEMENTS), draw.sample(_CLASSES, _ELEMENTS), strict=True)
+        openings = [f'<{tag} id="{name}" class="{kind}">' for tag, name, kind in names]
+        asked = draw.randrange(_ELEMENTS)
+        if (zlib.crc32(openings[asked].encode()) % _TEST == 0) == (split == "test"):
+            text = f"{draw.choice(_SUBJECTS)} {draw.choice(_DOINGS)} {draw.choice(_TIMES)}."
+            lines = [f"{o}<!-- {topic} --></{tag}>" for o, topic, tag in zip(openings, topics, tags, strict=True)]
+            yield {
+                "id": f"skeleton/{split}/{count}",
+                "context": "<body>\n" + "\n".join(lines) + "\n</body>",
+                "question": f"Write the element of the page for the {topics[asked]}, with this text in it: {text}",
+                "answer": f"{openings[asked]}{text}</{tags[asked]}>",
+            }
+            count += 1
