@@ -11,7 +11,7 @@ these elements.
 from __future__ import annotations
 
 import argparse
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -31,7 +31,7 @@ def main() -> None:
     arguments = _arguments()
     model = C2CModel.from_pretrained(arguments.fuser)
     right: Counter[str] = Counter()
-    seconds: Counter[str] = Counter()
+    seconds: defaultdict[str, float] = defaultdict(float)
     rows = list(islice(skeleton("test", arguments.seed), arguments.rows))
     for index, row in enumerate(rows):
         if index < 3:
