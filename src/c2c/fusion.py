@@ -38,6 +38,7 @@ def fuse(
     sources: Sequence[Source | None],
     chunk: Chunk,
     mode: FusionMode = "sequential",
+    blend: float = 1.0,
 ) -> int:
     """Fuse the entries of one chunk into the receiver's cache, in place of its own.
 
@@ -52,6 +53,7 @@ def fuse(
         chunk: which entries take which.
         mode: ``sequential``: each sharer's fuser reads what the one before wrote; ``parallel``: all read the clean
             cache and their differences are added up.
+        blend: how much of what a fuser adds is taken: 0 leaves the receiver's entries, 1 takes the fuser's.
 
     Returns:
         Bytes of the sharers' entries that were read.
@@ -62,13 +64,13 @@ def fuse(
         if source is not None and alignment is not None
     ]
     if mode == "parallel" and len(active) > 1:
-        outcomes = [_run(cache, receiver, tokens, *part) for part in active]  # all on the clean cache
+        outcomes = [_run(cache, receiver, tokens, *part, blend) for part in active]  # all on the clean cache
         for (source, _), outcome in zip(active, [_difference(outcome) for outcome in outcomes], strict=True):
             _write(cache, source, outcome, add=True)
         return sum(outcome.read for outcome in outcomes)
     read = 0
     for source, alignment in active:
-        outcome = _run(cache, receiver, tokens, source, alignment)
+        outcome = _run(cache, receiver, tokens, source, alignment, blend)
         _write(cache, source, outcome)
         read += outcome.read
     return read
@@ -113,11 +115,22 @@ def aligned_entries(
     return theirs, ours
 
 
-def _run(cache: Cache, receiver: LanguageModel, tokens: TokenBatch, source: Source, alignment: Alignment) -> _Outcome:
+def _run(
+    cache: Cache, receiver: LanguageModel, tokens: TokenBatch, source: Source, alignment: Alignment, blend: float
+) -> _Outcome:
     """Run one fuser on the cache as it is now; nothing is written."""
     theirs, ours = aligned_entries(cache, receiver, tokens, source, alignment)
     read = sum(entry.nbytes for entry in (*theirs.keys, *theirs.values))
-    return _Outcome(Picker(alignment, alignment.receiver, 0), ours, source.fuser(theirs, ours), read)
+    fused: list[KeyValue] = source.fuser(theirs, ours)
+    if blend != 1:  # at 1 the fuser's own tensors are taken, bit for bit
+        pairs = zip(fused, ours.keys, ours.values, strict=True)
+        fused = [(_between(keys, new[0], blend), _between(values, new[1], blend)) for new, keys, values in pairs]
+    return _Outcome(Picker(alignment, alignment.receiver, 0), ours, fused, read)
+
+
+def _between(own: Tensor, fused: Tensor, blend: float) -> Tensor:
+    """A point on the line from the receiver's entries to the fused ones."""
+    return own + blend * (fused - own)
 
 
 def _difference(outcome: _Outcome) -> _Outcome:

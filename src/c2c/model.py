@@ -254,7 +254,13 @@ class C2CModel(nn.Module):
 
     @torch.no_grad()
     def generate(
-        self, messages: Any, *, sharer_messages: Any = None, options: RenderOptions | None = None, **kwargs: Any
+        self,
+        messages: Any,
+        *,
+        sharer_messages: Any = None,
+        options: RenderOptions | None = None,
+        blend: float = 1.0,
+        **kwargs: Any,
     ) -> Any:
         """Answer from the fused cache.
 
@@ -264,6 +270,8 @@ class C2CModel(nn.Module):
                 :class:`~c2c.handoff.Handoff` from ``sharer.read``; a list with one for each conversation; for several
                 such sharers a tuple with one of these for each.
             options: how to render the prompt.
+            blend: how much of what the fusers add is taken, from 0 (the receiver alone, bit for bit) to 1; private
+                context is there or not, 0 or 1.
             **kwargs: whatever the receiver's ``generate`` takes (``max_new_tokens``, ``do_sample``, ``num_beams``,
                 ``stop_strings``, ``streamer``, ``logits_processor``, ``num_return_sequences``).
 
@@ -274,7 +282,7 @@ class C2CModel(nn.Module):
             PromptError: empty or too long. AlignmentError: nothing can be fused.
         """
         clock = FirstTokenClock()
-        fused = self.prepare(messages, sharer_messages=sharer_messages, options=options)
+        fused = self.prepare(messages, sharer_messages=sharer_messages, options=options, blend=blend)
         return self.decode(fused, messages, clock, **kwargs)
 
     def decode(self, fused: FusedPrompt, messages: Any, clock: FirstTokenClock, **kwargs: Any) -> Any:
@@ -291,12 +299,17 @@ class C2CModel(nn.Module):
 
     @torch.no_grad()
     def prepare(
-        self, messages: Any, *, sharer_messages: Any = None, options: RenderOptions | None = None
+        self,
+        messages: Any,
+        *,
+        sharer_messages: Any = None,
+        options: RenderOptions | None = None,
+        blend: float = 1.0,
     ) -> FusedPrompt:
-        """Render, align, prefill and fuse; what :meth:`generate` decodes from.
+        """Render, align, prefill and fuse; what :meth:`generate` decodes from. Arguments as there.
 
         Raises:
-            PromptError: private context is missing, or given to fusers that know none.
+            PromptError: private context is missing, or given to fusers that know none; an impossible ``blend``.
         """
         batch, _ = conversations(messages)
         options = options or RenderOptions()
@@ -313,14 +326,25 @@ class C2CModel(nn.Module):
             )
         try:
             if self.private:
-                return self._prepare_private(batch, sharer_messages, options)
+                return self._prepare_private(batch, sharer_messages, options, blend)
             prompts = self.aligner.align(self.receiver.tokenizer, [s.tokenizer for s in self.sharers], batch, options)
-            return self.fuse_prompts(prompts)
+            return self.fuse_prompts(prompts, blend=blend)
         except SharerLost as lost:
             return self._alone(self.receiver.encode(batch, options), lost)
 
-    def _prepare_private(self, batch: list[Conversation], given: Any, options: RenderOptions) -> FusedPrompt:
+    def _prepare_private(
+        self, batch: list[Conversation], given: Any, options: RenderOptions, blend: float
+    ) -> FusedPrompt:
         """Each conversation by itself, since what is handed over to them differs in length; then one batch."""
+        if blend not in (0, 1):
+            raise PromptError(
+                f"blend is {blend:g}; private context adds entries of its own, which are there or not: pass 0 or 1."
+            )
+        if blend == 0:  # the receiver alone, and no one reads for it
+            whole = [replace(self._own_prompt(conversation, options), chunks=()) for conversation in batch]
+            report = self._report(whole, Stopwatch(self.receiver.device), blend)
+            parts = [self._fuse_prompt(prompt, report, Placed(prompt, 0, [])) for prompt in whole]
+            return self._join_parts(parts, report)
         stopwatch = Stopwatch(self.receiver.device)
         with stopwatch.stage("sharer_prefill"):
             readers = [self.sharers[i].for_fuser(self._fusers[i]) for i in self.private]
@@ -442,15 +466,21 @@ class C2CModel(nn.Module):
 
     # -- fusing ------------------------------------------------------------------------------------------------------
 
-    def fuse_prompts(self, prompts: Sequence[Prompt]) -> FusedPrompt:
+    def fuse_prompts(self, prompts: Sequence[Prompt], *, blend: float = 1.0) -> FusedPrompt:
         """Prefill and fuse; several prompts (rows with plans of their own) become one batch.
 
+        Args:
+            prompts: from an aligner.
+            blend: how much of what the fusers add is taken, from 0 to 1.
+
         Raises:
-            PromptError: a prompt that a model can't take.
+            PromptError: a prompt that a model can't take, or ``blend`` is not from 0 to 1.
         """
+        if not 0 <= blend <= 1:
+            raise PromptError(f"blend is {blend:g}; expected a number from 0 (the receiver alone) to 1 (all is taken).")
         stopwatch = Stopwatch(self.receiver.device)
-        report = self._report(prompts, stopwatch)
-        return self._join_parts([self._fuse_prompt(prompt, report) for prompt in prompts], report)
+        report = self._report(prompts, stopwatch, blend)
+        return self._join_parts([self._fuse_prompt(prompt, report, blend=blend) for prompt in prompts], report)
 
     def _join_parts(self, parts: Sequence[tuple[TokenBatch, Cache]], report: FusionReport) -> FusedPrompt:
         """One batch of prompts that were fused by themselves."""
@@ -462,13 +492,13 @@ class C2CModel(nn.Module):
         return FusedPrompt(_join([tokens for tokens, _ in parts]), kv.stack(caches), report)
 
     def _fuse_prompt(
-        self, prompt: Prompt, report: FusionReport, placed: Placed | None = None
+        self, prompt: Prompt, report: FusionReport, placed: Placed | None = None, blend: float = 1.0
     ) -> tuple[TokenBatch, Cache]:
         self.receiver.check_prompt(prompt.receiver)
         watch = report.stopwatch or Stopwatch(self.receiver.device)
         tokens = prompt.receiver.to(self.receiver.device)
         with watch.stage("sharer_prefill"):
-            sources = [self._source(index, prompt) for index in range(len(self.sharers))]
+            sources = [self._source(index, prompt) if blend > 0 else None for index in range(len(self.sharers))]
         cache: Cache = kv.empty_cache()
         if placed is not None and placed.memories:
             with watch.stage("receiver_prefill"):
@@ -477,7 +507,7 @@ class C2CModel(nn.Module):
             with watch.stage("receiver_prefill"):
                 self.receiver.prefill(tokens, chunk.stop, cache)
             with watch.stage("fuse"):
-                report.sharer_bytes += fuse(cache, self.receiver, tokens, sources, chunk, self.mode)
+                report.sharer_bytes += fuse(cache, self.receiver, tokens, sources, chunk, self.mode, blend)
         if placed is not None:
             with watch.stage("receiver_prefill"):
                 self.receiver.prefill(tokens, tokens.length - 1, cache)
@@ -598,8 +628,10 @@ class C2CModel(nn.Module):
                 sharer.check_rotary()
         return identity.check(pairs, allow_mismatch)
 
-    def _report(self, prompts: Sequence[Prompt], stopwatch: Stopwatch) -> FusionReport:
+    def _report(self, prompts: Sequence[Prompt], stopwatch: Stopwatch, blend: float = 1.0) -> FusionReport:
         report = FusionReport(stopwatch=stopwatch, notes=list(self.notes))
+        if blend != 1:
+            report.notes.append(f"blend {blend:g}: that share of what the fusers add was taken")
         report.trained = self.trained
         for prompt in prompts:
             report.prompt_tokens += int(prompt.receiver.mask.sum())

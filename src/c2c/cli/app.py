@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from c2c.cli import analyze, convert, doctor, evaluate, inspect, lm_eval, pull, report, run, serve, share, train
+from c2c.cli import analyze, convert, demo, doctor, evaluate, inspect, lm_eval, pull, report, run, serve, share, train
 from c2c.errors import C2CError
 from c2c.version import __version__
 
@@ -25,7 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for command in (pull, run, serve, share, train, evaluate, analyze, lm_eval, report, inspect, convert, doctor):
+for command in (pull, run, demo, serve, share, train, evaluate, analyze, lm_eval, report, inspect, convert, doctor):
     command.register(app)
 
 

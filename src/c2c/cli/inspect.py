@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
-from c2c.cli.output import human_bytes, out, print_json
+from c2c.cli.output import err, human_bytes, out, print_json
 
 if TYPE_CHECKING:
     from c2c.fusers import Fuser
+    from c2c.plots.reading import Reading
 
 _EPILOG = """Examples:
 
@@ -18,7 +20,14 @@ c2c inspect ./my-fuser
 
 c2c inspect ./my-fuser --json | jq .gates
 
-c2c inspect owner/fuser-on-the-hub"""
+c2c inspect owner/fuser-on-the-hub
+
+c2c inspect ./my-fuser --plot gates.png
+
+c2c inspect ./my-fuser --plot pictures.html --prompt "Why is the sky blue?" --answer-prefix "The answer is"
+
+Without --prompt there is a picture of the gates alone. With it both models are loaded and read the prompt: gate and
+weight by layer and head, fusion strength over the prompt, token alignment, PCA of the three caches, effective rank."""
 
 
 def register(app: typer.Typer) -> None:
@@ -28,15 +37,36 @@ def register(app: typer.Typer) -> None:
 
 def inspect(
     fuser: Annotated[str, typer.Argument(help="Folder or hub id of a fuser, or a published checkpoint's folder.")],
+    plot: Annotated[str | None, typer.Option(help="Draw pictures to this file: .png or .html.")] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="With --plot: draw what crosses while the pair reads this.")
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="With --prompt: system message for both models.")] = None,
+    answer_prefix: Annotated[str, typer.Option(help="With --prompt: text that the answer continues.")] = "",
+    receiver: Annotated[str | None, typer.Option(help="With --prompt: in place of the recorded receiver.")] = None,
+    sharer: Annotated[str | None, typer.Option(help="With --prompt: in place of the recorded sharer.")] = None,
     json_: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
-    """Show a fuser: geometry, layer map, gates, size, and the models it was made for."""
-    data = describe(_load(fuser))
+    """Show a fuser: geometry, layer map, gates, size, and the models it was made for; and pictures of it."""
+    if plot is None and prompt is not None:
+        raise typer.BadParameter("--prompt is for pictures: add --plot OUT.png or --plot OUT.html.")
+    target = _check_target(plot)
+    loaded = _load(fuser)
+    data = describe(loaded)
+    if target is not None:
+        reading = None
+        if prompt is not None:
+            messages = _messages(prompt, system)
+            with err.status("reading the prompt ..."):
+                reading = _read(fuser, loaded, messages, answer_prefix, receiver=receiver, sharer=sharer)
+        data["plot"] = {"file": str(target), "pictures": _save(target, fuser, loaded, reading)}
     if json_:
         print_json(data)
         return
     out.print(_facts(data))
     out.print(_layers(data))
+    if target is not None:
+        out.print(f"{target}: {', '.join(data['plot']['pictures'])}")
 
 
 def describe(fuser: Fuser) -> dict[str, Any]:
@@ -63,14 +93,50 @@ def describe(fuser: Fuser) -> dict[str, Any]:
 
 
 def _load(source: str) -> Fuser:
-    from pathlib import Path
-
     from c2c.fusers.base import load_fuser
     from c2c.published import import_published
 
+    return import_published(Path(source).expanduser()) if _is_published(source) else load_fuser(source)
+
+
+def _is_published(source: str) -> bool:
     folder = Path(source).expanduser()
-    published = folder.is_dir() and any(folder.glob("**/projector_*.pt"))
-    return import_published(folder) if published else load_fuser(source)
+    return folder.is_dir() and any(folder.glob("**/projector_*.pt"))
+
+
+def _messages(prompt: str, system: str | None) -> list[dict[str, str]]:
+    first = [{"role": "system", "content": system}] if system else []
+    return [*first, {"role": "user", "content": prompt}]
+
+
+def _check_target(plot: str | None) -> Path | None:
+    if plot is None:
+        return None
+    from c2c.plots.album import check_target
+
+    return check_target(plot)
+
+
+def _read(
+    source: str, fuser: Fuser, messages: list[dict[str, str]], answer_prefix: str, **models: str | None
+) -> Reading:
+    """The prompt as the fuser's pair reads it."""
+    from c2c.model import C2CModel
+    from c2c.plots.reading import check_fuser, read_prompt
+    from c2c.prompting import RenderOptions
+
+    check_fuser(fuser)  # before the models are loaded
+    kwargs: dict[str, Any] = models
+    published = _is_published(source)
+    model = (C2CModel.from_published if published else C2CModel.from_pretrained)(source, **kwargs)
+    return read_prompt(model, messages, RenderOptions(answer_prefix=answer_prefix))
+
+
+def _save(target: Path, source: str, fuser: Fuser, reading: Reading | None) -> list[str]:
+    from c2c.plots.album import save
+
+    title = source if reading is None else f"{reading.receiver} <- {reading.sharer}"
+    return save(target, title, fuser, reading)
 
 
 def _facts(data: dict[str, Any]) -> Table:

@@ -1,0 +1,90 @@
+"""The blend: 0 is the receiver bit for bit, 1 the ordinary run, and what lies between is between."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from c2c import C2CModel, kv
+from c2c.errors import PromptError
+from tiny import Scores, open_fusers, pair
+
+PROMPT = "Größe 42? Name three uses of copper."
+
+
+def scores(run, *args, **kwargs):
+    """Text and all logits of an answer."""
+    seen = Scores()
+    result = run(*args, max_new_tokens=6, do_sample=False, logits_processor=[seen], **kwargs)
+    results = result if isinstance(result, list) else [result]
+    return [one.text for one in results], torch.stack(seen.seen), results[0].report
+
+
+@pytest.fixture(scope="module")
+def model():
+    return open_fusers(pair())
+
+
+@pytest.mark.parametrize("family", ["bottleneck", "c2c", "linear"])
+def test_zero_is_the_receiver_bit_for_bit(family):
+    made = pair(fuser=family)
+    for fuser in made.fusers:
+        for parameter in fuser.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+    text, logits, report = scores(made.generate, PROMPT, blend=0.0)
+    alone, expected, _ = scores(made.receiver.answer, PROMPT)
+    assert text == alone
+    assert torch.equal(logits, expected)
+    assert report.sharer_bytes == 0
+    assert any("blend 0" in note for note in report.notes)
+
+
+def test_one_is_the_ordinary_run(model):
+    text, logits, report = scores(model.generate, PROMPT, blend=1.0)
+    plain, expected, ordinary = scores(model.generate, PROMPT)
+    assert text == plain
+    assert torch.equal(logits, expected)
+    assert report.notes == ordinary.notes
+    assert not torch.equal(expected, scores(model.receiver.answer, PROMPT)[1])
+
+
+def test_the_cache_moves_on_a_straight_line(model):
+    def entries(blend):
+        return torch.stack([torch.stack(pair) for pair in kv.layers(model.prepare(PROMPT, blend=blend).cache)])
+
+    own, half, whole = entries(0.0), entries(0.5), entries(1.0)
+    assert not torch.allclose(own, whole)
+    torch.testing.assert_close(half, (own + whole) / 2)
+
+
+@pytest.mark.parametrize("mode", ["sequential", "parallel"])
+def test_several_sharers_and_batches(mode):
+    made = pair()
+    both = open_fusers(C2CModel.from_models(made.receiver, [made.sharers[0], made.sharers[0]], mode=mode))
+    batch = [PROMPT, "2 + 2 ="]
+    assert torch.equal(scores(both.generate, batch, blend=0.0)[1], scores(both.receiver.answer, batch)[1])
+    assert torch.equal(scores(both.generate, batch, blend=1.0)[1], scores(both.generate, batch)[1])
+    assert not torch.equal(scores(both.generate, batch, blend=0.5)[1], scores(both.generate, batch)[1])
+
+
+def test_streams_take_it_too(model):
+    text = "".join(model.stream(PROMPT, blend=0.0, max_new_tokens=6, do_sample=False))
+    assert text == model.receiver.answer(PROMPT, max_new_tokens=6, do_sample=False).text
+
+
+def test_private_context_is_there_or_not():
+    made = pair(fuser="memory")
+    made.fusers[0].config.training = {}
+    torch.nn.init.normal_(made.fusers[0].weight, std=0.3)
+    alone = scores(made.receiver.answer, PROMPT)[1]
+    told = scores(made.generate, PROMPT, sharer_messages="The cat is called Oskar.")[1]
+    assert torch.equal(scores(made.generate, PROMPT, sharer_messages="Oskar", blend=0)[1], alone)
+    assert not torch.equal(told, alone)
+    with pytest.raises(PromptError, match="there or not"):
+        made.generate(PROMPT, sharer_messages="Oskar", blend=0.5)
+
+
+@pytest.mark.parametrize("blend", [-0.1, 1.5, float("nan")])
+def test_impossible_blends_are_refused(model, blend):
+    with pytest.raises(PromptError, match="from 0"):
+        model.generate(PROMPT, blend=blend)

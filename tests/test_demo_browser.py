@@ -1,0 +1,114 @@
+"""The demo in a real browser: four panes, the wrong-message switch, the blend by keyboard, a document, pictures.
+
+Needs playwright and a Chromium, its own or one of the system (``C2C_CHROMIUM`` names another).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+import pytest
+
+from c2c.demo.server import launch
+from c2c.demo.settings import Settings
+from demo_rig import fuser_folders
+
+pytest.importorskip("gradio")
+playwright = pytest.importorskip("playwright.sync_api")
+pytestmark = pytest.mark.browser
+_DONE = "document.querySelectorAll('[id^={tab}-] .c2c-pane[data-state=done]').length === 4"
+_WAIT = 60_000  # milliseconds
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory):
+    folders = fuser_folders(tmp_path_factory.mktemp)
+    said = []
+    page = launch(Settings(fusers=tuple(folders.values()), port=0, max_new_tokens=6), said=said.append)
+    yield said[0]
+    page.close(verbose=False)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    system = os.environ.get("C2C_CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
+    with playwright.sync_playwright() as driver:
+        try:
+            started = driver.chromium.launch(executable_path=system, args=["--no-sandbox"])
+        except playwright.Error as missing:
+            pytest.skip(f"no Chromium can be started: {missing}")
+        yield started
+        started.close()
+
+
+@pytest.fixture(params=[(1280, 900), (390, 844)], ids=["desktop", "phone"])
+def page(browser, address, request):
+    width, height = request.param
+    opened = browser.new_page(viewport={"width": width, "height": height})
+    opened.set_default_timeout(_WAIT)
+    hosts, broken = set(), []
+    opened.on("request", lambda sent: hosts.add(sent.url.split("/")[2]))
+    opened.on("pageerror", lambda error: broken.append(str(error)))
+    opened.goto(address)
+    opened.wait_for_selector('#ask-status [data-status="ready"]')
+    yield opened
+    assert opened.evaluate("document.documentElement.scrollWidth") <= width
+    assert hosts == {address.split("/")[2]}  # nothing is fetched from elsewhere
+    assert broken == []
+    opened.close()
+
+
+def answer(page, tab="ask"):
+    return page.inner_text(f"#{tab}-c2c .c2c-answer")
+
+
+def test_ask_then_give_the_sharer_another_question_then_blend_by_keyboard(page):
+    page.fill("#ask-prompt textarea", "Name three uses of copper.")
+    page.focus("#ask-run")
+    page.keyboard.press("Enter")
+    page.wait_for_function(_DONE.format(tab="ask"))
+    assert page.inner_text("#ask-text .c2c-message blockquote") != ""
+    first, receiver = answer(page), page.inner_text("#ask-receiver .c2c-answer")
+
+    page.focus("#ask-wrong input")
+    page.keyboard.press("Space")
+    page.wait_for_selector("#ask-c2c .c2c-pane[data-state=done] .c2c-misled")
+    assert answer(page) != first
+    assert page.inner_text("#ask-c2c .c2c-before") != ""
+    assert page.inner_text("#ask-receiver .c2c-answer") == receiver
+
+    page.keyboard.press("Space")
+    page.wait_for_function("!document.querySelector('#ask-c2c .c2c-misled')")
+    page.wait_for_selector("#ask-c2c .c2c-pane[data-state=done]")
+    assert answer(page) == first
+
+    page.focus("#ask-blend input[type=range]")
+    page.keyboard.press("Home")
+    page.wait_for_function("text => document.querySelector('#ask-c2c .c2c-answer').innerText === text", arg=receiver)
+
+
+def test_a_document_is_uploaded_and_only_the_sharer_reads_it(page):
+    page.get_by_role("tab", name="Private context").click()
+    note = {"name": "note.txt", "mimeType": "text/plain", "buffer": b"The cat is called Oskar."}
+    page.set_input_files("#private-upload input[type=file]", files=[note])
+    page.wait_for_selector('#private-said [data-status="ready"]')
+    assert page.input_value("#private-document textarea") == "The cat is called Oskar."
+    page.click("#private-run")
+    page.wait_for_function(_DONE.format(tab="private"))
+    first = answer(page, "private")
+    page.click("#private-wrong input")
+    page.wait_for_selector("#private-c2c .c2c-pane[data-state=done] .c2c-misled")
+    assert answer(page, "private") != first
+
+
+def test_pictures_are_drawn_and_errors_are_said(page):
+    page.get_by_role("tab", name="Pictures").click()
+    page.click("#pictures-run")
+    page.wait_for_selector("#pictures-shown svg")
+    assert page.locator("#pictures-shown figure").count() == 5
+    page.get_by_role("tab", name="Ask both").click()
+    page.fill("#ask-prompt textarea", " ")
+    page.click("#ask-run")
+    page.wait_for_selector("#ask-c2c .c2c-error")
+    assert "There is no prompt" in page.inner_text("#ask-c2c .c2c-error")
