@@ -1,12 +1,16 @@
 """What a server does under load: requests per second and times to the first token, by way and number of clients.
 
-The server runs in a process of its own. Clients are real ones, over HTTP, in a closed loop: each sends its next request
-when it has its answer. All ways are measured in one run, and every answer is compared to the one that the same request
-got alone.
+The server runs in a process of its own; clients are those of the ``openai`` package, over HTTP. All ways are measured
+in one run, and every answer is compared to the one that the same request got alone.
+
+Closed loop: so many clients, each of which asks again when it has its answer. Open loop: requests arrive at random
+(Poisson) whether or not others are answered, at a share of the highest rate that the closed loop reached; times count
+from arrival. Soak: mixed ways, greedy and sampled, streamed and whole, and how the server's memory goes.
 
     python benchmarks/serve.py                                  # the fuser of the zoo; its models must be pulled
     python benchmarks/serve.py --tiny --clients 1 4 16 64       # random models, nothing to download
-    python benchmarks/serve.py --tiny --clients 4 --soak 300    # then five minutes of mixed load, watching memory
+    python benchmarks/serve.py --tiny --clients 16 --soak 10    # then ten minutes of mixed load
+    python benchmarks/serve.py --url http://127.0.0.1:8000 --name pair --pid 4711     # a server that runs already
 """
 
 from __future__ import annotations
@@ -24,20 +28,35 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import httpx
+import openai
 from rich.console import Console
 from rich.table import Table
 
 FUSER = Path(__file__).parent.parent / "zoo" / "smollm2-135m_from_qwen2.5-coder-1.5b"
-NAME = "pair"
-WAYS = {"receiver": f"{NAME}/receiver", "c2c": NAME, "text": f"{NAME}/text", "sharer": f"{NAME}/sharer"}
+WAYS = {"receiver": "/receiver", "c2c": "", "text": "/text", "sharer": "/sharer"}
 WORDS = ("copper", "river", "lamp", "plant", "music", "stone", "winter", "engine", "honey", "paper", "glass", "island")
 START = 600.0  # seconds that a server may take to load its models
+
+
+@dataclass(frozen=True)
+class Question:
+    """One request; equal ones have equal answers.
+
+    Attributes:
+        way: who answers.
+        prompt: the user's message.
+        seed: of a sample; None is greedy.
+    """
+
+    way: str
+    prompt: str
+    seed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -54,19 +73,18 @@ class Answer:
     text: str | None
     first: float
     total: float
-    tokens: int
+    tokens: int = 0
 
 
 def main() -> None:
     """Run and print."""
     arguments = _arguments()
     with _server(arguments) as (url, process):
-        prompts = _prompts(arguments.prompts, arguments.seed)
-        result = asyncio.run(_measure(url, prompts, arguments))
-        if arguments.soak:
-            result["soak"] = asyncio.run(_soak(url, prompts, process.pid, arguments))
-        process.send_signal(signal.SIGTERM)
-        result["exit_code"] = process.wait(arguments.timeout)
+        pid = process.pid if process else arguments.pid
+        result = asyncio.run(_measure(Clients(url, arguments), pid, arguments))
+        if process:
+            process.send_signal(signal.SIGTERM)
+            result["exit_code"] = process.wait(arguments.timeout)
     result |= {"settings": _settings(arguments), "machine": f"{platform.machine()}, {os.cpu_count()} cores"}
     _show(result)
     if arguments.json:
@@ -76,42 +94,131 @@ def main() -> None:
 # -- load --------------------------------------------------------------------------------------------------------------
 
 
-async def _measure(url: str, prompts: list[str], arguments: argparse.Namespace) -> dict:
+class Clients:
+    """Asks a server, and knows what every question is answered alone."""
+
+    def __init__(self, url: str, arguments: argparse.Namespace) -> None:
+        self._name, self._max_tokens = arguments.name, arguments.max_tokens
+        self._client = openai.AsyncOpenAI(
+            base_url=f"{url}/v1",
+            api_key=os.environ.get("C2C_API_KEY", "none"),
+            timeout=arguments.timeout,
+            max_retries=0,
+        )
+        self.singles: dict[Question, str] = {}
+
+    async def learn(self, questions: list[Question]) -> None:
+        """Ask them one after the other, with nobody else there."""
+        for question in questions:
+            text = (await self.ask(question)).text
+            if text is None:
+                raise SystemExit("a request failed although it was alone; see above.")
+            self.singles[question] = text
+
+    async def ask(self, question: Question, stream: bool = True) -> Answer:
+        """One request."""
+        began = time.perf_counter()
+        try:
+            return await (self._streamed if stream else self._whole)(question, began)
+        except openai.OpenAIError as error:
+            print(f"{question.way}: {error!r}", file=sys.stderr)
+            seconds = time.perf_counter() - began
+            return Answer(None, seconds, seconds)
+
+    def differs(self, question: Question, answer: Answer) -> bool:
+        """Whether it is another answer than the one that was given alone."""
+        return answer.text is not None and answer.text != self.singles[question]
+
+    async def _streamed(self, question: Question, began: float) -> Answer:
+        first, text, tokens = None, "", 0
+        options = {"stream": True, "stream_options": {"include_usage": True}}
+        async for chunk in await self._client.chat.completions.create(**self._body(question), **options):
+            piece = "".join(choice.delta.content or "" for choice in chunk.choices)
+            if first is None and piece:
+                first = time.perf_counter() - began
+            text += piece
+            tokens = chunk.usage.completion_tokens if chunk.usage else tokens
+        total = time.perf_counter() - began
+        return Answer(text if tokens else None, first or total, total, tokens)  # usage is what a stream ends with
+
+    async def _whole(self, question: Question, began: float) -> Answer:
+        answer = await self._client.chat.completions.create(**self._body(question))
+        total = time.perf_counter() - began
+        return Answer(answer.choices[0].message.content, total, total, answer.usage.completion_tokens)
+
+    def _body(self, question: Question) -> dict:
+        return {
+            "model": self._name + WAYS[question.way],
+            "messages": [{"role": "user", "content": question.prompt}],
+            "max_tokens": self._max_tokens,
+            "temperature": 0 if question.seed is None else 1,
+            "seed": question.seed,
+        }
+
+
+async def _measure(clients: Clients, pid: int | None, arguments: argparse.Namespace) -> dict:
     """Every request alone, then all levels of load."""
-    async with _client(url, arguments) as client:
-        singles = {}
+    prompts = _prompts(arguments.prompts, arguments.seed)
+    questions = {way: [Question(way, prompt) for prompt in prompts] for way in arguments.ways}
+    for way in arguments.ways:
+        await clients.ask(questions[way][0])  # warm-up
+        await clients.learn(questions[way])
+    levels, best = [], dict.fromkeys(arguments.ways, 0.0)
+    for count in arguments.clients:
         for way in arguments.ways:
-            await _ask(client, way, prompts[0], arguments)  # warm-up
-            singles |= {(way, prompt): (await _ask(client, way, prompt, arguments)).text for prompt in prompts}
-        if None in singles.values():
-            raise SystemExit("a request failed although it was alone; see the server's log above.")
-        levels = []
-        for clients in arguments.clients:
-            for way in arguments.ways:
-                levels.append(await _level(client, way, clients, prompts, singles, arguments))
-    return {"levels": levels, "singles": len(singles), "differing": sum(level["differing"] for level in levels)}
+            levels.append(await _closed(clients, questions[way], count, arguments.requests))
+            best[way] = max(best[way], levels[-1]["requests_per_second"])
+    for share, way in itertools.product(arguments.open, arguments.ways):
+        levels.append(await _open(clients, questions[way], share * best[way], arguments))
+    result = {"levels": levels}
+    if arguments.soak:
+        every = [question for way in arguments.ways for question in questions[way]]
+        result["soak"] = await _soak(clients, every, pid, arguments)
+    counted = [*levels, *([result["soak"]] if arguments.soak else [])]
+    totals = {key: sum(one[key] for one in counted) for key in ("requests", "failed", "differing")}
+    return result | totals | {"singles": len(clients.singles)}
 
 
-async def _level(client: httpx.AsyncClient, way: str, clients: int, prompts: list, singles: dict, arguments) -> dict:
+async def _closed(clients: Clients, questions: list[Question], count: int, requests: int) -> dict:
     """So many clients, each asking again and again until all requests are done."""
-    count = max(arguments.requests, clients)
-    work = itertools.islice(itertools.cycle(prompts), count)
-    answers: list[tuple[str, Answer]] = []
+    requests = max(requests, count)
+    work = itertools.islice(itertools.cycle(questions), requests)
+    answers: list[tuple[Question, Answer]] = []
 
     async def one_client() -> None:
-        for prompt in work:  # one iterator for all clients
-            answers.append((prompt, await _ask(client, way, prompt, arguments)))
+        for question in work:  # one iterator for all clients
+            answers.append((question, await clients.ask(question)))
 
     began = time.perf_counter()
-    await asyncio.gather(*(one_client() for _ in range(clients)))
-    seconds = time.perf_counter() - began
+    await asyncio.gather(*(one_client() for _ in range(count)))
+    return {"loop": "closed", "clients": count} | _level(clients, answers, time.perf_counter() - began)
+
+
+async def _open(clients: Clients, questions: list[Question], rate: float, arguments: argparse.Namespace) -> dict:
+    """Requests that arrive at a rate of so many per second, whatever becomes of those before."""
+    rng = random.Random(arguments.seed)
+    answers: list[tuple[Question, Answer]] = []
+
+    async def one_request(question: Question) -> None:
+        answers.append((question, await clients.ask(question)))
+
+    began = time.perf_counter()
+    async with asyncio.TaskGroup() as arrivals:
+        for question in itertools.islice(itertools.cycle(questions), arguments.requests):
+            arrivals.create_task(one_request(question))
+            await asyncio.sleep(rng.expovariate(rate))
+    level = _level(clients, answers, time.perf_counter() - began)
+    return {"loop": "open", "arrivals_per_second": round(rate, 3)} | level
+
+
+def _level(clients: Clients, answers: list[tuple[Question, Answer]], seconds: float) -> dict:
+    """The figures of one level of load."""
     good = [answer for _, answer in answers if answer.text is not None]
     return {
-        "way": way,
-        "clients": clients,
-        "requests": count,
-        "failed": count - len(good),
-        "differing": sum(a.text is not None and a.text != singles[way, prompt] for prompt, a in answers),
+        "way": answers[0][0].way,
+        "requests": len(answers),
+        "failed": len(answers) - len(good),
+        "differing": sum(clients.differs(*pair) for pair in answers),
         "requests_per_second": round(len(good) / seconds, 3),
         "tokens_per_second": round(sum(answer.tokens for answer in good) / seconds, 2),
         "first_token_seconds": _percentiles([answer.first for answer in good]),
@@ -119,59 +226,35 @@ async def _level(client: httpx.AsyncClient, way: str, clients: int, prompts: lis
     }
 
 
-async def _ask(client: httpx.AsyncClient, way: str, prompt: str, arguments: argparse.Namespace) -> Answer:
-    """One request, streamed."""
-    body = {
-        "model": WAYS[way],
-        "messages": [{"role": "user", "content": prompt}],
-        "max_tokens": arguments.max_tokens,
-        "temperature": 0,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-    }
-    began, first, text, tokens, whole = time.perf_counter(), None, "", 0, False
-    try:
-        async with client.stream("POST", "/v1/chat/completions", json=body) as response:
-            if response.status_code != 200:
-                print(f"{way}: {response.status_code} {(await response.aread()).decode()}", file=sys.stderr)
-            async for line in response.aiter_lines():
-                whole = whole or line == "data: [DONE]"
-                if not line.startswith("data: {"):
-                    continue
-                chunk = json.loads(line.removeprefix("data: "))
-                pieces = [choice["delta"].get("content", "") for choice in chunk.get("choices", [])]
-                if first is None and any(pieces):
-                    first = time.perf_counter() - began
-                text += "".join(pieces)
-                tokens = (chunk.get("usage") or {}).get("completion_tokens", tokens)
-    except httpx.HTTPError as error:
-        print(f"{way}: {error!r}", file=sys.stderr)
-        whole = False
-    total = time.perf_counter() - began
-    return Answer(text if whole else None, first or total, total, tokens)
+async def _soak(clients: Clients, greedy: list[Question], pid: int | None, arguments: argparse.Namespace) -> dict:
+    """Mixed load for a while: is every answer the one that was given alone, and does the server's memory grow?"""
+    sampled = [Question(question.way, question.prompt, seed) for seed, question in enumerate(greedy)]
+    await clients.learn(sampled)
+    until = time.monotonic() + 60 * arguments.soak
+    rng, memory, counts = random.Random(arguments.seed), [], Counter(requests=0, failed=0, differing=0)
 
-
-async def _soak(url: str, prompts: list[str], pid: int, arguments: argparse.Namespace) -> dict:
-    """Mixed load for a while; how the server's memory goes."""
-    until = time.monotonic() + arguments.soak
-    rng, memory, counts = random.Random(arguments.seed), [], {"requests": 0, "failed": 0}
-
-    async def one_client(client: httpx.AsyncClient) -> None:
+    async def one_client() -> None:
         while time.monotonic() < until:
-            answer = await _ask(client, rng.choice(arguments.ways), rng.choice(prompts), arguments)
-            counts["requests"] += 1
-            counts["failed"] += answer.text is None
+            question = rng.choice([*greedy, *sampled])
+            answer = await clients.ask(question, stream=rng.random() < 0.5)
+            counts.update(requests=1, failed=answer.text is None, differing=clients.differs(question, answer))
 
     async def watch() -> None:
-        while time.monotonic() < until:
+        while pid is not None and time.monotonic() < until:
             memory.append(_rss_mb(pid))
             await asyncio.sleep(1)
 
-    async with _client(url, arguments) as client:
-        await asyncio.gather(watch(), *(one_client(client) for _ in range(max(arguments.clients))))
-    fifth = max(len(memory) // 5, 1)
-    fifths = [statistics.median(memory[start : start + fifth]) for start in range(0, len(memory), fifth)]
-    return counts | {"seconds": arguments.soak, "rss_mb": [round(value, 1) for value in fifths[:5]]}
+    await asyncio.gather(watch(), *(one_client() for _ in range(max(arguments.clients))))
+    return {"minutes": arguments.soak, "clients": max(arguments.clients)} | counts | _growth(memory)
+
+
+def _growth(memory: list[float]) -> dict:
+    """Resident memory: medians of five equal spans of time, and by how much the last is above the second."""
+    if len(memory) < 5:
+        return {"rss_mb": None, "growth_mb": None}
+    spans = [memory[len(memory) * i // 5 : len(memory) * (i + 1) // 5] for i in range(5)]
+    medians = [round(statistics.median(span), 1) for span in spans]
+    return {"rss_mb": medians, "growth_mb": round(medians[-1] - medians[1], 1)}
 
 
 def _rss_mb(pid: int) -> float:
@@ -184,14 +267,17 @@ def _rss_mb(pid: int) -> float:
 
 
 @contextmanager
-def _server(arguments: argparse.Namespace) -> Iterator[tuple[str, subprocess.Popen]]:
-    """A server in a process of its own; its log goes where ours goes, requests left out."""
+def _server(arguments: argparse.Namespace) -> Iterator[tuple[str, subprocess.Popen | None]]:
+    """A server in a process of its own, or the one that runs already."""
+    if arguments.url:
+        yield arguments.url.rstrip("/"), None
+        return
     with tempfile.TemporaryDirectory() as folder:
-        models = _tiny(Path(folder)) if arguments.tiny else ["--fuser", str(arguments.fuser)]
-        command = [sys.executable, "-m", "c2c", "serve", *models, "--name", NAME, "--port", "0"]
-        command += ["--max-queue", str(2 * max(arguments.clients)), "--max-batch", str(arguments.max_batch)]
-        command += ["--timeout", str(arguments.timeout), "--batch-window-ms", str(arguments.batch_window_ms)]
-        command += ["--message-tokens", str(arguments.message_tokens)]
+        fuser = _tiny(Path(folder)) if arguments.tiny else arguments.fuser
+        command = [sys.executable, "-m", "c2c", "serve", str(fuser), "--name", arguments.name, "--port", "0"]
+        command += ["--max-queue", str(2 * max(*arguments.clients, arguments.requests))]
+        command += ["--max-batch", str(arguments.max_batch), "--batch-window-ms", str(arguments.batch_window_ms)]
+        command += ["--timeout", str(arguments.timeout), "--message-tokens", str(arguments.message_tokens)]
         log_path = Path(folder) / "log"
         with log_path.open("w") as log:
             process = subprocess.Popen(command, stderr=log)
@@ -213,35 +299,34 @@ def _url(process: subprocess.Popen, log: Path) -> str:
     raise SystemExit(f"the server did not start:\n{log.read_text()}")
 
 
-def _tiny(folder: Path) -> list[str]:
-    """Random models of two families with a tokenizer of characters, as options of the server."""
+def _tiny(folder: Path) -> Path:
+    """Random models of two families, with a tokenizer of characters and a fuser that really changes the cache."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
+    from c2c import C2CModel
+
     letters = [*(chr(code) for code in range(33, 127)), "\u0120", "\u010a"]  # ASCII: every token is text at once
     tokens = Tokenizer(models.BPE({letter: index for index, letter in enumerate(letters)}, []))
     tokens.pre_tokenizer, tokens.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 128, "max_position_embeddings": 2048}
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": len(letters), "max_position_embeddings": 2048}
     sizes |= {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.2}
     sizes |= {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-    options = []
-    for role, config, model in (
-        ("receiver", LlamaConfig, LlamaForCausalLM),
-        ("sharer", Qwen2Config, Qwen2ForCausalLM),
-    ):
-        torch.manual_seed(len(options))
-        model(config(**sizes)).save_pretrained(folder / role)
+    torch.manual_seed(0)
+    roles = {"receiver": LlamaForCausalLM(LlamaConfig(**sizes)), "sharer": Qwen2ForCausalLM(Qwen2Config(**sizes))}
+    for role, model in roles.items():
+        model.save_pretrained(folder / role)
         PreTrainedTokenizerFast(tokenizer_object=tokens).save_pretrained(folder / role)
-        options += [f"--{role}", str(folder / role)]
-    return options
+    pair = C2CModel.from_models(str(folder / "receiver"), str(folder / "sharer"))
+    for name, parameter in pair.fusers[0].named_parameters():
+        if name in ("up", "up_bias"):
+            torch.nn.init.normal_(parameter)
+    pair.save_pretrained(folder / "fuser")
+    return folder / "fuser"
 
 
 # -- helpers -----------------------------------------------------------------------------------------------------------
-
-
-def _client(url: str, arguments: argparse.Namespace) -> httpx.AsyncClient:
-    return httpx.AsyncClient(base_url=url, timeout=arguments.timeout, limits=httpx.Limits(max_connections=None))
 
 
 def _prompts(count: int, seed: int) -> list[str]:
@@ -263,18 +348,17 @@ def _percentiles(values: list[float]) -> dict[str, float] | None:
 
 
 def _settings(arguments: argparse.Namespace) -> dict:
-    return {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()}
+    return {key: value.name if isinstance(value, Path) else value for key, value in vars(arguments).items()}
 
 
 def _show(result: dict) -> None:
-    table = Table(
-        "way", "clients", "requests/s", "tokens/s", "first p50", "p95", "p99", "whole p50", "failed", "differ"
-    )
+    table = Table("way", "load", "requests/s", "tokens/s", "first p50", "p95", "p99", "whole p50", "failed", "differ")
     for level in result["levels"]:
         first, whole = level["first_token_seconds"] or {}, level["seconds"] or {}
+        closed = level["loop"] == "closed"
         table.add_row(
             level["way"],
-            str(level["clients"]),
+            f"{level['clients']} clients" if closed else f"{level['arrivals_per_second']:.2f} arrivals/s",
             f"{level['requests_per_second']:.2f}",
             f"{level['tokens_per_second']:.1f}",
             *(f"{first.get(key, 0):.2f} s" for key in ("p50", "p95", "p99")),
@@ -290,18 +374,25 @@ def _show(result: dict) -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--fuser", type=Path, default=FUSER, help="folder of a fuser for a shared prompt")
-    parser.add_argument("--tiny", action="store_true", help="random models in place of the fuser's")
-    parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16, 64])
+    models = parser.add_mutually_exclusive_group()
+    models.add_argument("--fuser", type=Path, default=FUSER, help="folder of a fuser for a shared prompt")
+    models.add_argument("--tiny", action="store_true", help="random models in place of the fuser's")
+    models.add_argument("--url", help="a server that runs already")
+    parser.add_argument("--name", default="pair", help="what the server calls its model")
+    parser.add_argument("--pid", type=int, help="of the server at --url, to watch its memory")
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16, 64], help="closed loop")
+    parser.add_argument(
+        "--open", type=float, nargs="*", default=[0.5, 0.8], metavar="SHARE", help="open loop, of the highest rate"
+    )
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=["receiver", "c2c", "text"])
-    parser.add_argument("--requests", type=int, default=16, help="per level, at least one for each client")
+    parser.add_argument("--requests", type=int, default=64, help="per level; closed loop at least one for each client")
     parser.add_argument("--prompts", type=int, default=8, help="different prompts")
     parser.add_argument("--max-tokens", type=int, default=16, help="tokens per answer")
     parser.add_argument("--message-tokens", type=int, default=32, help="tokens of the sharer's text")
     parser.add_argument("--max-batch", type=int, default=16)
     parser.add_argument("--batch-window-ms", type=float, default=10)
     parser.add_argument("--timeout", type=float, default=600)
-    parser.add_argument("--soak", type=float, default=0, metavar="SECONDS", help="then mixed load for so long")
+    parser.add_argument("--soak", type=float, default=0, metavar="MINUTES", help="then mixed load for so long")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     return parser.parse_args()

@@ -13,6 +13,7 @@ from c2c.errors import C2CError, CacheError, HandoffError, MismatchError, Prompt
 from c2c.handoff import Handoff
 from c2c.identity import differences
 from c2c.remote import RemoteError, RemoteSharer
+from c2c.remote.limits import Limits
 from c2c.remote.packing import packed_bytes
 from c2c.sharer import Sharer, Wanted
 from c2c.tokens import left_pad
@@ -190,6 +191,34 @@ def test_only_mapped_layers_cross(local, server):
         payload = packed_bytes(sharer.geometry, len(used), columns, "float32")
         assert payload < crossed[len(used)] < payload + 1200 * (2 + len(used))
     assert crossed[3] > 1.5 * crossed[1]
+
+
+def test_a_batch_that_is_too_large_for_the_server_is_asked_for_in_parts(local):
+    length = max(local.sharers[0].encode(text).length for text in TEXTS)
+    rows = len(TEXTS)
+    with serving(local.sharers[0], limits=Limits(tokens=2 * length + 1, requests_per_minute=0)) as running:
+        remote = C2CModel(local.receiver, [RemoteSharer(running.url)], list(local.fusers))
+        ours, theirs = fused(local, list(TEXTS)), fused(remote, list(TEXTS))
+        assert [entry["rows"] for entry in running.logged(1 + (rows + 1) // 2)[1:]] == [2] * (rows // 2) + [1] * (
+            rows % 2
+        )
+    for one, other in zip(kv.layers(ours[0].cache), kv.layers(theirs[0].cache), strict=True):
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(one, other, strict=True))
+    assert torch.allclose(ours[1], theirs[1], atol=1e-4)
+
+
+def test_rows_of_which_nothing_is_read_are_not_asked_for(local):
+    sharer = local.sharers[0]
+    tokens = left_pad([[1, 2, 3], [4, 5, 6]], 0)
+    wanted = Wanted([0, 2], torch.tensor([1, 1]), torch.tensor([0, 2]))
+    with serving(sharer, limits=Limits(tokens=3, requests_per_minute=0)) as running:
+        far_away = RemoteSharer(running.url)
+        found, expected = far_away.share(tokens, wanted), sharer.share(tokens, wanted)
+        assert far_away.traffic.requests == 2, "the handshake, and the second row"
+    for index in wanted.layers:
+        for got, whole in zip(kv.layers(found)[index], kv.layers(expected)[index], strict=True):
+            assert not got[0].any()
+            assert torch.allclose(got[1][:, [0, 2]], whole[1][:, [0, 2]], atol=1e-5)
 
 
 def test_entries_that_were_not_asked_for_are_not_there(remote, local):

@@ -27,6 +27,7 @@ from c2c.remote.limits import Limits, RateLimiter
 from c2c.remote.order import Order
 from c2c.remote.retry import Backoff
 from c2c.remote.signature import KeyFileError, Signer, read_key
+from c2c.remote.standing import Standing
 from c2c.sharer import Sharer
 from c2c.tokens import left_pad
 from remote_rig import KEY, Proxy, body_of_request, serving
@@ -763,6 +764,57 @@ def test_receiver_only_for_token_ids_and_for_several_sharers(local, proxy):
     answer = mixed.generate(TEXT, **GREEDY)
     assert answer.ids.tolist() == local.receiver.answer(TEXT, **GREEDY).ids.tolist()
     assert answer.report.notes[0].startswith("receiver only: ")
+
+
+def test_it_tells_how_the_last_call_ended(local, proxy):
+    model = through(local, proxy.url, retries=0)
+    sharer = model.sharers[0]
+    assert sharer.lost is None
+    proxy.spoil(cut=4000)
+    error = fails(model, "1 attempt:", "unreachable")
+    assert (sharer.lost.code, sharer.lost.message) == ("unreachable", str(error))
+    assert sharer.for_fuser(model.fusers[0]).lost is sharer.lost
+    proxy.spoil(times=0)
+    generated(model)
+    assert sharer.lost is None
+
+
+def test_a_lost_sharer_is_left_in_peace_for_a_while(local, proxy):
+    """After a loss that took time, if that is asked for."""
+    model = through(local, proxy.url, retries=0, rest=1.0)
+    proxy.spoil(cut=4000)
+    fails(model, "1 attempt:", "unreachable")
+    proxy.spoil(times=0)
+    asked = model.sharers[0].traffic.requests
+    fails(model, r"1 attempt:.* It will be asked again in [01] s\.", "unreachable")
+    assert model.sharers[0].traffic.requests == asked
+    time.sleep(1.1)
+    assert generated(model) == generated(local)
+    proxy.spoil(answer=b"HTTP/1.1 401 No\r\nContent-Length: 0\r\n\r\n")
+    fails(model, "answered 401", "status", 401)
+    proxy.spoil(times=0)
+    assert generated(model) == generated(local), "a refusal takes no time: it is asked again at once"
+
+
+def test_a_loss_rests_as_long_as_it_took():
+    now, standing = [0.0], Standing(rest=5.0, clock=lambda: now[0])
+
+    def call(seconds, error=None):
+        with standing.call():
+            now[0] += seconds
+            if error is not None:
+                raise error
+
+    with pytest.raises(RemoteError):
+        call(60, RemoteError("it took long", "timeout"))
+    for now[0], left in ((61.0, 59), (119.0, 1)):
+        with pytest.raises(RemoteError, match=f"it took long It will be asked again in {left} s"):
+            call(0)
+    now[0] = 120.0
+    call(1)
+    with pytest.raises(RemoteError):
+        call(1, RemoteError("one prompt was too long", "too_long"))
+    assert standing.lost is None, "it is there"
 
 
 def test_a_prompt_that_is_wrong_is_no_loss(local, server):

@@ -334,28 +334,34 @@ def requests(count: int, seed: int) -> list[dict]:
     return made
 
 
-def texts_of(server, fields: dict, stream: bool) -> list[str]:
-    response = server.post("/v1/chat/completions", json=fields | {"stream": stream})
+def told(server, fields: dict, stream: bool) -> tuple:
+    """What a client gets for every answer: text, reason, tokens with log-probabilities; and the usage of all."""
+    asked = fields | ({"stream": True, "stream_options": {"include_usage": True}} if stream else {})
+    response = server.post("/v1/chat/completions", json=asked)
     assert response.status_code == 200, response.text
-    if not stream:
-        return [choice["message"]["content"] for choice in response.json()["choices"]]
-    texts = [""] * fields.get("n", 1)
-    for chunk in events(response.text)[:-1]:
-        for choice in chunk["choices"]:
-            texts[choice["index"]] += choice["delta"].get("content", "")
-    return texts
+    chunks = events(response.text)[:-1] if stream else [response.json()]
+    answers = [["", None, []] for _ in range(fields.get("n", 1))]
+    for choice in (choice for chunk in chunks for choice in chunk["choices"]):
+        answer = answers[choice["index"]]
+        answer[0] += choice["delta" if stream else "message"].get("content") or ""
+        answer[1] = choice["finish_reason"] or answer[1]
+        answer[2] += [(e["token"], round(e["logprob"], 3)) for e in (choice["logprobs"] or {}).get("content", [])]
+    return answers, chunks[-1]["usage"]
 
 
 def test_answers_to_16_clients_are_those_to_each_alone(server):
     asked = requests(48, seed=1)
-    singles = [texts_of(server, fields, stream=False) for fields in asked]
+    singles = [told(server, fields, stream=False) for fields in asked]
     batches = server.metric("c2c_batch_answers_count")
     with ThreadPoolExecutor(16) as clients:
-        together = list(
-            clients.map(lambda pair_: texts_of(server, *pair_), [(f, i % 3 == 0) for i, f in enumerate(asked)])
-        )
-    assert together == singles
-    assert len({tuple(answer) for answer in singles}) > 40, "the answers can be told apart"
+        together = list(clients.map(lambda pair_: told(server, *pair_), [(f, i % 3 == 0) for i, f in enumerate(asked)]))
+    for one, alone_ in zip(together, singles, strict=True):
+        assert one[1] == alone_[1]
+        for (text, reason, tokens), (own, own_reason, own_tokens) in zip(one[0], alone_[0], strict=True):
+            assert (text, reason) == (own, own_reason)
+            assert [name for name, _ in tokens] == [name for name, _ in own_tokens]
+            assert [value for _, value in tokens] == pytest.approx([value for _, value in own_tokens], abs=2e-3)
+    assert len({json.dumps(answers) for answers, _ in singles}) > 40, "the answers can be told apart"
     assert server.metric("c2c_batch_answers_count") - batches < len(asked), "some shared a batch"
 
 

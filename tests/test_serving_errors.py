@@ -14,7 +14,6 @@ import openai
 import pytest
 import torch
 
-from c2c.remote import RemoteError, SharerLost
 from serving_harness import NAME, PATIENCE, events, held, model, running, user
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -329,29 +328,6 @@ def test_what_breaks_is_told_and_the_worker_goes_on(pair, monkeypatch, caplog):
     assert failure.facts["error"] == "ZeroDivisionError"
     assert failure.facts["frames"]
     assert "secret" not in json.dumps(failure.facts)
-
-
-@pytest.mark.parametrize(("error", "status"), [(SharerLost, 200), (RemoteError, 502)])
-def test_a_sharer_that_is_lost_is_told(pair, monkeypatch, error, status):
-    def share(*_):
-        raise error("nobody answers at https://elsewhere", "unreachable")
-
-    with running(pair, max_batch=2, window=PATIENCE) as server, ThreadPoolExecutor(2) as pool:
-        with monkeypatch.context() as patch:
-            patch.setattr(pair.sharers[0], "share", share)
-            found = list(pool.map(lambda text: server.chat(text, c2c={"report": True}), ["hello", "hello there"]))
-        assert [response.status_code for response in found] == [status, status]
-        for text, response in zip(["hello", "hello there"], found, strict=True):
-            if status == 502:
-                assert error_of(response)["code"] == "sharer_lost"
-                continue
-            expected = pair.receiver.answer(text, max_new_tokens=6, do_sample=False)
-            answer, report = response.json(), response.json()["c2c"]["report"]
-            assert answer["choices"][0]["message"]["content"] == expected.text
-            assert report["notes"] == ["receiver only: nobody answers at https://elsewhere"]
-            assert report["fused_tokens"] == 0
-            assert report["skipped_tokens"] == {"a sharer was lost": expected.prompt_tokens}
-        assert server.chat(n=2).status_code == 200
 
 
 def test_a_server_that_drains_finishes_and_takes_nothing_new(pair):

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from c2c.serving.detokenizer import Detokenizer
-from c2c.serving.engine import Ask, AskToRead, Description, Engine, Way
+from c2c.serving.engine import Ask, AskToRead, Description, Engine, SharerState, Way
 from c2c.serving.errors import ApiError
 from c2c.serving.events import Done, Finished, Piece, Read, Started
 from c2c.serving.handoffs import HandoffStore
@@ -300,6 +300,7 @@ class Echo:
         self.on_batch = lambda way, rows: None
         self.alive, self.waiting = False, 0
         self.description = Description((Way.C2C,), "echo", ("nobody",), True, "shared")
+        self.sharers = (SharerState(),)
 
     def start(self):
         self.alive = True

@@ -206,6 +206,10 @@ def test_a_sharer_on_another_machine(pair):
             assert text_of(server.chat(QUESTION, c2c={"sharer_messages": DOCUMENT})) == expected
             made = server.post(HANDOFFS, json={"messages": DOCUMENT}).json()
             assert text_of(server.chat(QUESTION, c2c={"handoff": made["id"]})) == expected
+            kept = private_.sharers[0].for_fuser(private_.fusers[0]).read(DOCUMENT)
+            assert made["bytes"] == sum(part.nbytes for pair in kept.layers for part in pair) > kept.nbytes
+            refused = server.post(HANDOFFS, json={"messages": DOCUMENT, "precision": "int8"})
+            assert (refused.status_code, refused.json()["error"]["param"]) == (400, "precision")
             assert server.chat(model=f"{NAME}/text").status_code == 404
         shared = model()
         remote = C2CModel(shared.receiver, [RemoteSharer(share.url)], list(shared.fusers))

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from c2c import C2CModel
 from c2c.cli import app
 from serving_harness import PATIENCE, Running, user
-from tiny import pair_folders
+from tiny import open_fusers, pair_folders
 
 
 @pytest.fixture(scope="module")
@@ -28,14 +28,26 @@ def folders(tmp_path_factory):
     return pair_folders(tmp_path_factory.mktemp)
 
 
+@pytest.fixture(scope="module")
+def fuser(folders, tmp_path_factory):
+    """The folder of a fuser that really changes the cache, and the pair with it."""
+    made = open_fusers(C2CModel.from_models(*folders))
+    folder = tmp_path_factory.mktemp("fusers") / "my-fuser"
+    made.save_pretrained(folder)
+    return str(folder), made
+
+
+def of(folders) -> list[str]:
+    """Options for these models."""
+    return ["--receiver", folders[0], "--sharer", folders[1]]
+
+
 class Process:
     """A server in a process of its own, and its log."""
 
-    def __init__(self, folders, *options, **environment):
-        receiver, sharer = folders
-        command = [sys.executable, "-m", "c2c", "serve", "--receiver", receiver, "--sharer", sharer, "--port", "0"]
+    def __init__(self, *options, **environment):
         self.popen = subprocess.Popen(
-            [*command, *options],
+            [sys.executable, "-m", "c2c", "serve", "--port", "0", *options],
             stderr=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -71,8 +83,8 @@ class Process:
 
 
 @contextmanager
-def serving(folders, *options, **environment):
-    process = Process(folders, *options, **environment)
+def serving(*options, **environment):
+    process = Process(*options, **environment)
     try:
         yield process
     finally:
@@ -87,7 +99,7 @@ def body(text: str, **fields) -> dict:
 def test_sigterm_under_load_loses_nothing_that_was_accepted(folders):
     pair = C2CModel.from_models(*folders)
     texts = [f"hello there {number}" for number in range(12)]
-    with serving(folders, "--name", "pair", "--max-batch", "2") as process, ThreadPoolExecutor(12) as clients:
+    with serving(*of(folders), "--name", "pair", "--max-batch", "2") as process, ThreadPoolExecutor(12) as clients:
         server = process.running
 
         def ask(text):
@@ -116,7 +128,7 @@ def test_sigterm_under_load_loses_nothing_that_was_accepted(folders):
 
 
 def test_a_second_signal_gives_up_what_is_under_way(folders):
-    with serving(folders, "--name", "pair") as process, ThreadPoolExecutor(2) as clients:
+    with serving(*of(folders), "--name", "pair") as process, ThreadPoolExecutor(2) as clients:
         server = process.running
         path = "/v1/chat/completions"
         whole = clients.submit(server.post, path, json=body("hello", max_tokens=470))
@@ -134,7 +146,7 @@ def test_a_second_signal_gives_up_what_is_under_way(folders):
 
 def test_an_idle_server_ends_with_0_and_said_only_json(folders):
     key = "from-the-environment"
-    with serving(folders, C2C_API_KEY=f"other, {key}") as process:
+    with serving(*of(folders), C2C_API_KEY=f"other, {key}") as process:
         server = process.running
         assert server.get("/v1/models").status_code == 401
         assert [card.id for card in server.client(key).models.list()] == [
@@ -156,28 +168,94 @@ def test_an_idle_server_ends_with_0_and_said_only_json(folders):
         assert all("untrained" in line or not line.strip() or "answers equal" in line for line in process.other)
 
 
+# -- a sharer on another machine ---------------------------------------------------------------------------------------
+
+
+@contextmanager
+def sharing(folder, **environment):
+    """`c2c share` of a model, as a process: where it is, and the process."""
+    command = [sys.executable, "-m", "c2c", "share", folder, "--port", "0"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=os.environ | environment
+    )
+    try:
+        said = process.stdout.readline()
+        assert " at http://" in said
+        yield said.split(" at ")[1].strip(), process
+    finally:
+        process.kill()
+        process.wait(PATIENCE)
+        process.stdout.close()
+
+
+def test_a_sharer_that_is_killed_leaves_the_receiver(folders, fuser):
+    folder, pair = fuser
+    texts = ["hello", "who buys the red house?"]
+    options = ["--on-failure", "receiver_only", "--sharer-timeout", "20", "--sharer-precision", "float32"]
+    with (
+        sharing(folders[1]) as (url, share),
+        serving(folder, "--sharer", url, *options) as process,
+        ThreadPoolExecutor(2) as clients,
+    ):
+        server = process.running
+
+        def ask(text):
+            return server.post("/v1/chat/completions", json=body(text, model="my-fuser")).json()
+
+        for text, answer in zip(texts, clients.map(ask, texts), strict=True):
+            assert answer["choices"][0]["message"]["content"] == (
+                pair.generate(text, max_new_tokens=8, do_sample=False).text
+            )
+            assert "c2c" not in answer
+        share.kill()
+        share.wait(PATIENCE)
+        for text, answer in zip(texts, clients.map(ask, texts), strict=True):
+            assert answer["choices"][0]["message"]["content"] == (
+                pair.receiver.answer(text, max_new_tokens=8, do_sample=False).text
+            )
+            assert answer["c2c"]["fallback"].startswith("receiver only: ")
+        assert server.get("/health").json()["sharers"][0]["code"] == "unreachable"
+        assert process.end(signal.SIGTERM) == 0
+        assert [line["code"] for line in process.log if line["event"] == "sharer_lost"][:1] == ["unreachable"]
+        assert [line.get("fallback") for line in process.log if line["event"] == "request"] == [None, None, True, True]
+
+
+def test_a_wrong_token_is_found_before_anything_is_served(folders):
+    with sharing(folders[1], C2C_TOKEN="right") as (url, _):
+        command = [sys.executable, "-m", "c2c", "serve", "--receiver", folders[0], "--sharer", url, "--port", "0"]
+        result = subprocess.run(
+            command, capture_output=True, text=True, timeout=PATIENCE, env=os.environ | {"C2C_TOKEN": "wrong"}
+        )
+    assert result.returncode == 1
+    assert "a wrong bearer token" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--on-failure", "receiver_only"], "are for a sharer at a URL"),
+        (["--sharer", "./folder", "--sharer-timeout", "3"], "got ./folder"),
+        (["--sharer", "http://127.0.0.1:1", "--on-failure", "ignore"], "'ignore' is not one of"),
+        (["one", "--fuser", "two"], "a fuser is given already: one"),
+    ],
+)
+def test_options_that_do_not_go_together(options, said):
+    result = CliRunner().invoke(app, ["serve", "--port", "0", *options])
+    assert result.exit_code == 2
+    assert said in " ".join(result.output.replace("│", " ").split())
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+
 def test_a_port_that_is_taken_is_one_message(folders):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        result = subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "c2c",
-                "serve",
-                "--receiver",
-                folders[0],
-                "--sharer",
-                folders[1],
-                "--port",
-                str(port),
-            ],
-            capture_output=True,
-            text=True,
-            timeout=PATIENCE,
-        )
+        command = [sys.executable, "-m", "c2c", "serve", *of(folders), "--port", str(port)]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert result.returncode == 1
     assert result.stderr.startswith(f"c2c: can't listen at 127.0.0.1:{port}")
     assert "--port" in result.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from enum import StrEnum
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,14 +18,26 @@ if TYPE_CHECKING:
 
 _PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
 _KEY_VARIABLE = "C2C_API_KEY"
+_SHARER_SECONDS = 60.0
+_SHARER_REST = 5.0  # a lost sharer holds up the whole server: it is not asked again at once
+
+
+class OnFailure(StrEnum):
+    """Policies for a lost sharer."""
+
+    RAISE = "raise"
+    RECEIVER_ONLY = "receiver_only"
+
 
 _EPILOG = """Examples:
 
-c2c serve --fuser ./my-fuser
+c2c serve ./my-fuser
 
-c2c serve --fuser ./my-fuser --name pair --port 8000 --max-batch 16 --timeout 120
+c2c serve ./my-fuser --name pair --port 8000 --max-batch 16 --timeout 120
 
-C2C_API_KEY=secret c2c serve --fuser ./my-fuser --host 0.0.0.0
+C2C_API_KEY=secret c2c serve ./my-fuser --host 0.0.0.0
+
+C2C_TOKEN=... c2c serve ./my-fuser --sharer https://host:8650 --on-failure receiver_only
 
 curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json'
 -d '{"model": "my-fuser", "messages": [{"role": "user", "content": "Why is the sky blue?"}]}'
@@ -39,19 +52,37 @@ def register(app: typer.Typer) -> None:
 
 
 def serve(
-    fuser: Annotated[str | None, typer.Option(help="Folder or hub id of a fuser; untrained if not given.")] = None,
+    fuser: Annotated[
+        str | None, typer.Argument(metavar="[FUSER]", help="Folder or hub id of a fuser; untrained if not given.")
+    ] = None,
+    fuser_option: Annotated[
+        str | None, typer.Option("--fuser", help="The same, as other commands take it.", show_default=False)
+    ] = None,
     receiver: Annotated[
         str | None,
-        typer.Option(help=f"Alias, hub id, folder or GGUF. [default: the fuser's, else {DEFAULT_RECEIVER}]"),
+        typer.Option(help=f"Alias, hub id, folder or GGUF; by default the fuser's, else {DEFAULT_RECEIVER}."),
     ] = None,
     sharer: Annotated[
         str | None,
         typer.Option(
-            help=f"Alias, hub id, folder, GGUF, or URL of c2c share. [default: the fuser's, else {DEFAULT_SHARER}]"
+            help=f"Alias, hub id, folder, GGUF, or URL of c2c share; by default the fuser's, else {DEFAULT_SHARER}."
         ),
     ] = None,
+    on_failure: Annotated[
+        OnFailure | None,
+        typer.Option(help="When the sharer at a URL is lost: an error, or the receiver alone; raise by default."),
+    ] = None,
+    sharer_timeout: Annotated[
+        float | None, typer.Option(min=0.1, help="Seconds for a request to the sharer at a URL; 60 by default.")
+    ] = None,
+    sharer_precision: Annotated[
+        str | None, typer.Option(help="In which its entries cross, such as int8; the model's own by default.")
+    ] = None,
+    sharer_ca: Annotated[
+        Path | None, typer.Option(help="Certificates to trust for it; those of the system by default.")
+    ] = None,
     name: Annotated[
-        str | None, typer.Option(help="What clients call the model. [default: the fuser's folder, else 'c2c']")
+        str | None, typer.Option(help="What clients call the model; by default the fuser's folder, else 'c2c'.")
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 for all.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen at; 0 takes a free one.")] = 8000,
@@ -79,9 +110,11 @@ def serve(
     _check_packages()
     from c2c.serving.server import listen
 
+    fuser = _one_fuser(fuser, fuser_option)
     sock = listen(host, port)
     with err.status("loading models ..."):
-        model = _load(fuser, receiver, sharer, allow_mismatch, dtype=dtype, device_map=device)
+        theirs = _sharer(sharer, on_failure, sharer_timeout, sharer_precision, sharer_ca)
+        model = _load(fuser, receiver, theirs, allow_mismatch, dtype=dtype, device_map=device)
     if not model.trained:
         err.print("The fuser is untrained: cache-to-cache answers equal the receiver's.", style="yellow")
     from c2c.serving.app import create_app
@@ -99,7 +132,7 @@ def serve(
         message_tokens=message_tokens,
     )
     settings = Settings(
-        name=name or (Path(fuser).name if fuser else "c2c"),
+        name=name or (Path(fuser).resolve().name if fuser else "c2c"),
         api_keys=_keys(api_key),
         timeout=timeout,
         max_body=int(max_body_mb * 1e6),
@@ -123,7 +156,33 @@ def _check_packages() -> None:
         )
 
 
-def _load(fuser: str | None, receiver: str | None, sharer: str | None, allow_mismatch: bool, **kwargs: Any) -> C2CModel:
+def _one_fuser(argument: str | None, option: str | None) -> str | None:
+    if argument is not None and option is not None:
+        raise typer.BadParameter(f"a fuser is given already: {argument}. Give one of the two.", param_hint="--fuser")
+    return argument if argument is not None else option
+
+
+def _sharer(
+    source: str | None, on_failure: OnFailure | None, timeout: float | None, precision: str | None, ca: Path | None
+) -> Any:
+    """The sharer as it was named; one at a URL is connected to, with token and key of the environment."""
+    given = {"on_failure": on_failure, "timeout": timeout, "precision": precision, "verify": ca}
+    given = {name: value for name, value in given.items() if value is not None}
+    if source is not None and source.startswith(("http://", "https://")):
+        from c2c.remote.sharer import RemoteSharer
+
+        options: dict[str, Any] = {"timeout": _SHARER_SECONDS, "rest": _SHARER_REST} | given
+        return RemoteSharer(source, **options)
+    if given:
+        raise typer.BadParameter(
+            "--on-failure, --sharer-timeout, --sharer-precision and --sharer-ca are for a sharer at a URL; got "
+            f"{source or 'none'}. Give the URL of c2c share, or leave them out.",
+            param_hint="--sharer",
+        )
+    return source
+
+
+def _load(fuser: str | None, receiver: str | None, sharer: Any, allow_mismatch: bool, **kwargs: Any) -> C2CModel:
     from c2c.model import C2CModel
 
     if fuser is not None:

@@ -13,9 +13,8 @@ from typing import Any, Never, TypeVar
 import httpx
 from torch import Tensor
 
-from c2c.errors import MismatchError
 from c2c.identity import ModelIdentity, differences
-from c2c.remote.errors import RemoteError
+from c2c.remote.errors import RemoteError, SharerChanged
 from c2c.remote.frame import MEDIA_TYPE, CutOffError, Frame, FrameError, FrameReader, body_of, encode
 from c2c.remote.freshness import WINDOW, Freshness, StaleError
 from c2c.remote.retry import STATUSES, Backoff, TransientError
@@ -95,7 +94,7 @@ class Connection:
             largest: longest body that a frame of the answer may have.
 
         Raises:
-            RemoteError: refused, lost, too slow, damaged or forged. MismatchError: another model is served.
+            RemoteError: refused, lost, too slow, damaged or forged. SharerChanged: another model is served.
         """
         deadline, failures = time.monotonic() + self.timeout, 0
         header, body = {**header, "request": secrets.token_hex(16)}, body_of(tensors)
@@ -191,7 +190,7 @@ class Connection:
             hard, soft = differences(
                 "sharer", ModelIdentity.from_dict(expected), ModelIdentity.from_dict(error["sharer"]), "connection"
             )
-            raise MismatchError(
+            raise SharerChanged(
                 hard + soft or ["sharer: the server refused its identity"],
                 f"Another model is served at {self.url} now: connect again, and use a fuser that was made for it.",
                 "connection",
@@ -217,8 +216,8 @@ class Connection:
         }.get(error.status, "Try again later.")
         code = {429: "rate", None: "unreachable"}.get(error.status, "busy")
         raise RemoteError(
-            f"the sharer at {self.url} gave no answer in {failures} attempt{'s' if failures > 1 else ''}: {error} "
-            f"{advice}",
+            f"the sharer at {self.url} gave no answer in {failures} attempt{'s' if failures > 1 else ''}: "
+            f"{str(error).rstrip('.')}. {advice}",
             code,
             error.status,
         ) from error

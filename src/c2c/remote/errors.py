@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from c2c.errors import C2CError
+from c2c.errors import C2CError, MismatchError
+
+_ABOUT_REQUEST = frozenset({"too_long", "tokens", "order", "layer", "precision", "fuser", "failed"})
 
 
 class RemoteError(C2CError, ConnectionError):
@@ -17,6 +19,15 @@ class RemoteError(C2CError, ConnectionError):
         super().__init__(message)
         self.code, self.status = code, status
 
+    @property
+    def about_request(self) -> bool:
+        """Whether the sharer is there and did not answer this request; another one it may answer."""
+        return self.code in _ABOUT_REQUEST
+
 
 class SharerLost(RemoteError):
     """The same where the sharer's policy is ``receiver_only``: ``C2CModel`` lets the receiver answer alone."""
+
+
+class SharerChanged(MismatchError):
+    """Another model is served at the address than when the connection was made. No policy covers it."""

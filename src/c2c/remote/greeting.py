@@ -31,6 +31,7 @@ class Greeting:
         layers: those whose entries may be sent.
         precisions: in which they may be sent, the finest first.
         fusers: hashes of fusers that it can project with.
+        tokens: most tokens of one request, padding and drafts included.
         rotary: what :func:`c2c.remote.skeleton.rotary_sums` made there.
         rotary_error: why its rotation can't be taken off, None where it can.
         files: the tokenizer, None where there is none or it was not asked for.
@@ -42,6 +43,7 @@ class Greeting:
     layers: frozenset[int]
     precisions: tuple[str, ...]
     fusers: frozenset[str]
+    tokens: int
     rotary: list[float] | None
     rotary_error: str | None
     files: Mapping[str, Any] | None
@@ -67,6 +69,7 @@ class Greeting:
                 layers=frozenset(map(int, data["layers"])),
                 precisions=tuple(name for name in data["precisions"] if name in PRECISIONS),
                 fusers=frozenset(map(str, data["fusers"])),
+                tokens=int(data["tokens"]),
                 rotary=data["rotary"],
                 rotary_error=data["rotary_error"],
                 files=data["files"],

@@ -39,6 +39,12 @@ class PartialHandoff(Handoff):
         """Bytes of the entries that were sent, as they crossed."""
         return self.wire_bytes
 
+    @property
+    def held_bytes(self) -> int:
+        """Bytes that it takes here, where entries lie unpacked at their columns."""
+        placed = [entry for pair in self.entries or () for entry in pair]
+        return sum(part.nbytes for pair in self.layers for part in pair) + sum(entry.nbytes for entry in placed)
+
     def projected(self, fuser: Any) -> list[KeyValue] | None:
         """What the server made with this fuser; None where it sent layers.
 

@@ -6,7 +6,7 @@ import copy
 import os
 import ssl
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Never, Self, TypeVar, cast
@@ -27,7 +27,7 @@ from c2c.prompting import RenderOptions
 from c2c.remote import skeleton
 from c2c.remote.address import is_local
 from c2c.remote.connection import Connection, Traffic
-from c2c.remote.errors import RemoteError, SharerLost
+from c2c.remote.errors import RemoteError, SharerChanged, SharerLost
 from c2c.remote.frame import Frame, FrameError
 from c2c.remote.fuser_hash import fuser_hash
 from c2c.remote.greeting import Greeting
@@ -36,6 +36,7 @@ from c2c.remote.order import Order
 from c2c.remote.packing import NUMBER_BYTES, PRECISIONS, Expected, native, packed_bytes, spread
 from c2c.remote.retry import Backoff
 from c2c.remote.signature import Signer, read_key
+from c2c.remote.standing import Loss, Standing
 from c2c.remote.tokenizer_files import from_files, from_source
 from c2c.sharer import Reading, Sharer, Wanted, reading
 from c2c.tokens import TokenBatch, left_pad
@@ -63,6 +64,8 @@ class RemoteSharer(Sharer):
             answers alone, and the report says so.
         timeout: seconds for one call, all attempts included.
         retries: further attempts when the connection fails or the server is busy.
+        rest: after a loss that took time, such as a timeout, the next calls fail at once for so many seconds at least;
+            0 asks every time. For servers, where others wait meanwhile.
         tokenizer: the model's tokenizer where it is at hand (object, alias, hub id or folder); it need not cross then.
 
     Attributes:
@@ -85,6 +88,7 @@ class RemoteSharer(Sharer):
         on_failure: OnFailure = "raise",
         timeout: float = 120.0,
         retries: int = 3,
+        rest: float = 0.0,
         tokenizer: Any = None,
     ) -> None:
         token = token or os.environ.get("C2C_TOKEN")
@@ -98,7 +102,7 @@ class RemoteSharer(Sharer):
             timeout,
             Backoff(retries),
         )
-        self.url, self.on_failure = self._connection.url, on_failure
+        self.url, self.on_failure, self._standing = self._connection.url, on_failure, Standing(rest)
         greeting = self._greet(with_files=tokenizer is None)
         self._greeting, self._asked, self._fuser = greeting, precision, cast(Fuser | None, None)
         if tokenizer is not None:
@@ -123,6 +127,11 @@ class RemoteSharer(Sharer):
         """What has crossed since the connection was made."""
         return self._connection.traffic
 
+    @property
+    def lost(self) -> Loss | None:
+        """Why the last call was not answered; None if it was, or if there was none."""
+        return self._standing.lost
+
     def check_rotary(self) -> None:
         """Make sure that the rotation can be taken off the model's keys; the server has tried.
 
@@ -144,11 +153,24 @@ class RemoteSharer(Sharer):
     def share(self, batch: TokenBatch, wanted: Wanted) -> Cache:
         """The wanted entries at their places; other columns are zero, and other layers empty.
 
+        A batch with more tokens than the server takes at a time is asked for in parts.
+
         Raises:
             RemoteError: the sharer is lost. SharerLost: the same with ``on_failure="receiver_only"``.
         """
-        columns = tuple(wanted.columns[wanted.rows == row].unique() for row in range(batch.rows))
-        return self._cache(Order(batch, wanted.stop, _layers(wanted.layers), columns, self.precision))
+        layers, most = _layers(wanted.layers), max(1, self._greeting.tokens // batch.length)
+        columns = [wanted.columns[wanted.rows == row].unique() for row in range(batch.rows)]
+        orders = [
+            Order(
+                batch.select(range(start, min(start + most, batch.rows))),
+                wanted.stop,
+                layers,
+                tuple(columns[start : start + most]),
+                self.precision,
+            )
+            for start in range(0, batch.rows, most)
+        ]
+        return _stacked([self._cache(order) for order in orders])
 
     def prefill(self, batch: TokenBatch, stop: int | None = None, cache: Cache | None = None) -> Cache:
         """The whole cache of the first ``stop`` columns: every layer crosses.
@@ -309,7 +331,10 @@ class RemoteSharer(Sharer):
         """Entries of a shared prompt in a cache of ``order.stop`` columns."""
         self.check_tokens(order.tokens)
         like, none = self._blank(order.tokens.rows, order.stop), self._blank(order.tokens.rows, 0)
-        found = self._layers_of(order, lambda rows: spread(rows, order.columns, like))[1]
+        if any(map(len, order.columns)):
+            found = self._layers_of(order, lambda rows: spread(rows, order.columns, like))[1]
+        else:  # rows of which nothing is read
+            found = dict.fromkeys(order.layers, (like, like))
         return kv.from_layers(found.get(index, (none, none)) for index in range(self.geometry.layers))
 
     def _entries(self, order: Order) -> tuple[list[int], dict[int, tuple[Packed, Packed]]]:
@@ -353,7 +378,8 @@ class RemoteSharer(Sharer):
     def _call(self, kind: str, order: Order, read: Callable[[Iterator[Frame]], T], largest: int) -> T:
         header = {"kind": kind, "sharer": self.identity.to_dict()} | order.header()
         try:
-            return self._connection.call("/v1/share", header, order.tensors(), read, largest)
+            with self._standing.call():
+                return self._connection.call("/v1/share", header, order.tensors(), read, largest)
         except RemoteError as error:
             raise self._policy(error) from error
 
@@ -364,7 +390,7 @@ class RemoteSharer(Sharer):
             raise FrameError(f"a message {frame.kind!r} for other tokens came where the beginning was expected.")
         hard, soft = differences("sharer", self.identity, _identity(header.get("sharer")), "connection")
         if hard or soft:
-            raise MismatchError(hard + soft, f"Another model is served at {self.url} now: connect again.", "connection")
+            raise SharerChanged(hard + soft, f"Another model is served at {self.url} now: connect again.", "connection")
         drafted = header.get("drafted")
         if not isinstance(drafted, list) or len(drafted) > order.draft_tokens:
             raise FrameError("a draft was sent that is not as it was asked for.")
@@ -475,6 +501,14 @@ def _slots(frame: Frame, before: int | None, most: int) -> int:
     if before is not None and counts[0] != before:
         raise FrameError(f"layers with {before} and {counts[0]} entries came, expected as many in each.")
     return counts[0]
+
+
+def _stacked(caches: Sequence[Cache]) -> Cache:
+    """Caches of parts of a batch as one; they have the same columns, and the same layers are empty."""
+    if len(caches) == 1:
+        return caches[0]
+    by_layer = zip(*(kv.layers(cache) for cache in caches), strict=True)
+    return kv.from_layers((torch.cat([k for k, _ in rows]), torch.cat([v for _, v in rows])) for rows in by_layer)
 
 
 def _joined(old: KeyValue, new: tuple[Packed, Packed], dtype: torch.dtype) -> KeyValue:

@@ -7,9 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 from c2c.serving.batch import ends_of
-from c2c.serving.engine import Ask
 from c2c.serving.events import Done, Event, Finished, Started
-from c2c.serving.ways import Batch, Prompted
+from c2c.serving.reading import Batch, Prompted, ask_of
 from c2c.serving.writer import Writer
 
 
@@ -24,9 +23,7 @@ class Answers:
     """
 
     def __init__(self, prompted: Prompted, batch: Batch, default_tokens: int, rows: int) -> None:
-        ask = prompted.job.ask
-        if not isinstance(ask, Ask):
-            raise TypeError("a reading has no answers")
+        ask = ask_of(prompted.job)
         self._prompted, self._ticket, self._rows = prompted, prompted.job.ticket, rows
         self._left = ask.n
         self._began = time.monotonic()
@@ -44,7 +41,7 @@ class Answers:
             )
             for choice in range(ask.n)
         ]
-        self._ticket.push(Started())
+        self._ticket.push(Started(prompted.fallback))
 
     def _tell(self, event: Event) -> None:
         self._ticket.push(event)
@@ -64,6 +61,7 @@ class Answers:
             crossed=prompted.crossed,
             report=self._report(first),
             message=prompted.message,
+            fallback=prompted.fallback,
         )
 
     def _report(self, first: float) -> dict[str, Any] | None:

@@ -85,6 +85,19 @@ class Description:
     context: Literal["shared", "private"]
 
 
+@dataclass(frozen=True)
+class SharerState:
+    """Whether a sharer can be asked, as far as is known.
+
+    Attributes:
+        lost: why not, in one word, as the last request to it showed; None if it was answered, or is in this process.
+        since: seconds since 1970 of that request.
+    """
+
+    lost: str | None = None
+    since: float | None = None
+
+
 class Engine(Protocol):
     """Answers requests.
 
@@ -97,6 +110,11 @@ class Engine(Protocol):
     @property
     def description(self) -> Description:
         """What it serves."""
+        ...
+
+    @property
+    def sharers(self) -> tuple[SharerState, ...]:
+        """Whether its sharers can be asked, in the order of the description."""
         ...
 
     @property

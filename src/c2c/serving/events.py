@@ -29,7 +29,13 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class Started:
-    """The prompt is read; decoding begins."""
+    """The prompt is read; decoding begins.
+
+    Attributes:
+        fallback: why the receiver answers alone although a sharer was to be asked; None where it does not.
+    """
+
+    fallback: str | None = None
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,7 @@ class Done:
         crossed: bytes that went from sharer to receiver: cache entries, or text.
         report: the fusion report; None where nothing was fused.
         message: what the sharer wrote, for text-to-text.
+        fallback: as in :class:`Started`.
     """
 
     prompt_tokens: int
@@ -81,6 +88,7 @@ class Done:
     crossed: int = 0
     report: dict[str, Any] | None = None
     message: str | None = None
+    fallback: str | None = None
 
 
 @dataclass(frozen=True)

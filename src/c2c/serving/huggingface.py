@@ -9,19 +9,20 @@ from typing import Any
 
 import torch
 
-from c2c.errors import C2CError
 from c2c.language_model import DEFAULT_NEW_TOKENS
 from c2c.model import C2CModel
-from c2c.remote.errors import RemoteError
+from c2c.remote.handoff import PartialHandoff
+from c2c.remote.sharer import RemoteSharer
 from c2c.serving.answers import Answers
 from c2c.serving.batch import write
-from c2c.serving.engine import Ask, AskToRead, Description, Way
+from c2c.serving.engine import Ask, AskToRead, Description, SharerState, Way
 from c2c.serving.errors import internal, invalid
 from c2c.serving.events import Read
+from c2c.serving.failures import refusing
 from c2c.serving.logs import log_failure
 from c2c.serving.queue import Job, JobQueue
 from c2c.serving.ticket import Ticket
-from c2c.serving.ways import Ways, as_api_error
+from c2c.serving.ways import Ways
 
 
 class HuggingFaceEngine:
@@ -67,6 +68,12 @@ class HuggingFaceEngine:
         )
 
     @property
+    def sharers(self) -> tuple[SharerState, ...]:
+        """Whether the sharers can be asked."""
+        losses = [sharer.lost if isinstance(sharer, RemoteSharer) else None for sharer in self._model.sharers]
+        return tuple(SharerState() if loss is None else SharerState(loss.code, loss.since) for loss in losses)
+
+    @property
     def alive(self) -> bool:
         """Whether the worker thread runs."""
         return self._thread.is_alive()
@@ -97,7 +104,13 @@ class HuggingFaceEngine:
 
     def _check(self, ask: Ask | AskToRead) -> None:
         if isinstance(ask, AskToRead):
-            self._sharer_of(ask)
+            sharer = self._model.sharers[self._sharer_of(ask)]
+            if ask.precision is not None and isinstance(sharer, RemoteSharer):
+                raise invalid(
+                    f"the sharer is on another machine, and its entries are kept as they cross, in {sharer.precision}. "
+                    "Leave precision out.",
+                    "precision",
+                )
             return
         if not 1 <= ask.n <= self._max_batch:
             raise invalid(f"n is {ask.n}; this server writes 1 to {self._max_batch} answers at once.", "n")
@@ -111,10 +124,6 @@ class HuggingFaceEngine:
             began = time.monotonic()
             try:
                 self._run(jobs)
-            except RemoteError as error:
-                log_failure("sharer_lost", error, code=error.code)
-                for job in jobs:
-                    job.ticket.fail(as_api_error(error))
             except Exception as error:
                 log_failure("batch_failed", error)
                 for job in jobs:
@@ -138,15 +147,12 @@ class HuggingFaceEngine:
         """Let a sharer read something, to be handed over later."""
         index = self._sharer_of(ask)
         sharer = self._model.sharers[index].for_fuser(self._model.fusers[index])
-        try:
+        with refusing(job):
             handoff: Any = sharer.read(ask.messages, draft_tokens=ask.draft_tokens)
             if ask.precision is not None:
                 handoff = handoff.to(ask.precision)
-        except C2CError as error:
-            job.ticket.fail(as_api_error(error, "messages"))
-            return
-        tokens = len(handoff.ids)
-        job.ticket.push(Read(handoff, handoff.nbytes, tokens, sharer.name, index, handoff.precision))
+            size = handoff.held_bytes if isinstance(handoff, PartialHandoff) else handoff.nbytes
+            job.ticket.push(Read(handoff, size, len(handoff.ids), sharer.name, index, handoff.precision))
 
     def _sharer_of(self, ask: AskToRead) -> int:
         private = self._model.private

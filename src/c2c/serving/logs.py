@@ -41,6 +41,11 @@ def log(event: str, **facts: Any) -> None:
     _LOG.info(event, extra={"facts": facts})
 
 
+def warn(event: str, **facts: Any) -> None:
+    """Say what went wrong outside."""
+    _LOG.warning(event, extra={"facts": facts})
+
+
 def log_failure(event: str, error: BaseException, **facts: Any) -> None:
     """Say what broke and where, without the error's message, which may quote a prompt."""
     frames = [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in traceback.extract_tb(error.__traceback__)]

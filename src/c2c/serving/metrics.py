@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from c2c.serving.engine import Way
+from c2c.serving.engine import SharerState, Way
 from c2c.serving.trace import Trace
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
@@ -19,9 +20,12 @@ class Metrics:
 
     Args:
         gauges: what is read when it is asked for, by name and description.
+        sharers: whether each sharer can be asked.
     """
 
-    def __init__(self, gauges: dict[tuple[str, str], Callable[[], float]]) -> None:
+    def __init__(
+        self, gauges: dict[tuple[str, str], Callable[[], float]], sharers: Callable[[], Sequence[SharerState]]
+    ) -> None:
         self._registry = CollectorRegistry()
         registry = self._registry
         self._requests = Counter(
@@ -45,6 +49,20 @@ class Metrics:
             "c2c_crossed_bytes", "Bytes from sharer to receiver: cache entries, or text.", ("way",), registry=registry
         )
         self._rows = Histogram("c2c_batch_answers", "Answers per batch.", ("way",), buckets=_ROWS, registry=registry)
+        self._fallbacks = Counter(
+            "c2c_fallbacks",
+            "Prompts that the receiver answered alone because a sharer was lost.",
+            ("way",),
+            registry=registry,
+        )
+        up = Gauge(
+            "c2c_sharer_up",
+            "1 if the last request to this sharer was answered, or it is in this process.",
+            ("sharer",),
+            registry=registry,
+        )
+        for index in range(len(sharers())):
+            up.labels(str(index)).set_function(partial(_up, sharers, index))
         for (name, text), read in gauges.items():
             Gauge(name, text, registry=registry).set_function(read)
 
@@ -65,7 +83,12 @@ class Metrics:
             self._prompt.labels(way).inc(one.prompt_tokens)
             self._generated.labels(way).inc(one.completion_tokens)
             self._crossed.labels(way).inc(one.crossed)
+            self._fallbacks.labels(way).inc(one.fallback is not None)
 
     def text(self) -> bytes:
         """All of them in the text format of Prometheus."""
         return generate_latest(self._registry)
+
+
+def _up(sharers: Callable[[], Sequence[SharerState]], index: int) -> float:
+    return float(sharers()[index].lost is None)

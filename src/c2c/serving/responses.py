@@ -145,6 +145,17 @@ def usage(done: Sequence[Done]) -> Data:
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
+def about(way: str | None, done: Sequence[Done], report: bool) -> Data:
+    """The field ``c2c``, of the one prompt or of each: where it is asked for, and unasked where a sharer was lost."""
+    if not report and not any(one.fallback for one in done):
+        return {}
+    facts: list[Data] = [{"way": way, "fallback": one.fallback} for one in done]
+    if report:
+        for fact, one in zip(facts, done, strict=True):
+            fact |= {"report": one.report, "message": one.message, "batch": one.rows}
+    return {"c2c": facts[0] if len(facts) == 1 else {"prompts": facts}}
+
+
 def _head(prefix: str, model: str) -> Data:
     return {"id": f"{prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
 

@@ -37,7 +37,8 @@ class Service:
                 ("c2c_active_requests", "Requests under way, those that wait included."): lambda: self.active,
                 ("c2c_handoffs", "Handoffs kept."): lambda: len(self.handoffs),
                 ("c2c_handoff_bytes", "Bytes of all handoffs kept."): lambda: self.handoffs.nbytes,
-            }
+            },
+            lambda: engine.sharers,
         )
         engine.on_batch = self.metrics.batch
         self._tickets: WeakSet[Ticket] = WeakSet()
@@ -52,6 +53,14 @@ class Service:
         if not self.engine.alive:
             return "dead"
         return "draining" if self.draining else "ok"
+
+    def health(self) -> dict[str, Any]:
+        """How the server and its sharers are; no names and no addresses, since everybody may ask."""
+        sharers = [
+            {"state": "ok"} if one.lost is None else {"state": "lost", "code": one.lost, "since": one.since}
+            for one in self.engine.sharers
+        ]
+        return {"status": self.state, "waiting": self.engine.waiting, "active": self.active, "sharers": sharers}
 
     def submit(self, ask: Ask | AskToRead) -> Ticket:
         """Hand a request to the engine.

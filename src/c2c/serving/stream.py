@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from c2c.serving.errors import ApiError, client_gone
 from c2c.serving.events import Done, Event, Finished, Piece, Started
-from c2c.serving.responses import Data, Shape, usage
+from c2c.serving.responses import Data, Shape, about, usage
 from c2c.serving.ticket import Ticket
 from c2c.serving.trace import Trace
 
@@ -31,7 +30,7 @@ class Stream:
         shape: how chunks look.
         seconds: how long the request may take.
         include_usage: whether a last chunk tells the tokens.
-        extra: what a last chunk says under ``c2c``; None for nothing.
+        report: whether a last chunk says more under ``c2c``.
         trace: notes how it ends.
     """
 
@@ -40,7 +39,7 @@ class Stream:
     shape: Shape
     seconds: float
     include_usage: bool
-    extra: Callable[[Sequence[Done]], Any] | None
+    report: bool
     trace: Trace
 
     async def chunks(self) -> AsyncIterator[bytes]:
@@ -75,26 +74,31 @@ class Stream:
 
     def _chunks(self, event: Event, first: int) -> list[Data]:
         if isinstance(event, Started):
-            openings = [self.shape.opening(first + choice) for choice in range(self.n)]
-            return [opening for opening in openings if opening is not None]
+            return self._openings(event, range(first, first + self.n))
         if isinstance(event, Piece):
             return [self.shape.piece(first + event.choice, event)]
         if isinstance(event, Finished):
             return [self.shape.ending(first + event.choice, event)]
         return []
 
+    def _openings(self, started: Started, indices: range) -> list[Data]:
+        """How answers begin: with the word that a sharer was lost, where it was, so that nobody reads on unaware."""
+        if started.fallback is None:
+            openings = [self.shape.opening(index) for index in indices]
+            return [opening for opening in openings if opening is not None]
+        told = {"c2c": {"way": self.trace.way, "fallback": started.fallback}}
+        return [(self.shape.opening(index) or self.shape.piece(index, Piece(0, ""))) | told for index in indices]
+
     def _event(self, chunk: Data) -> bytes:
         return _event(chunk | {"usage": None} if self.include_usage else chunk)
 
     def _last(self, done: Sequence[Done]) -> list[bytes]:
-        if not self.include_usage and self.extra is None:
+        if not self.include_usage and not self.report:
             return []
         chunk = self.shape.closing()
         if self.include_usage:
             chunk["usage"] = usage(done)
-        if self.extra is not None:
-            chunk["c2c"] = self.extra(done)
-        return [_event(chunk)]
+        return [_event(chunk | about(self.trace.way, done, self.report))]
 
 
 class EventStream(StreamingResponse):

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from starlette.requests import Request
+
 from c2c.serving.events import Done
 from c2c.serving.ticket import Ticket
 
@@ -82,4 +84,12 @@ class Trace:
                 "batch": max(one.rows for one in self.done),
                 "crossed_bytes": sum(one.crossed for one in self.done),
             }
+        if any(one.fallback for one in self.done):
+            facts["fallback"] = True
         return facts
+
+
+def trace_of(request: Request) -> Trace:
+    """What :class:`~c2c.serving.frame.Frame` knows about a request."""
+    trace: Trace = request.state.trace
+    return trace
