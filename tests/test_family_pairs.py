@@ -10,7 +10,7 @@ from c2c import C2CModel, kv
 from c2c.prompting import RenderOptions
 from c2c.receiver import Receiver
 from c2c.sharer import Sharer
-from tiny import FIXTURES, WINDOW, Scores, build, open_fusers, pair, tokenizer
+from tiny import FIXTURES, WINDOW, Scores, build, open_fusers, pair, pair_folders, tokenizer
 
 PAIRS = [("llama", "qwen2"), ("qwen3", "gemma3"), ("gemma3", "llama"), ("gemma3", "gemma3")]
 OPTIONS = {"bottleneck": {"rank": 16}, "c2c": {"hidden_dim": 16, "intermediate_dim": 16, "dropout": 0.0}}
@@ -206,3 +206,20 @@ def test_two_sharers_left_padded_and_with_masks_of_their_own(mode):
         for a, b in zip([*together.keys, *together.values], [*alone.keys, *alone.values], strict=True):
             assert (a[row, :, -n:] - b[0]).abs().max() < 1e-4
         assert new[row].tolist() == model.generate_ids(one, one, fuse_mask=mask, max_new_tokens=8)[0].tolist()
+
+
+@pytest.mark.parametrize("fuser", ["bottleneck", "c2c", "linear", "memory"])
+def test_a_sharer_of_another_type(fuser, tmp_path_factory):
+    """A sharer in bfloat16 changes what the receiver reads only by its rounding; the receiver keeps its own type."""
+    folders = pair_folders(tmp_path_factory.mktemp)
+    model = C2CModel.from_models(*folders, fuser=fuser, dtype="float32", sharer_dtype="bfloat16")
+    open_fusers(model, scale=0.3)
+    assert (model.receiver.dtype, model.sharers[0].dtype) == (torch.float32, torch.bfloat16)
+    same = C2CModel.from_models(*folders, fuser=fuser, dtype="float32")
+    same.fusers.load_state_dict(model.fusers.state_dict())
+    given = {"sharer_messages": "the quick brown fox"} if model.private else {}
+    scores = []
+    for one in (model, same):
+        scores.append(Scores())
+        one.generate(["Hello the lazy dog", "Hi"], max_new_tokens=1, logits_processor=[scores[-1]], **given)
+    torch.testing.assert_close(scores[0].seen[0], scores[1].seen[0], rtol=0.05, atol=0.05)

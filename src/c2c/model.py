@@ -142,7 +142,8 @@ class C2CModel(nn.Module):
             aligner: by default :class:`SpanAligner`.
             mode: how several sharers are combined.
             fuser_options: passed to the family's config, for instance ``{"rank": 64}``.
-            **load_kwargs: ``dtype``, ``device_map`` and others, see :func:`c2c.loading.load`.
+            **load_kwargs: ``dtype``, ``sharer_dtype`` (by default the same), ``device_map`` and others, see
+                :func:`c2c.loading.load`.
         """
         ours, theirs = _load_models(receiver, sharer, load_kwargs)
         aligner = aligner or SpanAligner()
@@ -179,7 +180,8 @@ class C2CModel(nn.Module):
             aligner: in place of the recorded one.
             allow_mismatch: accept other weights, tokenizers or templates of the same structure.
             fuser_dtype: type of the fuser's weights.
-            **load_kwargs: ``dtype``, ``device_map`` and others, see :func:`c2c.loading.load`.
+            **load_kwargs: ``dtype``, ``sharer_dtype`` (by default the same), ``device_map`` and others, see
+                :func:`c2c.loading.load`.
         """
         folders, manifest = _fuser_folders(source)
         fusers = [load_fuser(folder, dtype=fuser_dtype) for folder in folders]
@@ -682,9 +684,11 @@ def _load_models(receiver: Any, sharer: Any, load_kwargs: dict[str, Any]) -> tup
             "tokenizer=... would go to both models; pass Receiver.from_pretrained(source, tokenizer=...) and "
             "Sharer.from_pretrained(source, tokenizer=...) as receiver and sharer."
         )
-    ours = receiver if isinstance(receiver, Receiver) else Receiver.from_pretrained(receiver, **load_kwargs)
+    ours_kwargs = {name: value for name, value in load_kwargs.items() if name != "sharer_dtype"}
+    their_kwargs = ours_kwargs | {"dtype": load_kwargs.get("sharer_dtype") or load_kwargs.get("dtype")}
+    ours = receiver if isinstance(receiver, Receiver) else Receiver.from_pretrained(receiver, **ours_kwargs)
     several = list(sharer) if isinstance(sharer, list | tuple) else [sharer]
-    return ours, [s if isinstance(s, Sharer) else _load_sharer(s, load_kwargs) for s in several]
+    return ours, [s if isinstance(s, Sharer) else _load_sharer(s, their_kwargs) for s in several]
 
 
 def _load_sharer(source: Any, load_kwargs: dict[str, Any]) -> Sharer:

@@ -69,6 +69,7 @@ def evaluate(
     store_dir: Annotated[str | None, typer.Option(help="A prefill store to use and fill.")] = None,
     store_budget_gb: Annotated[float | None, typer.Option(help="Its size. [default: 20]")] = None,
     dtype: Annotated[str | None, typer.Option(help="Type of the models' weights.")] = None,
+    sharer_dtype: Annotated[str | None, typer.Option(help="Of the sharer's, where it differs.")] = None,
     device_map: Annotated[str | None, typer.Option(help="Where the models go.")] = None,
     json_: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
@@ -99,6 +100,7 @@ def evaluate(
         "store_dir": store_dir,
         "store_budget_gb": store_budget_gb,
         "dtype": dtype,
+        "sharer_dtype": sharer_dtype,
         "device_map": device_map,
     }
     loaded = make_eval_config({}, "options", **given) if config is None else load_eval_config(config, **given)
@@ -139,7 +141,7 @@ def _named(pairs: list[str] | None) -> dict[str, str] | None:
 def _show(result: dict[str, Any], fuser: str) -> None:
     parts = result.get("sources", {}) | {"all": result}
     first = next(iter(result["systems"].values()))
-    key = "accuracy" if "accuracy" in first else "mean"
+    key = next(name for name in ("accuracy", "f1", "mean") if name in first)
     table = Table(title=f"{fuser}, {result['unit']}")
     table.add_column("")
     for name, numbers in parts.items():
@@ -193,4 +195,5 @@ def _show_costs(result: dict[str, Any]) -> None:
 
 def _with_interval(value: float, system: dict[str, Any]) -> str:
     low, high = system["ci95"]
-    return f"{value:.2f} [{low:.2f}, {high:.2f}]"
+    exact = f", exact {system['exact']:.1f}" if "exact" in system else ""
+    return f"{value:.2f} [{low:.2f}, {high:.2f}]{exact}"

@@ -84,7 +84,8 @@ class EvalConfig:
             added to a finished one. None writes nothing.
         store_dir: folder of a prefill store to use and to fill; None keeps nothing.
         store_budget_gb: size of that store.
-        dtype: of the models.
+        dtype: of the models' weights; by default float32 on a CPU, else as stored.
+        sharer_dtype: of the sharer's, where it differs.
         device_map: as in ``from_pretrained``.
     """
 
@@ -110,6 +111,7 @@ class EvalConfig:
     store_dir: str | None = None
     store_budget_gb: float = 20.0
     dtype: str | None = None
+    sharer_dtype: str | None = None
     device_map: str | None = None
 
     def __post_init__(self) -> None:

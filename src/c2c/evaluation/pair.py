@@ -56,6 +56,7 @@ class Pair:
             receiver=config.receiver,
             sharer=config.sharer,
             dtype=config.dtype,
+            sharer_dtype=config.sharer_dtype,
             device_map=config.device_map,
         )
         return cls(model, config)
@@ -111,7 +112,8 @@ class Pair:
         receiver = self.model.receiver
         if recorded.weights == receiver.identity.weights:
             return Sharer(receiver.model, receiver.tokenizer, receiver.name)
-        return Sharer.from_pretrained(recorded.name, dtype=self.config.dtype, device_map=self.config.device_map)
+        dtype = self.config.sharer_dtype or self.config.dtype
+        return Sharer.from_pretrained(recorded.name, dtype=dtype, device_map=self.config.device_map)
 
     def _through(self, model: C2CModel) -> Objective:
         model.fusers.to(model.receiver.device).eval()

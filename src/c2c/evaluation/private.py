@@ -22,7 +22,7 @@ from c2c.training.objective import Message
 from c2c.training.private import PrivateExample
 from c2c.training.rows import Row
 
-Given = Literal["nothing", "passage"]
+Given = Literal["prompt", "passage", "sharer"]
 SUMMARIES = (50, 100, 200)
 
 
@@ -76,11 +76,12 @@ class HandedOver(System):
 
 
 class Reader(System):
-    """A model alone: with the passage in its prompt, or with the question only.
+    """A model alone: the receiver with its own prompt, the receiver with the passage in it, or the sharer.
 
     Args:
         model: the model.
-        given: what it reads.
+        given: what it reads: ``prompt``, ``passage`` for both, or ``sharer``: the passage and the bare question,
+            without what the receiver alone knows.
         stage: what its prefill is counted as.
     """
 
@@ -100,7 +101,9 @@ class Reader(System):
         return cost_of(result, prefill=self.stage)
 
     def _conversation(self, row: Row) -> Conversation:
-        return row.messages if self.given == "nothing" else _asked(row)
+        if self.given == "prompt":
+            return row.messages
+        return _asked(row) if self.given == "sharer" else with_passage(_bare(row), _passage(row))
 
 
 class Summary(System):
@@ -150,11 +153,11 @@ def make_private_system(name: str, pair: Pair, config: EvalConfig) -> System:
     if name in messages:
         return HandedOver(pair, pair.model, messages[name])
     if name == "receiver":
-        return Reader(receiver, "nothing")
+        return Reader(receiver, "prompt")
     if name == "reader":
         return Reader(receiver, "passage")
     if name == "sharer":
-        return Reader(sharer, "passage", stage="sharer_prefill")
+        return Reader(sharer, "sharer", stage="sharer_prefill")
     if name == "draft":
         return HandedOver(pair, pair.model, "matched", draft=config.draft_tokens)
     if name.startswith("summary_"):
@@ -169,13 +172,15 @@ def _passage(row: Row) -> str:
 
 
 def _bare(row: Row) -> Conversation:
-    """The question alone, for a prompt that holds the passage."""
-    return [*row.messages[:-1], {"role": "user", "content": f"Question: {row.question}"}]
+    """What the receiver is asked, for a prompt that holds the passage."""
+    asked = f"{row.known} {row.question}".strip()
+    return [*row.messages[:-1], {"role": "user", "content": f"Question: {asked}"}]
 
 
 def _asked(row: Row) -> Conversation:
-    """The question with the passage before it, in one prompt."""
-    return with_passage(_bare(row), _passage(row))
+    """The sharer's prompt where it answers itself: the passage and the bare question."""
+    question = [*row.messages[:-1], {"role": "user", "content": f"Question: {row.question}"}]
+    return with_passage(question, _passage(row))
 
 
 def _zeros(handoff: Handoff) -> Handoff:

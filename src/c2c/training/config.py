@@ -33,9 +33,10 @@ class DataSource:
             questions.
         options: give every question so many options, in the same way; of two numbers, each question one between them.
         dataset: id of the ``datasets`` library, in place of ``path``.
-        synthetic: rows that are made up, in place of ``path``: ``relay`` (see :mod:`c2c.training.relay`) or
-            ``skeleton`` (see :mod:`c2c.training.skeleton`), and with ``_test`` added those that never occur in
-            training; of kind ``private_question``, as many as ``limit`` and ``skip`` ask for.
+        synthetic: rows that are made up, in place of ``path``: ``relay`` (see :mod:`c2c.training.relay`),
+            ``skeleton`` (see :mod:`c2c.training.skeleton`) or ``halves`` (see :mod:`c2c.training.halves`), and with
+            ``_test`` added those that never occur in training; of kind ``private_question``, as many as ``limit``
+            and ``skip`` ask for.
         subset: configuration of the data set; ``"*"`` for all of them.
         split: split of the data set.
         columns: our keys to the columns that hold them, for instance ``{output: response}``.
@@ -133,7 +134,8 @@ class TrainConfig:
         fill: ``ahead`` fills the store before the first step, ``training`` as prompts are needed.
         prefill_batch: prompts per prefill.
         shard_sharer: spread the sharer's weights over the processes (FSDP) while the store is filled.
-        dtype: of the models.
+        dtype: of the models' weights; by default float32 on a CPU, else as stored.
+        sharer_dtype: of the sharer's, where it differs.
         device_map: as in ``from_pretrained``.
         report_to: ``none``, ``tensorboard`` or others of transformers.
         logging_steps: how often the loss is reported.
@@ -180,6 +182,7 @@ class TrainConfig:
     prefill_batch: int = 4
     shard_sharer: bool = False
     dtype: str | None = None
+    sharer_dtype: str | None = None
     device_map: str | None = None
     report_to: str = "none"
     logging_steps: int = 10

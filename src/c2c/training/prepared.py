@@ -80,6 +80,7 @@ def prepare(config: TrainConfig, processes: Processes | None = None) -> Prepared
         aligner=SpanAligner(cue=config.sharer_cue),
         fuser_options=config.fuser_options,
         dtype=config.dtype,
+        sharer_dtype=config.sharer_dtype,
         device_map=config.device_map,
     )
     build = build_private_examples if model.private else build_examples

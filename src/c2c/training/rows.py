@@ -13,6 +13,7 @@ from typing import Any
 
 from c2c.messages import Conversation
 from c2c.training.config import LETTERS, ConfigError, DataSource
+from c2c.training.halves import halves
 from c2c.training.layouts import normalise
 from c2c.training.relay import relay
 from c2c.training.skeleton import skeleton
@@ -53,6 +54,7 @@ class Row:
         sharer_messages: what the sharer alone reads; None where both read ``messages``.
         question: the bare question, where there is one.
         references: answers that count as right, where the answer is open.
+        known: what the receiver alone knows beside the question, in private context.
     """
 
     id: str
@@ -67,6 +69,7 @@ class Row:
     sharer_messages: Conversation | None = None
     question: str = ""
     references: tuple[str, ...] = ()
+    known: str = ""
 
 
 # -- multiple choice -------------------------------------------------------------------------------------------------
@@ -160,11 +163,15 @@ def context_question(data: dict[str, Any], source: DataSource) -> Row:
 
 
 def private_question(data: dict[str, Any], source: DataSource) -> Row:
-    """The same keys, but only the sharer reads the context; the receiver is asked the bare question."""
+    """The same keys, but only the sharer reads the context; the receiver is asked the bare question.
+
+    With ``known``, that is what the receiver alone has read, and stands before its question.
+    """
     context, asked, answers = _text(data, "context"), _text(data, "question"), _references(data)
+    known = _text(data, "known") if "known" in data else ""
     passage = [{"role": "user", "content": context}]
-    turn = [{"role": "user", "content": asked}]
-    return Row("", turn, "", answers[0], sharer_messages=passage, question=asked, references=answers)
+    turn = [{"role": "user", "content": f"{known} {asked}".strip()}]
+    return Row("", turn, "", answers[0], sharer_messages=passage, question=asked, references=answers, known=known)
 
 
 def question(data: dict[str, Any], source: DataSource) -> Row:
@@ -200,6 +207,8 @@ KINDS: dict[str, Callable[[dict[str, Any], DataSource], Row]] = {
 _SYNTHETIC: dict[str, tuple[Callable[[str, int], Iterator[dict[str, Any]]], str]] = {
     "relay": (relay, "train"),
     "relay_test": (relay, "test"),
+    "halves": (halves, "train"),
+    "halves_test": (halves, "test"),
     "skeleton": (skeleton, "train"),
     "skeleton_test": (skeleton, "test"),
 }
