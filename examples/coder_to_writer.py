@@ -29,7 +29,7 @@ ANSWER: dict[str, Any] = {"max_new_tokens": 48, "do_sample": False}
 def main() -> None:
     """Write into pages, with what was handed over, from a description, and knowing nothing."""
     arguments = _arguments()
-    model = C2CModel.from_pretrained(arguments.fuser)
+    model = C2CModel.from_pretrained(arguments.fuser, receiver=arguments.receiver, sharer=arguments.sharer)
     right: Counter[str] = Counter()
     seconds: defaultdict[str, float] = defaultdict(float)
     rows = list(islice(skeleton("test", arguments.seed), arguments.rows))
@@ -59,6 +59,8 @@ def _ways(model: C2CModel, row: dict[str, Any]) -> Iterator[tuple[str, Generatio
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fuser", default=str(FUSER), help="a memory fuser")
+    parser.add_argument("--receiver", help="in place of the receiver that the fuser names")
+    parser.add_argument("--sharer", help="in place of the sharer that the fuser names")
     parser.add_argument("--rows", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()

@@ -30,7 +30,7 @@ QUESTIONS = (
 def main() -> None:
     """Read once, ask several times, with and without what was handed over."""
     arguments = _arguments()
-    model = C2CModel.from_pretrained(arguments.fuser)
+    model = C2CModel.from_pretrained(arguments.fuser, receiver=arguments.receiver, sharer=arguments.sharer)
     page = Path(arguments.page).read_text(encoding="utf-8") if arguments.page else PAGE
     began = time.perf_counter()
     handoff = model.sharers[0].read(page).to("bfloat16")
@@ -47,6 +47,8 @@ def main() -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fuser", default=str(FUSER), help="a memory fuser")
+    parser.add_argument("--receiver", help="in place of the receiver that the fuser names")
+    parser.add_argument("--sharer", help="in place of the sharer that the fuser names")
     parser.add_argument("--page", help="a text file")
     parser.add_argument("--question", action="append", help="may be given several times")
     return parser.parse_args()

@@ -25,7 +25,7 @@ FUSER = Path(__file__).parent.parent / "zoo" / "memory_smollm2-135m_from_qwen2.5
 def main() -> None:
     """Ask, with the right handoff and with another row's."""
     arguments = _arguments()
-    model = C2CModel.from_pretrained(arguments.fuser)
+    model = C2CModel.from_pretrained(arguments.fuser, receiver=arguments.receiver, sharer=arguments.sharer)
     source = DataSource(synthetic="relay_test")
     rows = [private_question(row, source) for row in islice(relay("test", arguments.seed), arguments.rows)]
     handoffs = [model.sharers[0].read(row.sharer_messages) for row in rows]
@@ -44,6 +44,8 @@ def main() -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fuser", default=str(FUSER), help="a memory fuser")
+    parser.add_argument("--receiver", help="in place of the receiver that the fuser names")
+    parser.add_argument("--sharer", help="in place of the sharer that the fuser names")
     parser.add_argument("--rows", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()

@@ -156,7 +156,7 @@ def test_run_with_context_for_the_sharer_alone(tiny_pair_folders, tmp_path):
     assert slots > results["c2c"]["report"]["memory_slots"]
     with pytest.raises(PromptError, match="can't be read"):
         runner.invoke(app, [*arguments, "--context", str(tmp_path)], catch_exceptions=False)
-    with pytest.raises(PromptError, match="pass sharer_messages"):
+    with pytest.raises(PromptError, match="--context FILE"):
         runner.invoke(app, [*arguments, "--mode", "c2c"], catch_exceptions=False)
 
 

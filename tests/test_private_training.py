@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from itertools import islice
 
 import pytest
@@ -19,6 +20,7 @@ from c2c.training.prepared import prepare
 from c2c.training.private import PrivateTraining, build_private_examples
 from c2c.training.relay import relay
 from c2c.training.rows import load_rows, private_question
+from c2c.training.skeleton import skeleton
 from c2c.training.store import PrefillStore
 from c2c.training.warm_start import observe, warm_start
 from tiny import build, pair_folders, tokenizer
@@ -202,6 +204,15 @@ def test_skeleton_rows():
             assert opening not in row.messages[-1]["content"]
             assert row.messages[-1]["content"].endswith(rest.split("<")[0])
     assert not openings[0] & openings[1]
+
+
+def test_a_skeleton_names_the_topic_before_its_element():
+    """The sharer's cache of an element's tokens has read only what stands before them."""
+    for row in islice(skeleton("train", 0), 40):
+        topic = re.search(r"for the (.+?), with this text", row["question"])[1]
+        opening = row["answer"].split(">")[0] + ">"
+        assert f"<!-- {topic} --> {opening}</" in row["context"]
+        assert row["context"].count(f"<!-- {topic} -->") == 1
 
 
 def test_channels_of_padding_do_not_matter(folders, data, tmp_path):

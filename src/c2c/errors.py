@@ -6,11 +6,18 @@ catches the built-in type keep working.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
 
 
 class C2CError(Exception):
     """Base of every error that this package raises on purpose."""
+
+
+def did_you_mean(given: object, known: Iterable[str]) -> str:
+    """A question to append to an error: the known name that is nearest to what was given; nothing if none is near."""
+    near = difflib.get_close_matches(str(given).lower(), list(known), n=1, cutoff=0.6)
+    return f" Did you mean {near[0]!r}?" if near else ""
 
 
 class PromptError(C2CError, ValueError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,16 +15,50 @@ from c2c.errors import C2CError
 
 
 def save_atomically(folder: Path, write: Callable[[str], Any]) -> None:
-    """Let ``write`` fill a temporary folder, then rename its files into ``folder``, ``config.json`` last."""
+    """Let ``write`` fill a temporary folder, then rename its files into ``folder``, ``config.json`` last.
+
+    Raises:
+        OSError: what the system says, such as that the disk is full, with the folder; also where safetensors wraps it.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as temporary:
-        write(temporary)
+        try:
+            write(temporary)
+        except Exception as error:
+            number = _system_error(error)
+            if number is None or getattr(error, "filename", None) is not None:
+                raise
+            raise OSError(number, os.strerror(number), str(folder)) from error
         written = [path for path in Path(temporary).rglob("*") if path.is_file()]
         for path in sorted(written, key=lambda path: path.name == "config.json"):
             target = folder / path.relative_to(temporary)
             target.parent.mkdir(parents=True, exist_ok=True)
             path.chmod(0o644)  # temporary files are private
             os.replace(path, target)
+
+
+def _system_error(error: Exception) -> int | None:
+    """The system's number of what went wrong; safetensors has it in its message only."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else None
+
+
+def check_writable(folder: str | Path, what: str, error: type[C2CError]) -> None:
+    """Refuse a folder that can't be written to before the work whose result would go there. Makes nothing.
+
+    Args:
+        folder: where files are to go; it need not exist.
+        what: the option or key that names it.
+        error: what to raise.
+    """
+    full = Path(folder).absolute()
+    there = next(path for path in (full, *full.parents) if path.exists())
+    if not there.is_dir():
+        raise error(f"{what} is {folder}, but {there} is a file; expected a folder, or the name of a new one.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise error(f"{what} is {folder}, but {there} is not writable: choose another folder, or change its rights.")
 
 
 def read_json_object(path: Path, error: type[C2CError]) -> dict[str, Any]:

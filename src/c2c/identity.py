@@ -145,10 +145,21 @@ def check(
         advice = f"Load the models that the {what} names, or train one for these."
         if what == "fuser":
             advice = "Load the models that the fuser names (c2c inspect FUSER), or train a fuser for this pair."
+        if _swapped(pairs):
+            advice = "They fit the other way round: swap receiver and sharer (--receiver, --sharer)."
         if not hard:
             advice += " If you know that the models are equivalent, pass allow_mismatch=True."
         raise MismatchError(hard + soft, advice, what)
     return soft
+
+
+def _swapped(pairs: list[tuple[str, ModelIdentity | None, ModelIdentity]]) -> bool:
+    """Whether two models would fit in each other's place."""
+    if len(pairs) != 2 or any(expected is None for _, expected, _ in pairs):
+        return False
+    (_, first, ours), (_, second, theirs) = pairs
+    placed = ((first, theirs), (second, ours))
+    return all(want is not None and not any(differences("", want, given)) for want, given in placed)
 
 
 def _digest(data: bytes) -> str:

@@ -10,10 +10,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 
 from c2c import pull
-from c2c.errors import ModelLoadError, PromptError
+from c2c.errors import ModelLoadError, PromptError, did_you_mean
+from c2c.files import read_json_object
 from c2c.pull.aliases import ALIASES
 
 Dtype = str | torch.dtype | None
+_SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")  # device maps that accelerate works out
 
 
 @dataclass(frozen=True)
@@ -53,14 +55,16 @@ def load(
         found = _load_tokenizer(tokenizer) if isinstance(tokenizer, str | Path) else tokenizer
         return LoadedModel(source, _require_fast(found), str(source.config._name_or_path or type(source).__name__))
     name = str(source)
+    _check_dtype(dtype)
+    _check_device(device_map)
     folder, gguf = _locate(name)
     kwargs = _drop_none(device_map=device_map, revision=revision, **model_kwargs)
     try:
         model = _load_model(folder, gguf, dtype or _default_dtype(device_map), kwargs)
     except (OSError, ValueError, KeyError) as error:
         raise ModelLoadError(
-            f"could not load model {name!r}: {error}\nExpected an alias ({', '.join(ALIASES)}), a hub id, "
-            "a folder with config.json and weights, or a .gguf file."
+            f"could not load model {name!r}: {error}\nExpected an alias ({', '.join(ALIASES)}), a hub id, a folder "
+            f"with config.json and weights, or a .gguf file.{did_you_mean(name, ALIASES)}"
         ) from error
     if not isinstance(tokenizer, str | Path | None):
         return LoadedModel(model, _require_fast(tokenizer), name)
@@ -80,12 +84,52 @@ def _locate(name: str) -> tuple[str, str | None]:
             return str(path.parent), path.name
         repo, file = name.rsplit("/", 1)
         return repo, file
-    if name.startswith((".", "/", "~")):
-        path = Path(name).expanduser()
-        if not path.is_dir():
-            raise ModelLoadError(f"no such folder: {name}. Expected a folder with config.json and weights.")
+    path = Path(name).expanduser()
+    if path.is_dir():
+        _check_folder(path, name)
         return str(path), None
+    if name.startswith((".", "/", "~")) or path.is_file():
+        found = f"{name} is a file" if path.is_file() else f"no such folder: {name}"
+        raise ModelLoadError(f"{found}. Expected a folder with config.json and weights, or a .gguf file.")
     return name, None
+
+
+def _check_folder(path: Path, name: str) -> None:
+    """Refuse what transformers would only call an unknown architecture."""
+    config = path / "config.json"
+    if not config.is_file():
+        raise ModelLoadError(f"{name} holds no model: config.json is missing. Expected a folder with it and weights.")
+    if str(read_json_object(config, ModelLoadError).get("model_type", "")).startswith("c2c_fuser_"):
+        raise ModelLoadError(
+            f"{name} is a fuser, expected a model: give it as --fuser, or to C2CModel.from_pretrained; it names its "
+            "models itself."
+        )
+
+
+def _check_dtype(dtype: Dtype) -> None:
+    if isinstance(dtype, str) and dtype != "auto":
+        known = [name for name, value in vars(torch).items() if isinstance(value, torch.dtype)]
+        if dtype.removeprefix("torch.") not in known:
+            raise ModelLoadError(
+                f"unknown type of weights {dtype!r}.{did_you_mean(dtype, known)} Expected float32, bfloat16, float16 "
+                "or auto."
+            )
+
+
+def _check_device(device_map: Any) -> None:
+    """Refuse a device that is not there: libraries below fail on it in many ways."""
+    if not isinstance(device_map, str) or device_map in _SPREAD:
+        return
+    found = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    found += ["mps"] * torch.backends.mps.is_available()
+    expected = f"Here are: cpu{''.join(', ' + name for name in found)}; or give {', '.join(_SPREAD)}."
+    try:
+        device = torch.device(device_map)
+    except RuntimeError as error:
+        raise ModelLoadError(f"no such device: {device_map!r}. {expected}") from error
+    index = device.index or 0
+    if (device.type == "cuda" and f"cuda:{index}" not in found) or (device.type == "mps" and "mps" not in found):
+        raise ModelLoadError(f"device {device_map!r} is not on this machine. {expected}")
 
 
 def _load_model(folder: str, gguf: str | None, dtype: Dtype, kwargs: dict[str, Any]) -> PreTrainedModel:

@@ -6,6 +6,7 @@ so that ``--help`` is quick.
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from typing import Annotated
@@ -44,6 +45,28 @@ def frame(
     """Language models that talk to each other through their KV caches."""
 
 
+_ADVICE = {
+    errno.ENOSPC: "Make room on the disk, or write to another one.",
+    errno.EDQUOT: "Make room, or write to another disk.",
+    errno.EFBIG: "The system allows no larger files: raise the limit, or write elsewhere.",
+    errno.EACCES: "Choose a place that you may read and write, or change its rights.",
+    errno.EPERM: "Choose a place that you may read and write, or change its rights.",
+    errno.EROFS: "Choose a place that can be written to.",
+    errno.ENOTDIR: "A part of this path is a file; expected folders.",
+    errno.EEXIST: "A file lies there; expected a folder, or the name of a new one.",
+    errno.EISDIR: "It is a folder; expected a file.",
+}
+
+
+def _about_files(error: OSError) -> str | None:
+    """What to say of an error of the disk that no command foresaw; None where it is about something else."""
+    if error.filename is None and error.errno not in _ADVICE:
+        return None
+    where = f"{error.filename}: " if error.filename is not None else ""
+    advice = f" {_ADVICE[error.errno]}" if error.errno in _ADVICE else ""
+    return f"{where}{error.strerror}.{advice}"
+
+
 def main() -> None:
     """Entry point of the ``c2c`` command."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -54,6 +77,12 @@ def main() -> None:
         if os.environ.get("C2C_DEBUG"):
             raise
         typer.echo(f"c2c: {error}", err=True)
+        sys.exit(1)
+    except OSError as error:
+        said = _about_files(error)
+        if said is None or os.environ.get("C2C_DEBUG"):
+            raise
+        typer.echo(f"c2c: {said}", err=True)
         sys.exit(1)
     except KeyboardInterrupt:
         typer.echo("c2c: interrupted", err=True)

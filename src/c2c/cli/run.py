@@ -81,7 +81,8 @@ def run(
         Path | None, typer.Option(help="Text that only the sharer reads; for a fuser of private context.")
     ] = None,
     draft_tokens: Annotated[
-        int, typer.Option(help="With --context: the sharer drafts so many tokens of an answer, handed over as well.")
+        int,
+        typer.Option(min=0, help="With --context: the sharer drafts so many tokens of an answer, handed over as well."),
     ] = 0,
     system: Annotated[str | None, typer.Option(help="System message for both models.")] = None,
     answer_prefix: Annotated[str, typer.Option(help="Text that the answer continues, such as 'The answer is'.")] = "",
@@ -94,13 +95,17 @@ def run(
 ) -> None:
     """Answer one prompt with the receiver, the sharer, text-to-text and cache-to-cache, with times."""
     text = sys.stdin.read().strip() if prompt == "-" else prompt
+    _check_text(text, "the prompt" if prompt != "-" else "the prompt on stdin")
+    passage = None if context is None else _read(context)  # before the models, which take their time
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": text})
     with err.status("loading models ..."):
         model = _load(fuser, receiver, sharer, allow_mismatch, dtype=dtype, device_map=device)
     kwargs: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": sample, "answer_prefix": answer_prefix}
-    if context is not None:
-        ways = _private_ways(model, messages, _read(context), message_tokens, draft_tokens, **kwargs)
+    if mode in (Mode.ALL, Mode.C2C):
+        _check_context(model, context)
+    if passage is not None:
+        ways = _private_ways(model, messages, passage, message_tokens, draft_tokens, **kwargs)
     else:
         ways = _ways(model, messages, message_tokens, **kwargs)
     chosen = list(ways) if mode is Mode.ALL else [mode]
@@ -136,9 +141,38 @@ def _read(path: Path) -> str:
     from c2c.errors import PromptError
 
     try:
-        return path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise PromptError(f"--context {path} can't be read as text: {error}") from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise PromptError(
+            f"--context {path} can't be read as text: {reason}. Expected a text file in UTF-8, for the sharer alone."
+        ) from error
+    _check_text(text, f"--context {path}")
+    return text
+
+
+def _check_text(text: str, what: str) -> None:
+    from c2c.errors import PromptError
+
+    if not text.strip():
+        raise PromptError(f"{what} is empty; expected some text to read.")
+
+
+def _check_context(model: C2CModel, context: Path | None) -> None:
+    """Say what fits this fuser in words of the command line, before the other ways are answered."""
+    from c2c.errors import PromptError
+
+    family = model.fusers[0].family
+    if model.private and context is None:
+        raise PromptError(
+            f"a {family} fuser hands over what the sharer alone has read: give a text with --context FILE, or choose "
+            "--mode receiver or sharer."
+        )
+    if context is not None and not model.private:
+        raise PromptError(
+            f"--context {context} is for a memory fuser; a {family} fuser merges what both models read. Put the text "
+            "into the prompt, or give a memory fuser with --fuser."
+        )
 
 
 def _private_ways(

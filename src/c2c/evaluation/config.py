@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from c2c.errors import C2CError
+from c2c.errors import C2CError, did_you_mean
 from c2c.evaluation.tasks import source
 from c2c.training.config import DataSource, build, read_yaml
 
@@ -123,12 +123,17 @@ class EvalConfig:
         if not self.data:
             raise EvaluationError("no data to evaluate on: give at least one file or task.")
         if self.mode not in MODES:
-            raise EvaluationError(f"unknown mode {self.mode!r}. Known: {', '.join(MODES)}.")
-        self._check_systems()
-        if self.batch_size < 2 or (self.limit is not None and self.limit < 1):
             raise EvaluationError(
-                f"batch_size is {self.batch_size} (at least 2: a deranged cache is another item's) and limit "
-                f"{self.limit} (at least 1)."
+                f"unknown mode {self.mode!r}.{did_you_mean(self.mode, MODES)} Known: {', '.join(MODES)}."
+            )
+        self._check_systems()
+        if self.batch_size < 2:
+            raise EvaluationError(
+                f"batch_size is {self.batch_size}; give at least 2: a deranged cache is another item's."
+            )
+        if self.limit is not None and self.limit < 2:
+            raise EvaluationError(
+                f"limit is {self.limit}; give at least 2 items, one for another's deranged cache, or no limit."
             )
         if not 0 <= self.routed <= 1 or self.timed < 0:
             raise EvaluationError(f"routed is {self.routed} (a share, 0 to 1) and timed {self.timed} (0 or more).")
@@ -137,8 +142,10 @@ class EvalConfig:
         known = (*SYSTEMS, *self.fusers)
         unknown = [system for system in self.systems if system not in known]
         if unknown or not self.systems:
+            hints = "".join(did_you_mean(name, set(known) - set(self.systems)) for name in unknown)
             raise EvaluationError(
-                f"unknown systems {unknown}. Known: {', '.join(known)}; others are named by a fuser: NAME=FOLDER."
+                f"{f'unknown systems {unknown}.' if unknown else 'no system was given.'}{hints} Known: "
+                f"{', '.join(known)}; others are named by a fuser: NAME=FOLDER."
             )
         taken = [name for name in self.fusers if name in SYSTEMS]
         if taken:

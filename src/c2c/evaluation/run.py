@@ -15,7 +15,7 @@ from c2c.evaluation.numbers import mean_costs, speed, summarise
 from c2c.evaluation.pair import Pair
 from c2c.evaluation.provenance import provenance, short
 from c2c.evaluation.systems import System, make_system
-from c2c.files import file_hash, write_json
+from c2c.files import check_writable, file_hash, write_json
 from c2c.progress import OnProgress
 from c2c.provenance import fuser_hash
 from c2c.training.config import DataSource
@@ -58,6 +58,8 @@ def evaluate(config: EvalConfig, progress: OnProgress | None = None) -> dict[str
         EvaluationError: the items don't suit the mode, or ``output_dir`` holds another evaluation.
         ConfigError: missing or broken data.
     """
+    if config.output_dir is not None:
+        check_writable(config.output_dir, "output_dir", EvaluationError)
     given = _rows(config.data, config), _rows(config.dev, config, limited=False)
     pair = Pair.open(config)
     _check_context(config, private=bool(pair.model.private))
@@ -234,7 +236,10 @@ def _rows(sources: Sequence[DataSource], config: EvalConfig, *, limited: bool = 
 
 def _check(work: Work, config: EvalConfig) -> None:
     if len(work.rows) < 2:
-        raise EvaluationError(f"{work.name}: {len(work.rows)} items are left to evaluate; at least 2 are needed.")
+        raise EvaluationError(
+            f"{work.name}: {len(work.rows)} items are left to evaluate; at least 2 are needed, one for another's "
+            "deranged cache. Give more questions, or a higher limit or lower skip."
+        )
     if config.mode in ("logits", "generate") and not all(row.choices for row in work.rows):
         raise EvaluationError(
             f"{work.name}: mode {config.mode!r} needs multiple-choice items; use 'answers' or 'nll' for others."

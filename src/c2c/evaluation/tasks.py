@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from c2c.errors import did_you_mean
 from c2c.training.config import ConfigError, DataSource, build
 
 # Below data_dir as JSONL files; where there are none, from the hub through the datasets library. C-Eval's test answers
@@ -56,12 +57,19 @@ def source(entry: Any, data_dir: Path, where: str) -> DataSource:
     if isinstance(entry, dict) and "task" in entry:
         entry = _task(dict(entry), data_dir, where)
     found: DataSource = build(DataSource, entry, where)
+    if found.path is not None and not (data_dir / found.path).exists() and not Path(found.path).suffix:
+        hint = did_you_mean(found.path, TASKS)
+        if hint:
+            raise ConfigError(f"{where}: no such data file or task: {found.path}.{hint} Known: {', '.join(TASKS)}.")
     return found
 
 
 def _task(entry: dict[str, Any], data_dir: Path, where: str) -> dict[str, Any]:
     name = entry.pop("task")
     if name not in TASKS or "path" in entry or "dataset" in entry:
-        raise ConfigError(f"{where}: task {name!r}; expected one of {', '.join(TASKS)}, without a path of its own.")
+        raise ConfigError(
+            f"{where}: task {name!r}; expected one of {', '.join(TASKS)}, without a path of its own."
+            f"{did_you_mean(name, TASKS) if name not in TASKS else ''}"
+        )
     local, hub = TASKS[name]
     return (local if (data_dir / local["path"]).is_file() else hub) | entry

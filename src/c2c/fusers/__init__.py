@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from importlib.metadata import entry_points
 
-from c2c.errors import FuserError
+from c2c.errors import FuserError, did_you_mean
 from c2c.fusers.base import Entries, Fuser, FuserConfig
 from c2c.fusers.bottleneck import BottleneckConfig, BottleneckFuser
 from c2c.fusers.c2c import C2CFuser, C2CFuserConfig
@@ -39,7 +39,9 @@ def family(name: str) -> type[Fuser]:
     """
     found = families()
     if name not in found:
-        raise FuserError(f"unknown fuser family {name!r}. Known: {', '.join(sorted(found))}.")
+        raise FuserError(
+            f"unknown fuser family {name!r}.{did_you_mean(name, found)} Known: {', '.join(sorted(found))}."
+        )
     return found[name]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,11 +11,11 @@ from typing import Any, ClassVar, Self
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.dataclasses import strict
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from c2c.errors import FuserError, ModelLoadError
+from c2c.errors import FuserError, ModelLoadError, did_you_mean
 from c2c.files import read_json_object, save_atomically
 from c2c.identity import ModelIdentity
 from c2c.kv import KeyValue, KVGeometry
@@ -125,7 +126,19 @@ class Fuser(PreTrainedModel):
     def from_geometry(
         cls, sharer: KVGeometry, receiver: KVGeometry, layer_map: list[int | None], **options: Any
     ) -> Self:
-        """A new, untrained fuser for these cache shapes; ``options`` go to the family's config."""
+        """A new, untrained fuser for these cache shapes; ``options`` go to the family's config.
+
+        Raises:
+            FuserError: an option that the family does not have.
+        """
+        known = {entry.name for entry in dataclasses.fields(cls.config_class)}
+        unknown = sorted(set(options) - known)
+        if unknown:  # transformers would store and ignore it
+            own = sorted(known - {entry.name for entry in dataclasses.fields(FuserConfig)})
+            raise FuserError(
+                f"fuser_options of {cls.family}: unknown {', '.join(unknown)}."
+                f"{''.join(did_you_mean(name, own) for name in unknown)} Known: {', '.join(own) or 'none'}."
+            )
         config = cls.config_class(
             layer_map=layer_map,
             sharer_kv=sharer.to_dict(),
@@ -166,13 +179,14 @@ def load_fuser(source: str | Path, **kwargs: Any) -> Fuser:
         hint = ""
         if (folder / "final").is_dir() or list(folder.glob("projector_*.pt")):
             hint = " It looks like a published checkpoint: run `c2c convert`, or C2CModel.from_published."
-        raise FuserError(f"{source} holds no fuser: config.json is missing.{hint}")
+        raise FuserError(f"{source} holds no fuser: config.json is missing.{hint} {_EXPECTED}")
     config = read_json_object(path, FuserError)
     name = str(config.get("model_type", "")).removeprefix("c2c_fuser_")
     if not str(config.get("model_type", "")).startswith("c2c_fuser_"):
         raise FuserError(
             f"{source} is not a fuser: model_type is {config.get('model_type')!r}, expected 'c2c_fuser_<family>'. "
-            "For a published checkpoint run `c2c convert`, or use C2CModel.from_published."
+            "A model goes to --receiver or --sharer; for a published checkpoint run `c2c convert`, or use "
+            "C2CModel.from_published."
         )
     return _load_weights(family(name), folder, kwargs)
 
@@ -199,11 +213,29 @@ def resolve(source: str | Path) -> Path:
     path = Path(source).expanduser()
     if path.is_dir():
         return path
+    if path.is_file():
+        raise ModelLoadError(f"{source} is a file{_what_file(path)}. {_EXPECTED}")
+    beside = [other.name for other in path.parent.iterdir() if other.is_dir()] if path.parent.is_dir() else []
     if str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
-        raise ModelLoadError(f"no such folder: {source}. Expected a fuser's folder, or a hub id like 'owner/name'.")
+        raise ModelLoadError(f"no such folder: {source}.{did_you_mean(path.name, beside)} {_EXPECTED}")
     try:
         return Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors", "*.md"]))
     except Exception as error:
         raise ModelLoadError(
-            f"could not get fuser {source!s}: not a local folder, and the hub said: {error}"
+            f"could not get fuser {source!s}: not a local folder, and the hub said: {error}."
+            f"{did_you_mean(path.name, beside)} {_EXPECTED}"
         ) from error
+
+
+_EXPECTED = "Expected a fuser's folder, as `c2c train` and `c2c convert` write it, or a hub id like 'owner/name'."
+
+
+def _what_file(path: Path) -> str:
+    """What was given in place of a fuser's folder, where that can be seen."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            if "manifest" in (file.metadata() or {}):
+                return " of a handoff, which goes to sharer_messages as Handoff.load(FILE)"
+    except (SafetensorError, OSError):
+        return ""
+    return f", perhaps of the fuser in {path.parent}"

@@ -30,7 +30,7 @@ from c2c.progress import OnProgress
 from c2c.receiver import Receiver
 from c2c.sharer import Sharer
 from c2c.tokens import TokenBatch, left_pad
-from c2c.training.checkpoints import CompleteCheckpoints, last_complete
+from c2c.training.checkpoints import CompleteCheckpoints, find_start, note_run
 from c2c.training.config import ConfigError, TrainConfig
 from c2c.training.distributed import Processes
 from c2c.training.examples import Example, build_examples
@@ -360,7 +360,7 @@ def train_adapter(config: TrainConfig, *, resume: bool = True, progress: OnProgr
     if config.adapter_learning_rate <= 0:
         raise ConfigError(f"adapter_learning_rate is {config.adapter_learning_rate}; expected a number above 0.")
     output = Path(config.output_dir)
-    last = last_complete(output) if resume else None
+    last = find_start(config, resume)
     if last is not None and not (Path(last) / MANIFEST).exists():
         raise ConfigError(f"{last} is not an adapter's: give the adapter an output_dir (--output-dir) of its own.")
     # the guard is about wrong messages, and here are none
@@ -372,6 +372,8 @@ def train_adapter(config: TrainConfig, *, resume: bool = True, progress: OnProgr
     if prepared.receiver.device.type == "cpu":
         keep_freed_memory()
     selection = AdapterSelection(prepared, config.eval_steps or prepared.steps_per_epoch, output)
+    if processes.first:
+        note_run(config)
     trainer = make_adapter_trainer(prepared, arguments, selection, progress)
     outcome = trainer.train(resume_from_checkpoint=last)
     processes.wait()

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from c2c.errors import C2CError
+from c2c.errors import C2CError, did_you_mean
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 ADAPTER = "adapter"  # in place of a fuser family
@@ -230,12 +231,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: missing, not YAML, or not a mapping.
     """
+    expected = "Expected a YAML file of keys and values, such as those in configs/."
     if not path.is_file():
-        raise ConfigError(f"no such config: {path}")
+        found = f"{path} is a folder, no config" if path.is_dir() else f"no such config: {path}"
+        raise ConfigError(f"{found}. {expected}")
     try:
-        data = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not YAML: {error}") from error
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not YAML: {error}\n{expected}") from error
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: expected keys and values, got {type(data).__name__}.")
     return data
@@ -256,6 +259,52 @@ def build(kind: Any, data: Any, where: str) -> Any:
         for name, entry in known.items()
         if name not in data and entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING
     ]
-    if unknown or missing:
-        raise ConfigError(f"{where}: unknown keys {unknown}, missing keys {missing}. Known: {', '.join(known)}.")
+    if unknown:
+        hints = "".join(did_you_mean(name, set(known) - set(data)) for name in unknown)
+        raise ConfigError(f"{where}: unknown keys {unknown}.{hints} Known: {', '.join(known)}.")
+    if missing:
+        options = ", ".join("--" + name.replace("_", "-") for name in missing)
+        raise ConfigError(f"{where}: missing keys {missing}. Give them in a config, or as {options}.")
+    hints_of = get_type_hints(kind)
+    for name, value in data.items():
+        if not _fits(value, hints_of[name]):
+            raise ConfigError(f"{where}: {name} is {value!r}; expected {_wanted(hints_of[name])}.{_number_hint(value)}")
     return kind(**data)
+
+
+_WORDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", NoneType: "nothing"}
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value of a YAML file can be what a field says; what is in a list or mapping is not looked at."""
+    if get_origin(hint) in (Union, UnionType):
+        return any(_fits(value, part) for part in get_args(hint))
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    kind = get_origin(hint) or hint
+    if kind in (int, float):
+        return isinstance(value, int | kind) and not isinstance(value, bool)
+    if kind in (list, tuple):
+        return isinstance(value, list | tuple)
+    if kind is str:
+        return isinstance(value, str | Path)
+    return kind is Any or isinstance(value, kind)
+
+
+def _wanted(hint: Any) -> str:
+    """What a field says, in words."""
+    if get_origin(hint) in (Union, UnionType):
+        return " or ".join(_wanted(part) for part in get_args(hint))
+    if get_origin(hint) is Literal:
+        return " or ".join(map(repr, get_args(hint)))
+    kind = get_origin(hint) or hint
+    return _WORDS.get(kind, "a list" if kind in (list, tuple) else "keys and values")
+
+
+def _number_hint(value: Any) -> str:
+    """YAML takes 2e-3 for a text, which nobody expects."""
+    try:
+        float(value if isinstance(value, str) else "-")
+    except ValueError:
+        return ""
+    return " It is a text in YAML: write numbers without quotes, and with a point, such as 2.0e-3 or 0.002."

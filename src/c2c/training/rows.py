@@ -11,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from c2c.errors import did_you_mean
 from c2c.messages import Conversation
 from c2c.training.config import LETTERS, ConfigError, DataSource
 from c2c.training.halves import halves
@@ -114,8 +115,6 @@ def multiple_choice(data: dict[str, Any], source: DataSource) -> Row:
         raise ConfigError(f"'choices' is {choices!r}; expected a list of 2 to {len(LETTERS)} texts.")
     if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
         raise ConfigError(f"'answer' is {answer!r}; expected the index of a choice, 0 to {len(choices) - 1}.")
-    if source.form not in FORMS:
-        raise ConfigError(f"unknown form {source.form!r}. Known: {', '.join(FORMS)}.")
     return FORMS[source.form](_text(data, "question"), [str(choice) for choice in choices], answer)
 
 
@@ -238,7 +237,12 @@ def load_rows(
     rows: list[Row] = []
     for source in sources:
         if source.kind not in KINDS:
-            raise ConfigError(f"unknown kind of rows {source.kind!r}. Known: {', '.join(KINDS)}.")
+            hint = did_you_mean(source.kind, KINDS)
+            raise ConfigError(f"unknown kind of rows {source.kind!r}.{hint} Known: {', '.join(KINDS)}.")
+        if source.form not in FORMS:
+            raise ConfigError(
+                f"unknown form {source.form!r}.{did_you_mean(source.form, FORMS)} Known: {', '.join(FORMS)}."
+            )
         kept = []
         for data in read(source, data_dir, seed):
             if _asked(data) in exclude:
@@ -247,9 +251,10 @@ def load_rows(
                 kept.append(data)
         random.Random(seed).shuffle(kept)
         drawn = kept[source.skip :][: source.limit]
-        converted = [_convert(data, source) for data in drawn]  # refuses broken rows before options are varied
+        # refuses broken rows before options are varied
+        converted = [_convert(data, source, data_dir) for data in drawn]
         if source.vary_options or source.options is not None:
-            converted = [_convert(data, source) for data in vary_options(drawn, source, seed)]
+            converted = [_convert(data, source, data_dir) for data in vary_options(drawn, source, seed)]
         rows += converted
     random.Random(seed + 1).shuffle(rows)
     return rows, dropped
@@ -289,18 +294,29 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
     Raises:
         ConfigError: missing, or a line that is not a JSON object; names the line.
     """
+    yield from (data for _, data in _numbered(path))
+
+
+def _numbered(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The same with the number of each line."""
     if not path.is_file():
-        raise ConfigError(f"no such data file: {path}. Set data_dir to the folder that the paths start from.")
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                try:
+        found = f"{path} is a folder, no data file" if path.is_dir() else f"no such data file: {path}"
+        raise ConfigError(f"{found}. Set data_dir to the folder that the paths start from.")
+    number = 0
+    try:
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
                     data = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise ConfigError(f"{path}, line {number}: not JSON: {error}") from error
-                if not isinstance(data, dict):
-                    raise ConfigError(f"{path}, line {number}: expected an object, got {type(data).__name__}.")
-                yield data
+                    if not isinstance(data, dict):
+                        raise ConfigError(f"{path}, line {number}: expected an object, got {type(data).__name__}.")
+                    yield number, data
+    except json.JSONDecodeError as error:
+        raise ConfigError(
+            f"{path}, line {number}: not JSON: {error}. Expected one JSON object on each line."
+        ) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is no text in UTF-8: {error}. Expected one JSON object on each line.") from error
 
 
 def _make_up(source: DataSource, seed: int) -> Iterator[dict[str, Any]]:
@@ -325,19 +341,29 @@ def _read_dataset(source: DataSource) -> Iterator[dict[str, Any]]:
         found = [load_dataset(source.dataset, subset, split=source.split) for subset in subsets]
     except Exception as error:  # the library raises what its loaders raise
         raise ConfigError(
-            f"could not read data set {source.dataset!r} (subset {source.subset!r}, split {source.split!r}): {error}"
+            f"could not read data set {source.dataset!r} (subset {source.subset!r}, split {source.split!r}): {error}. "
+            "Check name and connection, or give a JSONL file in its place."
         ) from error
     for subset, rows in zip(subsets, found, strict=True):
         for data in rows:
             yield dict(data) | ({"id": f"{subset}/{data['id']}"} if source.subset == "*" and "id" in data else {})
 
 
-def _convert(data: dict[str, Any], source: DataSource) -> Row:
+def _convert(data: dict[str, Any], source: DataSource, data_dir: Path) -> Row:
     try:
         row = KINDS[source.kind](data, source)
     except ConfigError as error:
-        raise ConfigError(f"{source.name}, row {data.get('id')!r} as {source.kind}: {error}") from error
+        where = f"{source.name}{_line_of(data, source, data_dir)}, row {data.get('id')!r} as {source.kind}"
+        raise ConfigError(f"{where}: {error}") from error
     return Row(**(vars(row) | {"id": str(data["id"]), "source": source.name}))
+
+
+def _line_of(data: dict[str, Any], source: DataSource, data_dir: Path) -> str:
+    """Where a row stands in its file, read again: rows were drawn and renamed since, and only a broken one is asked."""
+    for index, (number, found) in enumerate(_numbered(Path(data_dir) / source.path) if source.path else ()):
+        if data.items() >= ({"id": f"{source.name}/{index}"} | found).items():
+            return f", line {number}"
+    return ""
 
 
 def _sentence(text: str, choices: Sequence[str], answer: int, rest: str) -> Row:

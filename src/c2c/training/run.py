@@ -10,7 +10,7 @@ from c2c.files import write_json
 from c2c.fusers import LinearFuser, MemoryFuser
 from c2c.progress import OnProgress
 from c2c.training.adapter import train_adapter
-from c2c.training.checkpoints import last_complete
+from c2c.training.checkpoints import find_start, note_run
 from c2c.training.config import ADAPTER, ConfigError, TrainConfig
 from c2c.training.distributed import Processes
 from c2c.training.memory import keep_freed_memory
@@ -33,6 +33,7 @@ def train(config: TrainConfig, *, resume: bool = True, progress: OnProgress | No
     """
     if config.family == ADAPTER:
         return train_adapter(config, resume=resume, progress=progress)
+    last = find_start(config, resume)
     arguments = make_arguments(config)
     processes = Processes(arguments.process_index, arguments.world_size)
     prepared = prepare(config, processes)
@@ -46,7 +47,8 @@ def train(config: TrainConfig, *, resume: bool = True, progress: OnProgress | No
         keep_freed_memory()
     selection = Selection(prepared, config.eval_steps or prepared.steps_per_epoch, output)
     trainer = make_trainer(prepared, arguments, selection, progress)
-    last = last_complete(output) if resume else None
+    if processes.first:
+        note_run(config)
     if last is None and processes.first and isinstance(prepared.training.fuser, MemoryFuser):
         selection.score(0)  # the ridge map that training must beat, and is kept if it does not
     outcome = trainer.train(resume_from_checkpoint=last)

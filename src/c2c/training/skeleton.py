@@ -1,7 +1,8 @@
 """Skeletons: the sharer reads the skeleton of a page, the receiver writes a text into an element of it.
 
 The Coder-to-Writer story of the original work as rows that can be scored: the text stands in the question, and which
-element it belongs into, with its tag, id and class, only in the page.
+element it belongs into, with its tag, id and class, only in the page. An element's topic stands before it: what the
+sharer hands over of a token has read only what precedes it, and must know what the element is for.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ def skeleton(split: str, seed: int) -> Iterator[dict[str, Any]]:
         asked = draw.randrange(_ELEMENTS)
         if (zlib.crc32(openings[asked].encode()) % _TEST == 0) == (split == "test"):
             text = f"{draw.choice(_SUBJECTS)} {draw.choice(_DOINGS)} {draw.choice(_TIMES)}."
-            lines = [f"{o}<!-- {topic} --></{tag}>" for o, topic, tag in zip(openings, topics, tags, strict=True)]
+            lines = [f"<!-- {topic} --> {o}</{tag}>" for o, topic, tag in zip(openings, topics, tags, strict=True)]
             yield {
                 "id": f"skeleton/{split}/{count}",
                 "context": "<body>\n" + "\n".join(lines) + "\n</body>",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -163,9 +164,27 @@ def make_arguments(config: TrainConfig) -> TrainingArguments:
     """What the Trainer is told.
 
     Raises:
-        ConfigError: the batch can't be shared by the processes there are.
+        ConfigError: the batch can't be shared by the processes there are, or the Trainer refuses a value.
     """
-    arguments = TrainingArguments(
+    if config.report_to == "tensorboard" and find_spec("tensorboard") is None:
+        raise ConfigError("report_to is 'tensorboard', which is not installed: pip install 'cache2cache[tensorboard]'.")
+    try:
+        arguments = _arguments(config)
+    except ValueError as error:
+        raise ConfigError(f"the Trainer refuses this configuration: {error}") from error
+    # batch_size counts over all processes, so that a result does not depend on how many there are
+    share, rest = divmod(config.batch_size, arguments.world_size)
+    if rest or share < 1 or (config.guard_weight > 0 and share < 2):
+        raise ConfigError(
+            f"batch_size {config.batch_size} can't be shared by {arguments.world_size} processes: it must be a "
+            "multiple, with at least 2 for each where guard_weight is set (a wrong message is another example's)."
+        )
+    arguments.per_device_train_batch_size = share
+    return arguments
+
+
+def _arguments(config: TrainConfig) -> TrainingArguments:
+    return TrainingArguments(
         output_dir=config.output_dir,
         num_train_epochs=config.epochs,
         max_steps=config.max_steps,
@@ -189,12 +208,3 @@ def make_arguments(config: TrainConfig) -> TrainingArguments:
         ddp_find_unused_parameters=False,
         use_cpu=config.device_map in (None, "cpu") and not torch.cuda.is_available(),
     )
-    # batch_size counts over all processes, so that a result does not depend on how many there are
-    share, rest = divmod(config.batch_size, arguments.world_size)
-    if rest or share < 1 or (config.guard_weight > 0 and share < 2):
-        raise ConfigError(
-            f"batch_size {config.batch_size} can't be shared by {arguments.world_size} processes: it must be a "
-            "multiple, with at least 2 for each where guard_weight is set (a wrong message is another example's)."
-        )
-    arguments.per_device_train_batch_size = share
-    return arguments
