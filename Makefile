@@ -7,7 +7,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-real lint format results bench install clean
+.PHONY: demo test test-real test-vllm lint format results bench docs docs-serve install clean
 
 install: $(STAMP)
 
@@ -41,6 +41,21 @@ test-real: $(STAMP)
 	$(BIN)/c2c pull smollm2-135m qwen2.5-coder-0.5b gemma3-270m
 	C2C_REAL=1 $(BIN)/python -m pytest -m real $(PYTEST_ARGS)
 
+# the tests of the vLLM engine, in an environment of its own: vLLM needs an older transformers than the rest is tested
+# with (5.19), and brings builds of three packages for CUDA, which it does not start with on a CPU and does not need
+VLLM := .venv-vllm
+VLLM_STAMP := $(VLLM)/.installed
+VLLM_PIP := $(VLLM)/bin/python -m pip --quiet --disable-pip-version-check
+
+$(VLLM_STAMP): pyproject.toml src/c2c/version.py
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM_PIP) install -e '.[vllm]' pytest
+	$(VLLM_PIP) uninstall --yes torchvision torchaudio torchcodec
+	@touch $@
+
+test-vllm: $(VLLM_STAMP)
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest tests/test_vllm.py tests/test_vllm_parts.py $(PYTEST_ARGS)
+
 lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -59,5 +74,12 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/prefill.py
 	$(BIN)/python benchmarks/train_step.py
 
+# the documentation as a site in site/, every warning an error; docs-serve shows it while it is written
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+docs-serve: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
+
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf site $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

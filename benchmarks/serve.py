@@ -10,6 +10,7 @@ from arrival. Soak: mixed ways, greedy and sampled, streamed and whole, and how 
     python benchmarks/serve.py                                  # the fuser of the zoo; its models must be pulled
     python benchmarks/serve.py --tiny --clients 1 4 16 64       # random models, nothing to download
     python benchmarks/serve.py --tiny --clients 16 --soak 10    # then ten minutes of mixed load
+    python benchmarks/serve.py --engine vllm                    # the receiver in vLLM, where that is installed
     python benchmarks/serve.py --url http://127.0.0.1:8000 --name pair --pid 4711     # a server that runs already
 """
 
@@ -273,11 +274,13 @@ def _server(arguments: argparse.Namespace) -> Iterator[tuple[str, subprocess.Pop
         yield arguments.url.rstrip("/"), None
         return
     with tempfile.TemporaryDirectory() as folder:
-        fuser = _tiny(Path(folder)) if arguments.tiny else arguments.fuser
+        head_dim = 32 if arguments.engine == "vllm" else 16  # it has no kernels for smaller ones
+        fuser = _tiny(Path(folder), head_dim) if arguments.tiny else arguments.fuser
         command = [sys.executable, "-m", "c2c", "serve", str(fuser), "--name", arguments.name, "--port", "0"]
         command += ["--max-queue", str(2 * max(*arguments.clients, arguments.requests))]
         command += ["--max-batch", str(arguments.max_batch), "--batch-window-ms", str(arguments.batch_window_ms)]
         command += ["--timeout", str(arguments.timeout), "--message-tokens", str(arguments.message_tokens)]
+        command += ["--engine", arguments.engine]
         log_path = Path(folder) / "log"
         with log_path.open("w") as log:
             process = subprocess.Popen(command, stderr=log)
@@ -299,7 +302,7 @@ def _url(process: subprocess.Popen, log: Path) -> str:
     raise SystemExit(f"the server did not start:\n{log.read_text()}")
 
 
-def _tiny(folder: Path) -> Path:
+def _tiny(folder: Path, head_dim: int = 16) -> Path:
     """Random models of two families, with a tokenizer of characters and a fuser that really changes the cache."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -314,7 +317,10 @@ def _tiny(folder: Path) -> Path:
     sizes |= {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.2}
     sizes |= {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     torch.manual_seed(0)
-    roles = {"receiver": LlamaForCausalLM(LlamaConfig(**sizes)), "sharer": Qwen2ForCausalLM(Qwen2Config(**sizes))}
+    roles = {
+        "receiver": LlamaForCausalLM(LlamaConfig(head_dim=head_dim, **sizes)),
+        "sharer": Qwen2ForCausalLM(Qwen2Config(**sizes)),
+    }
     for role, model in roles.items():
         model.save_pretrained(folder / role)
         PreTrainedTokenizerFast(tokenizer_object=tokens).save_pretrained(folder / role)
@@ -389,6 +395,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, default=8, help="different prompts")
     parser.add_argument("--max-tokens", type=int, default=16, help="tokens per answer")
     parser.add_argument("--message-tokens", type=int, default=32, help="tokens of the sharer's text")
+    parser.add_argument("--engine", choices=["transformers", "vllm"], default="transformers", help="of the receiver")
     parser.add_argument("--max-batch", type=int, default=16)
     parser.add_argument("--batch-window-ms", type=float, default=10)
     parser.add_argument("--timeout", type=float, default=600)

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+import yaml
 
 from c2c.cli.output import err
 from c2c.pull.defaults import DEFAULT_RECEIVER, DEFAULT_SHARER
 
 if TYPE_CHECKING:
     from c2c.model import C2CModel
+    from c2c.serving.engine import Engine
 
 _PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
 _KEY_VARIABLE = "C2C_API_KEY"
@@ -22,8 +24,15 @@ _SHARER_SECONDS = 60.0
 _SHARER_REST = 5.0  # a lost sharer holds up the whole server: it is not asked again at once
 
 
+class EngineName(StrEnum):
+    """What runs a model."""
+
+    TRANSFORMERS = "transformers"
+    VLLM = "vllm"
+
+
 class OnFailure(StrEnum):
-    """Policies for a lost sharer."""
+    """Policies for a lost sharer, or a fused cache that vLLM did not take."""
 
     RAISE = "raise"
     RECEIVER_ONLY = "receiver_only"
@@ -38,6 +47,8 @@ c2c serve ./my-fuser --name pair --port 8000 --max-batch 16 --timeout 120
 C2C_API_KEY=secret c2c serve ./my-fuser --host 0.0.0.0
 
 C2C_TOKEN=... c2c serve ./my-fuser --sharer https://host:8650 --on-failure receiver_only
+
+c2c serve ./my-fuser --engine vllm --engine-option max_model_len=4096
 
 curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json'
 -d '{"model": "my-fuser", "messages": [{"role": "user", "content": "Why is the sky blue?"}]}'
@@ -70,7 +81,10 @@ def serve(
     ] = None,
     on_failure: Annotated[
         OnFailure | None,
-        typer.Option(help="When the sharer at a URL is lost: an error, or the receiver alone; raise by default."),
+        typer.Option(
+            help="When the sharer at a URL is lost, or vLLM does not take a fused cache: an error, or the receiver "
+            "alone; raise by default."
+        ),
     ] = None,
     sharer_timeout: Annotated[
         float | None, typer.Option(min=0.1, help="Seconds for a request to the sharer at a URL; 60 by default.")
@@ -80,6 +94,16 @@ def serve(
     ] = None,
     sharer_ca: Annotated[
         Path | None, typer.Option(help="Certificates to trust for it; those of the system by default.")
+    ] = None,
+    engine: Annotated[
+        EngineName, typer.Option(help="What runs the receiver; vllm needs an environment of its own, see the docs.")
+    ] = EngineName.TRANSFORMERS,
+    sharer_engine: Annotated[
+        EngineName, typer.Option(help="The same for the sharer; vllm only beside --engine vllm.")
+    ] = EngineName.TRANSFORMERS,
+    engine_option: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="An argument of vLLM, such as max_model_len=4096; may be repeated."),
     ] = None,
     name: Annotated[
         str | None, typer.Option(help="What clients call the model; by default the fuser's folder, else 'c2c'.")
@@ -111,26 +135,25 @@ def serve(
     from c2c.serving.server import listen
 
     fuser = _one_fuser(fuser, fuser_option)
+    extra = _engine_options(engine, sharer_engine, engine_option)
     sock = listen(host, port)
     with err.status("loading models ..."):
-        theirs = _sharer(sharer, on_failure, sharer_timeout, sharer_precision, sharer_ca)
+        theirs = _sharer(sharer, on_failure, sharer_timeout, sharer_precision, sharer_ca, engine)
         model = _load(fuser, receiver, theirs, allow_mismatch, dtype=dtype, device_map=device)
     if not model.trained:
         err.print("The fuser is untrained: cache-to-cache answers equal the receiver's.", style="yellow")
     from c2c.serving.app import create_app
-    from c2c.serving.huggingface import HuggingFaceEngine
     from c2c.serving.logs import log_to_stderr
     from c2c.serving.server import serve as run
     from c2c.serving.settings import Settings
 
-    engine = HuggingFaceEngine(
-        model,
-        max_queue=max_queue,
-        max_batch=max_batch,
-        window=batch_window_ms / 1000,
-        max_tokens=max_tokens,
-        message_tokens=message_tokens,
-    )
+    limits: dict[str, Any] = {"max_queue": max_queue, "max_batch": max_batch}
+    limits |= {"max_tokens": max_tokens, "message_tokens": message_tokens}
+    if engine is EngineName.VLLM:
+        policy = on_failure or OnFailure.RAISE
+        made = _vllm(model, limits, policy, sharer_engine is EngineName.VLLM, extra)
+    else:
+        made = _transformers(model, limits, batch_window_ms / 1000)
     settings = Settings(
         name=name or (Path(fuser).resolve().name if fuser else "c2c"),
         api_keys=_keys(api_key),
@@ -142,7 +165,7 @@ def serve(
         handoff_seconds=handoff_seconds,
     )
     log_to_stderr()
-    if not run(create_app(engine, settings), sock):
+    if not run(create_app(made, settings), sock):
         raise typer.Exit(1)
 
 
@@ -156,6 +179,44 @@ def _check_packages() -> None:
         )
 
 
+def _transformers(model: C2CModel, limits: dict[str, Any], window: float) -> Engine:
+    from c2c.serving.huggingface import HuggingFaceEngine
+
+    return HuggingFaceEngine(model, window=window, **limits)
+
+
+def _vllm(
+    model: C2CModel, limits: dict[str, Any], policy: OnFailure, sharer_too: bool, options: dict[str, Any]
+) -> Engine:
+    from c2c.integrations.vllm.engine import VLLMEngine
+
+    with err.status("starting vLLM ..."):
+        return VLLMEngine(model, on_load_failure=policy.value, sharer_in_vllm=sharer_too, options=options, **limits)
+
+
+def _engine_options(engine: EngineName, sharer: EngineName, given: list[str] | None) -> dict[str, Any]:
+    """Arguments of vLLM; and whether it is there, before models are loaded."""
+    if engine is not EngineName.VLLM:
+        if given or sharer is EngineName.VLLM:
+            raise typer.BadParameter(
+                "--engine-option and --sharer-engine vllm are for --engine vllm. Give it, or leave them out.",
+                param_hint="--engine",
+            )
+        return {}
+    from c2c.integrations.vllm.versions import check_version, installed
+
+    check_version(installed())
+    options: dict[str, Any] = {}
+    for pair in given or []:
+        key, equals, value = pair.partition("=")
+        if not equals or not key.isidentifier():
+            raise typer.BadParameter(
+                f"got {pair!r}; expected NAME=VALUE, such as max_model_len=4096.", param_hint="--engine-option"
+            )
+        options[key] = yaml.safe_load(value)
+    return options
+
+
 def _one_fuser(argument: str | None, option: str | None) -> str | None:
     if argument is not None and option is not None:
         raise typer.BadParameter(f"a fuser is given already: {argument}. Give one of the two.", param_hint="--fuser")
@@ -163,7 +224,12 @@ def _one_fuser(argument: str | None, option: str | None) -> str | None:
 
 
 def _sharer(
-    source: str | None, on_failure: OnFailure | None, timeout: float | None, precision: str | None, ca: Path | None
+    source: str | None,
+    on_failure: OnFailure | None,
+    timeout: float | None,
+    precision: str | None,
+    ca: Path | None,
+    engine: EngineName,
 ) -> Any:
     """The sharer as it was named; one at a URL is connected to, with token and key of the environment."""
     given = {"on_failure": on_failure, "timeout": timeout, "precision": precision, "verify": ca}
@@ -173,6 +239,8 @@ def _sharer(
 
         options: dict[str, Any] = {"timeout": _SHARER_SECONDS, "rest": _SHARER_REST} | given
         return RemoteSharer(source, **options)
+    if engine is EngineName.VLLM:
+        given.pop("on_failure", None)  # which is for its fused caches too
     if given:
         raise typer.BadParameter(
             "--on-failure, --sharer-timeout, --sharer-precision and --sharer-ca are for a sharer at a URL; got "

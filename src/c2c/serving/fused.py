@@ -82,14 +82,8 @@ class Fused:
             return []
         batch = self._alone(jobs)
         for one in batch.prompted if batch else []:
-            one.fallback, why = f"{_LOST} {error}", "a sharer was lost"
-            one.report = FusionReport(
-                prompt_tokens=one.prompt_tokens,
-                skipped_tokens={why: one.prompt_tokens},
-                skipped_layers=dict.fromkeys(range(self._model.receiver.geometry.layers), why),
-                trained=self._model.trained,
-                notes=[*self._model.notes, one.fallback],
-            )
+            one.fallback = f"{_LOST} {error}"
+            one.report = unfused(self._model, one.prompt_tokens, "a sharer was lost", one.fallback)
         return [batch] if batch else []
 
     def _aligned(self, ask: Ask) -> Prompt:
@@ -134,6 +128,17 @@ class Fused:
         one.fallback = next((note for note in fused.report.notes if note.startswith(_LOST)), None)
         cache = receiver.prefill(fused.tokens, fused.tokens.length - 1, fused.cache)
         return Batch(receiver, [one], Prefilled(fused.tokens, cache))
+
+
+def unfused(model: C2CModel, prompt_tokens: int, why: str, note: str) -> FusionReport:
+    """The report of a prompt that the receiver answers alone although a sharer was to be asked."""
+    return FusionReport(
+        prompt_tokens=prompt_tokens,
+        skipped_tokens={why: prompt_tokens},
+        skipped_layers=dict.fromkeys(range(model.receiver.geometry.layers), why),
+        trained=model.trained,
+        notes=[*model.notes, note],
+    )
 
 
 def _joined(batches: Sequence[Batch]) -> Batch | None:

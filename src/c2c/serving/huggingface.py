@@ -5,22 +5,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from threading import Thread
-from typing import Any
 
 import torch
 
 from c2c.language_model import DEFAULT_NEW_TOKENS
 from c2c.model import C2CModel
-from c2c.remote.handoff import PartialHandoff
 from c2c.remote.sharer import RemoteSharer
 from c2c.serving.answers import Answers
 from c2c.serving.batch import write
 from c2c.serving.engine import Ask, AskToRead, Description, SharerState, Way
 from c2c.serving.errors import internal, invalid
-from c2c.serving.events import Read
-from c2c.serving.failures import refusing
 from c2c.serving.logs import log_failure
 from c2c.serving.queue import Job, JobQueue
+from c2c.serving.readings import Readings
 from c2c.serving.ticket import Ticket
 from c2c.serving.ways import Ways
 
@@ -50,7 +47,7 @@ class HuggingFaceEngine:
         max_tokens: int = DEFAULT_NEW_TOKENS,
         message_tokens: int = 128,
     ) -> None:
-        self._model, self._ways = model, Ways(model, message_tokens)
+        self._model, self._ways, self._readings = model, Ways(model, message_tokens), Readings(model)
         self._max_batch, self._max_tokens = max_batch, max_tokens
         self._queue = JobQueue(max_queue, max_batch, window)
         self._thread = Thread(target=self._work, name="c2c-engine", daemon=True)
@@ -104,13 +101,7 @@ class HuggingFaceEngine:
 
     def _check(self, ask: Ask | AskToRead) -> None:
         if isinstance(ask, AskToRead):
-            sharer = self._model.sharers[self._sharer_of(ask)]
-            if ask.precision is not None and isinstance(sharer, RemoteSharer):
-                raise invalid(
-                    f"the sharer is on another machine, and its entries are kept as they cross, in {sharer.precision}. "
-                    "Leave precision out.",
-                    "precision",
-                )
+            self._readings.check(ask)
             return
         if not 1 <= ask.n <= self._max_batch:
             raise invalid(f"n is {ask.n}; this server writes 1 to {self._max_batch} answers at once.", "n")
@@ -132,7 +123,7 @@ class HuggingFaceEngine:
 
     def _run(self, jobs: list[Job]) -> None:
         if isinstance(jobs[0].ask, AskToRead):
-            self._read(jobs[0], jobs[0].ask)
+            self._readings.read(jobs[0], jobs[0].ask)
             return
         way = jobs[0].way
         batch = self._ways.read(way, jobs)
@@ -142,27 +133,3 @@ class HuggingFaceEngine:
         self.on_batch(way, sum(counts))
         answers = [Answers(prompted, batch, self._max_tokens, sum(counts)) for prompted in batch.prompted]
         write(batch.model, batch.prefilled.spread(counts), [writer for one in answers for writer in one.writers])
-
-    def _read(self, job: Job, ask: AskToRead) -> None:
-        """Let a sharer read something, to be handed over later."""
-        index = self._sharer_of(ask)
-        sharer = self._model.sharers[index].for_fuser(self._model.fusers[index])
-        with refusing(job):
-            handoff: Any = sharer.read(ask.messages, draft_tokens=ask.draft_tokens)
-            if ask.precision is not None:
-                handoff = handoff.to(ask.precision)
-            size = handoff.held_bytes if isinstance(handoff, PartialHandoff) else handoff.nbytes
-            job.ticket.push(Read(handoff, size, len(handoff.ids), sharer.name, index, handoff.precision))
-
-    def _sharer_of(self, ask: AskToRead) -> int:
-        private = self._model.private
-        if not private:
-            raise invalid(
-                "this fuser is for prompts that both models read, so there is nothing to hand over. Serve a 'memory' "
-                "fuser.",
-                "messages",
-            )
-        index = private[0] if ask.sharer is None else ask.sharer
-        if index not in private:
-            raise invalid(f"sharer is {index}; expected one of {private}, which hand over private context.", "sharer")
-        return index
