@@ -87,7 +87,7 @@ def train(
     elif "adapter" in summary:
         _show_adapter(summary)
     else:
-        _show(summary)
+        _show(summary, private=loaded.family == "memory")
 
 
 def prefill(
@@ -138,9 +138,9 @@ def _show_adapter(summary: dict[str, Any]) -> None:
     )
 
 
-def _show(summary: dict[str, Any]) -> None:
+def _show(summary: dict[str, Any], private: bool) -> None:
     dev = summary["dev"]
-    table = Table("", "dev accuracy")
+    table = Table("", "dev F1" if private else "dev accuracy")
     for name in ("receiver", "matched", "deranged"):
         table.add_row(name, f"{dev[name]:.1f} %")
     table.add_row("G = matched - receiver", f"{dev['G']:+.1f}")
@@ -148,4 +148,5 @@ def _show(summary: dict[str, Any]) -> None:
     out.print(table)
     chosen = f"step {summary['step']}" if "step" in summary else f"blend {summary['blend']:.1f}"
     out.print(f"{summary['fuser']}, chosen at {chosen} on {dev['n']} dev examples")
-    out.print(f"Try it: c2c run --fuser {summary['fuser']} 'your prompt'")
+    context = " --context page.txt" if private else ""  # what only the sharer reads
+    out.print(f"Try it: c2c run --fuser {summary['fuser']}{context} 'your prompt'")
