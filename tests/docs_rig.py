@@ -215,6 +215,7 @@ class Workspace:
                 ("smollm2-135m", "llama", "chatml"),
                 ("qwen2.5-coder-0.5b", "qwen2", "llama3"),
                 ("qwen2.5-coder-1.5b", "qwen2", "llama3"),
+                ("gemma3-270m", "qwen3", "chatml"),  # a tiny one of its own family has a window of 16 tokens
             ]
         ):
             save(self.cache / "models" / alias, family, words, seed)
@@ -282,14 +283,16 @@ class Workspace:
             self._link(f"runs/eval_{size}", f"{results}/seed_{seed}")
 
     def _fusers(self) -> None:
-        shipped = "zoo/smollm2-135m_from_qwen2.5-coder-1.5b"
-        self.fuser(shipped, "qwen2.5-coder-1.5b")
+        for config in sorted((ROOT / "zoo").glob("*/config.json")):
+            shipped = json.loads(config.read_text(encoding="utf-8"))
+            family = shipped["model_type"].removeprefix("c2c_fuser_")
+            self.fuser(f"zoo/{config.parent.name}", shipped["receiver"]["name"], shipped["sharer"]["name"], family)
         for name in ("zoo/NAME", "FUSER"):
-            self._link(name, shipped)
-        self.fuser("runs/private/best", "qwen2.5-coder-0.5b", "memory")
+            self._link(name, "zoo/smollm2-135m_from_qwen2.5-coder-1.5b")
+        self.fuser("runs/private/best", "smollm2-135m", "qwen2.5-coder-0.5b", "memory")
         self._link("MEMORY_FUSER", "runs/private/best")
 
-    def fuser(self, name: str, sharer: str, family: str = "bottleneck") -> Path:
+    def fuser(self, name: str, receiver: str, sharer: str, family: str = "bottleneck") -> Path:
         """A fuser with random weights between two models of the cache, which says that it is trained."""
         import torch
 
@@ -297,12 +300,12 @@ class Workspace:
         from tiny import open_fusers
 
         models = self.cache / "models"
-        model = C2CModel.from_models(str(models / "smollm2-135m"), str(models / sharer), fuser=family)
+        model = C2CModel.from_models(str(models / receiver), str(models / sharer), fuser=family)
         fuser = open_fusers(model, 0.3).fusers[0]
         if family == "memory":
             torch.nn.init.normal_(fuser.weight, std=0.3, generator=torch.Generator().manual_seed(4))
         fuser.config.training = {"config": {"train": [{"kind": "multiple_choice", "form": "letter"}]}}
-        for role, alias in (("receiver", "smollm2-135m"), ("sharer", sharer)):
+        for role, alias in (("receiver", receiver), ("sharer", sharer)):
             setattr(fuser.config, role, getattr(fuser.config, role) | {"name": alias})
         (self.home / name).parent.mkdir(parents=True, exist_ok=True)
         fuser.save_pretrained(self.home / name)
