@@ -312,6 +312,9 @@ def test_a_port_that_is_taken(refused):
     ],
 )
 def test_an_extra_that_is_not_installed(refused, monkeypatch, line, package, extra):
+    # another test may have imported it, or what of ours is made of it
+    for name in [name for name in sys.modules if name.startswith(f"{package}.") or name.endswith(f".{package}")]:
+        monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
     refused(line, f"pip install 'cache2cache[{extra}]'")
 

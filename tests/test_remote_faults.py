@@ -790,7 +790,7 @@ def test_a_lost_sharer_is_left_in_peace_for_a_while(local, proxy):
     assert model.sharers[0].traffic.requests == asked
     time.sleep(1.1)
     assert generated(model) == generated(local)
-    proxy.spoil(answer=b"HTTP/1.1 401 No\r\nContent-Length: 0\r\n\r\n")
+    proxy.spoil(answer=b"HTTP/1.1 401 No\r\nConnection: close\r\nContent-Length: 0\r\n\r\n")
     fails(model, "answered 401", "status", 401)
     proxy.spoil(times=0)
     assert generated(model) == generated(local), "a refusal takes no time: it is asked again at once"
