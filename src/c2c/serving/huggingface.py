@@ -10,7 +10,6 @@ import torch
 
 from c2c.language_model import DEFAULT_NEW_TOKENS
 from c2c.model import C2CModel
-from c2c.remote.sharer import RemoteSharer
 from c2c.serving.answers import Answers
 from c2c.serving.batch import write
 from c2c.serving.engine import Ask, AskToRead, Description, SharerState, Way
@@ -18,6 +17,7 @@ from c2c.serving.errors import internal, invalid
 from c2c.serving.logs import log_failure
 from c2c.serving.queue import Job, JobQueue
 from c2c.serving.readings import Readings
+from c2c.serving.served import describe, sharer_states
 from c2c.serving.ticket import Ticket
 from c2c.serving.ways import Ways
 
@@ -56,19 +56,12 @@ class HuggingFaceEngine:
     @property
     def description(self) -> Description:
         """What it serves."""
-        return Description(
-            self._ways.known,
-            self._model.receiver.name,
-            tuple(sharer.name for sharer in self._model.sharers),
-            self._model.trained,
-            "private" if self._model.private else "shared",
-        )
+        return describe(self._model, self._ways.known)
 
     @property
     def sharers(self) -> tuple[SharerState, ...]:
         """Whether the sharers can be asked."""
-        losses = [sharer.lost if isinstance(sharer, RemoteSharer) else None for sharer in self._model.sharers]
-        return tuple(SharerState() if loss is None else SharerState(loss.code, loss.since) for loss in losses)
+        return sharer_states(self._model)
 
     @property
     def alive(self) -> bool:

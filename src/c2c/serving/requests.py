@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from abc import abstractmethod
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -137,9 +138,9 @@ class Request(_Strict):
         )
 
     @property
+    @abstractmethod
     def wanted_logprobs(self) -> int | None:
         """How many of the likeliest tokens are reported at each position; None for no log-probabilities at all."""
-        raise NotImplementedError
 
 
 class ChatRequest(Request):

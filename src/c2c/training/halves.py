@@ -7,15 +7,15 @@ number: the sharer guesses among the numbers that it has read, the receiver has 
 from __future__ import annotations
 
 import random
-import zlib
 from collections.abc import Iterator
 from typing import Any
+
+from c2c.training.made_up import made_up
 
 _NAMES = ("Anna", "Bruno", "Carla", "David", "Elena", "Felix", "Greta", "Hugo", "Irene", "Jonas", "Karin", "Leo")
 _COLOURS = ("red", "blue", "green", "white", "black", "yellow", "purple", "orange", "brown", "grey", "silver")
 _THINGS = ("locker", "room", "ticket", "badge", "table", "box")
 _FACTS = 3  # things with a number in what the sharer reads
-_TEST = 5  # one answer in so many is kept for tests
 
 
 def halves(split: str, seed: int) -> Iterator[dict[str, Any]]:
@@ -27,13 +27,7 @@ def halves(split: str, seed: int) -> Iterator[dict[str, Any]]:
         split: ``train`` or ``test``.
         seed: of the draw.
     """
-    draw = random.Random(f"{split} {seed}")
-    count = 0
-    while True:
-        facts = _facts(draw)
-        if (zlib.crc32(facts["answer"].encode()) % _TEST == 0) == (split == "test"):
-            yield {"id": f"halves/{split}/{count}"} | facts
-            count += 1
+    return made_up("halves", _facts, split, random.Random(f"{split} {seed}"))
 
 
 def _facts(draw: random.Random) -> dict[str, str]:

@@ -6,16 +6,16 @@ Nothing in a question hints at its answer, so a receiver alone, or one with a wr
 from __future__ import annotations
 
 import random
-import zlib
 from collections.abc import Iterator
 from typing import Any
+
+from c2c.training.made_up import made_up
 
 _NAMES = ("Anna", "Bruno", "Carla", "David", "Elena", "Felix", "Greta", "Hugo", "Irene", "Jonas", "Karin", "Leo")
 _THINGS = ("access code", "locker number", "room number", "ticket number", "badge number", "table number")
 _COLOURS = ("red", "blue", "green", "white", "black", "yellow", "purple", "orange", "brown", "grey", "silver")
 _OBJECTS = ("umbrella", "suitcase", "bicycle", "hat", "piano", "lamp", "kite", "basket", "clock", "boat", "drum")
 _TOWNS = ("Lisbon", "Oslo", "Vienna", "Cairo", "Lima", "Dublin", "Kyoto", "Quebec", "Athens", "Havana", "Prague")
-_TEST = 5  # one key in so many is kept for tests
 
 
 def relay(split: str, seed: int) -> Iterator[dict[str, Any]]:
@@ -25,13 +25,7 @@ def relay(split: str, seed: int) -> Iterator[dict[str, Any]]:
         split: ``train`` or ``test``.
         seed: of the draw.
     """
-    draw = random.Random(f"{split} {seed}")
-    count = 0
-    while True:
-        facts = draw.choice((_number, _thing))(draw)
-        if (zlib.crc32(facts["answer"].encode()) % _TEST == 0) == (split == "test"):
-            yield {"id": f"relay/{split}/{count}"} | facts
-            count += 1
+    return made_up("relay", lambda draw: draw.choice((_number, _thing))(draw), split, random.Random(f"{split} {seed}"))
 
 
 def _number(draw: random.Random) -> dict[str, str]:

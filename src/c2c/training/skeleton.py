@@ -8,9 +8,10 @@ sharer hands over of a token has read only what precedes it, and must know what 
 from __future__ import annotations
 
 import random
-import zlib
 from collections.abc import Iterator
 from typing import Any
+
+from c2c.training.made_up import made_up
 
 _TOPICS = ("opening hours", "address", "prices", "contact", "history", "news", "team", "directions", "menu", "events")
 _TAGS = ("p", "div", "section", "li", "span", "article", "aside", "footer")
@@ -52,7 +53,6 @@ _DOINGS = (
 )
 _TIMES = ("at nine", "on Mondays", "in summer", "after lunch", "every day", "until six", "in winter", "before noon")
 _ELEMENTS = 3  # in a page
-_TEST = 5  # one element in so many is kept for tests
 
 
 def skeleton(split: str, seed: int) -> Iterator[dict[str, Any]]:
@@ -62,20 +62,23 @@ def skeleton(split: str, seed: int) -> Iterator[dict[str, Any]]:
         split: ``train`` or ``test``.
         seed: of the draw.
     """
-    draw = random.Random(f"skeleton {split} {seed}")
-    count = 0
-    while True:
-        topics, tags = draw.sample(_TOPICS, _ELEMENTS), [draw.choice(_TAGS) for _ in range(_ELEMENTS)]
-        names = zip(tags, draw.sample(_IDS, _ELEMENTS), draw.sample(_CLASSES, _ELEMENTS), strict=True)
-        openings = [f'<{tag} id="{name}" class="{kind}">' for tag, name, kind in names]
-        asked = draw.randrange(_ELEMENTS)
-        if (zlib.crc32(openings[asked].encode()) % _TEST == 0) == (split == "test"):
-            text = f"{draw.choice(_SUBJECTS)} {draw.choice(_DOINGS)} {draw.choice(_TIMES)}."
-            lines = [f"<!-- {topic} --> {o}</{tag}>" for o, topic, tag in zip(openings, topics, tags, strict=True)]
-            yield {
-                "id": f"skeleton/{split}/{count}",
-                "context": "<body>\n" + "\n".join(lines) + "\n</body>",
-                "question": f"Write the element of the page for the {topics[asked]}, with this text in it: {text}",
-                "answer": f"{openings[asked]}{text}</{tags[asked]}>",
-            }
-            count += 1
+    return made_up("skeleton", _page, split, random.Random(f"skeleton {split} {seed}"), key=_element)
+
+
+def _page(draw: random.Random) -> dict[str, str]:
+    topics, tags = draw.sample(_TOPICS, _ELEMENTS), [draw.choice(_TAGS) for _ in range(_ELEMENTS)]
+    names = zip(tags, draw.sample(_IDS, _ELEMENTS), draw.sample(_CLASSES, _ELEMENTS), strict=True)
+    openings = [f'<{tag} id="{name}" class="{kind}">' for tag, name, kind in names]
+    asked = draw.randrange(_ELEMENTS)
+    text = f"{draw.choice(_SUBJECTS)} {draw.choice(_DOINGS)} {draw.choice(_TIMES)}."
+    lines = [f"<!-- {topic} --> {o}</{tag}>" for o, topic, tag in zip(openings, topics, tags, strict=True)]
+    return {
+        "context": "<body>\n" + "\n".join(lines) + "\n</body>",
+        "question": f"Write the element of the page for the {topics[asked]}, with this text in it: {text}",
+        "answer": f"{openings[asked]}{text}</{tags[asked]}>",
+    }
+
+
+def _element(row: dict[str, str]) -> str:
+    """The opening tag that is asked for, whatever the text in it."""
+    return row["answer"].partition(">")[0]

@@ -60,7 +60,7 @@ class Answering:
             async with asyncio.TaskGroup() as group:
                 for choice in choices:
                     group.create_task(self._write(model, ids, choice, name))
-        except* (EngineError, Exception) as failures:
+        except* Exception as failures:
             raise _first(failures) from failures
         finally:
             if name is not None:  # not before: a pre-empted request loads it again

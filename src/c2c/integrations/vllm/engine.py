@@ -40,6 +40,7 @@ from c2c.serving.logs import log_failure, warn
 from c2c.serving.queue import Job
 from c2c.serving.reading import Batch
 from c2c.serving.readings import Readings
+from c2c.serving.served import describe, sharer_states
 from c2c.serving.ticket import Ticket
 from c2c.serving.writer import Writer
 
@@ -115,16 +116,12 @@ class VLLMEngine:
     @property
     def description(self) -> Description:
         """What it serves."""
-        model = self._model
-        names = tuple(sharer.name for sharer in model.sharers)
-        context: Literal["private", "shared"] = "private" if model.private else "shared"
-        return Description(self._ways.known, model.receiver.name, names, model.trained, context)
+        return describe(self._model, self._ways.known)
 
     @property
     def sharers(self) -> tuple[SharerState, ...]:
         """Whether the sharers can be asked."""
-        losses = [sharer.lost if isinstance(sharer, RemoteSharer) else None for sharer in self._model.sharers]
-        return tuple(SharerState() if loss is None else SharerState(loss.code, loss.since) for loss in losses)
+        return sharer_states(self._model)
 
     @property
     def alive(self) -> bool:

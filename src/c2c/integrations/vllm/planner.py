@@ -63,9 +63,8 @@ class Planner:
         if wish.load is not None and refusal is None:
             followed.refusal = _refused(request)
         if followed.refusal is not None:
-            request.skip_reading_prefix_cache = (
-                False  # with it vLLM drops the load that is to fail, and answers plainly
-            )
+            # with it vLLM drops the load that is to fail, and answers plainly
+            request.skip_reading_prefix_cache = False
 
     def matched(self, request: Any, local: int) -> int | None:
         """How many tokens after the ``local`` first ones a snapshot brings; None to ask again in the next step."""
