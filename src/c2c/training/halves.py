@@ -1,7 +1,7 @@
-"""Halves: what is asked follows from two facts, of which the sharer has read one and the receiver the other.
+"""Halves: a line that needs what the sharer has read and what the receiver alone has read.
 
-The receiver knows which locker is Anna's, the sharer knows the number of each locker. Neither alone can say Anna's
-number: the sharer guesses among the numbers that it has read, the receiver has read none.
+The receiver knows what was ordered, the sharer where the customer lives; the label needs both. Neither model alone can
+write it, and nothing has to be concluded: each half stands in what one of them has read.
 """
 
 from __future__ import annotations
@@ -13,32 +13,72 @@ from typing import Any
 from c2c.training.made_up import made_up
 
 _NAMES = ("Anna", "Bruno", "Carla", "David", "Elena", "Felix", "Greta", "Hugo", "Irene", "Jonas", "Karin", "Leo")
-_COLOURS = ("red", "blue", "green", "white", "black", "yellow", "purple", "orange", "brown", "grey", "silver")
-_THINGS = ("locker", "room", "ticket", "badge", "table", "box")
-_FACTS = 3  # things with a number in what the sharer reads
+_COLOURS = ("red", "blue", "green", "white", "black", "yellow", "purple", "orange", "brown", "grey")
+_THINGS = ("lamps", "chairs", "boxes", "cups", "bags", "books", "plates", "shirts")
+_STREETS = (
+    "Mill Road",
+    "High Street",
+    "Park Lane",
+    "Station Road",
+    "Church Street",
+    "Garden Way",
+    "Harbour Street",
+    "Hill Road",
+    "Market Square",
+    "River Lane",
+)
 
 
 def halves(split: str, seed: int) -> Iterator[dict[str, Any]]:
     """Rows with ``context``, ``known``, ``question`` and ``answer``, without end.
 
-    Answers of ``test`` never occur in ``train``.
+    What the sharer reads in ``test`` it never reads in ``train``, whoever it is about.
 
     Args:
         split: ``train`` or ``test``.
         seed: of the draw.
     """
-    return made_up("halves", _facts, split, random.Random(f"{split} {seed}"))
+    return made_up("halves", _facts, split, random.Random(f"{split} {seed}"), key=_secret)
 
 
 def _facts(draw: random.Random) -> dict[str, str]:
-    name, thing = draw.choice(_NAMES), draw.choice(_THINGS)
-    colours = draw.sample(_COLOURS, _FACTS)
-    numbers = ["".join(draw.choice("0123456789") for _ in range(draw.randint(3, 4))) for _ in colours]
-    asked = draw.randrange(_FACTS)
-    lines = [f"The {colour} {thing} has the number {number}." for colour, number in zip(colours, numbers, strict=True)]
+    return draw.choice((_label, _visit, _code))(draw)
+
+
+def _label(draw: random.Random) -> dict[str, str]:
+    name = draw.choice(_NAMES)
+    what = f"{draw.randint(2, 9)} {draw.choice(_COLOURS)} {draw.choice(_THINGS)}"
+    where = f"{draw.randint(11, 99)} {draw.choice(_STREETS)}"
     return {
-        "context": " ".join(lines),
-        "known": f"{name} has the {colours[asked]} {thing}.",
-        "question": f"What is the number of the {thing} of {name}?",
-        "answer": numbers[asked],
+        "context": f"{name} lives at {where}.",
+        "known": f"{name} has ordered {what}.",
+        "question": f"Write the label of the parcel for {name}: what is in it, and the address.",
+        "answer": f"{what}, {where}",
     }
+
+
+def _visit(draw: random.Random) -> dict[str, str]:
+    name = draw.choice(_NAMES)
+    hour = f"{draw.randint(8, 17)}:{draw.choice(('00', '10', '15', '20', '30', '40', '45', '50'))}"
+    room = f"room {draw.randint(100, 999)}"
+    return {
+        "context": f"{name} is expected in {room}.",
+        "known": f"{name} comes at {hour}.",
+        "question": f"Write the note for {name}: the time and the room.",
+        "answer": f"{hour}, {room}",
+    }
+
+
+def _code(draw: random.Random) -> dict[str, str]:
+    first, second = (str(draw.randint(100, 999)) for _ in range(2))
+    return {
+        "context": f"The second part of the code is {second}.",
+        "known": f"The first part of the code is {first}.",
+        "question": "Write the code: the first part and the second part.",
+        "answer": f"{first}, {second}",
+    }
+
+
+def _secret(row: dict[str, str]) -> str:
+    """The sharer's half of the answer, without whom it is about."""
+    return row["answer"].partition(", ")[2]
