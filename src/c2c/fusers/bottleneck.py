@@ -90,7 +90,7 @@ class BottleneckFuser(Fuser):
         keys, values = torch.stack(list(receiver.keys)), torch.stack(list(receiver.values))
         layers, batch, heads, tokens, dim = keys.shape
         hidden = self._hidden(sharer, receiver, keys, values)
-        delta = torch.baddbmm(self.up_bias, hidden, self.up)
+        delta = torch.baddbmm(self.up_bias, hidden, self.up).to(self.up.dtype)  # autocast would rotate in bfloat16
         delta = delta.view(layers, batch, tokens, 2, heads, dim).permute(3, 0, 1, 4, 2, 5)
         weight = self._weights(hidden).view(layers, batch, tokens, 2, heads, 1).permute(3, 0, 1, 4, 2, 5)
         added_keys, added_values = (delta * weight.to(delta.dtype)).unbind()
@@ -121,7 +121,8 @@ class BottleneckFuser(Fuser):
 
     def _weights(self, hidden: Tensor) -> Tensor:
         """Head weight times layer gate, ``[layers, batch * tokens, 2 * kv_heads]``, float32."""
-        heads = torch.sigmoid(torch.baddbmm(self.head_bias.float(), hidden.float(), self.head_weight.float()))
+        with torch.autocast(hidden.device.type, enabled=False):
+            heads = torch.sigmoid(torch.baddbmm(self.head_bias.float(), hidden.float(), self.head_weight.float()))
         gate = soft_gate(self.gate_logit).repeat_interleave(heads.shape[-1] // 2, dim=1)
         return heads * gate.unsqueeze(1)
 

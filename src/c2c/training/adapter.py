@@ -31,11 +31,11 @@ from c2c.receiver import Receiver
 from c2c.sharer import Sharer
 from c2c.tokens import TokenBatch, left_pad
 from c2c.training.checkpoints import CompleteCheckpoints, find_start, note_run
-from c2c.training.config import ConfigError, TrainConfig
+from c2c.training.config import ConfigError, Precision, TrainConfig
 from c2c.training.distributed import Processes
 from c2c.training.examples import Example, build_examples
 from c2c.training.memory import keep_freed_memory
-from c2c.training.objective import cross_entropy, right_pad
+from c2c.training.objective import computing_in, cross_entropy, right_pad
 from c2c.training.prepared import PLACES, read_examples
 from c2c.training.selection import answered_right
 from c2c.training.trainer import FuserTrainer, Report, Selection, make_arguments
@@ -74,11 +74,12 @@ class AdapterTraining(nn.Module):
 
     Args:
         adapter: from :func:`~c2c.baselines.adapter.new_adapter`.
+        precision: of the arithmetic, see :class:`~c2c.training.config.TrainConfig`.
     """
 
-    def __init__(self, adapter: Any) -> None:
+    def __init__(self, adapter: Any, precision: Precision = "float32") -> None:
         super().__init__()
-        self.adapter = adapter.eval()
+        self.adapter, self.precision = adapter.eval(), precision
         self.accepts_loss_kwargs = False
 
     def train(self, mode: bool = True) -> AdapterTraining:
@@ -89,7 +90,8 @@ class AdapterTraining(nn.Module):
     def forward(self, examples: Sequence[Example], share: float = 1.0) -> dict[str, Tensor]:
         """The mean loss of some examples, times their share of a batch."""
         batch = self.collate(examples)
-        return {"loss": share * self.losses(self.logits(batch), batch).mean()}
+        with computing_in(self.precision, batch.responses.device):
+            return {"loss": share * self.losses(self.logits(batch), batch).mean()}
 
     def collate(self, examples: Sequence[Example]) -> AdapterBatch:
         """Pad."""
@@ -187,7 +189,7 @@ def prepare_adapter(config: TrainConfig) -> PreparedAdapter:
     size = fuser_parameters(config, receiver, sharer)
     rank = nearest_rank(receiver.model, size) if config.adapter_rank is None else config.adapter_rank
     set_seed(config.seed)
-    training = AdapterTraining(new_adapter(receiver, rank))
+    training = AdapterTraining(new_adapter(receiver, rank), config.precision)
     matched = {"family": config.adapter_of, "parameters": size}
     prepared = PreparedAdapter(config, receiver, training, train, dev, dropped, rank, matched)
     log.info("adapter of rank %d: %d parameters; the fuser has %d", rank, prepared.parameters, size)

@@ -14,6 +14,7 @@ from c2c.errors import C2CError, did_you_mean
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 ADAPTER = "adapter"  # in place of a fuser family
+Precision = Literal["float32", "bfloat16"]
 
 
 class ConfigError(C2CError, ValueError):
@@ -135,6 +136,8 @@ class TrainConfig:
         fill: ``ahead`` fills the store before the first step, ``training`` as prompts are needed.
         prefill_batch: prompts per prefill.
         shard_sharer: spread the sharer's weights over the processes (FSDP) while the store is filled.
+        precision: of the arithmetic of a step: ``float32``, or ``bfloat16``, which multiplies matrices in bfloat16
+            (autocast) while weights, gradients and optimizer stay in float32; prefills and dev scores are untouched.
         dtype: of the models' weights; by default float32 on a CPU, else as stored.
         sharer_dtype: of the sharer's, where it differs.
         device_map: as in ``from_pretrained``.
@@ -182,6 +185,7 @@ class TrainConfig:
     fill: str = "ahead"
     prefill_batch: int = 4
     shard_sharer: bool = False
+    precision: Precision = "float32"
     dtype: str | None = None
     sharer_dtype: str | None = None
     device_map: str | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from c2c.fusers import Fuser
 from c2c.model import C2CModel
+from c2c.training.config import Precision
 from c2c.training.store import PrefillStore
 
 Message = Literal["matched", "deranged", "zero", "none"]
@@ -28,6 +30,7 @@ class Objective(nn.Module, ABC):
     Attributes:
         reconstructing: learn to repeat what was read in place of the response.
         soft_targets: share of the sharer's own belief in the target of the token that names a choice.
+        precision: of the arithmetic, see :class:`~c2c.training.config.TrainConfig`.
     """
 
     def __init__(
@@ -40,6 +43,7 @@ class Objective(nn.Module, ABC):
         self.guard_weight = guard_weight
         self.reconstructing = False
         self.soft_targets = 0.0
+        self.precision: Precision = "float32"
         self.accepts_loss_kwargs = False
 
     @property
@@ -69,13 +73,14 @@ class Objective(nn.Module, ABC):
         """The loss of a batch of examples: next-token loss on the responses, plus the guard."""
         if self.reconstructing:
             examples = [example.reconstructing() for example in examples]
-        batch = self.collate(examples)
-        loss = self.losses(batch, "matched").mean()
-        if self.guard_weight > 0 and len(examples) > 1:
-            with torch.no_grad():
-                alone = self.losses(batch, "none")
-            guard = torch.relu(alone - self.losses(batch, "deranged")).mean()
-            loss = loss + self.guard_weight * guard
+        batch = self.collate(examples)  # may prefill, and what is stored must not depend on the run's precision
+        with computing_in(self.precision, self.model.receiver.device):
+            loss = self.losses(batch, "matched").mean()
+            if self.guard_weight > 0 and len(examples) > 1:
+                with torch.no_grad():
+                    alone = self.losses(batch, "none")
+                guard = torch.relu(alone - self.losses(batch, "deranged")).mean()
+                loss = loss + self.guard_weight * guard
         return {"loss": loss}
 
     def losses(self, batch: Any, message: Message) -> Tensor:
@@ -90,6 +95,14 @@ class Objective(nn.Module, ABC):
     def token_losses(self, batch: Any, message: Message) -> Tensor:
         """Next-token loss of each response token in nats, 0 on padding; ``[batch, response]``."""
         return cross_entropy(self.logits(batch, message), batch.responses)
+
+
+def computing_in(precision: Precision, device: torch.device) -> AbstractContextManager[Any]:
+    """The context that a step computes in.
+
+    The Trainer's own ``bf16`` is not used: it would round the prefills of a step too, and those are stored.
+    """
+    return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bfloat16" else nullcontext()
 
 
 def cross_entropy(logits: Tensor, responses: Tensor) -> Tensor:

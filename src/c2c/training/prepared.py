@@ -102,6 +102,7 @@ def prepare(config: TrainConfig, processes: Processes | None = None) -> Prepared
     kind = PrivateTraining if model.private else FuserTraining
     training = kind(model, receiver_store, sharer_store, config.guard_weight)
     training.soft_targets = config.soft_targets
+    training.precision = config.precision
     return Prepared(
         config,
         training,

@@ -1,0 +1,185 @@
+"""Steps in bfloat16: near float32 in loss and gradients, with weights, prefills and dev scores as in float32."""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from c2c import kv
+from c2c.fusers.base import load_fuser
+from c2c.training.adapter import prepare_adapter
+from c2c.training.config import ADAPTER, ConfigError, DataSource, TrainConfig, load_config
+from c2c.training.prepared import calibrate, fill, prepare
+from c2c.training.run import train
+from c2c.training.selection import DevSet
+from tiny import pair_folders
+
+FAMILIES = {
+    "bottleneck": {"rank": 8},
+    "c2c": {"hidden_dim": 32, "intermediate_dim": 48, "dropout": 0.0, "anneal_steps": 4},
+    "memory": {"rank": 8},
+}
+NEEDS_PEFT = pytest.mark.skipif(find_spec("peft") is None, reason="needs peft")
+ALL = [*FAMILIES, pytest.param(ADAPTER, marks=NEEDS_PEFT)]
+ADAPTED = pytest.param(ADAPTER, 0.0, marks=NEEDS_PEFT)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A tiny receiver and sharer, and a few rows for shared and for private context."""
+    made = pair_folders(tmp_path_factory.mktemp)
+    data = tmp_path_factory.mktemp("data")
+    for split, start, count in (("train", 0, 12), ("dev", 100, 4)):
+        rows = [
+            {
+                "id": str(i),
+                "question": f"Which is number {i}?",
+                "choices": ["fox", "dog", "sun", "sea"],
+                "answer": i % 4,
+                "context": "A fox sleeps by the sea.",
+            }
+            for i in range(start, start + count)
+        ]
+        (data / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        private = [row | {"answer": row["choices"][row["answer"]]} for row in rows]
+        (data / f"private_{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in private))
+    return made[0], made[1], str(data)
+
+
+def config(folders, output, family="bottleneck", **changes) -> TrainConfig:
+    receiver, sharer, data = folders
+    source = {"train": [DataSource("train.jsonl")], "dev": [DataSource("dev.jsonl")]}
+    if family == "memory":
+        kind = "private_question"
+        source = {
+            "train": [DataSource("private_train.jsonl", kind=kind)],
+            "dev": [DataSource("private_dev.jsonl", kind=kind)],
+        }
+    values = {
+        "receiver": receiver,
+        "sharer": sharer,
+        "data_dir": data,
+        "output_dir": str(output),
+        "family": family,
+        "fuser_options": FAMILIES.get(family, {"rank": 8}),
+        "max_steps": 4,
+        "batch_size": 4,
+        "eval_steps": 2,
+        "save_steps": 2,
+        "calibration": 4,
+        "precision": "bfloat16",
+    }
+    return TrainConfig(**(values | source | changes))
+
+
+def prepared_for(folders, output, family, **changes):
+    """A run before its first step whose trained part is not at its zero start, where half of the gradients vanish."""
+    made = config(folders, output, family, **changes)
+    run = prepare_adapter(made) if family == ADAPTER else prepare(made)
+    if family != ADAPTER:
+        calibrate(run)
+    generator = torch.Generator().manual_seed(3)
+    for parameter in run.training.parameters():
+        if parameter.requires_grad and not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.2, generator=generator)
+    return run
+
+
+def loss_and_gradients(run, precision):
+    run.training.precision = precision
+    run.training.train()
+    run.training.zero_grad()
+    torch.manual_seed(5)  # the draws of the gates
+    loss = run.training(run.train[:4])["loss"]
+    loss.backward()
+    named = {name: p for name, p in run.training.named_parameters() if p.requires_grad}
+    return loss.detach(), {name: p.grad for name, p in named.items()}
+
+
+def difference(one, other) -> float:
+    """How far apart two lists of tensors are, relative to the second."""
+    apart = sum(float((a - b).square().sum()) for a, b in zip(one, other, strict=True))
+    return (apart / sum(float(b.square().sum()) for b in other)) ** 0.5
+
+
+@pytest.mark.parametrize(("family", "guard"), [*((name, 0.0) for name in FAMILIES), ("bottleneck", 1.0), ADAPTED])
+def test_loss_and_gradients_are_near_those_of_float32(folders, tmp_path, family, guard):
+    """Random tiny models magnify a rounding by about ten; a forgotten or doubled term would be far outside."""
+    run = prepared_for(folders, tmp_path, family, guard_weight=guard)
+    exact_loss, exact = loss_and_gradients(run, "float32")
+    loss, near = loss_and_gradients(run, "bfloat16")
+    assert loss.dtype == torch.float32
+    assert loss != exact_loss  # something is computed in bfloat16
+    assert float(loss) == pytest.approx(float(exact_loss), rel=0.01)
+    assert {gradient.dtype for gradient in near.values()} == {torch.float32}
+    assert difference(near.values(), exact.values()) < 0.12
+    for name, gradient in exact.items():
+        assert difference([near[name]], [gradient]) < 0.3, name
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_weights_optimizer_and_file_stay_in_float32(folders, tmp_path, family):
+    train(config(folders, tmp_path, family))
+    (weights,) = [*tmp_path.glob("checkpoint-4/*model.safetensors")]
+    assert {tensor.dtype for tensor in load_file(weights).values()} == {torch.float32}
+    state = torch.load(tmp_path / "checkpoint-4" / "optimizer.pt", weights_only=True)["state"]
+    assert {value.dtype for slot in state.values() for value in slot.values()} == {torch.float32}
+
+
+def test_what_is_stored_does_not_depend_on_the_precision(folders, tmp_path):
+    """Prompts that are prefilled within a step (``fill: training``) are found by runs of any precision."""
+    runs = [
+        prepare(config(folders, tmp_path, store_dir=str(tmp_path / name), fill="training", precision=name))
+        for name in ("float32", "bfloat16")
+    ]
+    for run in runs:
+        run.training(run.train[:4])["loss"].backward()
+    caches = [run.training.collate(run.train[:4]) for run in runs]
+    for side in ("receiver_cache", "sharer_cache"):
+        mine, theirs = (kv.layers(getattr(cache, side)) for cache in caches)
+        assert all(
+            torch.equal(a, b) for one, other in zip(mine, theirs, strict=True) for a, b in zip(one, other, strict=True)
+        )
+    assert runs[1].receiver_store.computed == 4
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_dev_scores_are_those_of_float32(folders, tmp_path, family):
+    run = prepared_for(folders, tmp_path, family)
+    fill(run)
+    score = DevSet(run.dev, 4).score(run.training)
+    run.training.precision = "float32"
+    assert DevSet(run.dev, 4).score(run.training) == score
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_a_run_goes_on_bit_for_bit(folders, tmp_path, family):
+    options = FAMILIES["c2c"] | {"dropout": 0.1} if family == "c2c" else FAMILIES.get(family, {"rank": 8})
+    same = {"fuser_options": options, "schedule": "constant"}  # whose other schedules depend on max_steps
+    train(config(folders, tmp_path / "whole", family, **same))
+    train(config(folders, tmp_path / "parts", family, max_steps=2, **same))
+    train(config(folders, tmp_path / "parts", family, **same))
+    (one,), (other,) = ([*(tmp_path / name).glob("checkpoint-4/*model.safetensors")] for name in ("whole", "parts"))
+    one, other = load_file(one), load_file(other)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_the_precision_is_recorded_and_a_run_is_not_resumed_in_another(folders, tmp_path):
+    summary = train(config(folders, tmp_path))
+    assert load_fuser(summary["fuser"]).config.training["config"]["precision"] == "bfloat16"
+    with pytest.raises(ConfigError, match="precision was 'bfloat16', is 'float32'"):
+        train(config(folders, tmp_path, precision="float32"))
+
+
+def test_other_precisions_are_refused(tmp_path):
+    text = "receiver: a\nsharer: b\noutput_dir: c\ntrain: [{path: x}]\ndev: [{path: x}]\n"
+    (tmp_path / "a.yaml").write_text(text)
+    assert load_config(tmp_path / "a.yaml").precision == "float32"
+    (tmp_path / "a.yaml").write_text(text + "precision: float16")
+    with pytest.raises(ConfigError, match="precision is 'float16'; expected 'float32' or 'bfloat16'"):
+        load_config(tmp_path / "a.yaml")
