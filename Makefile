@@ -7,7 +7,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-real test-vllm lint format results bench docs docs-serve install clean
+.PHONY: demo test test-real test-vllm lint format results bench docs docs-serve notebooks install clean
 
 install: $(STAMP)
 
@@ -80,6 +80,11 @@ docs: $(STAMP)
 
 docs-serve: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
+
+# both notebooks once more, with the outputs that they are kept with: real models, 9 GB of free memory
+notebooks: $(STAMP)
+	$(BIN)/c2c pull smollm2-135m qwen2.5-coder-1.5b
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python docs/tools/notebooks.py
 
 clean:
 	rm -rf site $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
