@@ -10,6 +10,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from c2c.reporting.canvas import Plot, colour_rules
+from c2c.reporting.cells import NOTHING
 from c2c.reporting.findings import CAUTION, GAIN, LOSS, findings
 from c2c.reporting.overview import overview, verdicts
 from c2c.reporting.sections import Section, readings, run_title, systems_in
@@ -32,6 +33,7 @@ def to_html(sections: Sequence[Section], title: str, plots: Mapping[str, Sequenc
     light, dark = colour_rules()
     return environment.from_string(_resource("page.html")).render(
         title=title,
+        nothing=NOTHING,
         style=Markup(_resource("page.css").replace("/* light */", light).replace("/* dark */", dark)),
         reading=readings(sections),
         systems=systems_in(sections),
