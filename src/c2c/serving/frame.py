@@ -45,6 +45,7 @@ class Frame:
             await self._answer(scope, receive, _Marked(send, trace), headers if guarded else None)
         finally:
             self._service.active -= guarded
+            self._service.ended += guarded
             if guarded:
                 self._service.metrics.request(trace)
                 log("request", **trace.to_dict())

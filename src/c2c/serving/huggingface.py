@@ -104,15 +104,22 @@ class HuggingFaceEngine:
 
     @torch.no_grad()
     def _work(self) -> None:
-        while jobs := self._queue.take():
-            began = time.monotonic()
-            try:
+        while self._next():  # a loop here would hold the last batch, handoffs included, while it waits for another
+            pass
+
+    def _next(self) -> bool:
+        """Wait for a batch and answer it; False if there will be none."""
+        jobs = self._queue.take()
+        began = time.monotonic()
+        try:
+            if jobs:
                 self._run(jobs)
-            except Exception as error:
-                log_failure("batch_failed", error)
-                for job in jobs:
-                    job.ticket.fail(internal())
-            self._queue.took(time.monotonic() - began)
+        except Exception as error:
+            log_failure("batch_failed", error)
+            for job in jobs:
+                job.ticket.fail(internal())
+        self._queue.took(time.monotonic() - began)
+        return bool(jobs)
 
     def _run(self, jobs: list[Job]) -> None:
         if isinstance(jobs[0].ask, AskToRead):

@@ -23,12 +23,13 @@ class Service:
 
     Attributes:
         active: requests below ``/v1`` under way.
+        ended: requests below ``/v1`` that have ended, however they did.
         draining: whether new ones are refused, because the server is about to end.
     """
 
     def __init__(self, engine: Engine, settings: Settings) -> None:
         self.engine, self.settings = engine, settings
-        self.active = 0
+        self.active = self.ended = 0
         self.draining = False
         self.handoffs = HandoffStore(settings)
         self.metrics = Metrics(

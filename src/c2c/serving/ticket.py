@@ -15,7 +15,6 @@ class Ticket:
 
     Attributes:
         cancelled: nobody waits for it any more; the engine drops it as soon as it can.
-        ended: it was answered.
         made: ``time.monotonic()`` when it was accepted.
     """
 
@@ -23,9 +22,14 @@ class Ticket:
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         self._on_cancel: Callable[[], object] | None = None
-        self.ended = False
+        self._ended = False
         self.cancelled = False
         self.made = time.monotonic()
+
+    @property
+    def ended(self) -> bool:
+        """Whether it was answered."""
+        return self._ended
 
     # -- the engine's side; any thread ---------------------------------------------------------------------------------
 
@@ -62,14 +66,15 @@ class Ticket:
             ApiError: it failed, or took too long.
         """
         try:
-            while not self.ended:
+            while not self._ended:
                 event = await self._next(seconds)
                 if isinstance(event, Failed):
                     raise event.error
-                self.ended = isinstance(event, Done | Read)
+                if isinstance(event, Done | Read):
+                    self._end()
                 yield event
         finally:
-            if not self.ended:
+            if not self._ended:
                 self.cancel()
 
     async def _next(self, seconds: float) -> Event:
@@ -82,9 +87,14 @@ class Ticket:
 
     def cancel(self) -> None:
         """Give the request up; whoever waits for it gets an error."""
-        if self.ended or self.cancelled:
+        if self._ended or self.cancelled:
             return
         self.cancelled = True
-        if self._on_cancel is not None:
-            self._on_cancel()
+        call, self._on_cancel = self._on_cancel, None
+        if call is not None:
+            call()
         self._events.put_nowait(Failed(client_gone()))
+
+    def _end(self) -> None:
+        """Nothing can be cancelled any more. What would do it knows the request, which knows this ticket: a circle."""
+        self._ended, self._on_cancel = True, None

@@ -11,6 +11,15 @@ from c2c.serving.events import Event, Finished, FinishReason, Piece, TokenLogpro
 from c2c.serving.sampling import Sampler, Sampling, Scored
 
 
+def _nothing(event: Event) -> None:
+    """Tell nobody."""
+
+
+def _nobody() -> bool:
+    """Nobody has left."""
+    return False
+
+
 class Writer:
     """Takes the tokens of one row of a batch.
 
@@ -38,8 +47,8 @@ class Writer:
         choice: int = 0,
         ends: Collection[int] = (),
         stream: bool = False,
-        tell: Callable[[Event], object] = lambda event: None,
-        gone: Callable[[], bool] = lambda: False,
+        tell: Callable[[Event], object] = _nothing,
+        gone: Callable[[], bool] = _nobody,
     ) -> None:
         if sampling.max_tokens is None:
             raise ValueError("max_tokens is None; a writer needs a number.")
@@ -69,7 +78,7 @@ class Writer:
         if self.done:
             return
         if self._gone():
-            self.done = True
+            self._end()
             return
         if self.first is None:
             self.first = time.monotonic()
@@ -105,10 +114,17 @@ class Writer:
         return max((_overlap(text, stop) for stop in self._stops), default=0)
 
     def _finish(self, text: str, reason: FinishReason) -> None:
-        self.done, self.text = True, text
+        self.text = text
         if self._stream:
             self._send(text, len(text), last=True)
-        self._tell(Finished(self._choice, text, reason, self.tokens, self._logprobs))
+        finished, tell = Finished(self._choice, text, reason, self.tokens, self._logprobs), self._tell
+        self._end()
+        tell(finished)
+
+    def _end(self) -> None:
+        """Take and tell no more. Who is told holds this writer: a circle, which is opened so that both are freed."""
+        self.done = True
+        self._tell, self._gone = _nothing, _nobody
 
     def _send(self, text: str, until: int, last: bool = False) -> None:
         """Tell about text up to ``until``, with the log-probabilities of the tokens that begin in it."""
