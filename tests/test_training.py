@@ -425,6 +425,11 @@ def test_a_batch_that_processes_cannot_share_is_refused(folders, tmp_path):
             train(config(folders, tmp_path))
 
 
+def test_fewer_examples_than_a_batch_are_refused(folders, tmp_path):
+    with pytest.raises(ConfigError, match="3 examples to train are less than one batch of 4"):
+        train(config(folders, tmp_path, train=[DataSource("train.jsonl", limit=3)]))
+
+
 def test_a_linear_fuser_is_solved_for_and_its_blend_chosen(folders, tmp_path):
     summary = train(config(folders, tmp_path, family="linear", fuser_options={"ridge": 0.1}, linear_weight="attention"))
     model = C2CModel.from_pretrained(summary["fuser"])

@@ -126,7 +126,7 @@ def read_examples(
         build: makes examples of rows.
 
     Raises:
-        ConfigError: none is left.
+        ConfigError: none is left, or fewer than a batch.
     """
     data = Path(config.data_dir)
     rows, dropped = load_rows(config.train, data, config.data_seed, questions([data / name for name in config.exclude]))
@@ -135,6 +135,11 @@ def read_examples(
     dev, _ = build(pair, dev_rows, config.max_prompt_tokens, config.max_response_tokens)
     if not train or not dev:
         raise ConfigError(f"no examples are left: {len(train)} to train, {len(dev)} dev; {too_long}.")
+    if len(train) < config.batch_size:
+        raise ConfigError(
+            f"{len(train)} examples to train are less than one batch of {config.batch_size}: give more rows, or a "
+            "smaller batch_size."
+        )
     return train, dev, dropped + too_long
 
 
