@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from c2c.evaluation import EvalConfig, evaluate
 from c2c.evaluation.config import EvaluationError
 from c2c.evaluation.costs import STAGES
 from c2c.evaluation.text_scores import exact, f1
+from c2c.sharer import Sharer
 from c2c.training.config import DataSource
 from c2c.training.rows import load_rows
 from tiny import open_fusers, pair_folders
@@ -85,6 +87,22 @@ def test_answers_are_those_of_the_public_path(fuser, data, tmp_path):
         draft = model.generate(row.messages, sharer_messages=drafted, max_new_tokens=4, do_sample=False).text
         assert draft == texts[row.id, "draft"]
     assert agree >= len(rows) - 1  # the store keeps bfloat16
+
+
+def test_a_passage_is_summed_up_once_for_all_its_questions(fuser, data, tmp_path, monkeypatch):
+    asked = []
+    generate = Sharer.generate
+
+    def count(self, tokens, *arguments: Any, **kwargs: Any):
+        asked.append(tokens.rows)
+        return generate(self, tokens, *arguments, **kwargs)
+
+    monkeypatch.setattr(Sharer, "generate", count)
+    made = config(fuser, data, systems=("summary_50",), batch_size=4, store_dir=str(tmp_path / "store"))
+    first = evaluate(made)
+    assert sum(asked) == len(PASSAGES)  # of seven questions
+    assert evaluate(made)["systems"] == first["systems"]
+    assert sum(asked) == len(PASSAGES), "kept beside the prefills, for the next evaluation"
 
 
 def test_loss_of_the_reference(fuser, data):

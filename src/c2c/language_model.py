@@ -248,6 +248,10 @@ class LanguageModel:
         self._check_cache(batch, cache)
         return next_logits(self.model, batch.to(self.device), cache)
 
+    def texts(self, ids: Tensor) -> list[str]:
+        """New ids, ``[batch, new]``, as texts without special tokens; empty texts without a tokenizer."""
+        return [self._text(row) for row in ids]
+
     def results(
         self,
         batch: TokenBatch,

@@ -11,8 +11,9 @@ import torch
 from c2c.baselines.summary import summary_request, summary_to_text, with_passage
 from c2c.evaluation.config import EvalConfig
 from c2c.evaluation.costs import Cost, arguments, cost_of, text_cost
+from c2c.evaluation.messages import Messages
 from c2c.evaluation.pair import Pair
-from c2c.evaluation.systems import Answers, System, decode, decoding, read_answers
+from c2c.evaluation.systems import Answers, System, decoding, read_answers
 from c2c.handoff import Handoff, Packed
 from c2c.language_model import LanguageModel
 from c2c.messages import Conversation
@@ -93,7 +94,7 @@ class Reader(System):
         """The model's own answers."""
         tokens = self.model.encode([self._conversation(row) for row in rows])
         cache = self.model.prefill(tokens, tokens.length - 1)
-        return read_answers(decode(self.model, self.model.generate(tokens, cache, **decoding(config))), rows)
+        return read_answers(self.model.texts(self.model.generate(tokens, cache, **decoding(config))), rows)
 
     def cost(self, row: Row, config: EvalConfig) -> Cost:
         """Prefill and decoding."""
@@ -115,21 +116,17 @@ class Summary(System):
     """
 
     def __init__(self, pair: Pair, tokens: int) -> None:
-        self.pair, self.tokens = pair, tokens
+        self.pair, self.tokens, self.messages = pair, tokens, Messages(pair)
 
     @torch.no_grad()
     def answer(self, rows: Sequence[Row], config: EvalConfig) -> Answers:
         """The receiver's answers, with the sharer's summaries."""
-        sharer, receiver = self.pair.sharer, self.pair.model.receiver
-        request = sharer.encode([summary_request(_passage(row), self.tokens) for row in rows])
-        written = sharer.generate(
-            request, sharer.prefill(request, request.length - 1), max_new_tokens=self.tokens, do_sample=False
-        )
-        summaries = decode(sharer, written)
+        receiver = self.pair.model.receiver
+        summaries = self.messages.write([summary_request(_passage(row), self.tokens) for row in rows], self.tokens)
         told = [with_passage(_bare(row), text) for row, text in zip(rows, summaries, strict=True)]
         tokens = receiver.encode(told)
         ids = receiver.generate(tokens, receiver.prefill(tokens, tokens.length - 1), **decoding(config))
-        answers = read_answers(decode(receiver, ids), rows)
+        answers = read_answers(receiver.texts(ids), rows)
         answers.message = summaries
         return answers
 

@@ -15,6 +15,7 @@ from c2c.baselines.text_to_text import Variant, hand_over, request, text_to_text
 from c2c.evaluation.answers import read_letter
 from c2c.evaluation.config import EvalConfig, EvaluationError
 from c2c.evaluation.costs import Cost, arguments, cost_of, text_cost
+from c2c.evaluation.messages import Messages
 from c2c.evaluation.pair import Pair
 from c2c.evaluation.text_scores import exact, f1
 from c2c.language_model import LanguageModel
@@ -22,7 +23,6 @@ from c2c.messages import Conversation
 from c2c.prompting import RenderOptions
 from c2c.tokens import TokenBatch
 from c2c.training.examples import choice_tokens
-from c2c.training.notes import Notes
 from c2c.training.objective import Message, Objective
 from c2c.training.rows import Row
 from c2c.training.step import FuserTraining
@@ -91,7 +91,7 @@ class Fused(System):
         if config.mode in ("generate", "answers"):
             cache = _shared(self.training).fused(batch, self.message)
             ids = receiver.generate(batch.receiver, cache, **decoding(config))
-            return read_answers(decode(receiver, ids), rows)
+            return read_answers(receiver.texts(ids), rows)
         width = 1 + max(example.decisive for example in batch.examples)
         logits = self.training.logits(batch, self.message, width=width)
         picked = [logits[row, e.decisive, e.choice_ids] for row, e in enumerate(batch.examples)]
@@ -142,31 +142,17 @@ class Text(System):
     """
 
     def __init__(self, pair: Pair, variant: Variant) -> None:
-        self.pair, self.variant = pair, variant
-        self.notes = Notes(pair.stores[1], "messages")
+        self.pair, self.variant, self.messages = pair, variant, Messages(pair)
 
     @torch.no_grad()
     def answer(self, rows: Sequence[Row], config: EvalConfig) -> Answers:
         """The receiver's answers, with the sharer's messages."""
-        messages = self.messages(rows, config.message_tokens)
+        asked = [request(row.messages, self.variant) for row in rows]
+        messages = self.messages.write(asked, config.message_tokens)
         told = [hand_over(row.messages, self.variant, text) for row, text in zip(rows, messages, strict=True)]
         answers = _answers(self.pair.model.receiver, told, rows, config)
         answers.message = messages
         return answers
-
-    def messages(self, rows: Sequence[Row], longest: int) -> list[str]:
-        """What the sharer writes, at most ``longest`` tokens each; kept beside its prefills, whatever the fuser."""
-        sharer = self.pair.sharer
-        asked = [request(row.messages, self.variant) for row in rows]
-        prompts = [sharer.encode([conversation]).ids[0].tolist() for conversation in asked]
-        names = [self.notes.name(ids, longest) for ids in prompts]
-        missing = [index for index, name in enumerate(names) if name not in self.notes]
-        if missing:
-            tokens = sharer.encode([asked[index] for index in missing])
-            cache = sharer.prefill(tokens, tokens.length - 1)
-            texts = decode(sharer, sharer.generate(tokens, cache, max_new_tokens=longest, do_sample=False))
-            self.notes.add({names[index]: text for index, text in zip(missing, texts, strict=True)})
-        return [self.notes[name] for name in names]
 
     def cost(self, row: Row, config: EvalConfig) -> Cost:
         """Both models' prefills and decoding."""
@@ -220,9 +206,7 @@ def _answers(
     first = rows[0]
     if config.mode in ("generate", "answers"):
         tokens = model.encode(list(conversations), RenderOptions(answer_prefix=first.answer_prefix))
-        return read_answers(
-            decode(model, model.generate(tokens, _cache(model, store, tokens), **decoding(config))), rows
-        )
+        return read_answers(model.texts(model.generate(tokens, _cache(model, store, tokens), **decoding(config))), rows)
     tokens = model.encode(list(conversations), RenderOptions(answer_prefix=first.answer_prefix + first.lead))
     model.check_prompt(tokens)
     logits = model.next_logits(tokens, _cache(model, store, tokens))
@@ -256,11 +240,6 @@ def _choose(logits: Sequence[Tensor]) -> Answers:
 def decoding(config: EvalConfig) -> dict[str, Any]:
     """How answers are generated."""
     return {"max_new_tokens": config.max_new_tokens, "do_sample": False}
-
-
-def decode(model: LanguageModel, ids: Tensor) -> list[str]:
-    """New tokens as texts."""
-    return [str(text) for text in model.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
 
 def read_answers(texts: list[str], rows: Sequence[Row]) -> Answers:

@@ -1,0 +1,37 @@
+"""What a sharer writes for a receiver to read, in text-to-text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from c2c.evaluation.pair import Pair
+from c2c.language_model import LanguageModel
+from c2c.messages import Conversation
+from c2c.training.notes import Notes
+
+
+class Messages:
+    """A sharer's greedy texts, kept beside its prefills: they depend on the sharer and its prompt, on no fuser.
+
+    Args:
+        pair: whose sharer writes.
+    """
+
+    def __init__(self, pair: Pair) -> None:
+        self.sharer: LanguageModel = pair.sharer
+        self.notes = Notes(pair.stores[1], "messages")
+
+    @torch.no_grad()
+    def write(self, requests: Sequence[Conversation], longest: int) -> list[str]:
+        """One text for each request, at most ``longest`` tokens each; equal requests are answered once."""
+        prompts = [self.sharer.encode([request]).ids[0].tolist() for request in requests]
+        names = [self.notes.name(ids, longest) for ids in prompts]
+        missing = {name: request for name, request in zip(names, requests, strict=True) if name not in self.notes}
+        if missing:
+            tokens = self.sharer.encode(list(missing.values()))
+            cache = self.sharer.prefill(tokens, tokens.length - 1)
+            ids = self.sharer.generate(tokens, cache, max_new_tokens=longest, do_sample=False)
+            self.notes.add(dict(zip(missing, self.sharer.texts(ids), strict=True)))
+        return [self.notes[name] for name in names]
