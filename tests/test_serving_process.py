@@ -172,15 +172,15 @@ def test_an_idle_server_ends_with_0_and_said_only_json(folders):
 
 
 @contextmanager
-def sharing(folder, **environment):
+def sharing(folder, *options, **environment):
     """`c2c share` of a model, as a process: where it is, and the process."""
-    command = [sys.executable, "-m", "c2c", "share", folder, "--port", "0"]
+    command = [sys.executable, "-m", "c2c", "share", folder, "--port", "0", *options]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=os.environ | environment
     )
     try:
         said = process.stdout.readline()
-        assert " at http://" in said
+        assert " at http" in said
         yield said.split(" at ")[1].strip(), process
     finally:
         process.kill()
@@ -229,6 +229,47 @@ def test_a_wrong_token_is_found_before_anything_is_served(folders):
     assert result.returncode == 1
     assert "a wrong bearer token" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def certificate(folder, name: str, *options: str) -> tuple[str, str]:
+    """A new key and a certificate for it: where they lie."""
+    cert, key = str(folder / f"{name}.pem"), str(folder / f"{name}-key.pem")
+    kind = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+    command = ["openssl", "req", "-x509", *kind, "-days", "2", "-subj", f"/CN={name}", "-keyout", key, "-out", cert]
+    subprocess.run([*command, *options], check=True, capture_output=True)
+    return cert, key
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="makes certificates with openssl")
+def test_a_sharer_is_trusted_by_the_authority_that_was_named(folders, fuser, tmp_path):
+    folder, pair = fuser
+    authority = ["-addext", "keyUsage=critical,keyCertSign"]
+    ours, ours_key = certificate(tmp_path, "ours", *authority)
+    other, _ = certificate(tmp_path, "other", *authority)
+    signed = ["-CA", ours, "-CAkey", ours_key, "-addext", "subjectAltName=IP:127.0.0.1"]
+    cert, key = certificate(tmp_path, "sharer", *signed, "-addext", "basicConstraints=critical,CA:FALSE")
+    with sharing(folders[1], "--tls-cert", cert, "--tls-key", key) as (url, _):
+        assert url.startswith("https://")
+        options = [folder, "--sharer", url, "--sharer-precision", "float32"]
+        with serving(*options, "--sharer-ca", ours) as process:
+            answer = process.running.post("/v1/chat/completions", json=body("hello", model="my-fuser")).json()
+            assert answer["choices"][0]["message"]["content"] == (
+                pair.generate("hello", max_new_tokens=8, do_sample=False).text
+            )
+            assert process.end(signal.SIGTERM) == 0
+        nothing = str(tmp_path / "none.pem")
+        for more, said in (
+            (["--sharer-ca", other], f"the certificate of {url} is not trusted"),
+            ([], f"the certificate of {url} is not trusted"),
+            (["--sharer-ca", nothing], f"{nothing!r} holds no certificates"),
+        ):
+            command = [sys.executable, "-m", "c2c", "serve", *options, "--port", "0", *more]
+            result = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+            assert result.returncode == 1
+            error = " ".join(result.stderr.split())
+            assert said in error
+            assert "--sharer-ca" in error
+            assert "Traceback" not in error
 
 
 @pytest.mark.parametrize(

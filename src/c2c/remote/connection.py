@@ -140,8 +140,8 @@ class Connection:
             reason = " ".join(str(error).split()) or type(error).__name__
             if "CERTIFICATE_VERIFY" in reason:
                 raise RemoteError(
-                    f"the certificate of {self.url} is not trusted: {reason}. Pass verify=... with the file of its "
-                    "certificate authority.",
+                    f"the certificate of {self.url} is not trusted: {reason}. Pass verify=... (c2c serve: "
+                    "--sharer-ca) with the file of its certificate authority.",
                     "certificate",
                 ) from error
             raise TransientError(reason) from error

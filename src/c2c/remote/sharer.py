@@ -479,7 +479,11 @@ def _trust(verify: Any) -> Any:
     try:
         return ssl.create_default_context(cafile=str(verify))
     except OSError as error:
-        raise RemoteError(f"verify={str(verify)!r} holds no certificates: {error}", "certificate") from error
+        raise RemoteError(
+            f"verify={str(verify)!r} holds no certificates: {error}. Pass a file with those of the sharer's authority "
+            "in PEM form, as verify=... (c2c serve: --sharer-ca).",
+            "certificate",
+        ) from error
 
 
 def _layers(layers: Any) -> tuple[int, ...]:
