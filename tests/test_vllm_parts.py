@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from c2c import kv
 from c2c.cli import app
+from c2c.integrations.vllm.background import Background
 from c2c.integrations.vllm.errors import MissingVLLMError, SnapshotError, UnsupportedError
 from c2c.integrations.vllm.places import Places
 from c2c.integrations.vllm.plan import FIELD, Load, Place, Save, Wish
@@ -493,3 +494,21 @@ def test_options_of_vllm_without_vllm_are_refused(options):
     result = CliRunner().invoke(app, ["serve", "no-such-fuser", *options])
     assert result.exit_code == 2
     assert "--engine vllm" in result.output
+
+
+@pytest.mark.parametrize(("device", "seconds"), [("cpu", 0.5), ("cuda", 10.0)])
+def test_an_engine_on_a_cpu_is_hardly_waited_for(store, monkeypatch, device, seconds):
+    from c2c.integrations.vllm import engine, host
+
+    told = []
+
+    async def started(arguments):
+        return SimpleNamespace(shutdown=lambda timeout: told.append(timeout))
+
+    monkeypatch.setattr(host, "check_version", lambda version: None)
+    monkeypatch.setattr(host, "_started", started)
+    model = SimpleNamespace(device=torch.device(device))
+    background = Background("test")
+    host.Host(background, "folder", MODEL, store, patience=engine._patience(model)).close()
+    background.close()
+    assert told == [seconds]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from enum import StrEnum
 from importlib.util import find_spec
@@ -127,6 +128,7 @@ def serve(
     handoff_mb: Annotated[float, typer.Option(min=0, help="Megabytes of all handoffs together.")] = 1000.0,
     handoff_seconds: Annotated[float, typer.Option(min=1, help="How long a handoff is kept.")] = 3600.0,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16 or auto.")] = None,
+    sharer_dtype: Annotated[str | None, typer.Option(help="The same for the sharer; --dtype by default.")] = None,
     device: Annotated[str | None, typer.Option(help="Device map: cpu, cuda, auto.")] = None,
     allow_mismatch: Annotated[bool, typer.Option(help="Accept models with other weights than the fuser's.")] = False,
 ) -> None:
@@ -139,7 +141,8 @@ def serve(
     sock = listen(host, port)
     with err.status("loading models ..."):
         theirs = _sharer(sharer, on_failure, sharer_timeout, sharer_precision, sharer_ca, engine)
-        model = _load(fuser, receiver, theirs, allow_mismatch, dtype=dtype, device_map=device)
+        loading = {"dtype": dtype, "sharer_dtype": sharer_dtype, "device_map": device}
+        model = _load(fuser, receiver, theirs, allow_mismatch, **loading)
     if not model.trained:
         err.print("The fuser is untrained: cache-to-cache answers equal the receiver's.", style="yellow")
     from c2c.serving.app import create_app
@@ -165,7 +168,9 @@ def serve(
         handoff_seconds=handoff_seconds,
     )
     log_to_stderr()
-    if not run(create_app(made, settings), sock):
+    answered = run(create_app(made, settings), sock)
+    gc.freeze()  # the interpreter would look for garbage among a million objects before it ends
+    if not answered:
         raise typer.Exit(1)
 
 

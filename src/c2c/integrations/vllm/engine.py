@@ -48,6 +48,7 @@ OnLoadFailure = Literal["raise", "receiver_only"]
 _READERS = 4  # prompts that are read and fused at a time
 _LONGEST_RETRY = 60
 _CPU_CACHE = 2**30
+_CPU_END, _END = 0.5, 10.0  # seconds
 _WHAT_FITS = -1
 _NOT_LOADED = "receiver only: the fused cache could not be loaded into vLLM"
 
@@ -272,7 +273,8 @@ class VLLMEngine:
         if release:
             model.release()
         options = arguments | {"dtype": str(model.dtype).removeprefix("torch.")}
-        host = Host(self._background, source, model_key(model.identity), self.store, options)
+        key, patience = model_key(model.identity), _patience(model)
+        host = Host(self._background, source, key, self.store, options, patience)
         self._hosts.append(host)
         return host
 
@@ -297,6 +299,15 @@ class VLLMEngine:
     def _no_longer_waits(self) -> None:
         with self._changing:
             self._waiting -= 1
+
+
+def _patience(model: LanguageModel) -> float:
+    """How long an engine may take to end when all is answered.
+
+    Each of its processes collects garbage for seconds before it ends, one after the other. On a CPU all that they have
+    is memory, which the system takes back anyway; what a device holds is for its driver to release.
+    """
+    return _CPU_END if model.device.type == "cpu" else _END
 
 
 def _defaults(model: LanguageModel) -> dict[str, Any]:

@@ -20,12 +20,13 @@ from c2c.serving.sampling import Scored
 CONNECTOR = "C2CConnector"
 CONNECTOR_MODULE = "c2c.integrations.vllm.connector"
 _TOP_LOGPROBS = 20
-_SHUTDOWN = 10.0  # seconds, then its processes are killed
 _GREEDY = {"max_tokens": 1, "temperature": 0.0}
 _ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # a fork of a process with threads in torch may hang
+    # what killed processes leave in shared memory is removed by a process that would warn about each piece
+    "PYTHONWARNINGS": "ignore:resource_tracker",
 }
 # without it the first sample, and the first log-probability, hold up every request while a compiler runs
 _EAGER = {"TORCH_COMPILE_DISABLE": "1"}
@@ -55,16 +56,23 @@ class Host:
         key: what its snapshots are marked with.
         store: where they lie.
         options: fields of vLLM's ``AsyncEngineArgs``.
+        patience: seconds that its processes may take to end, then they are killed.
 
     Raises:
         MissingVLLMError: vLLM is missing, or another version. EngineError: it did not start.
     """
 
     def __init__(
-        self, background: Background, model: str, key: str, store: SnapshotStore, options: dict[str, Any] | None = None
+        self,
+        background: Background,
+        model: str,
+        key: str,
+        store: SnapshotStore,
+        options: dict[str, Any] | None = None,
+        patience: float = 10.0,
     ) -> None:
         check_version(installed())
-        self._background, self._key, self._store = background, key, store
+        self._background, self._key, self._store, self._patience = background, key, store, patience
         eager = (options or {}).get("enforce_eager", False)
         for name, value in (_ENVIRONMENT | (_EAGER if eager else {})).items():
             os.environ.setdefault(name, value)
@@ -156,7 +164,7 @@ class Host:
 
     def close(self) -> None:
         """End the engine."""
-        self._background.wait(_shut_down(self._llm))
+        self._background.wait(_shut_down(self._llm, self._patience))
 
     async def _generate(self, prompt: dict[str, Any], params: Any) -> AsyncGenerator[Any, None]:
         from vllm.exceptions import VLLMClientError
@@ -202,8 +210,8 @@ async def _started(arguments: dict[str, Any]) -> Any:
     return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
 
 
-async def _shut_down(llm: Any) -> None:
-    llm.shutdown(timeout=_SHUTDOWN)
+async def _shut_down(llm: Any, seconds: float) -> None:
+    llm.shutdown(timeout=seconds)
 
 
 def _step(output: Any) -> Step:
