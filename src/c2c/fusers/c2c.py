@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from c2c import gating
 from c2c.errors import FuserError
 from c2c.fusers.base import Entries, Fuser, FuserConfig
+from c2c.fusers.residual import ResidualBlock
 from c2c.kv import KeyValue, KVGeometry
 
 KINDS = ("key", "value")
@@ -47,22 +48,6 @@ class C2CFuserConfig(FuserConfig):
     final_temperature: float = 0.001
     anneal_steps: int = 1929
     gate_temperature: float = 1.0
-
-
-class ResidualBlock(nn.Module):
-    """``x + Dropout(W2 GELU(W1 RMSNorm(x)))``, without biases."""
-
-    def __init__(self, width: int, inner: int, dropout: float) -> None:
-        super().__init__()
-        self.norm = nn.RMSNorm(width, eps=1e-6)
-        self.w1 = nn.Linear(width, inner, bias=False)
-        self.w2 = nn.Linear(inner, width, bias=False)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Shape in and out: ``[..., width]``."""
-        out: Tensor = x + self.dropout(self.w2(nn.functional.gelu(self.w1(self.norm(x)))))
-        return out
 
 
 class ResidualStack(nn.Module):
@@ -127,6 +112,8 @@ class C2CFuser(Fuser):
         super().__init__(config)
         if config.num_layers < 3:
             raise FuserError(f"num_layers must be 3 or more, got {config.num_layers}.")
+        if not 0 <= config.dropout < 1:
+            raise FuserError(f"dropout is {config.dropout}; expected a share from 0 to below 1.")
         self.temperature = config.gate_temperature
         self.uniform: gating.UniformSource | None = None
         self.layers = nn.ModuleList([Projector(config) for _ in config.fused_layers])
