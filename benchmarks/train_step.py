@@ -3,8 +3,9 @@
 Shapes of SmolLM2-135M <- Qwen2.5-0.5B with random weights, so that nothing has to be downloaded; 200 prompt tokens, 32
 response tokens, one example per step, one thread. A step is what ``c2c train`` does: loss, backward, clipping, AdamW
 (fused, as the Trainer has it). ``warm`` finds the caches of the prompt in the store, ``cold`` computes both prefills
-within the step. Each fuser runs in a process of its own, so that each has its own peak; there, warm and cold steps
-alternate and medians are taken over rounds.
+within the step; with ``_bf16`` the step has ``precision: bfloat16``, which needs a CPU with such instructions to be
+quicker. Each fuser runs in a process of its own, so that each has its own peak; there, the kinds of steps alternate and
+medians are taken over rounds. Where other work runs beside it, read the CPU seconds.
 
     python benchmarks/train_step.py
     python benchmarks/train_step.py --rounds 5 --json
@@ -22,6 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,6 +36,7 @@ from c2c import C2CModel
 from c2c.alignment import Alignment
 from c2c.receiver import Receiver
 from c2c.sharer import Sharer
+from c2c.training.config import Precision
 from c2c.training.examples import Example
 from c2c.training.memory import keep_freed_memory
 from c2c.training.rows import Row
@@ -41,6 +44,8 @@ from c2c.training.step import FuserTraining
 from c2c.training.store import PrefillStore
 from prefill import RECEIVER, SHARER
 
+KINDS: dict[str, dict[str, Any]] = {"warm": {}, "cold": {"budget": 0}}
+PRECISIONS: dict[str, Precision] = {"": "float32", "_bf16": "bfloat16"}
 FUSERS: dict[str, dict[str, Any]] = {"default": {}, "published": {"fuser": "c2c", "layer_map": "terminal"}}
 
 # The published code (thu-nics/C2C at commit d03cc7b) with these shapes, both prefills within the step and autograd's
@@ -65,7 +70,7 @@ def main() -> None:
 def measure(
     fuser: str, arguments: argparse.Namespace, receiver: LlamaConfig = RECEIVER, sharer: Qwen2Config = SHARER
 ) -> dict[str, Any]:
-    """Medians of warm and cold steps of one fuser, and the peak memory of this process."""
+    """Medians of every kind of step of one fuser, and the peak memory of this process."""
     torch.set_num_threads(1)
     keep_freed_memory()  # as c2c train does
     model = _model(fuser, receiver, sharer, arguments.seed)
@@ -73,8 +78,9 @@ def measure(
     optimizer = torch.optim.AdamW(model.fusers[0].parameters(), lr=1e-4, weight_decay=0.01, fused=True)
     example = _example(arguments, min(receiver.vocab_size, sharer.vocab_size))
     steps = {
-        "warm": _step(_training(model), example, optimizer),
-        "cold": _step(_training(model, budget=0), example, optimizer),
+        f"{kind}{suffix}": _step(_training(model, precision, **store), example, optimizer)
+        for suffix, precision in PRECISIONS.items()
+        for kind, store in KINDS.items()
     }
     seconds, cpu_seconds = _medians(steps, arguments.rounds)
     return {
@@ -91,6 +97,11 @@ def summary(parts: dict[str, dict[str, Any]], arguments: argparse.Namespace) -> 
     peak = max(part["peak_rss_gb"] for part in parts.values())
     return {
         **{f"seconds_{name}": value for name, value in seconds.items()},
+        **{
+            f"cpu_seconds_{name}_{kind}": value
+            for name, part in parts.items()
+            for kind, value in part["cpu_seconds"].items()
+        },
         "peak_rss_gb": peak,
         "ratios": {
             **{f"speedup_{name}": round(REFERENCE_SECONDS / value, 2) for name, value in seconds.items()},
@@ -104,6 +115,8 @@ def summary(parts: dict[str, dict[str, Any]], arguments: argparse.Namespace) -> 
         "seed": arguments.seed,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, one thread",
+        "bfloat16_instructions": _bfloat16_instructions(),
+        "load_average": round(os.getloadavg()[0], 1),  # above 1: other work ran beside
     }
 
 
@@ -153,14 +166,16 @@ def _model(fuser: str, receiver: LlamaConfig, sharer: Qwen2Config, seed: int) ->
     )
 
 
-def _training(model: C2CModel, **store: Any) -> FuserTraining:
+def _training(model: C2CModel, precision: Precision = "float32", **store: Any) -> FuserTraining:
     """The step with stores in memory, as ``c2c train`` makes them."""
     fuser: Any = model.fusers[0].config
-    return FuserTraining(
+    training = FuserTraining(
         model,
         PrefillStore(model.receiver, range(model.receiver.geometry.layers), **store),
         PrefillStore(model.sharers[0], fuser.source_layers, **store),
     )
+    training.precision = precision
+    return training
 
 
 def _example(arguments: argparse.Namespace, vocab_size: int) -> Example:
@@ -181,6 +196,15 @@ def _example(arguments: argparse.Namespace, vocab_size: int) -> Example:
         choice_ids=[],
         passage_ids=[],
     )
+
+
+def _bfloat16_instructions() -> list[str] | None:
+    """Those of the CPU, None where that can't be read."""
+    try:
+        flags = set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
+    except OSError:
+        return None
+    return sorted(flags & {"avx512_bf16", "amx_bf16", "bf16"})
 
 
 def _peak_rss_gb() -> float:
