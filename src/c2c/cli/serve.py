@@ -169,7 +169,8 @@ def serve(
     )
     log_to_stderr()
     answered = run(create_app(made, settings), sock)
-    gc.freeze()  # the interpreter would look for garbage among a million objects before it ends
+    if engine is EngineName.TRANSFORMERS:  # with vLLM libraries would complain about what is left
+        gc.freeze()  # the interpreter would look for garbage among a million objects before it ends
     if not answered:
         raise typer.Exit(1)
 
