@@ -273,6 +273,8 @@ class Workspace:
         for part in ("train", "valid", "test"):
             rows = [row | {"question": f"{row['question']} ({part})"} for row in PASSAGES]
             write_rows(data / "squad" / f"grouped_{part}.jsonl", rows)
+        for name in ("hotpotqa_evidence", "hotpotqa_distractor", "nq_oracle"):
+            write_rows(data / name / "test.jsonl", PASSAGES)
         self._link("DATA", data.name)
         (self.home / "page.txt").write_text("The key to the boat house hangs behind the clock.")
         results = "results/smollm2-135m_from_qwen2.5-coder-1.5b"
