@@ -8,6 +8,7 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
@@ -26,6 +27,7 @@ from c2c.reporting.markdown import escape
 from c2c.reporting.names import portable_command, task_titles
 from c2c.reporting.results import Numbers
 from c2c.reporting.sections import Section, run_title
+from c2c.reporting.tables import detail_tables, section_tables
 from c2c.reporting.text import Estimate, Unit, fixed
 
 PERCENT, NATS = "percent", "nats per token"
@@ -215,6 +217,23 @@ def test_titles_of_data():
         "a/squad/test.jsonl": "a/squad/test.jsonl",
         "b/squad/test.jsonl": "b/squad/test.jsonl",
     }
+
+
+def test_exact_answers_stand_beside_their_f1(tmp_path):
+    def written(exact: float) -> dict[str, Any]:
+        row = numbers({"receiver": 12.5, "matched": 80.0}, unit="percent f1")
+        for name, value in (("receiver", 0.0), ("matched", exact)):
+            system = row["systems"][name]
+            system |= {"f1": system.pop("mean"), "exact": value}
+        return row
+
+    one = section(tmp_path, result(written(50.0), seed=0), result(written(60.0), seed=1, fuser="cd" * 32))
+    [table] = [table for table in section_tables(one) if table.caption == "Exact answers, percent"]
+    assert table.columns == ["data", "receiver", "matched"]
+    [[_, *cells]] = [row for part in table.groups for row in part.rows]
+    assert [cell.text for cell in cells] == ["0.0", "55.0"], "the mean of both runs"
+    each = [table for table in detail_tables(one) if table.caption == "Exact answers, percent"]
+    assert [row[-1].text for part in each[0].groups for row in part.rows] == ["50.0", "60.0"]
 
 
 def test_no_folders_of_a_machine_are_shown(tmp_path):

@@ -45,7 +45,7 @@ def residual(x: Tensor, norm: Tensor, w1: Tensor, w2: Tensor, dropout: float = 0
         dropout: share of the elements that are dropped, 0 to below 1.
         eps: of the norm.
     """
-    out: Tensor = _Residual.apply(x, norm, w1, w2, dropout, eps)  # type: ignore[no-untyped-call]
+    out: Tensor = _Residual.apply(x, norm, w1, w2, dropout, eps)
     return out
 
 

@@ -121,6 +121,11 @@ def _numbers(data: Any, task: str, where: str) -> Numbers:
         n=n,
         scores=scores,
         gains=_gains(part, scores, prefix),
+        exact={
+            name: _number(system["exact"], f"{prefix}systems.{name}.exact")
+            for name, system in systems.items()
+            if "exact" in system
+        },
         costs={name: costs for name, system in systems.items() if (costs := _costs(system))},
         timed=max(timed, default=None),
         speed=_speed(part.get("speed", {}), f"{prefix}speed"),

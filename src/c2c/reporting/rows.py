@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from c2c.reporting.cells import AHEAD, LOST, Cell, estimate_cell
+from c2c.reporting.cells import AHEAD, LOST, Cell, estimate_cell, number_cell
 from c2c.reporting.losses import loss_words, marked
 from c2c.reporting.names import POOLED
 from c2c.reporting.results import Numbers
 from c2c.reporting.sections import Section, run_title
-from c2c.reporting.text import Estimate, Unit, ratio_of
+from c2c.reporting.text import Estimate, Unit, fixed, mean, ratio_of
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,11 @@ class Row:
         estimates = [one.scores[system] for one in self.numbers if system in one.scores]
         mark = AHEAD if system in self.marked else ""
         return estimate_cell(estimates, self.unit.digits, len(self.numbers), mark=mark, strong=system == "matched")
+
+    def exact(self, system: str) -> Cell:
+        """The percentage of a system's answers that are a reference word for word, the mean of several runs."""
+        values = [one.exact[system] for one in self.numbers if system in one.exact]
+        return number_cell(fixed(mean(values), 1) if values else None)
 
     def gain(self, letter: str) -> Cell:
         """A difference to matched."""

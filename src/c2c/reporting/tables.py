@@ -20,14 +20,17 @@ _CHANGES = {"mended": "mended", "spoiled": "spoiled", "gap_recovered": "gap reco
 def section_tables(section: Section) -> list[Table]:
     """Scores, differences, answers that changed, and costs where they were measured; the mean of several runs."""
     rows = all_runs(section)
-    return [*_scores(rows, section), *_gains(rows, section.unit), *_changes(rows), *cost_tables(section)]
+    return [*_run_tables(rows, section), *cost_tables(section)]
 
 
 def detail_tables(section: Section) -> list[Table]:
     """What is looked up: the numbers of every run, and the seconds of the stages."""
     rows = each_run(section)
-    runs = [*_scores(rows, section), *_gains(rows, section.unit), *_changes(rows)] if rows else []
-    return [*runs, *stage_tables(section)]
+    return [*(_run_tables(rows, section) if rows else []), *stage_tables(section)]
+
+
+def _run_tables(rows: Rows, section: Section) -> list[Table]:
+    return [*_scores(rows, section), *_exact(rows, section), *_gains(rows, section.unit), *_changes(rows)]
 
 
 def _scores(rows: Rows, section: Section) -> list[Table]:
@@ -45,6 +48,21 @@ def _scores(rows: Rows, section: Section) -> list[Table]:
         title = f"Matched beside other ways, {caption}" if tables else capital(caption)
         tables.append(Table(title, columns, groups, " ".join([*notes, *facts(section, systems)])))
     return tables
+
+
+def _exact(rows: Rows, section: Section) -> list[Table]:
+    """Written answers that are right to the word, beside their F1."""
+    systems = [name for name in section.systems if any(name in one.exact for one in every(rows))]
+    if not systems:
+        return []
+    groups = [
+        Group(title, [[row.head(), *(row.exact(name) for name in systems)] for row in group]) for title, group in rows
+    ]
+    note = (
+        "But for case, articles and punctuation; where a number is asked, the last one named. Other answers that stand "
+        "in a longer sentence do not count."
+    )
+    return [Table("Exact answers, percent", ["data", *map(system_title, systems)], groups, note)]
 
 
 def _caption(text: str, rows: Rows) -> str:
