@@ -58,7 +58,11 @@ class Process:
         self._reader = Thread(target=self._read, daemon=True)
         self._reader.start()
         self.running = Running("", None, None)
-        self.running.until(lambda: self.event("ready") or self.popen.poll() is not None)
+        try:
+            self.running.until(lambda: self.event("ready") or self.popen.poll() is not None)
+        except AssertionError:
+            self.popen.kill()
+            raise
         ready = self.event("ready")
         assert ready is not None, self.other
         self.running.url = ready["url"]
