@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when the hub's client is imported
 
@@ -41,3 +42,17 @@ def no_deprecated_transformers():
 def own_cache(monkeypatch, tmp_path):
     """No test sees or changes the user's models."""
     monkeypatch.setenv("C2C_CACHE", str(tmp_path / "c2c-cache"))
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A headless Chromium: playwright's own, one of the system, or the one that ``C2C_CHROMIUM`` names."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    system = os.environ.get("C2C_CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
+    with playwright.sync_playwright() as driver:
+        try:
+            started = driver.chromium.launch(executable_path=system, args=["--no-sandbox"])
+        except playwright.Error as missing:
+            pytest.skip(f"no Chromium can be started: {missing}")
+        yield started
+        started.close()

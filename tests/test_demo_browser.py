@@ -5,9 +5,6 @@ Needs playwright and a Chromium, its own or one of the system (``C2C_CHROMIUM`` 
 
 from __future__ import annotations
 
-import os
-import shutil
-
 import pytest
 
 from c2c.demo.server import launch
@@ -15,7 +12,7 @@ from c2c.demo.settings import Settings
 from demo_rig import fuser_folders
 
 pytest.importorskip("gradio")
-playwright = pytest.importorskip("playwright.sync_api")
+pytest.importorskip("playwright.sync_api")
 pytestmark = pytest.mark.browser
 _DONE = "document.querySelectorAll('[id^={tab}-] .c2c-pane[data-state=done]').length === 4"
 _WAIT = 60_000  # milliseconds
@@ -28,18 +25,6 @@ def address(tmp_path_factory):
     page = launch(Settings(fusers=tuple(folders.values()), port=0, max_new_tokens=6), said=said.append)
     yield said[0]
     page.close(verbose=False)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    system = os.environ.get("C2C_CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
-    with playwright.sync_playwright() as driver:
-        try:
-            started = driver.chromium.launch(executable_path=system, args=["--no-sandbox"])
-        except playwright.Error as missing:
-            pytest.skip(f"no Chromium can be started: {missing}")
-        yield started
-        started.close()
 
 
 @pytest.fixture(params=[(1280, 900), (390, 844)], ids=["desktop", "phone"])

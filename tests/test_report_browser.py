@@ -5,8 +5,6 @@ Needs matplotlib, playwright and a Chromium, its own or one of the system (``C2C
 
 from __future__ import annotations
 
-import os
-import shutil
 from pathlib import Path
 
 import pytest
@@ -15,7 +13,7 @@ from c2c.reporting import draw, group, read_results, to_html
 from c2c.reporting.canvas import COLOURS
 
 pytest.importorskip("matplotlib")
-playwright = pytest.importorskip("playwright.sync_api")
+pytest.importorskip("playwright.sync_api")
 pytestmark = pytest.mark.browser
 RESULTS = Path(__file__).parent.parent / "results"
 # what reaches over the page's edge, or whose text is wider than itself
@@ -31,18 +29,6 @@ def file(tmp_path_factory):
     path = tmp_path_factory.mktemp("report") / "report.html"
     path.write_text(to_html(sections, "Results", draw(sections)))
     return path
-
-
-@pytest.fixture(scope="module")
-def browser():
-    system = os.environ.get("C2C_CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
-    with playwright.sync_playwright() as driver:
-        try:
-            started = driver.chromium.launch(executable_path=system, args=["--no-sandbox"])
-        except playwright.Error as missing:
-            pytest.skip(f"no Chromium can be started: {missing}")
-        yield started
-        started.close()
 
 
 @pytest.mark.parametrize("width", [1280, 390, 360])
