@@ -479,6 +479,9 @@ def test_numbers():
     assert result["mended"] == 50
     assert result["spoiled"] == 25
     assert result["gap_recovered"] == 50
+    assert "D" not in result
+    scores = {"receiver": [0, 0, 1, 1], "deranged": [1, 1, 1, 0]}
+    assert summarise(scores, seed=0)["D"] == 25  # a wrong message lifts the receiver
     assert mcnemar(0, 10) == pytest.approx(2 / 1024)
     assert mcnemar(5, 5) == 1
     assert 0 < mcnemar(900, 700) < 1e-5

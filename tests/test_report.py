@@ -36,6 +36,7 @@ GAINS = {
     "G": ("matched", "receiver"),
     "P": ("matched", "deranged"),
     "Z": ("matched", "zero"),
+    "D": ("deranged", "receiver"),
     "S": ("matched", "sharer"),
     "T": ("matched", "text"),
     "A": ("matched", "adapter"),
@@ -271,7 +272,8 @@ def test_a_clear_win_has_no_loss(tmp_path):
         ({"deranged": 69.0}, "The wrong message does better", "P = -3.0 [-5.0, -1.0]"),
         ({"receiver": 66.5}, "No gain over the receiver shown", "G = -0.5 [-2.5, 1.5]"),
         ({"receiver": 70.0}, "Worse than the receiver alone", "G = -4.0 [-6.0, -2.0]"),
-        ({"deranged": 28.4}, "A wrong message helps too", "by 0.4 points on OpenBookQA"),
+        ({"deranged": 28.4}, "A wrong message helps too", "on OpenBookQA (D = +0.4 [-1.6, 2.4], within chance)"),
+        ({"deranged": 31.0}, "A wrong message helps too", "by 3.0 points on OpenBookQA (D = +3.0 [1.0, 5.0]);"),
         ({"zero": 66.5}, "A message of zeros is better", "by 0.5 points on OpenBookQA"),
         ({"text": 66.1}, "Text-to-text is better", "by 0.1 points on OpenBookQA (T = -0.1 [-2.1, 1.9], within chance)"),
         ({"adapter": 70.0}, "An adapter of the receiver, without a sharer, is better", "(A = -4.0 [-6.0, -2.0])"),
@@ -444,7 +446,7 @@ def test_columns_are_there_and_unknown_systems_too(varied):
     text = to_markdown(varied, "T", {})
     header = "| data | n | receiver | sharer | matched | deranged | zero | text-to-text | hybrid |"
     assert header in text
-    assert "| data | G | P | S | T | Z | losses |" in text
+    assert "| data | G | P | S | T | Z | D | losses |" in text
     assert "| data | mended | spoiled | gap recovered | McNemar p |" in text
     assert "| OpenBookQA | 100 | 28.0 [26.0, 30.0] | **67.2** [65.2, 69.2] \u25b2 | **66.0** [64.0, 68.0] |" in text
     assert "| system | accuracy | seconds | first token, s | seconds / matched's | tokens | bytes |" in text

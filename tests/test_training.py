@@ -265,6 +265,10 @@ def test_long_prompts_are_dropped_and_counted(folders, tmp_path):
         ),
         ("receiver: a\ntrain: [{path: x}]\ndev: [{path: x}]", "missing keys"),
         ("receiver: a\nsharer: b\noutput_dir: c\ntrain: []\ndev: []", "at least one entry"),
+        (
+            "receiver: a\nsharer: b\noutput_dir: c\ntrain: [{path: x}]\ndev: [{path: x}]\nguard_weight: -1",
+            "guard_weight is -1",
+        ),
         ("[1, 2]", "expected keys and values"),
         ("a: [", "not YAML"),
     ],
@@ -274,6 +278,18 @@ def test_config_errors_name_the_problem(tmp_path, text, message):
     path.write_text(text)
     with pytest.raises(ConfigError, match=message):
         load_config(path)
+
+
+def test_another_family_does_not_get_the_options_of_the_files_family(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        "receiver: a\nsharer: b\noutput_dir: c\ntrain: [{path: x}]\ndev: [{path: x}]\n"
+        "family: bottleneck\nfuser_options: {rank: 8}"
+    )
+    assert load_config(path).fuser_options == {"rank": 8}
+    assert load_config(path, family="bottleneck").fuser_options == {"rank": 8}
+    assert load_config(path, family="adapter").fuser_options == {"rank": 8}  # the size to match
+    assert load_config(path, family="linear").fuser_options == {}
 
 
 def test_soft_targets_are_the_sharers_centred_answers(folders, tmp_path):

@@ -57,6 +57,8 @@ def train(
     seed: Annotated[int | None, typer.Option(help="Overrides seed.")] = None,
     max_steps: Annotated[int | None, typer.Option(help="Overrides max_steps.")] = None,
     soft_targets: Annotated[float | None, typer.Option(help="Overrides soft_targets.")] = None,
+    guard_weight: Annotated[float | None, typer.Option(help="Overrides guard_weight.")] = None,
+    precision: Annotated[str | None, typer.Option(help="Overrides precision: float32 or bfloat16.")] = None,
     resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint in output_dir.")] = True,
     json_: Json = False,
 ) -> None:
@@ -76,6 +78,8 @@ def train(
         seed=seed,
         max_steps=max_steps,
         soft_targets=soft_targets,
+        guard_weight=guard_weight,
+        precision=precision,
     )
     log_to_stderr("c2c.training")
     with progress_bars() as report:

@@ -30,7 +30,8 @@ def summarise(
     Returns:
         ``n``; ``systems`` with the accuracy (or mean) of each and its 95 % interval; ``G`` = matched - receiver,
         ``P`` = matched - deranged and the other :data:`GAINS` with intervals from a paired bootstrap over items, as
-        far as these systems are there; for accuracies also the share of answers mended and spoiled, McNemar's test,
+        far as these systems are there; ``D`` = deranged - receiver, what the fuser does to the receiver whatever the
+        message says; for accuracies also the share of answers mended and spoiled, McNemar's test,
         and the part of the gap between receiver and sharer that is recovered.
     """
     arrays = {name: np.asarray(values, dtype=np.float64) for name, values in scores.items()}
@@ -41,9 +42,10 @@ def summarise(
     result: dict[str, Any] = {"n": n, "unit": unit, "systems": {}}
     for name, values in arrays.items():
         result["systems"][name] = {key: _round(scale * values.mean()), "ci95": _interval(values, draws, scale)}
-    for name, other in GAINS.items():
-        if "matched" in arrays and other in arrays:
-            difference = arrays["matched"] - arrays[other]
+    differences = {name: ("matched", other) for name, other in GAINS.items()} | {"D": ("deranged", "receiver")}
+    for name, (first, other) in differences.items():
+        if first in arrays and other in arrays:
+            difference = arrays[first] - arrays[other]
             result[name] = _round(scale * difference.mean())
             result[f"{name}_ci95"] = _interval(difference, draws, scale)
     if percent and "matched" in arrays and "receiver" in arrays:

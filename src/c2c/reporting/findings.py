@@ -154,7 +154,12 @@ def _tell_sharer_quicker(places: Sequence[_Place]) -> Finding:
 
 
 def _tell_deranged(places: Sequence[_Place]) -> Finding:
-    where = _places(places, lambda place: f"by {place.amount('deranged', 'receiver')} {place.where}")
+    def tell(place: _Place) -> str:
+        known = all(row.gains["D"].low is not None for row in place.rows)
+        chance = f" ({_chance(place, 'D')})" if known else ""
+        return f"by {place.amount('deranged', 'receiver')} {place.where}{chance}"
+
+    where = _places(places, tell)
     return Finding(
         LOSS,
         "A wrong message helps too",

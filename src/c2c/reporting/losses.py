@@ -142,7 +142,8 @@ def _deranged(numbers: Numbers, unit: Unit) -> Iterable[Loss]:
     if "deranged" in scores and "receiver" in scores:
         raised = (scores["deranged"].value - scores["receiver"].value) * unit.sign
         if raised > 0:
-            yield Loss("deranged", "deranged above receiver", "deranged", "deranged")
+            within = " within chance" * (standing(numbers.gains.get("D"), unit) == "open" and _known(numbers, "D"))
+            yield Loss("deranged", f"deranged above receiver{within}", "deranged", "deranged")
 
 
 def _others(numbers: Numbers, unit: Unit) -> Iterable[Loss]:
@@ -156,6 +157,12 @@ def _others(numbers: Numbers, unit: Unit) -> Iterable[Loss]:
             yield Loss(f"ahead {name}", f"{title} better" + " and quicker" * sooner, name, name)
         elif behind == 0 and sooner:
             yield Loss(f"level {name}", f"{title} as good and quicker", "", name)
+
+
+def _known(numbers: Numbers, letter: str) -> bool:
+    """Whether a difference has an interval, and not only a value."""
+    estimate = numbers.gains.get(letter)
+    return estimate is not None and estimate.low is not None
 
 
 def quicker(numbers: Numbers, system: str) -> bool:

@@ -37,10 +37,11 @@ GAINS: dict[str, tuple[str, str]] = {
     "T": ("matched", "text"),
     "A": ("matched", "adapter"),
     "Z": ("matched", "zero"),
+    "D": ("deranged", "receiver"),
 }
 
-# The letter of the gain over a system.
-LETTERS = {other: letter for letter, (_, other) in GAINS.items()}
+# The letter of matched's gain over a system.
+LETTERS = {other: letter for letter, (system, other) in GAINS.items() if system == "matched"}
 
 # Each gain in plain words.
 READING = (
@@ -51,6 +52,7 @@ READING = (
         "how much of G is the content of the message. Deranged: the same fuser with the sharer's cache of another "
         "question. At zero, nothing that the sharer read in this one has crossed.",
     ),
+    ("D", "deranged - receiver", "what of G comes with any message, right or wrong. It should be at zero."),
     ("S", "matched - sharer", "what the pair has over the sharer alone. Below zero, ask the sharer, if you can."),
     ("T", "matched - text-to-text", "what the cache carries over words. Below zero, let the sharer write instead."),
     ("A", "matched - adapter", "what the pair has over training the receiver alone. Below zero, no sharer is needed."),

@@ -53,7 +53,7 @@ class Row:
         return number_cell(fixed(mean(values), 1) if values else None)
 
     def gain(self, letter: str) -> Cell:
-        """A difference to matched."""
+        """A difference between two systems."""
         estimates = [one.gains[letter] for one in self.numbers if letter in one.gains]
         mark = LOST if letter in self.marked else ""
         return estimate_cell(estimates, self.unit.digits, len(self.numbers), signed=True, mark=mark)

@@ -104,7 +104,7 @@ def systems_in(sections: Iterable[Section]) -> list[tuple[str, str]]:
 
 
 def readings(sections: Iterable[Section]) -> list[tuple[str, str, str]]:
-    """Letter, difference and meaning of the gains; of T and A only where one of the sections has it."""
+    """Letter, difference and meaning of the gains; of D, T and A only where one of the sections has it."""
     there = {letter for section in sections for run in section.runs for one in run.tasks for letter in one.gains}
     return [reading for reading in READING if reading[0] in there or reading[0] in "GPS"]
 

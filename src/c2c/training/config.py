@@ -202,7 +202,8 @@ def load_config(path: str | Path, **overrides: Any) -> TrainConfig:
 
     Args:
         path: the file.
-        **overrides: values that replace those of the file; None is ignored.
+        **overrides: values that replace those of the file; None is ignored. Another ``family`` has its own default
+            options in place of the file's.
 
     Raises:
         ConfigError: not a mapping, an unknown key, or a missing one; names the known keys.
@@ -211,6 +212,8 @@ def load_config(path: str | Path, **overrides: Any) -> TrainConfig:
     given = {key: value for key, value in overrides.items() if value is not None}
     if given.get("family") == ADAPTER and data.get("family", ADAPTER) != ADAPTER:
         given.setdefault("adapter_of", data["family"])  # the control of this very fuser
+    elif given.get("family", data.get("family")) != data.get("family"):
+        data.pop("fuser_options", None)  # they are another family's
     data |= given
     for name in ("train", "dev"):
         data[name] = [build(DataSource, entry, f"{path}: {name}") for entry in data.get(name) or []]
@@ -222,6 +225,8 @@ def load_config(path: str | Path, **overrides: Any) -> TrainConfig:
             f"{path}: soft_targets is {config.soft_targets} (a share, 0 to 1) and soft_temperature "
             f"{config.soft_temperature} (above 0)."
         )
+    if config.guard_weight < 0:
+        raise ConfigError(f"{path}: guard_weight is {config.guard_weight}; expected 0, which is off, or above.")
     if config.soft_targets > 0 and config.fill != "ahead":
         raise ConfigError(f"{path}: soft_targets needs fill: ahead, since the sharer is asked before the first step.")
     if not config.train or not config.dev:
