@@ -24,6 +24,7 @@ from transformers import AutoTokenizer
 
 from c2c import C2CModel, files
 from c2c.cli import app, main
+from c2c.extras import install_command
 from tiny import build, pair_folders, tokenizer
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -316,7 +317,7 @@ def test_an_extra_that_is_not_installed(refused, monkeypatch, line, package, ext
     for name in [name for name in sys.modules if name.startswith(f"{package}.") or name.endswith(f".{package}")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
-    refused(line, f"pip install 'cache2cache[{extra}]'")
+    refused(line, install_command(extra))
 
 
 def test_going_on_with_another_config(c2c, refused, desk, tmp_path):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from c2c.analysis.settings import AnalysisError
+from c2c.extras import install_command
 from c2c.files import write_json, write_text
 from c2c.reporting.canvas import Plot, drawing
 
@@ -23,7 +24,7 @@ def check_output(output_dir: str | None) -> None:
         import matplotlib  # noqa: F401
     except ImportError as missing:
         raise AnalysisError(
-            "the plot of an analysis needs matplotlib: pip install 'cache2cache[report]'. Without --output-dir only "
+            f"the plot of an analysis needs matplotlib: {install_command('report')}. Without --output-dir only "
             "the numbers are shown, and it is not needed."
         ) from missing
     if Path(output_dir).expanduser().is_file():

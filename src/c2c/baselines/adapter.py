@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from c2c import identity
 from c2c.errors import C2CError
+from c2c.extras import install_command
 from c2c.files import file_hash, read_json_object, save_atomically
 from c2c.identity import ModelIdentity
 from c2c.language_model import LanguageModel
@@ -224,5 +225,5 @@ def _peft() -> Any:
     try:
         import peft
     except ImportError as error:
-        raise AdapterError(f"adapters need the peft library ({error}): pip install 'cache2cache[adapter]'.") from error
+        raise AdapterError(f"adapters need the peft library ({error}): {install_command('adapter')}.") from error
     return peft

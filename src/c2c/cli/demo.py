@@ -80,6 +80,7 @@ def demo(
 
 def _check_packages() -> None:
     from c2c.errors import C2CError
+    from c2c.extras import install_command
 
     if find_spec("gradio") is None:
-        raise C2CError("gradio is not installed. The demo needs: pip install 'cache2cache[demo]'.")
+        raise C2CError(f"gradio is not installed. The demo needs: {install_command('demo')}.")

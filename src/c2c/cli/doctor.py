@@ -19,12 +19,12 @@ from rich.markup import escape
 
 from c2c.cli.output import human_bytes, out, print_json
 from c2c.errors import ModelLoadError
+from c2c.extras import DISTRIBUTION
 from c2c.pull import ALIASES, cache_dir, is_pulled
 from c2c.pull.http import hide_password, open_client
 from c2c.pull.index import index_url
 from c2c.version import __version__
 
-_DISTRIBUTION = "cache2cache"
 _INDEX_TIMEOUT = 5.0  # seconds
 _LOW_MEMORY = 4e9  # bytes: two small models in float32
 _LOW_DISK = 5e9  # bytes: the largest alias, converted, and its GGUF
@@ -95,7 +95,7 @@ def _check_python() -> Check:
 
 def _supported_python() -> str:
     try:
-        return metadata.metadata(_DISTRIBUTION)["Requires-Python"] or ""
+        return metadata.metadata(DISTRIBUTION)["Requires-Python"] or ""
     except metadata.PackageNotFoundError:  # run from a source tree
         return ""
 
@@ -118,9 +118,9 @@ def _check_memory() -> Check:
 def _check_packages() -> Iterator[Check]:
     """Each dependency against the range that the installed package states."""
     try:
-        lines = metadata.requires(_DISTRIBUTION) or []
+        lines = metadata.requires(DISTRIBUTION) or []
     except metadata.PackageNotFoundError:
-        yield Check("packages", "warn", f"{_DISTRIBUTION} is not installed, so the ranges are unknown")
+        yield Check("packages", "warn", f"{DISTRIBUTION} is not installed, so the ranges are unknown")
         return
     for requirement in map(Requirement, lines):
         if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):

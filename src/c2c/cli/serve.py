@@ -176,13 +176,12 @@ def serve(
 
 
 def _check_packages() -> None:
+    from c2c.extras import install_command
     from c2c.serving.errors import MissingServerError
 
     missing = [package for package in _PACKAGES if find_spec(package) is None]
     if missing:
-        raise MissingServerError(
-            f"{', '.join(missing)} not installed. The server needs: pip install 'cache2cache[serve]'."
-        )
+        raise MissingServerError(f"{', '.join(missing)} not installed. The server needs: {install_command('serve')}.")
 
 
 def _transformers(model: C2CModel, limits: dict[str, Any], window: float) -> Engine:

@@ -114,10 +114,11 @@ def share(
 
 def _require_extra() -> None:
     from c2c.errors import C2CError
+    from c2c.extras import install_command
 
     missing = [name for name in ("fastapi", "uvicorn") if importlib.util.find_spec(name) is None]
     if missing:
-        raise C2CError(f"c2c share needs {' and '.join(missing)}: pip install 'cache2cache[remote]'.")
+        raise C2CError(f"c2c share needs {' and '.join(missing)}: {install_command('remote')}.")
 
 
 def _layers(text: str) -> list[int]:

@@ -1,5 +1,5 @@
 """``c2c demo``: one prompt, four ways to answer it, side by side in a browser.
 
-Needs ``pip install 'cache2cache[demo]'``. Nothing here imports torch before the page is up: models are loaded in the
+Needs the extra ``demo``. Nothing here imports torch before the page is up: models are loaded in the
 background.
 """

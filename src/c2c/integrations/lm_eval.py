@@ -23,6 +23,7 @@ from transformers import Cache
 from c2c import kv
 from c2c.alignment import Prompt
 from c2c.errors import PromptError
+from c2c.extras import install_command
 from c2c.integrations import IntegrationError, MissingExtraError
 from c2c.integrations.prompt_edits import derange, fit, merge
 from c2c.language_model import LanguageModel
@@ -39,7 +40,7 @@ try:
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 except ModuleNotFoundError as error:
     raise MissingExtraError(
-        f"the lm-evaluation-harness is not installed ({error}). Install it: pip install 'cache2cache[lm-eval]'."
+        f"the lm-evaluation-harness is not installed ({error}). Install it: {install_command('lm-eval')}."
     ) from error
 
 System = Literal["receiver", "sharer", "matched", "deranged"]

@@ -10,6 +10,7 @@ from threading import Lock
 from typing import TYPE_CHECKING
 
 from c2c.analysis.settings import AnalysisError
+from c2c.extras import install_command
 from c2c.files import write_text
 from c2c.plots.gates import draw_gates
 from c2c.plots.maps import draw_maps
@@ -69,7 +70,7 @@ def check_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError as missing:
-        raise AnalysisError("pictures need matplotlib: pip install 'cache2cache[report]'.") from missing
+        raise AnalysisError(f"pictures need matplotlib: {install_command('report')}.") from missing
 
 
 def figures_html(fuser: Fuser, reading: Reading | None) -> str:

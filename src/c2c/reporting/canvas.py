@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+from c2c.extras import install_command
 from c2c.reporting.names import CONTROLS
 from c2c.reporting.results import ReportError
 
@@ -95,7 +96,7 @@ def drawing() -> Iterator[None]:
         import matplotlib
     except ImportError as missing:
         raise ReportError(
-            "plots need matplotlib: pip install 'cache2cache[report]'. Markdown without --plots does without it."
+            f"plots need matplotlib: {install_command('report')}. Markdown without --plots does without it."
         ) from missing
     with matplotlib.rc_context(), warnings.catch_warnings():
         matplotlib.rcdefaults()

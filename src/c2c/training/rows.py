@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from c2c.errors import did_you_mean
+from c2c.extras import install_command
 from c2c.messages import Conversation
 from c2c.training.config import LETTERS, ConfigError, DataSource
 from c2c.training.halves import halves
@@ -334,7 +335,7 @@ def _read_dataset(source: DataSource) -> Iterator[dict[str, Any]]:
         from datasets import get_dataset_config_names, load_dataset
     except ImportError as error:
         raise ConfigError(
-            f"data set {source.dataset!r} needs the datasets library: pip install 'cache2cache[datasets]'."
+            f"data set {source.dataset!r} needs the datasets library: {install_command('datasets')}."
         ) from error
     try:
         subsets = get_dataset_config_names(source.dataset) if source.subset == "*" else [source.subset]

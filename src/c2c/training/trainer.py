@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from c2c.extras import install_command
 from c2c.files import write_json
 from c2c.fusers import C2CFuser, Fuser
 from c2c.fusers.base import load_fuser
@@ -167,7 +168,7 @@ def make_arguments(config: TrainConfig) -> TrainingArguments:
         ConfigError: the batch can't be shared by the processes there are, or the Trainer refuses a value.
     """
     if config.report_to == "tensorboard" and find_spec("tensorboard") is None:
-        raise ConfigError("report_to is 'tensorboard', which is not installed: pip install 'cache2cache[tensorboard]'.")
+        raise ConfigError(f"report_to is 'tensorboard', which is not installed: {install_command('tensorboard')}.")
     try:
         arguments = _arguments(config)
     except ValueError as error:
