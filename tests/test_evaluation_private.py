@@ -13,7 +13,7 @@ from c2c.baselines.summary import with_passage
 from c2c.evaluation import EvalConfig, evaluate
 from c2c.evaluation.config import EvaluationError
 from c2c.evaluation.costs import STAGES
-from c2c.evaluation.text_scores import exact, f1
+from c2c.evaluation.text_scores import exact, f1, holds
 from c2c.sharer import Sharer
 from c2c.training.config import DataSource
 from c2c.training.rows import load_rows
@@ -62,6 +62,7 @@ def test_every_system_answers_and_costs(fuser, data, tmp_path):
     for name in ("receiver", "sharer", "reader", "summary_50", "matched", "draft"):
         system = result["systems"][name]
         assert 0 <= system["exact"] <= system["f1"] <= 100
+        assert system["exact"] <= system["holds"] <= 100
         assert sum(system.get(stage, 0) for stage in STAGES) <= system["seconds"] * 1.001
     assert result["systems"]["matched"]["bytes"] > result["systems"]["summary_50"]["bytes"] > 0
     assert "mended" not in result  # F1 is no right or wrong
@@ -129,16 +130,20 @@ def test_systems_of_the_other_kind_of_context_are_refused(fuser, folders, data, 
 
 
 @pytest.mark.parametrize(
-    ("text", "references", "overlap", "same"),
+    ("text", "references", "overlap", "same", "held"),
     [
-        ("The Eiffel Tower.", ["eiffel tower"], 1.0, 1.0),
-        ("in the Eiffel Tower", ["Eiffel Tower"], 0.8, 0.0),
-        ("Paris", ["London", "paris"], 1.0, 1.0),
-        ("", ["Paris"], 0.0, 0.0),
-        ("It is 7, so 1,200 in all.", ["1200"], 0.0, 1.0),
-        ("1200 or 7", ["1200"], 0.5, 0.0),
+        ("The Eiffel Tower.", ["eiffel tower"], 1.0, 1.0, 1.0),
+        ("in the Eiffel Tower", ["Eiffel Tower"], 0.8, 0.0, 1.0),
+        ("a tower by Eiffel", ["Eiffel Tower"], 0.8, 0.0, 0.0),
+        ("Parisian", ["Paris"], 0.0, 0.0, 0.0),
+        ("Paris", ["London", "paris"], 1.0, 1.0, 1.0),
+        ("", ["Paris"], 0.0, 0.0, 0.0),
+        ("It is 7, so 1,200 in all.", ["1200"], 0.0, 1.0, 1.0),
+        ("1200 or 7", ["1200"], 0.5, 0.0, 1.0),
+        ("12000", ["1200"], 0.0, 0.0, 0.0),
     ],
 )
-def test_scores_of_texts(text, references, overlap, same):
+def test_scores_of_texts(text, references, overlap, same, held):
     assert f1(text, references) == pytest.approx(overlap)
     assert exact(text, references) == same
+    assert holds(text, references) == held

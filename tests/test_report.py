@@ -225,7 +225,7 @@ def test_exact_answers_stand_beside_their_f1(tmp_path):
         row = numbers({"receiver": 12.5, "matched": 80.0}, unit="percent f1")
         for name, value in (("receiver", 0.0), ("matched", exact)):
             system = row["systems"][name]
-            system |= {"f1": system.pop("mean"), "exact": value}
+            system |= {"f1": system.pop("mean"), "exact": value, "holds": value + 5}
         return row
 
     one = section(tmp_path, result(written(50.0), seed=0), result(written(60.0), seed=1, fuser="cd" * 32))
@@ -235,6 +235,8 @@ def test_exact_answers_stand_beside_their_f1(tmp_path):
     assert [cell.text for cell in cells] == ["0.0", "55.0"], "the mean of both runs"
     each = [table for table in detail_tables(one) if table.caption == "Exact answers, percent"]
     assert [row[-1].text for part in each[0].groups for row in part.rows] == ["50.0", "60.0"]
+    held = [table for table in section_tables(one) if table.caption == "Answers that hold a reference, percent"]
+    assert [row[-1].text for part in held[0].groups for row in part.rows] == ["60.0"]
 
 
 def test_no_folders_of_a_machine_are_shown(tmp_path):

@@ -195,5 +195,5 @@ def _show_costs(result: dict[str, Any]) -> None:
 
 def _with_interval(value: float, system: dict[str, Any]) -> str:
     low, high = system["ci95"]
-    exact = f", exact {system['exact']:.1f}" if "exact" in system else ""
-    return f"{value:.2f} [{low:.2f}, {high:.2f}]{exact}"
+    rest = "".join(f", {key} {system[key]:.1f}" for key in ("exact", "holds") if key in system)
+    return f"{value:.2f} [{low:.2f}, {high:.2f}]{rest}"

@@ -15,6 +15,7 @@ from c2c.evaluation.numbers import mean_costs, speed, summarise
 from c2c.evaluation.pair import Pair
 from c2c.evaluation.provenance import provenance, short
 from c2c.evaluation.systems import System, make_system
+from c2c.evaluation.text_scores import holds
 from c2c.files import check_writable, file_hash, write_json
 from c2c.progress import OnProgress
 from c2c.provenance import fuser_hash
@@ -172,7 +173,16 @@ class _Evaluation:
         return facts
 
     def _records(self, work: Work) -> dict[str, list[Record]]:
-        return {name: self.journal.records(work.name, self._label(name)) for name in work.systems}
+        records = {name: self.journal.records(work.name, self._label(name)) for name in work.systems}
+        if self.config.mode != "answers":
+            return records
+        return {  # from the texts, since a journal may be older than this score
+            name: [
+                given | {"holds": holds(given["text"], row.references)}
+                for given, row in zip(one, work.rows, strict=True)
+            ]
+            for name, one in records.items()
+        }
 
     def _numbers(self, records: Mapping[str, list[Record]], works: Sequence[Work]) -> dict[str, Any]:
         config = self.config
@@ -196,9 +206,9 @@ class _Evaluation:
             return summarise(column("nll"), config.seed, percent=False)
         if config.mode == "answers":
             result = summarise(column("f1"), config.seed, key="f1")
-            exact = summarise(column("exact"), config.seed, key="exact")
-            for name, numbers in exact["systems"].items():
-                result["systems"][name]["exact"] = numbers["exact"]
+            for key in ("exact", "holds"):
+                for name, numbers in summarise(column(key), config.seed, key=key)["systems"].items():
+                    result["systems"][name][key] = numbers[key]
             return result
         right = {
             name: [float(record["chosen"] == record["answer"]) for record in records[name]] for name in config.systems

@@ -57,7 +57,7 @@ def _merged(one: Numbers, other: Numbers) -> Numbers:
         one,
         scores=one.scores | other.scores,
         gains=other.gains | one.gains,
-        exact=other.exact | one.exact,
+        written={key: other.written.get(key, {}) | one.written.get(key, {}) for key in other.written | one.written},
         costs=other.costs | one.costs,
         timed=one.timed if one.timed is not None else other.timed,
         speed=other.speed | one.speed,

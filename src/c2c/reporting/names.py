@@ -58,6 +58,20 @@ READING = (
     ("A", "matched - adapter", "what the pair has over training the receiver alone. Below zero, no sharer is needed."),
 )
 
+# What is counted of written answers: a title, and what it says.
+WRITTEN: dict[str, tuple[str, str]] = {
+    "exact": (
+        "Exact answers",
+        "But for case, articles and punctuation; where a number is asked, the last one named. Other answers that stand "
+        "in a longer sentence do not count.",
+    ),
+    "holds": (
+        "Answers that hold a reference",
+        "Its words in a row, in an answer of any length; of numbers, any that is named. This favours who writes much, "
+        "as exact answers and F1 favour who writes little.",
+    ),
+}
+
 COSTS: dict[str, str] = {
     "seconds": "seconds",
     "first_token": "first token, s",

@@ -10,7 +10,7 @@ from typing import Any
 
 from c2c.files import read_json_object
 from c2c.reporting.merging import merge
-from c2c.reporting.names import GAINS, POOLED, relative, task_titles
+from c2c.reporting.names import GAINS, POOLED, WRITTEN, relative, task_titles
 from c2c.reporting.provenance import data_hashes, settings_of, shown, training, who
 from c2c.reporting.results import Abstention, CurvePoint, Numbers, ReportError, Result, Routing
 from c2c.reporting.text import Estimate, Unit
@@ -121,16 +121,18 @@ def _numbers(data: Any, task: str, where: str) -> Numbers:
         n=n,
         scores=scores,
         gains=_gains(part, scores, prefix),
-        exact={
-            name: _number(system["exact"], f"{prefix}systems.{name}.exact")
-            for name, system in systems.items()
-            if "exact" in system
-        },
+        written={key: found for key in WRITTEN if (found := _written(systems, key, prefix))},
         costs={name: costs for name, system in systems.items() if (costs := _costs(system))},
         timed=max(timed, default=None),
         speed=_speed(part.get("speed", {}), f"{prefix}speed"),
         **{key: _optional(part.get(key), prefix + key) for key in ("mended", "spoiled", "gap_recovered", "mcnemar_p")},
     )
+
+
+def _written(systems: Mapping[str, Any], key: str, prefix: str) -> dict[str, float]:
+    return {
+        name: _number(system[key], f"{prefix}systems.{name}.{key}") for name, system in systems.items() if key in system
+    }
 
 
 def _score(system: Any, where: str) -> Estimate:
@@ -156,7 +158,7 @@ def _gains(part: Mapping[str, Any], scores: Mapping[str, Estimate], prefix: str)
 def _costs(system: Mapping[str, Any]) -> dict[str, float]:
     """Every further number of a system: seconds, tokens, bytes, and what later versions measure."""
     rest = {
-        key: value for key, value in system.items() if key not in ("accuracy", "f1", "exact", "mean", "ci95", "timed")
+        key: value for key, value in system.items() if key not in ("accuracy", "f1", *WRITTEN, "mean", "ci95", "timed")
     }
     return {key: float(value) for key, value in rest.items() if _is_number(value)}
 

@@ -21,7 +21,8 @@ class Numbers:
         task: title of the data.
         n: number of items.
         scores: accuracy or mean of each system.
-        exact: percent of written answers that are a reference word for word, of each system that was scored so.
+        written: percent of written answers that are a reference word for word (``exact``) and that hold one
+            (``holds``), of each system that was scored so.
         gains: differences to matched, by their letter.
         costs: per system what a question costs, by field.
         timed: number of items that costs were measured on.
@@ -36,7 +37,7 @@ class Numbers:
     n: int
     scores: dict[str, Estimate]
     gains: dict[str, Estimate]
-    exact: dict[str, float] = field(default_factory=dict)
+    written: dict[str, dict[str, float]] = field(default_factory=dict)
     costs: dict[str, dict[str, float]] = field(default_factory=dict)
     timed: int | None = None
     speed: dict[str, Estimate] = field(default_factory=dict)

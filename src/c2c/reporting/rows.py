@@ -47,9 +47,9 @@ class Row:
         mark = AHEAD if system in self.marked else ""
         return estimate_cell(estimates, self.unit.digits, len(self.numbers), mark=mark, strong=system == "matched")
 
-    def exact(self, system: str) -> Cell:
-        """The percentage of a system's answers that are a reference word for word, the mean of several runs."""
-        values = [one.exact[system] for one in self.numbers if system in one.exact]
+    def written(self, key: str, system: str) -> Cell:
+        """The percentage of a system's answers of which ``key`` holds, the mean of several runs."""
+        values = [one.written[key][system] for one in self.numbers if system in one.written.get(key, {})]
         return number_cell(fixed(mean(values), 1) if values else None)
 
     def gain(self, letter: str) -> Cell:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from c2c.reporting.cells import AHEAD, LOST, NOTHING, Cell, Group, Table, number_cell
 from c2c.reporting.costs import cost_tables, stage_tables
 from c2c.reporting.facts import facts
-from c2c.reporting.names import CONTROLS, GAINS, in_order, system_title
+from c2c.reporting.names import CONTROLS, GAINS, WRITTEN, in_order, system_title
 from c2c.reporting.rows import Row, Rows, all_runs, each_run, every
 from c2c.reporting.sections import Section
 from c2c.reporting.text import Unit, capital, fixed, mean, p_value
@@ -30,7 +30,7 @@ def detail_tables(section: Section) -> list[Table]:
 
 
 def _run_tables(rows: Rows, section: Section) -> list[Table]:
-    return [*_scores(rows, section), *_exact(rows, section), *_gains(rows, section.unit), *_changes(rows)]
+    return [*_scores(rows, section), *_written(rows, section), *_gains(rows, section.unit), *_changes(rows)]
 
 
 def _scores(rows: Rows, section: Section) -> list[Table]:
@@ -50,19 +50,18 @@ def _scores(rows: Rows, section: Section) -> list[Table]:
     return tables
 
 
-def _exact(rows: Rows, section: Section) -> list[Table]:
-    """Written answers that are right to the word, beside their F1."""
-    systems = [name for name in section.systems if any(name in one.exact for one in every(rows))]
-    if not systems:
-        return []
-    groups = [
-        Group(title, [[row.head(), *(row.exact(name) for name in systems)] for row in group]) for title, group in rows
-    ]
-    note = (
-        "But for case, articles and punctuation; where a number is asked, the last one named. Other answers that stand "
-        "in a longer sentence do not count."
-    )
-    return [Table("Exact answers, percent", ["data", *map(system_title, systems)], groups, note)]
+def _written(rows: Rows, section: Section) -> list[Table]:
+    """How many written answers are right to the word, and how many hold the right words, beside their F1."""
+    tables = []
+    for key, (title, note) in WRITTEN.items():
+        systems = [name for name in section.systems if any(name in one.written.get(key, {}) for one in every(rows))]
+        groups = [
+            Group(head, [[row.head(), *(row.written(key, name) for name in systems)] for row in group])
+            for head, group in rows
+        ]
+        if systems:
+            tables.append(Table(f"{title}, percent", ["data", *map(system_title, systems)], groups, note))
+    return tables
 
 
 def _caption(text: str, rows: Rows) -> str:
