@@ -239,6 +239,22 @@ def test_exact_answers_stand_beside_their_f1(tmp_path):
     assert [row[-1].text for part in held[0].groups for row in part.rows] == ["60.0"]
 
 
+def test_who_has_the_right_words_more_often_is_told(tmp_path):
+    row = numbers(
+        {"receiver": 2.0, "sharer": 10.0, "matched": 20.0, "deranged": 4.0, "reader": 12.0}, unit="percent f1"
+    )
+    held = {"receiver": 3.0, "sharer": 13.0, "matched": 13.0, "deranged": 50.0, "reader": 33.0}
+    for name, share in held.items():
+        system = row["systems"][name]
+        system |= {"f1": system.pop("mean"), "holds": share}
+    one = section(tmp_path, result(row))
+    told = found(one, LOSS)["The receiver that reads the passage has the right words more often"]
+    assert told == "on OpenBookQA in 33.0 % of the answers, matched in 13.0 %; these answers may be longer."
+    assert [lead for lead in found(one, LOSS) if "right words" in lead] == [
+        "The receiver that reads the passage has the right words more often"
+    ], "nobody else; a control is no choice"
+
+
 def test_no_folders_of_a_machine_are_shown(tmp_path):
     command = "c2c eval --data=/home/someone/x.jsonl --data /srv/data/arc/test.jsonl --fuser ~/fusers/one --limit 3"
     assert portable_command(command) == (

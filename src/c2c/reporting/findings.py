@@ -59,7 +59,8 @@ def _tell(rule: str, places: Sequence[_Place]) -> Finding:
     if rule in _TELL:
         return _TELL[rule](places)
     kind, _, system = rule.partition(" ")
-    return _tell_ahead(system, places) if kind == "ahead" else _tell_level(system, places)
+    tell = {"ahead": _tell_ahead, "level": _tell_level, "holds": _tell_held}[kind]
+    return tell(system, places)
 
 
 @dataclass(frozen=True)
@@ -196,6 +197,17 @@ def _tell_adapter(places: Sequence[_Place]) -> Finding:
 def _tell_level(system: str, places: Sequence[_Place]) -> Finding:
     where = _places(places, lambda place: place.where)
     return Finding(LOSS, f"{system_phrase(system)} is as good and quicker", f"{where}.{_seconds(system, places)}")
+
+
+def _tell_held(system: str, places: Sequence[_Place]) -> Finding:
+    def share(place: _Place, name: str) -> str:
+        return f"{fixed(mean(row.written['holds'][name] for row in place.rows), 1)} %"
+
+    def tell(place: _Place) -> str:
+        return f"{place.where} in {share(place, system)} of the answers, matched in {share(place, 'matched')}"
+
+    lead = f"{system_phrase(system)} has the right words more often"
+    return Finding(LOSS, lead, f"{_places(places, tell)}; these answers may be longer.")
 
 
 def _seconds(system: str, places: Sequence[_Place]) -> str:

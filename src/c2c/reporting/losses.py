@@ -49,7 +49,7 @@ class Loss:
 
 def losses(numbers: Numbers, unit: Unit) -> list[Loss]:
     """Every rule that fires for one row."""
-    rules = (_content, _gain, _sharer, _text, _adapter, _others, _deranged)
+    rules = (_content, _gain, _sharer, _text, _adapter, _others, _held, _deranged)
     return [loss for rule in rules for loss in rule(numbers, unit)]
 
 
@@ -80,7 +80,7 @@ def worst_words(rows: Sequence[Numbers], unit: Unit) -> list[str]:
     worst: dict[tuple[str, bool], Loss] = {}
     for loss in sorted((loss for row in rows for loss in losses(row, unit)), key=lambda loss: rank(loss.rule)):
         worst.setdefault((loss.system, loss.rule == "deranged"), loss)
-    return [loss.words.removesuffix(" and quicker") for loss in worst.values()]
+    return list(dict.fromkeys(loss.words.removesuffix(" and quicker") for loss in worst.values()))
 
 
 def rank(rule: str) -> tuple[int, str]:
@@ -163,6 +163,14 @@ def _known(numbers: Numbers, letter: str) -> bool:
     """Whether a difference has an interval, and not only a value."""
     estimate = numbers.gains.get(letter)
     return estimate is not None and estimate.low is not None
+
+
+def _held(numbers: Numbers, unit: Unit) -> Iterable[Loss]:
+    """Who has the right words in more of its answers, however long; F1 and exact answers favour brevity."""
+    held = numbers.written.get("holds", {})
+    for name, share in held.items():
+        if name not in CONTROLS and share > held.get("matched", share):
+            yield Loss(f"holds {name}", "others have the right words more often", "", name)
 
 
 def quicker(numbers: Numbers, system: str) -> bool:

@@ -24,6 +24,11 @@ SYSTEMS: dict[str, tuple[str, str]] = {
     "adapter": ("adapter", "the receiver with a small adapter (LoRA) of its own, trained on the same rows; no sharer"),
     "router": ("router", "each question goes to the sharer or the receiver, by its words, before either has run"),
     "abstain": ("abstain", "matched where it seems surer than the receiver alone, else the receiver"),
+    "reader": ("reader", "the receiver with the passage in its own prompt"),
+    "summary_50": ("summary 50", "the receiver with the sharer's summary of the passage, at most 50 tokens"),
+    "summary_100": ("summary 100", "the same, at most 100 tokens"),
+    "summary_200": ("summary 200", "the same, at most 200 tokens"),
+    "draft": ("draft", "matched, and the sharer drafts an answer first, whose cache crosses too"),
     "linear": ("linear", "a linear fuser, fitted in closed form"),
     "self": ("self", "a fuser that reads the receiver's own cache, as its own sharer"),
 }
@@ -98,6 +103,11 @@ _PHRASES = {
     "adapter": "An adapter of the receiver, without a sharer,",
     "router": "Sending each question to one of the two models",
     "abstain": "Leaving the fused cache out where it seems unsure",
+    "reader": "The receiver that reads the passage",
+    "summary_50": "A summary of 50 tokens",
+    "summary_100": "A summary of 100 tokens",
+    "summary_200": "A summary of 200 tokens",
+    "draft": "A draft by the sharer",
     "linear": "A linear fuser",
     "self": "The receiver as its own sharer",
 }
