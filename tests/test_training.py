@@ -10,8 +10,9 @@ import torch
 
 from c2c import C2CModel, kv
 from c2c.alignment.plan import derange_columns
-from c2c.errors import CacheError
+from c2c.errors import CacheError, FuserError, ModelLoadError
 from c2c.prompting import RenderOptions
+from c2c.provenance import fuser_hash
 from c2c.receiver import Receiver
 from c2c.training.config import ConfigError, DataSource, TrainConfig, load_config
 from c2c.training.examples import build_examples
@@ -198,9 +199,34 @@ def test_train_chooses_on_dev_and_writes_a_fuser_that_loads(folders, tmp_path):
     assert model.generate("Which is number 3?", max_new_tokens=2).report.trained
 
 
+def test_a_trained_fuser_is_trained_on(folders, tmp_path):
+    first = train(config(folders, tmp_path / "first"))
+    run = config(folders, tmp_path / "second", start_from=first["fuser"], learning_rate=0.0, max_steps=2)
+    second = train(run)
+    scores = json.loads((tmp_path / "second" / "dev.json").read_text())
+    assert scores["0"] == first["dev"], "it is what training must beat"
+    kept = C2CModel.from_pretrained(second["fuser"]).fusers[0]
+    assert kept.config.training["started_from"] == fuser_hash(first["fuser"])
+    assert kept.config.training["step"] == 0
+    before = C2CModel.from_pretrained(first["fuser"]).fusers[0]
+    for (name, a), (_, b) in zip(before.named_parameters(), kept.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_a_fuser_of_another_family_or_pair_is_not_trained_on(folders, tmp_path):
+    first = train(config(folders, tmp_path / "first"))
+    other = config(folders, tmp_path / "second", start_from=first["fuser"], family="c2c", fuser_options={})
+    with pytest.raises(ConfigError, match="holds bottleneck; expected one fuser of family 'c2c'"):
+        train(other)
+    with pytest.raises(FuserError):
+        train(config((folders[1], folders[0], folders[2]), tmp_path / "third", start_from=first["fuser"]))
+    with pytest.raises(ModelLoadError, match="nowhere"):
+        train(config(folders, tmp_path / "fourth", start_from="nowhere/at/all"))
+
+
 def test_a_run_that_was_stopped_gives_the_result_of_one_that_was_not(folders, tmp_path):
-    train(config(folders, tmp_path / "whole"))
-    half = config(folders, tmp_path / "parts")
+    train(config(folders, tmp_path / "whole", save_steps=2))
+    half = config(folders, tmp_path / "parts", save_steps=2)
 
     class Killed(Exception):
         pass
@@ -221,7 +247,9 @@ def test_a_run_that_was_stopped_gives_the_result_of_one_that_was_not(folders, tm
         patch.setattr(trainer.Selection, "on_step_end", stop_at_5)
         with pytest.raises(Killed):
             train(half)
-    train(half)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("c2c.training.run.calibrate", kill)  # it may take long, and the checkpoint has what it found
+        train(half)
     weights = [
         C2CModel.from_pretrained(tmp_path / name / "checkpoint-6", receiver=folders[0], sharer=folders[1]).fusers[0]
         for name in ("whole", "parts")
@@ -268,6 +296,10 @@ def test_long_prompts_are_dropped_and_counted(folders, tmp_path):
         (
             "receiver: a\nsharer: b\noutput_dir: c\ntrain: [{path: x}]\ndev: [{path: x}]\nguard_weight: -1",
             "guard_weight is -1",
+        ),
+        (
+            "receiver: a\nsharer: b\noutput_dir: c\ntrain: [{path: x}]\ndev: [{path: x}]\nfamily: linear\nstart_from: d",
+            "start_from is for fusers that are trained",
         ),
         ("[1, 2]", "expected keys and values"),
         ("a: [", "not YAML"),

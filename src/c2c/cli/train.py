@@ -18,6 +18,8 @@ c2c train config.yaml --data-dir ~/data --output-dir runs/a --seed 1
 
 c2c train config.yaml --max-steps 20 --json
 
+c2c train config.yaml --start-from zoo/NAME --output-dir runs/mine    # a fuser that exists, on rows of your own
+
 c2c train config.yaml --family adapter --output-dir runs/adapter     # the receiver alone, same rows and size
 
 A run that was stopped goes on from its last checkpoint; --no-resume starts afresh."""
@@ -57,6 +59,7 @@ def train(
     seed: Annotated[int | None, typer.Option(help="Overrides seed.")] = None,
     max_steps: Annotated[int | None, typer.Option(help="Overrides max_steps.")] = None,
     soft_targets: Annotated[float | None, typer.Option(help="Overrides soft_targets.")] = None,
+    start_from: Annotated[str | None, typer.Option(help="A trained fuser to train on; overrides start_from.")] = None,
     guard_weight: Annotated[float | None, typer.Option(help="Overrides guard_weight.")] = None,
     precision: Annotated[str | None, typer.Option(help="Overrides precision: float32 or bfloat16.")] = None,
     resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint in output_dir.")] = True,
@@ -78,6 +81,7 @@ def train(
         seed=seed,
         max_steps=max_steps,
         soft_targets=soft_targets,
+        start_from=start_from,
         guard_weight=guard_weight,
         precision=precision,
     )

@@ -100,6 +100,8 @@ class TrainConfig:
         family: fuser family; or ``adapter``, which trains the receiver alone on the same rows, as a control.
         fuser_options: passed to the family's config.
         layer_map: ``depth``, ``terminal`` or a list.
+        start_from: a trained fuser to train on, folder or hub id, in place of a new one; layer map and cue are then its
+            own. It must be of ``family`` and for these models.
         adapter_of: with ``adapter``, the fuser family whose size it has, with ``fuser_options``; in a command,
             ``--family adapter`` puts the file's family here.
         adapter_rank: rank of the adapter; by default that with nearest to as many parameters as the fuser.
@@ -158,6 +160,7 @@ class TrainConfig:
     adapter_rank: int | None = None
     adapter_learning_rate: float = 5e-4
     layer_map: str | list[int | None] = "depth"
+    start_from: str | None = None
     sharer_cue: str = ""
     linear_weight: Literal["none", "attention"] = "none"
     max_prompt_tokens: int = 512
@@ -227,6 +230,8 @@ def load_config(path: str | Path, **overrides: Any) -> TrainConfig:
         )
     if config.guard_weight < 0:
         raise ConfigError(f"{path}: guard_weight is {config.guard_weight}; expected 0, which is off, or above.")
+    if config.start_from is not None and config.family in (ADAPTER, "linear"):
+        raise ConfigError(f"{path}: start_from is for fusers that are trained; family is {config.family!r}.")
     if config.soft_targets > 0 and config.fill != "ahead":
         raise ConfigError(f"{path}: soft_targets needs fill: ahead, since the sharer is asked before the first step.")
     if not config.train or not config.dev:

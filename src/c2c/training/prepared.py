@@ -15,6 +15,7 @@ from c2c.alignment import SpanAligner
 from c2c.fusers import BottleneckFuser, MemoryFuser
 from c2c.model import C2CModel
 from c2c.progress import OnProgress
+from c2c.provenance import fuser_hash
 from c2c.training.beliefs import with_beliefs
 from c2c.training.config import ConfigError, TrainConfig
 from c2c.training.distributed import Processes, shard
@@ -32,7 +33,19 @@ PLACES = ("data_dir", "output_dir", "store_dir", "report_to")
 
 @dataclass
 class Prepared:
-    """A run with its models, data and stores, before the first step."""
+    """A run with its models, data and stores, before the first step.
+
+    Attributes:
+        config: the run.
+        training: what is trained.
+        train: examples to train on.
+        dev: examples to choose on.
+        dropped: rows left out, by reason.
+        receiver_store: the receiver's prefills.
+        sharer_store: the sharer's.
+        processes: this process among those that train together.
+        started_from: hash of the fuser that training goes on from, None for a new one.
+    """
 
     config: TrainConfig
     training: Objective
@@ -42,6 +55,7 @@ class Prepared:
     receiver_store: PrefillStore
     sharer_store: PrefillStore
     processes: Processes
+    started_from: str | None = None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -53,6 +67,7 @@ class Prepared:
         fuser = self.training.fuser
         fuser.config.training = {
             **facts,
+            **({"started_from": self.started_from} if self.started_from else {}),
             "config": {key: value for key, value in self.config.to_dict().items() if key not in PLACES},
             "examples": len(self.train),
             "dropped": dict(self.dropped),
@@ -72,17 +87,7 @@ def prepare(config: TrainConfig, processes: Processes | None = None) -> Prepared
     """
     processes = processes or Processes()
     set_seed(config.seed)
-    model = C2CModel.from_models(
-        config.receiver,
-        config.sharer,
-        fuser=config.family,
-        layer_map=config.layer_map,
-        aligner=SpanAligner(cue=config.sharer_cue),
-        fuser_options=config.fuser_options,
-        dtype=config.dtype,
-        sharer_dtype=config.sharer_dtype,
-        device_map=config.device_map,
-    )
+    model = _load(config)
     build = build_private_examples if model.private else build_examples
     train_examples, dev_examples, dropped = read_examples(config, model, build)
     fuser: Any = model.fusers[0].config
@@ -112,7 +117,36 @@ def prepare(config: TrainConfig, processes: Processes | None = None) -> Prepared
         receiver_store,
         sharer_store,
         processes,
+        None if config.start_from is None else fuser_hash(config.start_from),
     )
+
+
+def _load(config: TrainConfig) -> C2CModel:
+    """The pair with a new fuser, or with the one that training goes on from."""
+    loading: dict[str, Any] = {
+        "dtype": config.dtype,
+        "sharer_dtype": config.sharer_dtype,
+        "device_map": config.device_map,
+    }
+    if config.start_from is None:
+        return C2CModel.from_models(
+            config.receiver,
+            config.sharer,
+            fuser=config.family,
+            layer_map=config.layer_map,
+            aligner=SpanAligner(cue=config.sharer_cue),
+            fuser_options=config.fuser_options,
+            **loading,
+        )
+    model = C2CModel.from_pretrained(config.start_from, receiver=config.receiver, sharer=config.sharer, **loading)
+    fusers: Any = model.fusers
+    names = [str(fuser.family) for fuser in fusers]
+    if names != [config.family]:
+        raise ConfigError(
+            f"start_from: {config.start_from} holds {' and '.join(names)}; expected one fuser of family "
+            f"{config.family!r}."
+        )
+    return model
 
 
 def read_examples(

@@ -42,15 +42,17 @@ def train(config: TrainConfig, *, resume: bool = True, progress: OnProgress | No
     output = Path(config.output_dir)
     if isinstance(prepared.training.fuser, LinearFuser):
         return solve(prepared, output, progress)
-    calibrate(prepared, progress)
+    if last is None and config.start_from is None:  # else it was calibrated when it began
+        calibrate(prepared, progress)
     if prepared.training.model.receiver.device.type == "cpu":
         keep_freed_memory()
     selection = Selection(prepared, config.eval_steps or prepared.steps_per_epoch, output)
     trainer = make_trainer(prepared, arguments, selection, progress)
     if processes.first:
         note_run(config)
-    if last is None and processes.first and isinstance(prepared.training.fuser, MemoryFuser):
-        selection.score(0)  # the ridge map that training must beat, and is kept if it does not
+    begun = isinstance(prepared.training.fuser, MemoryFuser) or config.start_from is not None
+    if last is None and processes.first and begun:
+        selection.score(0)  # the ridge map or trained fuser that training must beat, and that is kept if it does not
     outcome = trainer.train(resume_from_checkpoint=last)
     processes.wait()
     if not processes.first:
