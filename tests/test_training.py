@@ -298,7 +298,8 @@ def test_long_prompts_are_dropped_and_counted(folders, tmp_path):
             "guard_weight is -1",
         ),
         (
-            "receiver: a\nsharer: b\noutput_dir: c\ntrain: [{path: x}]\ndev: [{path: x}]\nfamily: linear\nstart_from: d",
+            "receiver: a\nsharer: b\noutput_dir: c\ntrain: [{path: x}]\ndev: [{path: x}]\n"
+            "family: linear\nstart_from: d",
             "start_from is for fusers that are trained",
         ),
         ("[1, 2]", "expected keys and values"),
