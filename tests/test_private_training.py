@@ -15,9 +15,10 @@ from c2c.fusers.base import load_fuser
 from c2c.receiver import Receiver
 from c2c.sharer import Sharer
 from c2c.training import TrainConfig, train
-from c2c.training.config import ConfigError, DataSource
-from c2c.training.prepared import prepare
-from c2c.training.private import PrivateTraining, build_private_examples
+from c2c.training.config import ConfigError, DataSource, load_config
+from c2c.training.drafts import with_drafts
+from c2c.training.prepared import fill, prepare
+from c2c.training.private import PrivateTraining, asked, build_private_examples
 from c2c.training.relay import relay
 from c2c.training.rows import load_rows, private_question
 from c2c.training.skeleton import skeleton
@@ -225,3 +226,71 @@ def test_channels_of_padding_do_not_matter(folders, data, tmp_path):
         for row, example in enumerate(examples):
             alone = training.losses(training.collate([example]), "matched")
             torch.testing.assert_close(together[row], alone[0], rtol=1e-3, atol=1e-3)
+
+
+def test_a_draft_is_what_the_asked_sharer_hands_over(folders, data, tmp_path):
+    source = DataSource("a.jsonl", kind="private_question", draft=5)
+    run = config(folders, data, tmp_path, train=[source], dev=[source], store_dir=str(tmp_path / "store"))
+    prepared = prepare(run)
+    before = {example.row.id: example for example in prepared.train}
+    fill(prepared)
+    model = C2CModel.from_models(*folders, fuser="memory", fuser_options={"rank": 8})
+    for example in [*prepared.train, *prepared.dev]:
+        handoff = model.sharers[0].read(asked(example.row), draft_tokens=5)
+        assert example.sharer_ids == handoff.ids.tolist()
+        assert example.kept == handoff.kept.tolist()
+        old = before[example.row.id]
+        assert example.sharer_ids[: len(old.sharer_ids)] == old.sharer_ids
+        assert 1 <= len(example.sharer_ids) - len(old.sharer_ids) <= 5
+        assert example.receiver_ids == old.receiver_ids, "the receiver reads the question alone"
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_what_writing_a_draft_leaves_is_not_read_again(folders, data, tmp_path, ends):
+    source = DataSource("a.jsonl", kind="private_question", draft=5)
+    prepared = prepare(config(folders, data, tmp_path, train=[source], dev=[source]))
+    store, sharer = prepared.sharer_store, prepared.training.model.sharers[0]
+    if ends:  # some drafts shall end before the others
+        handoff = sharer.read(asked(prepared.train[0].row), draft_tokens=3)
+        sharer.model.generation_config.eos_token_id = int(handoff.ids[-2])
+    drafted = [example.sharer_ids for example in with_drafts(prepared.train, prepared.training)]
+    counts = {len(new) - len(old.sharer_ids) for new, old in zip(drafted, prepared.train, strict=True)}
+    assert min(counts) < 5 if ends else counts == {5}
+    assert all(ids in store for ids in drafted)
+    fresh = PrefillStore(sharer, store.kept)
+    for kept, read in zip(store.get(drafted), fresh.get(drafted), strict=True):
+        for layer in store.kept:
+            for ours, theirs in zip(kept.layers[layer], read.layers[layer], strict=True):
+                torch.testing.assert_close(ours.float(), theirs.float(), rtol=0.02, atol=0.02)
+    assert store.computed == 0
+
+
+def test_drafts_are_written_once(folders, data, tmp_path, monkeypatch):
+    source = DataSource("a.jsonl", kind="private_question", draft=5)
+    run = config(folders, data, tmp_path, train=[source], dev=[source], store_dir=str(tmp_path / "store"))
+    first = prepare(run)
+    fill(first)
+    assert "number 3?" in str(asked(next(e.row for e in first.train if e.row.id == "3")))
+    monkeypatch.setattr("c2c.training.drafts.write_drafts", None)  # it would fail if it were called
+    again = prepare(run)
+    fill(again)
+    assert [example.sharer_ids for example in again.train] == [example.sharer_ids for example in first.train]
+
+
+def test_a_run_with_drafts_learns(folders, data, tmp_path):
+    sources = [DataSource("a.jsonl", kind="private_question", draft=5), DataSource("a.jsonl", kind="private_question")]
+    summary = train(config(folders, data, tmp_path, train=sources, dev=sources[:1], learning_rate=1e-2, epochs=6.0))
+    scores = json.loads((tmp_path / "run" / "dev.json").read_text())
+    assert summary["dev"]["value"] > scores["0"]["value"]
+
+
+def test_impossible_drafts_are_refused(folders, data, tmp_path):
+    with pytest.raises(ConfigError, match="draft is 5 for rows of kind 'question'"):
+        DataSource("a.jsonl", kind="question", draft=5)
+    with pytest.raises(ConfigError, match="draft is -1"):
+        DataSource("a.jsonl", kind="private_question", draft=-1)
+    path = tmp_path / "config.yaml"
+    source = "[{path: a.jsonl, kind: private_question, draft: 5}]"
+    path.write_text(f"receiver: a\nsharer: b\noutput_dir: c\nfill: training\ntrain: {source}\ndev: {source}")
+    with pytest.raises(ConfigError, match="draft needs fill: ahead"):
+        load_config(path)

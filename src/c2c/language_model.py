@@ -248,6 +248,11 @@ class LanguageModel:
         self._check_cache(batch, cache)
         return next_logits(self.model, batch.to(self.device), cache)
 
+    @property
+    def ends(self) -> list[int]:
+        """Tokens that end what the model writes."""
+        return _as_list(self.model.generation_config.eos_token_id)
+
     def texts(self, ids: Tensor) -> list[str]:
         """New ids, ``[batch, new]``, as texts without special tokens; empty texts without a tokenizer."""
         return [self._text(row) for row in ids]

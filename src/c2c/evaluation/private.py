@@ -20,7 +20,7 @@ from c2c.messages import Conversation
 from c2c.model import C2CModel
 from c2c.prompting import RenderOptions
 from c2c.training.objective import Message
-from c2c.training.private import PrivateExample
+from c2c.training.private import PrivateExample, asked
 from c2c.training.rows import Row
 
 Given = Literal["prompt", "passage", "sharer"]
@@ -56,12 +56,12 @@ class HandedOver(System):
         """From text to text: the passage is read, projected, and the question answered."""
         handoff: Any = row.sharer_messages
         if self.draft:
-            handoff = self.pair.sharer.read(_asked(row), draft_tokens=self.draft)
+            handoff = self.pair.sharer.read(asked(row), draft_tokens=self.draft)
         return cost_of(self.model.generate(row.messages, sharer_messages=handoff, **arguments(row, config)))
 
     def _handoffs(self, rows: Sequence[Row]) -> list[Handoff]:
         if self.draft:
-            return [self.pair.sharer.read(_asked(row), draft_tokens=self.draft) for row in rows]
+            return [self.pair.sharer.read(asked(row), draft_tokens=self.draft) for row in rows]
         examples: list[PrivateExample] = list(self.pair.batch(rows).examples)
         if self.message == "deranged":
             examples = [*examples[1:], examples[0]]
@@ -104,7 +104,7 @@ class Reader(System):
     def _conversation(self, row: Row) -> Conversation:
         if self.given == "prompt":
             return row.messages
-        return _asked(row) if self.given == "sharer" else with_passage(_bare(row), _passage(row))
+        return asked(row) if self.given == "sharer" else with_passage(_bare(row), _passage(row))
 
 
 class Summary(System):
@@ -172,12 +172,6 @@ def _bare(row: Row) -> Conversation:
     """What the receiver is asked, for a prompt that holds the passage."""
     asked = f"{row.known} {row.question}".strip()
     return [*row.messages[:-1], {"role": "user", "content": f"Question: {asked}"}]
-
-
-def _asked(row: Row) -> Conversation:
-    """The sharer's prompt where it answers itself: the passage and the bare question."""
-    question = [*row.messages[:-1], {"role": "user", "content": f"Question: {row.question}"}]
-    return with_passage(question, _passage(row))
 
 
 def _zeros(handoff: Handoff) -> Handoff:

@@ -250,6 +250,8 @@ def _check(work: Work, config: EvalConfig) -> None:
             f"{work.name}: {len(work.rows)} items are left to evaluate; at least 2 are needed, one for another's "
             "deranged cache. Give more questions, or a higher limit or lower skip."
         )
+    if any(row.draft for row in work.rows):
+        raise EvaluationError(f"{work.name}: draft is for training; in an evaluation ask for the system 'draft'.")
     if config.mode in ("logits", "generate") and not all(row.choices for row in work.rows):
         raise EvaluationError(
             f"{work.name}: mode {config.mode!r} needs multiple-choice items; use 'answers' or 'nll' for others."

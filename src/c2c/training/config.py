@@ -43,6 +43,8 @@ class DataSource:
         split: split of the data set.
         columns: our keys to the columns that hold them, for instance ``{output: response}``.
         keep: only rows with these values, for instance ``{error_type: ok}``.
+        draft: of kind ``private_question``: the sharer is asked too, drafts at most so many tokens of an answer, and
+            hands these over as well; 0 for none.
     """
 
     path: str | None = None
@@ -58,13 +60,19 @@ class DataSource:
     split: str = "train"
     columns: dict[str, str] = field(default_factory=dict)
     keep: dict[str, Any] = field(default_factory=dict)
+    draft: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse impossible numbers of options.
+        """Refuse impossible numbers of options and of drafted tokens.
 
         Raises:
-            ConfigError: not a number from 2 on, or not two in order.
+            ConfigError: not a number from 2 on, or not two in order; a draft of a row that has no context to itself.
         """
+        if self.draft < 0 or (self.draft and self.kind != "private_question"):
+            raise ConfigError(
+                f"draft is {self.draft} for rows of kind {self.kind!r}; expected a number of tokens, 0 for none, of "
+                "kind 'private_question'."
+            )
         low, high = self.option_range or (2, 2)
         if not 2 <= low <= high <= len(LETTERS):
             raise ConfigError(
@@ -232,6 +240,8 @@ def load_config(path: str | Path, **overrides: Any) -> TrainConfig:
         raise ConfigError(f"{path}: guard_weight is {config.guard_weight}; expected 0, which is off, or above.")
     if config.start_from is not None and config.family in (ADAPTER, "linear"):
         raise ConfigError(f"{path}: start_from is for fusers that are trained; family is {config.family!r}.")
+    if config.fill != "ahead" and any(source.draft for source in (*config.train, *config.dev)):
+        raise ConfigError(f"{path}: draft needs fill: ahead, since the sharer writes before the first step.")
     if config.soft_targets > 0 and config.fill != "ahead":
         raise ConfigError(f"{path}: soft_targets needs fill: ahead, since the sharer is asked before the first step.")
     if not config.train or not config.dev:

@@ -19,6 +19,7 @@ from c2c.provenance import fuser_hash
 from c2c.training.beliefs import with_beliefs
 from c2c.training.config import ConfigError, TrainConfig
 from c2c.training.distributed import Processes, shard
+from c2c.training.drafts import with_drafts
 from c2c.training.examples import build_examples
 from c2c.training.objective import Objective
 from c2c.training.private import PrivateTraining, build_private_examples
@@ -178,11 +179,15 @@ def read_examples(
 
 
 def fill(prepared: Prepared, progress: OnProgress | None = None) -> None:
-    """Prefill every prompt that the store does not hold yet; several processes share the work.
+    """Prefill every prompt that the store does not hold yet, after the drafts; several processes share the work.
 
     In memory each process keeps its own prompts, so there is nothing to share: they are then computed as they come.
     """
     processes = prepared.processes
+    prepared.train, prepared.dev = (
+        with_drafts(examples, prepared.training, progress if processes.first else None)
+        for examples in (prepared.train, prepared.dev)
+    )
     if processes.count > 1 and prepared.config.store_dir is None:
         _ask_sharer(prepared, progress)
         return

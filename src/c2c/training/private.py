@@ -16,8 +16,10 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from c2c import kv
+from c2c.baselines.summary import with_passage
 from c2c.errors import PromptError
 from c2c.fusers.base import Entries
+from c2c.messages import Conversation
 from c2c.model import C2CModel
 from c2c.prefill import logits_after
 from c2c.private import first_user_column
@@ -191,7 +193,7 @@ def build_private_examples(
         except PromptError as error:
             dropped[type(error).__name__] += 1
             continue
-        if max(len(example.receiver_ids), len(example.sharer_ids)) > max_prompt:
+        if max(len(example.receiver_ids), len(example.sharer_ids) + row.draft) > max_prompt:
             dropped["prompt too long"] += 1
         elif len(example.response_ids) > max_response:
             dropped["response too long"] += 1
@@ -200,11 +202,19 @@ def build_private_examples(
     return examples, dropped
 
 
+def asked(row: Row) -> Conversation:
+    """The sharer's prompt where it is asked itself: the passage and the bare question."""
+    assert row.sharer_messages is not None
+    question = [*row.messages[:-1], {"role": "user", "content": f"Question: {row.question}"}]
+    return with_passage(question, row.sharer_messages[-1]["content"])
+
+
 def _build(model: C2CModel, row: Row, max_response: int) -> PrivateExample:
     if row.sharer_messages is None:
         raise PromptError(f"row {row.id} has no private context")
     options, tokenizer = RenderOptions(answer_prefix=row.answer_prefix), model.receiver.tokenizer
-    theirs = reading(model.sharers[0].tokenizer, row.sharer_messages, RenderOptions())
+    given = asked(row) if row.draft else row.sharer_messages
+    theirs = reading(model.sharers[0].tokenizer, given, RenderOptions())
     response = response_tokens(tokenizer, row)
     decisive, choices = choice_tokens(tokenizer, row.lead, row.choices)
     return PrivateExample(

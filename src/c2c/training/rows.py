@@ -57,6 +57,7 @@ class Row:
         question: the bare question, where there is one.
         references: answers that count as right, where the answer is open.
         known: what the receiver alone knows beside the question, in private context.
+        draft: at most so many tokens of an answer that the sharer, asked too, writes and hands over; 0 for none.
     """
 
     id: str
@@ -72,6 +73,7 @@ class Row:
     question: str = ""
     references: tuple[str, ...] = ()
     known: str = ""
+    draft: int = 0
 
 
 # -- multiple choice -------------------------------------------------------------------------------------------------
@@ -171,7 +173,17 @@ def private_question(data: dict[str, Any], source: DataSource) -> Row:
     known = _text(data, "known") if "known" in data else ""
     passage = [{"role": "user", "content": context}]
     turn = [{"role": "user", "content": f"{known} {asked}".strip()}]
-    return Row("", turn, "", answers[0], sharer_messages=passage, question=asked, references=answers, known=known)
+    return Row(
+        "",
+        turn,
+        "",
+        answers[0],
+        sharer_messages=passage,
+        question=asked,
+        references=answers,
+        known=known,
+        draft=source.draft,
+    )
 
 
 def question(data: dict[str, Any], source: DataSource) -> Row:

@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
 
 from c2c import kv
 from c2c.errors import PromptError
@@ -127,6 +127,26 @@ class PrefillStore:
             elif missing := [ids for ids in part if ids not in self]:
                 self.get(missing)
             yield len(part)
+
+    def put(self, prompts: Sequence[Sequence[int]], cache: Cache, first: Sequence[int]) -> None:
+        """Take over entries that were computed elsewhere, such as by ``generate``, so that nothing is read twice.
+
+        Args:
+            prompts: token ids, one row of the cache each; one that the cache does not hold to its end is left out.
+            cache: of the model, all layers.
+            first: column of each prompt's first token.
+        """
+        length = kv.length(cache)
+        for row, (ids, start) in enumerate(zip(prompts, first, strict=True)):
+            end = start + len(ids)
+            if end > length or ids in self:
+                continue
+            pairs = {index: kv.layer(cache, index) for index in self.kept}
+            layers = {
+                index: (_keep(keys[:, :, :end], row, start), _keep(values[:, :, :end], row, start))
+                for index, (keys, values) in pairs.items()
+            }
+            self._write(self.key(ids), PromptCache(layers))
 
     def _keep_all(self, prompts: Sequence[Sequence[int]]) -> None:
         for ids, entry in zip(prompts, self._compute(prompts), strict=True):

@@ -1,0 +1,86 @@
+"""Drafts: an asked sharer writes an answer, and hands over its cache of that as well.
+
+What ``draft_tokens`` does when a pair is used. A draft depends on the sharer alone, so it is written once per question
+and kept beside the prefills.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from c2c.progress import OnProgress
+from c2c.sharer import Sharer
+from c2c.tokens import TokenBatch, left_pad, natural_positions
+from c2c.training.notes import Notes
+from c2c.training.objective import Objective
+from c2c.training.private import PrivateExample
+from c2c.training.store import PrefillStore
+
+_BATCH = 16  # questions at a time
+
+
+def with_drafts(
+    examples: Sequence[Any], training: Objective, progress: OnProgress | None = None
+) -> list[PrivateExample | Any]:
+    """The examples; those of rows with a ``draft`` end, for the sharer, with what it wrote.
+
+    Args:
+        examples: of any kind; rows of shared context have no drafts.
+        training: the pair with its stores.
+        progress: called with (stage, done, total).
+    """
+    asked = [index for index, example in enumerate(examples) if example.row.draft]
+    if not asked:
+        return list(examples)
+    sharer = training.model.sharers[0]
+    notes = Notes(training.sharer_store, "drafts")
+    names = {index: notes.name(examples[index].sharer_ids, examples[index].row.draft) for index in asked}
+    missing = [index for index in asked if names[index] not in notes]
+    missing.sort(key=lambda index: (examples[index].row.draft, len(examples[index].sharer_ids)))  # little padding
+    for start in range(0, len(missing), _BATCH):
+        part = missing[start : start + _BATCH]
+        longest = max(examples[index].row.draft for index in part)
+        drafts = write_drafts(training.sharer_store, sharer, [examples[index].sharer_ids for index in part], longest)
+        notes.add({names[index]: ids[: examples[index].row.draft] for index, ids in zip(part, drafts, strict=True)})
+        if progress is not None:
+            progress("sharer's drafts", start + len(part), len(missing))
+    return [
+        _drafted(example, notes[names[index]]) if index in names else example for index, example in enumerate(examples)
+    ]
+
+
+@torch.no_grad()
+def write_drafts(
+    store: PrefillStore, sharer: Sharer, prompts: Sequence[Sequence[int]], longest: int
+) -> list[list[int]]:
+    """Greedy continuations of prompts, at most ``longest`` tokens each, up to and with the token that ends a turn.
+
+    The cache of prompts and drafts goes into the store, since it is there already.
+    """
+    tokens = left_pad(prompts, 0)
+    cache = sharer.prefill(tokens, tokens.length - 1)
+    new = sharer.generate(tokens, cache, max_new_tokens=longest, do_sample=False).to(tokens.ids.device)
+    mask = torch.cat([tokens.mask, torch.ones_like(new, dtype=torch.bool)], dim=1)
+    read = TokenBatch(torch.cat([tokens.ids, new], dim=1), mask, natural_positions(mask), tokens.padded)
+    cache = sharer.prefill(read, cache=cache)  # the last token is not in it yet; behind an end stands padding
+    ends = sharer.ends
+    drafts = []
+    for ids in new.tolist():
+        end = next((place for place, token in enumerate(ids) if token in ends), len(ids))
+        drafts.append(ids[: end + 1])
+    whole = [[*prompt, *draft] for prompt, draft in zip(prompts, drafts, strict=True)]
+    store.put(whole, cache, [tokens.length - len(prompt) for prompt in prompts])
+    return drafts
+
+
+def _drafted(example: PrivateExample, draft: Sequence[int]) -> PrivateExample:
+    length = len(example.sharer_ids)
+    return replace(
+        example,
+        sharer_ids=[*example.sharer_ids, *draft],
+        kept=[*example.kept, *range(length, length + len(draft))],
+    )
