@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
 
@@ -20,7 +21,18 @@ from c2c.training.rows import load_rows
 from tiny import open_fusers, pair_folders
 
 PASSAGES = ["The fox sleeps in a red house by the sea.", "A dog and a cat went to the market.", "Rain fell for a week."]
-SYSTEMS = ("receiver", "sharer", "reader", "summary_50", "matched", "deranged", "zero", "draft")
+SYSTEMS = (
+    "receiver",
+    "sharer",
+    "reader",
+    "summary_50",
+    "matched",
+    "deranged",
+    "zero",
+    "draft",
+    "draft_deranged",
+    "draft_text",
+)
 
 
 @pytest.fixture(scope="module")
@@ -59,11 +71,11 @@ def test_every_system_answers_and_costs(fuser, data, tmp_path):
     result = evaluate(config(fuser, data, timed=2, output_dir=str(tmp_path)))
     assert (result["n"], result["unit"]) == (7, "percent f1")
     assert set(result["systems"]) == set(SYSTEMS)
-    for name in ("receiver", "sharer", "reader", "summary_50", "matched", "draft"):
+    for name in ("receiver", "sharer", "reader", "summary_50", "matched", "draft", "draft_text"):
         system = result["systems"][name]
         assert 0 <= system["exact"] <= system["f1"] <= 100
         assert system["exact"] <= system["holds"] <= 100
-        assert sum(system.get(stage, 0) for stage in STAGES) <= system["seconds"] * 1.001
+        assert sum(system.get(stage, 0) for stage in STAGES) <= system["seconds"] + 1e-4  # each is rounded
     assert result["systems"]["matched"]["bytes"] > result["systems"]["summary_50"]["bytes"] > 0
     assert "mended" not in result  # F1 is no right or wrong
 
@@ -74,7 +86,7 @@ def test_answers_are_those_of_the_public_path(fuser, data, tmp_path):
     texts = {(item["id"], item["system"]): item["text"] for item in items}
     model = C2CModel.from_pretrained(fuser)
     rows = load_rows([DataSource("a.jsonl", kind="private_question")], data, 0)[0]
-    agree = 0
+    agree = drafts_agree = 0
     for row in rows:
         passage = row.sharer_messages
         matched = model.generate(row.messages, sharer_messages=passage, max_new_tokens=4, do_sample=False).text
@@ -84,10 +96,36 @@ def test_answers_are_those_of_the_public_path(fuser, data, tmp_path):
             [{"role": "user", "content": f"Question: {row.question}"}],
             row.sharer_messages[-1]["content"],
         )
-        drafted = model.sharers[0].read(asked, draft_tokens=3)
+        drafted = model.sharers[0].read(asked, draft_tokens=3).to("bfloat16")  # as the store keeps it
         draft = model.generate(row.messages, sharer_messages=drafted, max_new_tokens=4, do_sample=False).text
-        assert draft == texts[row.id, "draft"]
-    assert agree >= len(rows) - 1  # the store keeps bfloat16
+        drafts_agree += draft == texts[row.id, "draft"]
+        written = model.sharers[0].answer(asked, max_new_tokens=3, do_sample=False).text
+        told = with_passage([{"role": "user", "content": f"Question: {row.question}"}], written)
+        told_answer = model.receiver.answer(told, max_new_tokens=4, do_sample=False).text
+        assert told_answer == texts[row.id, "draft_text"]
+    assert min(agree, drafts_agree) >= len(rows) - 1  # batches round differently, and this one holds bfloat16
+
+
+def test_a_deranged_draft_is_another_items(fuser, data, monkeypatch):
+    given = {}
+    original = C2CModel.generate
+
+    def note(self, messages, **kwargs: Any):
+        given.setdefault(str(messages), []).append([tuple(one.ids.tolist()) for one in kwargs["sharer_messages"]])
+        return original(self, messages, **kwargs)
+
+    monkeypatch.setattr(C2CModel, "generate", note)
+    evaluate(config(fuser, data, systems=("draft", "draft_deranged")))
+    for own, others in given.values():
+        assert sorted(own) == sorted(others)
+        assert all(a != b for a, b in zip(own, others, strict=True))
+
+
+def test_rows_with_drafts_are_for_training(fuser, data):
+    made = config(fuser, data, systems=("matched",))
+    source = DataSource("a.jsonl", kind="private_question", draft=5)
+    with pytest.raises(EvaluationError, match="ask for the system 'draft'"):
+        evaluate(dataclasses.replace(made, data=[source]))
 
 
 def test_a_passage_is_summed_up_once_for_all_its_questions(fuser, data, tmp_path, monkeypatch):

@@ -47,6 +47,11 @@ class Reading:
     ids: list[int]
     kept: list[int]
 
+    def followed_by(self, draft: Sequence[int]) -> Reading:
+        """With what the sharer wrote after it; all of that is handed over."""
+        length = len(self.ids)
+        return Reading([*self.ids, *draft], [*self.kept, *range(length, length + len(draft))])
+
 
 class Sharer(LanguageModel):
     """A frozen model whose cache is shared. Fusion asks ``share`` of it, and ``for_fuser`` and ``read``."""
@@ -100,8 +105,8 @@ class Sharer(LanguageModel):
             cache = self.prefill(tokens, cache=cache)
             return Handoff.from_cache(self.identity, torch.tensor(plan.ids), torch.tensor(plan.kept), kv.layers(cache))
         ids, cache = self.draft(tokens, cache, draft_tokens)
-        kept = [*plan.kept, *range(len(plan.ids), len(ids))]
-        return Handoff.from_cache(self.identity, torch.tensor(ids), torch.tensor(kept), kv.layers(cache))
+        plan = plan.followed_by(ids[len(plan.ids) :])
+        return Handoff.from_cache(self.identity, torch.tensor(plan.ids), torch.tensor(plan.kept), kv.layers(cache))
 
     def draft(self, tokens: TokenBatch, cache: Cache, count: int) -> tuple[list[int], Cache]:
         """Write at most ``count`` tokens after a prompt of one row, greedily: all ids, and the cache of them all."""

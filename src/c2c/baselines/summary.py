@@ -43,7 +43,33 @@ def summary_to_text(
     Returns:
         Both texts; the answer's times include the sharer's.
     """
-    message = sharer.answer(summary_request(passage, message_tokens), max_new_tokens=message_tokens, do_sample=False)
+    request = summary_request(passage, message_tokens)
+    return passage_to_text(receiver, sharer, messages, request, message_tokens=message_tokens, **generate_kwargs)
+
+
+def passage_to_text(
+    receiver: LanguageModel,
+    sharer: LanguageModel,
+    messages: Conversation,
+    request: Conversation,
+    *,
+    message_tokens: int = 128,
+    **generate_kwargs: Any,
+) -> TextToTextResult:
+    """Let the sharer write about a passage, and the receiver answer from what it wrote.
+
+    Args:
+        receiver: answers.
+        sharer: writes, greedily.
+        messages: what the receiver is asked.
+        request: what the sharer is asked; it holds the passage.
+        message_tokens: at most this many tokens from the sharer.
+        **generate_kwargs: for the receiver's :meth:`~c2c.language_model.LanguageModel.answer`.
+
+    Returns:
+        Both texts; the answer's times include the sharer's.
+    """
+    message = sharer.answer(request, max_new_tokens=message_tokens, do_sample=False)
     answer = receiver.answer(with_passage(messages, message.text), **generate_kwargs)
     answer.seconds_to_first_token += message.seconds_total
     answer.seconds_total += message.seconds_total

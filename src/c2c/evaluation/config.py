@@ -26,12 +26,14 @@ SYSTEMS = (
     "abstain",
     "reader",
     "draft",
+    "draft_deranged",
+    "draft_text",
     "summary_50",
     "summary_100",
     "summary_200",
 )
 # Of a fuser of private context only; and of one of shared context only.
-PRIVATE_SYSTEMS = ("reader", "draft", "summary_50", "summary_100", "summary_200")
+PRIVATE_SYSTEMS = ("reader", "draft", "draft_deranged", "draft_text", "summary_50", "summary_100", "summary_200")
 SHARED_SYSTEMS = ("text", "text_published", "adapter", "untrained", "router", "abstain")
 DEFAULT_SYSTEMS = ("receiver", "sharer", "matched", "deranged", "zero")
 # Made of other systems' answers, with a rule fitted on dev.
@@ -60,7 +62,8 @@ class EvalConfig:
             private context, where the sharer alone has read a passage, ``receiver`` and ``matched``, ``deranged`` and
             ``zero`` as above, ``sharer`` (passage and question), ``reader`` (the receiver with the passage in its
             prompt), ``summary_50``, ``_100``, ``_200`` (the receiver with a summary of so many tokens that the sharer
-            wrote), and ``draft`` (the sharer drafts an answer first, and hands over its cache of that as well).
+            wrote), ``draft`` (the sharer is asked too, drafts an answer, and hands over its cache of that as well),
+            ``draft_deranged`` (another item's), and ``draft_text`` (the receiver reads the draft as text).
         mode: ``logits`` compares the options' tokens at the place of the letter, ``generate`` decodes and reads the
             letter from the text, ``answers`` decodes and compares with the reference answers (token F1, exact match),
             ``nll`` measures the reference answer, in nats per token.
@@ -77,7 +80,7 @@ class EvalConfig:
         batch_size: items at a time; a deranged cache comes from the same batch.
         max_new_tokens: of an answer that is generated.
         message_tokens: at most so many tokens from the sharer in text-to-text; 256 as published.
-        draft_tokens: at most so many tokens of the system ``draft``.
+        draft_tokens: at most so many tokens of a draft.
         receiver: in place of the recorded receiver.
         sharer: in place of the recorded sharer.
         output_dir: where per-item outputs and the result go; an unfinished run there is resumed, and systems can be

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from c2c.baselines.summary import summary_request, summary_to_text, with_passage
+from c2c.baselines.summary import passage_to_text, summary_request, with_passage
 from c2c.evaluation.config import EvalConfig
 from c2c.evaluation.costs import Cost, arguments, cost_of, text_cost
 from c2c.evaluation.messages import Messages
@@ -19,6 +19,8 @@ from c2c.language_model import LanguageModel
 from c2c.messages import Conversation
 from c2c.model import C2CModel
 from c2c.prompting import RenderOptions
+from c2c.sharer import Reading, reading
+from c2c.training.drafts import write_drafts
 from c2c.training.objective import Message
 from c2c.training.private import PrivateExample, asked
 from c2c.training.rows import Row
@@ -34,7 +36,7 @@ class HandedOver(System):
         pair: who reads and who answers.
         model: the pair through the fuser in question.
         message: the own passage, another item's, zeros in its place; ``none`` is the receiver alone.
-        draft: tokens of an answer that the sharer writes first, and hands over as well.
+        draft: tokens of an answer that the sharer, asked too, writes first, and hands over as well.
     """
 
     def __init__(self, pair: Pair, model: C2CModel, message: Message, draft: int = 0) -> None:
@@ -43,7 +45,12 @@ class HandedOver(System):
     @torch.no_grad()
     def answer(self, rows: Sequence[Row], config: EvalConfig) -> Answers:
         """Answers from stored caches of the passages."""
-        handoffs = self._handoffs(rows)
+        read = drafts(self.pair, rows, self.draft) if self.draft else self._passages(rows)
+        if self.message == "deranged":
+            read = [*read[1:], read[0]]
+        handoffs = [_handoff(self.pair, one) for one in read]
+        if self.message == "zero":
+            handoffs = [_zeros(handoff) for handoff in handoffs]
         results = self.model.generate(
             [row.messages for row in rows],
             sharer_messages=handoffs,
@@ -59,21 +66,9 @@ class HandedOver(System):
             handoff = self.pair.sharer.read(asked(row), draft_tokens=self.draft)
         return cost_of(self.model.generate(row.messages, sharer_messages=handoff, **arguments(row, config)))
 
-    def _handoffs(self, rows: Sequence[Row]) -> list[Handoff]:
-        if self.draft:
-            return [self.pair.sharer.read(asked(row), draft_tokens=self.draft) for row in rows]
-        examples: list[PrivateExample] = list(self.pair.batch(rows).examples)
-        if self.message == "deranged":
-            examples = [*examples[1:], examples[0]]
-        handoffs = [self._stored(example) for example in examples]
-        return [_zeros(handoff) for handoff in handoffs] if self.message == "zero" else handoffs
-
-    def _stored(self, example: PrivateExample) -> Handoff:
-        """What ``sharer.read`` returns, from the store."""
-        sharer = self.pair.sharer
-        [entry] = self.pair.stores[1].get([example.sharer_ids])
-        layers = [entry.layers[index] for index in range(sharer.geometry.layers)]
-        return Handoff.from_cache(sharer.identity, torch.tensor(example.sharer_ids), torch.tensor(example.kept), layers)
+    def _passages(self, rows: Sequence[Row]) -> list[Reading]:
+        examples: Sequence[PrivateExample] = self.pair.batch(rows).examples
+        return [Reading(example.sharer_ids, example.kept) for example in examples]
 
 
 class Reader(System):
@@ -107,40 +102,45 @@ class Reader(System):
         return asked(row) if self.given == "sharer" else with_passage(_bare(row), _passage(row))
 
 
-class Summary(System):
-    """Text-to-text: the sharer sums the passage up, not knowing the question, and the receiver reads the summary.
+class Told(System):
+    """Text-to-text: the sharer writes, and the receiver reads that in place of the passage.
 
     Args:
         pair: who writes and who reads.
-        tokens: the longest summary.
+        tokens: the longest text.
+        draft: whether the sharer is asked the question, and drafts an answer; else it sums the passage up, not knowing
+            the question.
     """
 
-    def __init__(self, pair: Pair, tokens: int) -> None:
-        self.pair, self.tokens, self.messages = pair, tokens, Messages(pair)
+    def __init__(self, pair: Pair, tokens: int, *, draft: bool = False) -> None:
+        self.pair, self.tokens, self.draft, self.messages = pair, tokens, draft, Messages(pair)
 
     @torch.no_grad()
     def answer(self, rows: Sequence[Row], config: EvalConfig) -> Answers:
-        """The receiver's answers, with the sharer's summaries."""
+        """The receiver's answers, with the sharer's texts."""
         receiver = self.pair.model.receiver
-        summaries = self.messages.write([summary_request(_passage(row), self.tokens) for row in rows], self.tokens)
-        told = [with_passage(_bare(row), text) for row, text in zip(rows, summaries, strict=True)]
+        texts = self.messages.write([self._request(row) for row in rows], self.tokens)
+        told = [with_passage(_bare(row), text) for row, text in zip(rows, texts, strict=True)]
         tokens = receiver.encode(told)
         ids = receiver.generate(tokens, receiver.prefill(tokens, tokens.length - 1), **decoding(config))
         answers = read_answers(receiver.texts(ids), rows)
-        answers.message = summaries
+        answers.message = texts
         return answers
 
     def cost(self, row: Row, config: EvalConfig) -> Cost:
         """Both models' prefills and decoding."""
-        result = summary_to_text(
+        result = passage_to_text(
             self.pair.model.receiver,
             self.pair.sharer,
             _bare(row),
-            _passage(row),
+            self._request(row),
             message_tokens=self.tokens,
             **arguments(row, config),
         )
         return text_cost(result)
+
+    def _request(self, row: Row) -> Conversation:
+        return asked(row) if self.draft else summary_request(_passage(row), self.tokens)
 
 
 def make_private_system(name: str, pair: Pair, config: EvalConfig) -> System:
@@ -155,12 +155,28 @@ def make_private_system(name: str, pair: Pair, config: EvalConfig) -> System:
         return Reader(receiver, "passage")
     if name == "sharer":
         return Reader(sharer, "sharer", stage="sharer_prefill")
-    if name == "draft":
-        return HandedOver(pair, pair.model, "matched", draft=config.draft_tokens)
+    if name in ("draft", "draft_deranged"):
+        return HandedOver(pair, pair.model, "matched" if name == "draft" else "deranged", draft=config.draft_tokens)
+    if name == "draft_text":
+        return Told(pair, config.draft_tokens, draft=True)
     if name.startswith("summary_"):
-        return Summary(pair, int(name.removeprefix("summary_")))
+        return Told(pair, int(name.removeprefix("summary_")))
     _, training = pair.with_fuser(config.fusers[name])
     return HandedOver(pair, training.model, "matched")
+
+
+def drafts(pair: Pair, rows: Sequence[Row], tokens: int) -> list[Reading]:
+    """What the asked sharer reads and writes, ``tokens`` of it at most; its cache is then in the store."""
+    plans = [reading(pair.sharer.tokenizer, asked(row), RenderOptions()) for row in rows]
+    written = write_drafts(pair.stores[1], pair.sharer, [plan.ids for plan in plans], tokens)
+    return [plan.followed_by(draft) for plan, draft in zip(plans, written, strict=True)]
+
+
+def _handoff(pair: Pair, read: Reading) -> Handoff:
+    """What ``sharer.read`` returns, from the store."""
+    [entry] = pair.stores[1].get([read.ids])
+    layers = [entry.layers[index] for index in range(pair.sharer.geometry.layers)]
+    return Handoff.from_cache(pair.sharer.identity, torch.tensor(read.ids), torch.tensor(read.kept), layers)
 
 
 def _passage(row: Row) -> str:

@@ -217,7 +217,7 @@ class _Evaluation:
 
     def _timed(self) -> list[str]:
         """Systems whose answers cost something of their own; controls cost what matched does."""
-        controls = ("deranged", "zero", "untrained", *DERIVED)
+        controls = ("deranged", "zero", "untrained", "draft_deranged", *DERIVED)
         asked = [name for name in self.config.systems if name not in controls]
         return asked if self.config.timed and self.config.mode != "nll" else []
 

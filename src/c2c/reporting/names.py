@@ -28,12 +28,14 @@ SYSTEMS: dict[str, tuple[str, str]] = {
     "summary_50": ("summary 50", "the receiver with the sharer's summary of the passage, at most 50 tokens"),
     "summary_100": ("summary 100", "the same, at most 100 tokens"),
     "summary_200": ("summary 200", "the same, at most 200 tokens"),
-    "draft": ("draft", "matched, and the sharer drafts an answer first, whose cache crosses too"),
+    "draft": ("draft", "matched, and the sharer is asked too and drafts an answer first, whose cache crosses as well"),
+    "draft_deranged": ("draft, deranged", "the same with the passage and draft of another question"),
+    "draft_text": ("draft as text", "the receiver reads the sharer's draft in words"),
     "linear": ("linear", "a linear fuser, fitted in closed form"),
     "self": ("self", "a fuser that reads the receiver's own cache, as its own sharer"),
 }
 # Nothing of the message, or of the training, is in them: they should not win.
-CONTROLS = frozenset({"deranged", "zero", "untrained"})
+CONTROLS = frozenset({"deranged", "zero", "untrained", "draft_deranged"})
 
 GAINS: dict[str, tuple[str, str]] = {
     "G": ("matched", "receiver"),
@@ -108,6 +110,7 @@ _PHRASES = {
     "summary_100": "A summary of 100 tokens",
     "summary_200": "A summary of 200 tokens",
     "draft": "A draft by the sharer",
+    "draft_text": "A draft by the sharer, read as text,",
     "linear": "A linear fuser",
     "self": "The receiver as its own sharer",
 }

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from c2c.progress import OnProgress
-from c2c.sharer import Sharer
+from c2c.sharer import Reading, Sharer
 from c2c.tokens import TokenBatch, left_pad, natural_positions
 from c2c.training.notes import Notes
 from c2c.training.objective import Objective
@@ -78,9 +78,5 @@ def write_drafts(
 
 
 def _drafted(example: PrivateExample, draft: Sequence[int]) -> PrivateExample:
-    length = len(example.sharer_ids)
-    return replace(
-        example,
-        sharer_ids=[*example.sharer_ids, *draft],
-        kept=[*example.kept, *range(length, length + len(draft))],
-    )
+    read = Reading(example.sharer_ids, example.kept).followed_by(draft)
+    return replace(example, sharer_ids=read.ids, kept=read.kept)
