@@ -1,5 +1,8 @@
 """One model reads a page, the other answers questions on it without ever seeing it.
 
+Each question is answered three times: from the page alone, which was read once before any question was known; from the
+page and a draft, where the sharer is asked too and hands over the cache of what it would answer; and without a message.
+
 c2c pull smollm2-135m qwen2.5-coder-0.5b
 python examples/read_and_answer.py
 python examples/read_and_answer.py --page notes.txt --question "Who wrote this?"
@@ -12,6 +15,8 @@ import time
 from pathlib import Path
 
 from c2c import C2CModel
+from c2c.baselines.summary import with_passage
+from c2c.handoff import Handoff
 
 FUSER = Path(__file__).parent.parent / "zoo" / "memory_smollm2-135m_from_qwen2.5-coder-0.5b"
 PAGE = (
@@ -36,12 +41,19 @@ def main() -> None:
     handoff = model.sharers[0].read(page).to("bfloat16")
     print(f"{model.sharers[0].name} read {len(handoff.ids)} tokens in {time.perf_counter() - began:.2f} s;")
     print(f"it hands over {handoff.nbytes / 1e6:.1f} MB, which {model.receiver.name} reads through the fuser.\n")
+    asked: Handoff | None = None
     for question in arguments.question or QUESTIONS:
         told = model.generate(question, sharer_messages=handoff, max_new_tokens=24, do_sample=False)
+        began = time.perf_counter()
+        request = with_passage([{"role": "user", "content": f"Question: {question}"}], page)
+        asked = model.sharers[0].read(request, draft_tokens=arguments.draft, reuse=asked)  # the page is not read again
+        drafted = model.generate(question, sharer_messages=asked, max_new_tokens=24, do_sample=False)
+        seconds = time.perf_counter() - began
         alone = model.receiver.answer(question, max_new_tokens=24, do_sample=False)
         print(question)
-        print(f"  with the handoff: {told.text.strip()}   ({told.seconds_total:.2f} s)")
-        print(f"  without:          {alone.text.strip()}   ({alone.seconds_total:.2f} s)")
+        print(f"  with the handoff:  {told.text.strip()}   ({told.seconds_total:.2f} s)")
+        print(f"  and with a draft:  {drafted.text.strip()}   ({seconds:.2f} s)")
+        print(f"  without a message: {alone.text.strip()}   ({alone.seconds_total:.2f} s)")
 
 
 def _arguments() -> argparse.Namespace:
@@ -51,6 +63,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--sharer", help="in place of the sharer that the fuser names")
     parser.add_argument("--page", help="a text file")
     parser.add_argument("--question", action="append", help="may be given several times")
+    parser.add_argument("--draft", type=int, default=32, help="tokens that the sharer may draft")
     return parser.parse_args()
 
 
