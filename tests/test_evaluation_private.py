@@ -76,6 +76,11 @@ def test_every_system_answers_and_costs(fuser, data, tmp_path):
         assert 0 <= system["exact"] <= system["f1"] <= 100
         assert system["exact"] <= system["holds"] <= 100
         assert sum(system.get(stage, 0) for stage in STAGES) <= system["seconds"] + 1e-4  # each is rounded
+    drafted, matched = result["systems"]["draft"], result["systems"]["matched"]
+    assert drafted["sharer_decode"] > 0
+    assert drafted["seconds"] > drafted["sharer_prefill"] + drafted["sharer_decode"] > 0
+    assert drafted["tokens"] > 4, "what the sharer wrote counts"
+    assert drafted["bytes"] > matched["bytes"], "the question and the draft cross as well"
     assert result["systems"]["matched"]["bytes"] > result["systems"]["summary_50"]["bytes"] > 0
     assert "mended" not in result  # F1 is no right or wrong
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -61,10 +62,27 @@ class HandedOver(System):
 
     def cost(self, row: Row, config: EvalConfig) -> Cost:
         """From text to text: the passage is read, projected, and the question answered."""
-        handoff: Any = row.sharer_messages
         if self.draft:
-            handoff = self.pair.sharer.read(asked(row), draft_tokens=self.draft)
-        return cost_of(self.model.generate(row.messages, sharer_messages=handoff, **arguments(row, config)))
+            return self._draft_cost(row, config)
+        answer = self.model.generate(row.messages, sharer_messages=row.sharer_messages, **arguments(row, config))
+        return cost_of(answer)
+
+    def _draft_cost(self, row: Row, config: EvalConfig) -> Cost:
+        """The same, after the sharer has read the question too and drafted its answer."""
+        sharer, began = self.pair.sharer, time.perf_counter()
+        read = sharer.read(asked(row))
+        prefilled = time.perf_counter()
+        drafted = sharer.read(asked(row), draft_tokens=self.draft, reuse=read)
+        written = time.perf_counter()
+        cost = cost_of(self.model.generate(row.messages, sharer_messages=drafted, **arguments(row, config)))
+        before = {
+            "seconds": written - began,
+            "first_token": written - began,
+            "sharer_prefill": prefilled - began,
+            "sharer_decode": written - prefilled,
+            "tokens": len(drafted.ids) - len(read.ids),
+        }
+        return cost | {name: cost.get(name, 0) + value for name, value in before.items()}
 
     def _passages(self, rows: Sequence[Row]) -> list[Reading]:
         examples: Sequence[PrivateExample] = self.pair.batch(rows).examples
