@@ -21,10 +21,11 @@ from typer.testing import CliRunner
 from c2c.cli.app import app
 from c2c.evaluation.numbers import summarise
 from c2c.reporting import ReportError, draw, group, make_files, read_results, to_html, to_markdown
+from c2c.reporting.canvas import look
 from c2c.reporting.findings import CAUTION, GAIN, LOSS, findings
 from c2c.reporting.losses import losses
 from c2c.reporting.markdown import escape
-from c2c.reporting.names import portable_command, task_titles
+from c2c.reporting.names import CONTROLS, portable_command, task_titles
 from c2c.reporting.results import Numbers
 from c2c.reporting.sections import Section, run_title
 from c2c.reporting.tables import detail_tables, section_tables
@@ -253,6 +254,13 @@ def test_who_has_the_right_words_more_often_is_told(tmp_path):
     assert [lead for lead in found(one, LOSS) if "right words" in lead] == [
         "The receiver that reads the passage has the right words more often"
     ], "nobody else; a control is no choice"
+
+
+@pytest.mark.parametrize("name", sorted(CONTROLS))
+def test_every_control_is_drawn_hollow(name):
+    colour, marker, hollow = look(name, ["receiver", "matched", name])
+    assert (colour, hollow) == ("control", True)
+    assert marker
 
 
 def test_no_folders_of_a_machine_are_shown(tmp_path):

@@ -57,6 +57,7 @@ _MARKERS = {
     "deranged": "o",
     "zero": "s",
     "untrained": "^",
+    "draft_deranged": "v",
     "text": "^",
     "text_published": "v",
     "adapter": "P",
