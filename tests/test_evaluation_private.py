@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+import c2c.training.drafts
 from c2c import C2CModel
 from c2c.baselines.summary import with_passage
 from c2c.evaluation import EvalConfig, evaluate
@@ -124,6 +125,19 @@ def test_a_deranged_draft_is_another_items(fuser, data, monkeypatch):
     for own, others in given.values():
         assert sorted(own) == sorted(others)
         assert all(a != b for a, b in zip(own, others, strict=True))
+
+
+def test_a_draft_is_written_once_for_the_systems_that_need_it(fuser, data, monkeypatch):
+    written = []
+    original = c2c.training.drafts.write_drafts
+
+    def count(store, sharer, prompts, longest):
+        written.extend(tuple(prompt) for prompt in prompts)
+        return original(store, sharer, prompts, longest)
+
+    monkeypatch.setattr("c2c.training.drafts.write_drafts", count)
+    evaluate(config(fuser, data, systems=("draft", "draft_deranged")))
+    assert len(written) == len(set(written)) == 7
 
 
 def test_rows_with_drafts_are_for_training(fuser, data):

@@ -10,7 +10,7 @@ import pytest
 
 import remote_rig
 from c2c import C2CModel
-from c2c.baselines.summary import summary_to_text, with_passage
+from c2c.baselines.summary import passage_to_text, summary_request, with_passage
 from c2c.remote import RemoteSharer
 from serving_harness import NAME, PATIENCE, model, running, user
 from test_private import DOCUMENT, LONGER, private
@@ -108,7 +108,8 @@ def test_ways_without_a_cache_read_the_context_as_text(server, pair):
     fields = {"c2c": {"sharer_messages": DOCUMENT}}
     expected = pair.sharers[0].answer(with_passage(user(QUESTION), DOCUMENT), **settings)
     assert text_of(server.chat(QUESTION, model=f"{NAME}/sharer", **fields)) == expected.text
-    told = summary_to_text(pair.receiver, pair.sharers[0], user(QUESTION), DOCUMENT, message_tokens=6, **settings)
+    request = summary_request(DOCUMENT, 6)
+    told = passage_to_text(pair.receiver, pair.sharers[0], user(QUESTION), request, message_tokens=6, **settings)
     assert text_of(server.chat(QUESTION, model=f"{NAME}/text", **fields)) == told.answer.text
     assert text_of(server.chat(QUESTION, model=f"{NAME}/receiver")) == pair.receiver.answer(QUESTION, **settings).text
 

@@ -21,32 +21,6 @@ def with_passage(messages: Conversation, passage: str) -> Conversation:
     return [*messages[:-1], {"role": "user", "content": content}]
 
 
-def summary_to_text(
-    receiver: LanguageModel,
-    sharer: LanguageModel,
-    messages: Conversation,
-    passage: str,
-    *,
-    message_tokens: int = 128,
-    **generate_kwargs: Any,
-) -> TextToTextResult:
-    """Let the sharer sum a passage up, not knowing what will be asked, and the receiver answer from the summary.
-
-    Args:
-        receiver: answers.
-        sharer: writes, greedily.
-        messages: what the receiver is asked.
-        passage: what only the sharer has read.
-        message_tokens: at most this many tokens from the sharer.
-        **generate_kwargs: for the receiver's :meth:`~c2c.language_model.LanguageModel.answer`.
-
-    Returns:
-        Both texts; the answer's times include the sharer's.
-    """
-    request = summary_request(passage, message_tokens)
-    return passage_to_text(receiver, sharer, messages, request, message_tokens=message_tokens, **generate_kwargs)
-
-
 def passage_to_text(
     receiver: LanguageModel,
     sharer: LanguageModel,

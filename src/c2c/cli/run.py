@@ -185,11 +185,11 @@ def _private_ways(
     **kwargs: Any,
 ) -> dict[Mode, Callable[[], Any]]:
     """The same ways where only the sharer has the passage; its draft answers the question, so it reads that as well."""
-    from c2c.baselines.summary import summary_to_text, with_passage
+    from c2c.baselines.summary import passage_to_text, summary_request, with_passage
     from c2c.prompting import RenderOptions
 
     kwargs["options"] = RenderOptions(answer_prefix=answer_prefix)
-    sharer = model.sharers[0]
+    sharer, request = model.sharers[0], summary_request(passage, message_tokens)
 
     def fused() -> Any:
         if draft_tokens > 0:
@@ -201,8 +201,8 @@ def _private_ways(
     return {
         Mode.RECEIVER: lambda: model.receiver.answer(messages, **kwargs),
         Mode.SHARER: lambda: sharer.answer(with_passage(messages, passage), **kwargs),
-        Mode.TEXT: lambda: summary_to_text(
-            model.receiver, sharer, messages, passage, message_tokens=message_tokens, **kwargs
+        Mode.TEXT: lambda: passage_to_text(
+            model.receiver, sharer, messages, request, message_tokens=message_tokens, **kwargs
         ),
         Mode.C2C: fused,
     }

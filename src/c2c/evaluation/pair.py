@@ -16,6 +16,7 @@ from c2c.fusers.base import load_fuser
 from c2c.language_model import LanguageModel
 from c2c.model import C2CModel
 from c2c.sharer import Sharer
+from c2c.training.drafts import Drafts
 from c2c.training.examples import build_examples
 from c2c.training.objective import Objective
 from c2c.training.private import PrivateTraining, build_private_examples
@@ -45,6 +46,7 @@ class Pair:
         self.model, self.config = model, config
         self.sharer = model.sharers[0]
         self.stores = (_store(model.receiver, config), _store(self.sharer, config))
+        self.drafts = Drafts(self.stores[1], self.sharer)
         self.training = self._through(model)
         self._last: tuple[list[Row], Any] | None = None
 

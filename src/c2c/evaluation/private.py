@@ -21,7 +21,6 @@ from c2c.messages import Conversation
 from c2c.model import C2CModel
 from c2c.prompting import RenderOptions
 from c2c.sharer import Reading, reading
-from c2c.training.drafts import write_drafts
 from c2c.training.objective import Message
 from c2c.training.private import PrivateExample, asked
 from c2c.training.rows import Row
@@ -186,7 +185,7 @@ def make_private_system(name: str, pair: Pair, config: EvalConfig) -> System:
 def drafts(pair: Pair, rows: Sequence[Row], tokens: int) -> list[Reading]:
     """What the asked sharer reads and writes, ``tokens`` of it at most; its cache is then in the store."""
     plans = [reading(pair.sharer.tokenizer, asked(row), RenderOptions()) for row in rows]
-    written = write_drafts(pair.stores[1], pair.sharer, [plan.ids for plan in plans], tokens)
+    written = pair.drafts.write([plan.ids for plan in plans], tokens)
     return [plan.followed_by(draft) for plan, draft in zip(plans, written, strict=True)]
 
 

@@ -34,23 +34,40 @@ def with_drafts(
         progress: called with (stage, done, total).
     """
     asked = [index for index, example in enumerate(examples) if example.row.draft]
-    if not asked:
-        return list(examples)
-    sharer = training.model.sharers[0]
-    notes = Notes(training.sharer_store, "drafts")
-    names = {index: notes.name(examples[index].sharer_ids, examples[index].row.draft) for index in asked}
-    missing = [index for index in asked if names[index] not in notes]
-    missing.sort(key=lambda index: (examples[index].row.draft, len(examples[index].sharer_ids)))  # little padding
-    for start in range(0, len(missing), _BATCH):
-        part = missing[start : start + _BATCH]
-        longest = max(examples[index].row.draft for index in part)
-        drafts = write_drafts(training.sharer_store, sharer, [examples[index].sharer_ids for index in part], longest)
-        notes.add({names[index]: ids[: examples[index].row.draft] for index, ids in zip(part, drafts, strict=True)})
-        if progress is not None:
-            progress("sharer's drafts", start + len(part), len(missing))
-    return [
-        _drafted(example, notes[names[index]]) if index in names else example for index, example in enumerate(examples)
-    ]
+    drafts = Drafts(training.sharer_store, training.model.sharers[0])
+    found: dict[int, list[int]] = {}
+    for longest in sorted({examples[index].row.draft for index in asked}):
+        part = [index for index in asked if examples[index].row.draft == longest]
+        written = drafts.write([examples[index].sharer_ids for index in part], longest, progress)
+        found |= dict(zip(part, written, strict=True))
+    return [_drafted(example, found[index]) if index in found else example for index, example in enumerate(examples)]
+
+
+class Drafts:
+    """What an asked sharer writes, once per prompt.
+
+    Args:
+        store: the sharer's; drafts are kept beside its prefills.
+        sharer: who writes.
+    """
+
+    def __init__(self, store: PrefillStore, sharer: Sharer) -> None:
+        self.store, self.sharer, self.notes = store, sharer, Notes(store, "drafts")
+
+    def write(
+        self, prompts: Sequence[Sequence[int]], longest: int, progress: OnProgress | None = None
+    ) -> list[list[int]]:
+        """The draft of each prompt, at most ``longest`` tokens, up to and with the token that ends a turn."""
+        names = [self.notes.name(ids, longest) for ids in prompts]
+        missing = [index for index, name in enumerate(names) if name not in self.notes]
+        missing.sort(key=lambda index: len(prompts[index]))  # little padding
+        for start in range(0, len(missing), _BATCH):
+            part = missing[start : start + _BATCH]
+            written = write_drafts(self.store, self.sharer, [prompts[index] for index in part], longest)
+            self.notes.add({names[index]: ids for index, ids in zip(part, written, strict=True)})
+            if progress is not None:
+                progress("sharer's drafts", start + len(part), len(missing))
+        return [self.notes[name] for name in names]
 
 
 @torch.no_grad()
