@@ -7,11 +7,13 @@ import time
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GenerationConfig, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
 from c2c import C2CModel, GenerationResult, kv
 from c2c.errors import PromptError
+from c2c.prefill import logits_after
 from c2c.prompting import RenderOptions
 from c2c.receiver import Receiver
 from c2c.sharer import Sharer
@@ -448,3 +450,39 @@ def test_a_prepared_prompt_can_be_decoded_by_hand(opened):
     assert kv.length(prepared.cache) == prepared.tokens.length - 1
     ids = opened.receiver.generate(prepared.tokens, prepared.cache, max_new_tokens=5, do_sample=False)
     assert ids.tolist() == rows(opened.generate(PROMPTS, max_new_tokens=5, do_sample=False))
+
+
+# -- the language-model head -------------------------------------------------------------------------------------------
+
+
+class RowByRow(TorchDispatchMode):
+    """Notes products of a batch of matrices with copies of one of them as large as the head."""
+
+    def __init__(self, vocabulary: int) -> None:
+        super().__init__()
+        self.vocabulary, self.found = vocabulary, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.bmm.default and self.vocabulary in args[1].shape:
+            self.found += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
+@pytest.mark.parametrize("keep", [1, 3])
+def test_the_head_is_never_copied_once_for_each_row(family, keep):
+    """transformers cuts the last states out of a batch; of such a view torch made one product per row."""
+    receiver = Receiver(build(family), tokenizer("chatml"))
+    Receiver(receiver.model, receiver.tokenizer)  # a model in two roles is still hooked once
+    head = receiver.model.get_output_embeddings()
+    assert len(head._forward_pre_hooks) == 1
+    tokens = receiver.encode(PROMPTS)
+    mode = RowByRow(head.out_features)
+    with torch.no_grad(), mode:
+        logits = logits_after(receiver.model, tokens.ids, tokens.mask, tokens.positions, None, keep=keep)
+    assert mode.found == 0
+    head._forward_pre_hooks.clear()
+    with torch.no_grad(), mode:
+        plain = logits_after(receiver.model, tokens.ids, tokens.mask, tokens.positions, None, keep=keep)
+    assert mode.found == 1
+    torch.testing.assert_close(logits, plain)
