@@ -14,7 +14,7 @@ from c2c.reporting import ReportError, draw, group, overview_markdown, read_resu
 from c2c.reporting.canvas import COLOURS, legend_lines
 from c2c.reporting.findings import GAIN, LOSS
 from c2c.reporting.losses import marked
-from c2c.reporting.names import STAGES
+from c2c.reporting.names import POOLED, STAGES
 from c2c.reporting.text import cost
 from c2c.training.config import DataSource
 from test_report import GOOD, Page, found, numbers, report, result, save, section, sections
@@ -343,7 +343,7 @@ def test_the_overview_has_a_line_per_pair_and_data_set(tmp_path):
     text = overview_markdown(sections(tmp_path, *runs, full(sharer="other", scores=GOOD, timed=False)))
     (table,) = tables(text)
     assert table[0] == [
-        "receiver \u2190 sharer", "n", "receiver", "sharer", "matched", "deranged", "P", "S", "T",
+        "receiver \u2190 sharer", "n", "receiver", "sharer", "matched", "deranged", "P", "S", "T", "A",
         "text's seconds / ours",
     ]  # fmt: skip
     assert [row[0] for row in table[1:]] == [
@@ -411,3 +411,14 @@ def test_a_readme_without_its_place_is_refused(tmp_path, text):
 def test_broken_new_numbers_are_named(tmp_path, broken, says):
     with pytest.raises(ReportError, match=re.escape(says)):
         read_results([save(tmp_path, full() | broken)])
+
+
+def test_a_brief_overview_has_a_row_for_each_section_and_every_loss_in_words(tmp_path):
+    """As a README has it: all questions together, named, and what single data sets lost below."""
+    sources = {name: numbers(ALL, n=150, speed=speed()) for name in ("arc_easy/test.jsonl", "openbookqa/test.jsonl")}
+    found = sections(tmp_path, full(sources=sources), full(sharer="other", scores=GOOD, timed=False))
+    whole, brief = overview_markdown(found), overview_markdown(found, brief=True)
+    lines = [line for line in brief.splitlines() if line.startswith("| ") and "---" not in line]
+    assert len(lines) == 1 + 2 * 2  # columns; a title and one row for each of two pairs
+    assert all(", ".join(task for task in one.tasks if task != POOLED) in brief for one in found)
+    assert brief.split("not measured.")[1] == whole.split("not measured.")[1]

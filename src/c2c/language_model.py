@@ -56,8 +56,8 @@ def _contiguous(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, 
 def _keep_head_whole(model: PreTrainedModel) -> None:
     """Let the language-model head read contiguous states.
 
-    Models cut the last states out of a batch and hand on a view; with frozen weights torch then multiplies row by row,
-    each with a copy of the whole head: 90 times slower for eight rows in bfloat16, and gigabytes for a large vocabulary.
+    Models cut the last states out of a batch and hand on a view. With frozen weights torch then multiplies row by row,
+    each with a copy of the whole head: seconds in bfloat16, and gigabytes for a large vocabulary.
     """
     head = model.get_output_embeddings()
     if head is not None and _contiguous not in head._forward_pre_hooks.values():

@@ -31,10 +31,16 @@ def to_markdown(sections: Sequence[Section], title: str, plots: Mapping[str, Seq
     return "\n\n".join(parts) + "\n"
 
 
-def overview_markdown(sections: Sequence[Section]) -> str:
-    """All sections at a glance: the tables, and gains and losses in words."""
+def overview_markdown(sections: Sequence[Section], *, brief: bool = False) -> str:
+    """All sections at a glance: the tables, and gains and losses in words.
+
+    Args:
+        sections: what to show.
+        brief: one row for each section in place of one for each of its data sets. Losses on single data sets stay in
+            the words below.
+    """
     lines = [line for verdict in verdicts(sections) if (line := _verdict(verdict))]
-    return "\n\n".join([*map(table_markdown, overview(sections)), *["\n".join(lines)] * bool(lines)])
+    return "\n\n".join([*map(table_markdown, overview(sections, brief=brief)), *["\n".join(lines)] * bool(lines)])
 
 
 def _verdict(verdict: Verdict) -> str:

@@ -44,7 +44,7 @@ def make_files(
     """
     files: dict[Path, str] = {}
     if readme is not None:
-        files[readme] = fill_readme(readme, f"{HEADER}\n\n{overview_markdown(sections)}")
+        files[readme] = fill_readme(readme, f"{HEADER}\n\n{overview_markdown(sections, brief=True)}")
     drawn = draw(sections) if html is not None or plots is not None else {}
     if html is not None:
         files[html] = to_html(sections, title, drawn)

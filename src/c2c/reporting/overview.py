@@ -13,7 +13,7 @@ from c2c.reporting.rows import Row, all_runs
 from c2c.reporting.sections import Section
 
 _SYSTEMS = ("receiver", "sharer", "matched", "deranged")
-_LETTERS = ("P", "S", "T")
+_LETTERS = ("P", "S", "T", "A")
 _TEXT_TIME = "text's seconds / ours"
 
 
@@ -34,10 +34,15 @@ class Verdict:
     lost: str
 
 
-def overview(sections: Sequence[Section]) -> list[Table]:
-    """One table for each unit, a group for each pair and a row for each data set."""
+def overview(sections: Sequence[Section], *, brief: bool = False) -> list[Table]:
+    """One table for each unit, a group for each pair and a row for each data set.
+
+    Args:
+        sections: what to show.
+        brief: one row for each section, over all of its data.
+    """
     units = dict.fromkeys(section.unit for section in sections)
-    return [_table([section for section in sections if section.unit == unit]) for unit in units]
+    return [_table([section for section in sections if section.unit == unit], brief) for unit in units]
 
 
 def verdicts(sections: Iterable[Section]) -> list[Verdict]:
@@ -46,7 +51,7 @@ def verdicts(sections: Iterable[Section]) -> list[Verdict]:
 
 
 def _verdict(section: Section) -> Verdict:
-    own = [_label(section, task) for task in section.tasks if task != POOLED]
+    own = [_label(section, task, brief=False) for task in section.tasks if task != POOLED]
     data = ", ".join(own) if len(own) <= 3 else f"{own[0]} and {len(own) - 1} others"
     return Verdict(f"{section.title}, {data}", section.slug, "; ".join(gain_words(section)), _lost(section))
 
@@ -60,32 +65,41 @@ def _lost(section: Section) -> str:
     return "; ".join(parts)
 
 
-def _table(sections: Sequence[Section]) -> Table:
+def _table(sections: Sequence[Section], brief: bool) -> Table:
     unit = sections[0].unit
-    found = [(section, row) for section in sections for _, rows in all_runs(section) for row in rows]
+    found = [
+        (section, row)
+        for section in sections
+        for _, rows in all_runs(section)
+        for row in rows
+        if not brief or row.task == section.headline
+    ]
     systems = [name for name in _SYSTEMS if any(name in one.scores for _, row in found for one in row.numbers)]
     letters = [letter for letter in _LETTERS if any(letter in one.gains for _, row in found for one in row.numbers)]
     timed = any(row.ratios("text") for _, row in found)
     groups: dict[str, list[list[Cell]]] = {}
     for section, row in found:
-        groups.setdefault(section.title, []).append(_line(section, row, systems, letters, timed))
+        groups.setdefault(section.title, []).append(_line(section, row, systems, letters, timed, brief))
     columns = ["receiver \u2190 sharer", "n", *map(system_title, systems), *letters, *[_TEXT_TIME] * timed]
     caption = f"At a glance, {unit.score}"
     return Table(caption, columns, [Group(title, rows) for title, rows in groups.items()], _note(letters, timed))
 
 
-def _line(section: Section, row: Row, systems: Sequence[str], letters: Sequence[str], timed: bool) -> list[Cell]:
+def _line(
+    section: Section, row: Row, systems: Sequence[str], letters: Sequence[str], timed: bool, brief: bool
+) -> list[Cell]:
     runs = len(row.numbers)
-    head = Cell(_label(section, row.task), link=section.slug, strong=row.task == POOLED)
+    head = Cell(_label(section, row.task, brief), link=section.slug, strong=row.task == POOLED and not brief)
     size = replace(row.size(), detail=f"({runs} runs)" * (runs > 1))
     scores = [replace(row.score(name), detail="") for name in systems]
     return [head, size, *scores, *(row.gain(letter) for letter in letters), *[row.ratio("text")] * timed]
 
 
-def _label(section: Section, task: str) -> str:
+def _label(section: Section, task: str, brief: bool) -> str:
     """The data, with what tells it from the same data read in another way."""
     own = [name for name in section.tasks if name != POOLED]
-    title = f"these {len(own)} together" if task == POOLED else task
+    together = ", ".join(own) if brief else f"these {len(own)} together"
+    title = together if task == POOLED else task
     how = ["generated"] * (section.mode == "generate") + [section.variant] * bool(section.variant)
     return ", ".join([title, *how])
 
