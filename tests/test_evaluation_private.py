@@ -76,7 +76,7 @@ def test_every_system_answers_and_costs(fuser, data, tmp_path):
         system = result["systems"][name]
         assert 0 <= system["exact"] <= system["f1"] <= 100
         assert system["exact"] <= system["holds"] <= 100
-        assert sum(system.get(stage, 0) for stage in STAGES) <= system["seconds"] + 1e-4  # each is rounded
+        assert sum(system.get(stage, 0) for stage in STAGES) <= system["seconds"] + 1e-3  # each is rounded
     drafted, matched = result["systems"]["draft"], result["systems"]["matched"]
     assert drafted["sharer_decode"] > 0
     assert drafted["seconds"] > drafted["sharer_prefill"] + drafted["sharer_decode"] > 0
@@ -166,6 +166,14 @@ def test_a_passage_is_summed_up_once_for_all_its_questions(fuser, data, tmp_path
 def test_loss_of_the_reference(fuser, data):
     result = evaluate(config(fuser, data, mode="nll", systems=("receiver", "matched", "deranged", "zero")))
     assert all(system["mean"] > 0 for system in result["systems"].values())
+
+
+def test_rows_without_a_passage_are_left_out_and_counted_in_the_result(fuser, data, tmp_path):
+    text = (data / "a.jsonl").read_text()
+    (tmp_path / "a.jsonl").write_text(text + '{"id": "8", "context": "", "question": "Who?", "answers": ["fox"]}\n')
+    whole, left = (evaluate(config(fuser, folder, systems=("receiver", "matched"))) for folder in (data, tmp_path))
+    assert left["n"] == whole["n"] == 7
+    assert left["dropped"] == {"a.jsonl: context is empty": 1}
 
 
 def test_answers_of_shared_context_are_scored_too(folders, data, tmp_path):

@@ -239,3 +239,18 @@ def test_a_source_is_a_file_or_a_data_set(tmp_path):
 def test_there_are_letters_for_many_options():
     row = multiple_choice({"question": "q", "choices": [str(i) for i in range(26)], "answer": 25}, DataSource())
     assert row.response == f" {LETTERS[25]}"
+
+
+@pytest.mark.parametrize("kind", ["private_question", "context_question"])
+def test_rows_with_an_empty_passage_are_dropped_and_counted_and_without_one_refused(kind, tmp_path):
+    """HotpotQA has two such rows among five hundred."""
+    rows = [
+        {"question": f"Who signed page {n}?", "answer": "Anna", "context": "Anna signed." * (n > 0)} for n in range(4)
+    ]
+    write(tmp_path, "pages.jsonl", rows)
+    kept, dropped = load_rows([DataSource("pages.jsonl", kind=kind)], tmp_path, 0)
+    assert sorted(row.question for row in kept) == [row["question"] for row in rows[1:]]
+    assert dropped == {"context is empty": 1}
+    write(tmp_path, "pages.jsonl", [{"question": "Who?", "answer": "Anna"}])
+    with pytest.raises(ConfigError, match="'context' is missing or empty"):
+        load_rows([DataSource("pages.jsonl", kind=kind)], tmp_path, 0)

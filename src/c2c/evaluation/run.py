@@ -65,7 +65,7 @@ def evaluate(config: EvalConfig, progress: OnProgress | None = None) -> dict[str
     pair = Pair.open(config)
     _check_context(config, private=bool(pair.model.private))
     evaluation = _Evaluation(config, pair)
-    items, dev = (evaluation.works(rows, prefix) for rows, prefix in zip(given, ("", _DEV), strict=True))
+    items, dev = (evaluation.works(*rows, prefix) for rows, prefix in zip(given, ("", _DEV), strict=True))
     evaluation.start()
     for work in (*dev, *items):
         evaluation.answer(work, progress)
@@ -93,13 +93,14 @@ class _Evaluation:
         self.provenance = provenance(self.config, self.pair)
         self.journal = Journal(self.config.output_dir, self.provenance["key"], self.config.batch_size)
 
-    def works(self, sources: Mapping[str, list[Row]], prefix: str) -> list[Work]:
+    def works(self, sources: Mapping[str, list[Row]], left_out: Mapping[str, int], prefix: str) -> list[Work]:
         """Items that the pair can read, and who answers them."""
         asked = [name for name in self.config.systems if name not in DERIVED]
         if prefix == _DEV:
             needed = {part for name in self.config.systems for part in DERIVED.get(name, ())}
             asked = [name for name in asked if name in needed]
         works = []
+        self.dropped |= {f"{prefix}{reason}": count for reason, count in left_out.items()}
         for name, rows in sources.items():
             examples, reasons = self.pair.examples(rows)
             self.dropped |= {f"{prefix}{name}: {reason}": count for reason, count in reasons.items()}
@@ -231,17 +232,21 @@ class _Evaluation:
         return self._labels.get(name, name)
 
 
-def _rows(sources: Sequence[DataSource], config: EvalConfig, *, limited: bool = True) -> dict[str, list[Row]]:
+def _rows(
+    sources: Sequence[DataSource], config: EvalConfig, *, limited: bool = True
+) -> tuple[dict[str, list[Row]], dict[str, int]]:
+    """The rows of each source by its name, and how many were left out, by source and reason."""
     rows: dict[str, list[Row]] = {}
+    left_out: dict[str, int] = {}
     for source in sources:
         if limited and config.limit is not None:
             source = replace(source, limit=config.limit)
         how = [source.form] * (source.form != "letter") + [f"{source.options} options"] * (source.options is not None)
         name = f"{short(source)} ({', '.join(how)})" if how else short(source)
-        rows[name if name not in rows else f"{name} #{len(rows)}"] = load_rows(
-            [source], Path(config.data_dir), config.seed
-        )[0]
-    return rows
+        name = name if name not in rows else f"{name} #{len(rows)}"
+        rows[name], reasons = load_rows([source], Path(config.data_dir), config.seed)
+        left_out |= {f"{name}: {reason}": count for reason, count in reasons.items()}
+    return rows, left_out
 
 
 def _check(work: Work, config: EvalConfig) -> None:

@@ -215,6 +215,7 @@ KINDS: dict[str, Callable[[dict[str, Any], DataSource], Row]] = {
     "instruction": instruction,
     "chat": chat,
 }
+_WITH_CONTEXT = ("context_question", "private_question")
 
 _SYNTHETIC: dict[str, tuple[Callable[[str, int], Iterator[dict[str, Any]]], str]] = {
     "relay": (relay, "train"),
@@ -241,7 +242,7 @@ def load_rows(
         exclude: normalised questions that must not be used, see :func:`questions`.
 
     Returns:
-        The rows, and how many were dropped, by reason.
+        The rows, and how many were dropped, by reason: data sets of passages have rows without one.
 
     Raises:
         ConfigError: a file is missing, a row is not what its kind needs, or a kind is unknown; names the row.
@@ -260,6 +261,8 @@ def load_rows(
         for data in read(source, data_dir, seed):
             if _asked(data) in exclude:
                 dropped["question is in an excluded file"] += 1
+            elif source.kind in _WITH_CONTEXT and data.get("context") == "":
+                dropped["context is empty"] += 1
             else:
                 kept.append(data)
         random.Random(seed).shuffle(kept)
