@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -14,7 +15,7 @@ from typer.testing import CliRunner
 from c2c import C2CModel
 from c2c.baselines.text_to_text import text_to_text
 from c2c.cli.app import app
-from c2c.evaluation import EvalConfig, evaluate, load_eval_config
+from c2c.evaluation import EvalConfig, derived, evaluate, load_eval_config
 from c2c.evaluation.answers import read_letter
 from c2c.evaluation.config import EvaluationError
 from c2c.evaluation.costs import STAGES
@@ -351,6 +352,22 @@ def test_router_learns_which_questions_the_sharer_knows(fuser, data):
 
     made = route(model, answered(), rows(0), answered(), rows(20), 0.5)
     assert [record["used"] for record in made.records] == ["sharer", "receiver"] * 6
+    assert made.facts["share_routed"] == 0.5
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_router_sends_the_asked_share_of_new_questions_too(monkeypatch, seed):
+    """More dimensions than questions, and nothing to learn in them: still half of new questions go to the sharer."""
+    draw = np.random.default_rng(seed)
+    monkeypatch.setattr(derived, "_embed", lambda model, rows: draw.normal(size=(len(rows), 576)))
+
+    def answered(count):
+        """The sharer is right in most cases, so that the median gain is far from the mean one."""
+        right = {"sharer": draw.random(count) < 0.8, "receiver": draw.random(count) < 0.2}
+        return {name: [{"id": str(i), "answer": 0, "chosen": int(not hit)} for i, hit in enumerate(hits)]
+                for name, hits in right.items()}  # fmt: skip
+
+    made = route(None, answered(180), [None] * 180, answered(400), [None] * 400, 0.5)
     assert made.facts["share_routed"] == 0.5
 
 

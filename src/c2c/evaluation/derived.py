@@ -45,9 +45,11 @@ def route(
     """Send each question to the sharer or the receiver, by its words alone, before either has run.
 
     A ridge regression on the mean input embedding of the question predicts by how much the sharer is better (its
-    strength is chosen by leave-one-out error on dev); the questions with the highest prediction go to the sharer, by a
-    threshold that sends ``share`` of the dev questions there. An open stand-in for learned routers such as RouteLLM
-    (Ong et al., 2024), which the published evaluation uses at an even split.
+    strength is chosen by leave-one-out error on dev); ``share`` of the questions, those with the highest prediction, go
+    to the sharer. Which these are is told by the predictions of all questions asked, and by no answer: a threshold from
+    dev would send another share of them, since what was fitted lies further apart than what is predicted. An open
+    stand-in for learned routers such as RouteLLM (Ong et al., 2024), which the published evaluation uses at an even
+    split.
 
     Args:
         model: whose embeddings and tokenizer are used: the receiver.
@@ -63,8 +65,9 @@ def route(
     known, asked = (known - middle) / spread, (asked - middle) / spread
     ridge = min(_RIDGES, key=lambda strength: _left_out_error(known, better, strength))
     weights = _solve(known, better - better.mean(), ridge)
-    threshold = float(np.quantile(known @ weights, 1 - share)) if share > 0 else np.inf
-    chosen = [("sharer" if use else "receiver") for use in asked @ weights >= threshold]
+    predicted = asked @ weights
+    threshold = float(np.quantile(predicted, 1 - share)) if share > 0 else np.inf
+    chosen = [("sharer" if use else "receiver") for use in predicted >= threshold]
     sent = chosen.count("sharer") / max(1, len(chosen))
     return Derived(_taken(items, chosen), {"share_asked": share, "share_routed": round(sent, 4), "ridge": float(ridge)})
 
