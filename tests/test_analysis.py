@@ -18,6 +18,7 @@ from c2c.analysis.gates import measure_gates
 from c2c.analysis.inputs import Subject, parts
 from c2c.analysis.layers import measure_layers, mixed, thirds, variants
 from c2c.analysis.maps import compare, draw_cache_map, linear_cka, principal_axes, shared_variance
+from c2c.analysis.precision import crossed, measure_precision
 from c2c.analysis.progressive import FRACTIONS, measure_progressive, part_of, partly_fused
 from c2c.analysis.rank import Grams, measure_ranks
 from c2c.analysis.scores import difference, right_answers
@@ -326,6 +327,50 @@ def test_hard_gates_are_counted(data, tmp_path):
     assert sizes == [[True, False], [False, False], [False, False], [False, True], [False, False]]
 
 
+# -- precision -------------------------------------------------------------------------------------------------------
+
+
+def test_what_crosses_is_rounded_and_the_rest_is_not_there(batch):
+    cache, read = batch.sharer_cache, batch.matched
+    exact = crossed(cache, read, "bfloat16")  # as it is stored
+    for (keys, values), (sent, also) in zip(kv.layers(cache), kv.layers(exact), strict=True):
+        if not keys.shape[1]:
+            assert sent.shape == keys.shape
+            continue
+        there = torch.zeros(keys.shape[0], keys.shape[2], dtype=torch.bool)
+        there[read.rows, read.sharer] = True
+        for whole, arrived in ((keys, sent), (values, also)):
+            whole, arrived = whole.transpose(1, 2), arrived.transpose(1, 2)
+            assert torch.equal(arrived[there], whole[there])
+            assert not arrived[~there].any()
+    rough = crossed(cache, read, "int8")
+    errors = [
+        float((a - b).norm() / b.norm())
+        for x, y in zip(kv.layers(rough), kv.layers(exact), strict=True)
+        for a, b in zip(x, y, strict=True)
+        if b.shape[1]
+    ]
+    assert 0 < max(errors) < 0.02
+
+
+def test_the_first_row_of_precisions_is_what_the_others_are_measured_by(fuser, data, subject):
+    progressive = measure_progressive(Settings(fuser, data, batch_size=4))
+    result = measure_precision(Settings(fuser, data, batch_size=4))
+    first, *fewer = result["precisions"]
+    assert (first["precision"], first["cost"]["points"], first["differ"]) == ("bfloat16", 0, 0)
+    assert first["accuracy"] == progressive["former"][-1]["accuracy"]
+    assert [one["precision"] for one in fewer] == ["int8", "float8"]
+    assert fewer[0]["bytes"] == fewer[1]["bytes"] < first["bytes"]
+    assert result["receiver"]["accuracy"] == progressive["former"][0]["accuracy"]
+
+
+def test_entries_in_the_sharers_own_type_are_read_again(fuser, data, tmp_path):
+    settings = Settings(fuser, data, batch_size=4, store_dir=str(tmp_path))
+    measure_precision(settings)  # all are stored now
+    names = [one["precision"] for one in measure_precision(settings, unrounded=True)["precisions"]]
+    assert names == ["float32", "bfloat16", "int8", "float8"]
+
+
 # -- progressive fusion ----------------------------------------------------------------------------------------------
 
 
@@ -473,7 +518,7 @@ def hide(monkeypatch, package):
     monkeypatch.setitem(__import__("sys").modules, f"{package}.manifold", None)
 
 
-COMMANDS = ["effective-rank", "cache-map", "gates", "progressive", "layers"]
+COMMANDS = ["effective-rank", "cache-map", "gates", "progressive", "precision", "layers"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -494,7 +539,7 @@ def test_commands_write_numbers_and_plot(fuser, data, tmp_path, command):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [f"{command}.json", f"{command}.svg"]
     shown = CliRunner().invoke(app, arguments)
     assert shown.exit_code == 0, shown.output
-    assert "layer" in shown.output or "fused" in shown.output
+    assert any(word in shown.output for word in ("layer", "fused", "precision"))
 
 
 def test_the_key_tells_analyses_apart(fuser, data, tmp_path):

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-import resource
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import LlamaConfig, Qwen2Config
-
-from c2c.training.memory import keep_freed_memory
 
 SIZES = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": 128}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -72,19 +68,6 @@ def test_train_step_gives_each_fuser_a_process(train_step, arguments, monkeypatc
     monkeypatch.setattr(sys, "argv", seen[0][1:])
     given = train_step._arguments()
     assert (given.only, given.tokens, given.response, given.rounds) == ("published", 12, 4, 1)
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told to keep memory")
-def test_memory_that_a_step_frees_serves_the_next():
-    keep_freed_memory()
-    faults = []
-    for _ in range(4):
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        gradients = [torch.ones(1024, 1024) for _ in range(50)]
-        del gradients
-        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-    pages = 50 * 4 * 1024**2 // resource.getpagesize()
-    assert faults[-1] < pages / 100
 
 
 def test_handoff_reads_a_document_once_for_all_questions(monkeypatch):

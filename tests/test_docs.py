@@ -409,8 +409,9 @@ def servers(page: str, workspace):
     if page == "docs/remote.md":
         from remote_rig import serving
 
-        with serving(Sharer.from_pretrained(str(cache / "qwen2.5-coder-0.5b"))) as running:
-            yield [("http://127.0.0.1:8650", running.url)]
+        large, small = (Sharer.from_pretrained(str(cache / f"qwen2.5-coder-{size}")) for size in ("1.5b", "0.5b"))
+        with serving(large) as first, serving(small) as second:
+            yield [("http://127.0.0.1:8650", first.url), ("http://127.0.0.1:8651", second.url)]
     elif page == "docs/serving.md":
         with serve("zoo/NAME", "pair") as url:
             yield [("http://127.0.0.1:8000", url)]

@@ -4,6 +4,7 @@ from c2c.analysis.enrichment import EnrichmentSettings, measure_enrichment
 from c2c.analysis.gates import measure_gates
 from c2c.analysis.layers import measure_layers
 from c2c.analysis.maps import draw_cache_map
+from c2c.analysis.precision import measure_precision
 from c2c.analysis.progressive import measure_progressive
 from c2c.analysis.rank import effective_rank, measure_ranks
 from c2c.analysis.scaling import measure_scaling
@@ -18,6 +19,7 @@ __all__ = [
     "measure_enrichment",
     "measure_gates",
     "measure_layers",
+    "measure_precision",
     "measure_progressive",
     "measure_ranks",
     "measure_scaling",

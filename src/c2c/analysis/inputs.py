@@ -33,7 +33,7 @@ class Subject:
         dropped: how many items do not fit the pair, by reason.
     """
 
-    def __init__(self, model: C2CModel, settings: Settings) -> None:
+    def __init__(self, model: C2CModel, settings: Settings, read_again: bool = False) -> None:
         if len(model.sharers) != 1:
             raise AnalysisError(
                 f"{settings.fuser} has {len(model.sharers)} sharers; one is analysed at a time: give one of its fusers."
@@ -52,11 +52,16 @@ class Subject:
         limit = model.receiver.context_length or _UNLIMITED
         self.examples, self.dropped = build_examples(model, rows, limit, _UNLIMITED)
         check_items(len(self.examples), settings.data, self.dropped)
-        self._release(theirs)
+        if not read_again:
+            self._release(theirs)
 
     @classmethod
-    def open(cls, settings: Settings) -> Subject:
+    def open(cls, settings: Settings, read_again: bool = False) -> Subject:
         """Load the fuser with the models that it names.
+
+        Args:
+            settings: what was asked for.
+            read_again: the sharer is needed, also where all its prefills are stored.
 
         Raises:
             AnalysisError: no data file, several sharers, a fuser that merges nothing, or fewer than two items that the
@@ -71,7 +76,7 @@ class Subject:
             dtype=settings.dtype,
             device_map=settings.device_map,
         )
-        return cls(model, settings)
+        return cls(model, settings, read_again)
 
     def batches(self, stage: str, progress: OnProgress | None = None) -> Iterator[Batch]:
         """The items with their caches, in batches of at least two; ``progress`` is told of each that is done."""

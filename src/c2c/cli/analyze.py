@@ -187,6 +187,44 @@ def progressive(
 
 
 @group.command(
+    "precision",
+    epilog=_examples(
+        "precision --fuser zoo/NAME --data questions.jsonl --limit 300 --output-dir analysis",
+        "precision --fuser zoo/NAME --data questions.jsonl --unrounded --json | jq .precisions",
+    ),
+)
+def precision(
+    fuser: Fuser,
+    data: Data,
+    unrounded: Annotated[
+        bool, typer.Option("--unrounded", help="Entries in the sharer's own type too; it reads every prompt again.")
+    ] = False,
+    limit: Limit = 200,
+    seed: Seed = 0,
+    form: Form = "letter",
+    batch_size: BatchSize = 8,
+    store_dir: StoreDir = None,
+    store_budget_gb: StoreBudget = 20.0,
+    output_dir: OutputDir = None,
+    receiver: ReceiverName = None,
+    sharer: SharerName = None,
+    dtype: Dtype = None,
+    device_map: DeviceMap = None,
+    json_: Json = False,
+) -> None:
+    """Accuracy and bytes when the sharer's entries cross in fewer bits."""
+    from c2c.analysis import measure_precision
+
+    settings = _settings(locals())
+    _run(
+        lambda settings, report: measure_precision(settings, report, unrounded=unrounded),
+        _show_precision,
+        settings,
+        json_,
+    )
+
+
+@group.command(
     "layers",
     epilog=_examples(
         "layers --fuser zoo/NAME --data questions.jsonl --limit 300 --output-dir analysis",
@@ -372,6 +410,16 @@ def _show_progressive(result: dict[str, Any]) -> None:
         table.add_row(f"{former['fraction']:g}", _score(former), _score(latter))
     out.print(table)
     out.print(f"deranged {_score(result['deranged'])}, zero {_score(result['zero'])}")
+    _show_gains(result)
+
+
+def _show_precision(result: dict[str, Any]) -> None:
+    table = Table("precision", "kB a question", "accuracy", "cost", "differ", title=f"in percent, n {result['n']}")
+    for one in result["precisions"]:
+        cells = [_score(one), _points(one["cost"]), f"{one['differ']:.1f}"]
+        table.add_row(one["precision"], f"{one['bytes'] / 1e3:,.0f}", *cells)
+    out.print(table)
+    out.print(f"receiver alone {_score(result['receiver'])}, deranged {_score(result['deranged'])}")
     _show_gains(result)
 
 

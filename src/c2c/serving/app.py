@@ -10,6 +10,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
+from c2c.heap import map_blocks
 from c2c.serving.answering import answer
 from c2c.serving.body import read_body, watched
 from c2c.serving.engine import AskToRead, Engine
@@ -31,6 +32,7 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        map_blocks()
         engine.start()
         tidying = asyncio.create_task(hand_back_now_and_then(lambda: service.ended))
         yield

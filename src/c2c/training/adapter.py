@@ -23,6 +23,7 @@ from c2c.alignment import Aligner, SpanAligner
 from c2c.baselines.adapter import MANIFEST, nearest_rank, new_adapter, restore_adapter, save_adapter, trainable
 from c2c.files import write_json
 from c2c.fusers import family
+from c2c.heap import keep_freed_memory
 from c2c.language_model import LanguageModel
 from c2c.layer_map import layer_map
 from c2c.prefill import logits_after
@@ -34,7 +35,6 @@ from c2c.training.checkpoints import CompleteCheckpoints, find_start, note_run
 from c2c.training.config import ConfigError, Precision, TrainConfig
 from c2c.training.distributed import Processes
 from c2c.training.examples import Example, build_examples
-from c2c.training.memory import keep_freed_memory
 from c2c.training.objective import computing_in, cross_entropy, right_pad
 from c2c.training.prepared import PLACES, read_examples
 from c2c.training.selection import answered_right

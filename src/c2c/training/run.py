@@ -8,12 +8,12 @@ from typing import Any
 
 from c2c.files import write_json
 from c2c.fusers import LinearFuser, MemoryFuser
+from c2c.heap import keep_freed_memory
 from c2c.progress import OnProgress
 from c2c.training.adapter import train_adapter
 from c2c.training.checkpoints import find_start, note_run
 from c2c.training.config import ADAPTER, ConfigError, TrainConfig
 from c2c.training.distributed import Processes
-from c2c.training.memory import keep_freed_memory
 from c2c.training.prepared import Prepared, calibrate, fill, prepare
 from c2c.training.ridge import Batches, choose_blend, fit
 from c2c.training.selection import DevScore, DevSet

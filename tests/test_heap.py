@@ -1,0 +1,78 @@
+"""The C library is told what to do with freed memory; each test in a process of its own, which it is told for."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told")
+
+TOOLS = """
+import ctypes, os
+from c2c import heap
+
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+
+def taken(size, count):
+    blocks = [libc.malloc(size) for _ in range(count)]
+    for block in blocks:
+        ctypes.memset(block, 1, size)
+    return blocks
+
+def rss():
+    with open("/proc/self/statm") as statm:
+        return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+def left(size, count, freed_before=0):
+    "Share of freed blocks that the process still has, with a small thing after each that stays."
+    if freed_before:  # from here on glibc by itself takes blocks of this size from its heap
+        libc.free(taken(freed_before, 1)[0])
+    before, blocks = rss(), []
+    for _ in range(count):
+        blocks += taken(size, 1)
+        libc.malloc(64)
+    for block in blocks:
+        libc.free(block)
+    return (rss() - before) / (size * count)
+"""
+
+
+def run(code: str) -> list[str]:
+    done = subprocess.run([sys.executable, "-c", TOOLS + code], capture_output=True, text=True, check=True)
+    return done.stdout.split()
+
+
+def test_mapped_blocks_go_back_when_they_are_freed():
+    code = "print(left(200_000, 500, freed_before=8_000_000))"
+    assert float(run(code)[0]) > 0.9  # what glibc does by itself
+    told, share = run("print(heap.map_blocks(), left(200_000, 500, freed_before=8_000_000))")
+    assert told == "True"
+    assert float(share) < 0.1
+
+
+def test_holes_between_smaller_blocks_are_handed_back():
+    code = "heap.map_blocks(); before = rss(); kept = left(60_000, 1000)\nprint(kept, heap.hand_back(), rss() - before)"
+    kept, handed, more = run(code)
+    assert float(kept) > 0.9
+    assert handed == "True"
+    assert int(more) < 60_000 * 1000 / 4
+
+
+def test_memory_that_a_step_frees_serves_the_next():
+    code = """
+import resource, torch
+heap.keep_freed_memory()
+for _ in range(4):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    gradients = [torch.ones(1024, 1024) for _ in range(50)]
+    del gradients
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(50 * 4 * 1024**2 // resource.getpagesize())
+"""
+    *faults, pages = map(int, run(code))
+    assert faults[0] > pages / 2
+    assert faults[-1] < pages / 100
