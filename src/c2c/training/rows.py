@@ -15,6 +15,7 @@ from c2c.errors import did_you_mean
 from c2c.extras import install_command
 from c2c.messages import Conversation
 from c2c.training.config import LETTERS, ConfigError, DataSource
+from c2c.training.facts import facts
 from c2c.training.halves import halves
 from c2c.training.layouts import normalise
 from c2c.training.relay import relay
@@ -220,6 +221,8 @@ _WITH_CONTEXT = ("context_question", "private_question")
 _SYNTHETIC: dict[str, tuple[Callable[[str, int], Iterator[dict[str, Any]]], str]] = {
     "relay": (relay, "train"),
     "relay_test": (relay, "test"),
+    "facts": (facts, "train"),
+    "facts_test": (facts, "test"),
     "halves": (halves, "train"),
     "halves_test": (halves, "test"),
     "skeleton": (skeleton, "train"),
