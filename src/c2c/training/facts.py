@@ -12,11 +12,57 @@ from typing import Any
 
 from c2c.training.made_up import made_up
 
-_FIRST = ("Anna", "Bruno", "Carla", "David", "Elena", "Felix", "Greta", "Hugo", "Irene", "Jonas", "Karin", "Leo")
-_FIRST += ("Maria", "Nils", "Olga", "Peter", "Rosa", "Simon", "Tessa", "Viktor", "Wanda", "Yusuf", "Zoe", "Ben")
+_FIRST: tuple[str, ...] = (
+    "Anna",
+    "Bruno",
+    "Carla",
+    "David",
+    "Elena",
+    "Felix",
+    "Greta",
+    "Hugo",
+    "Irene",
+    "Jonas",
+    "Karin",
+    "Leo",
+    "Maria",
+    "Nils",
+    "Olga",
+    "Peter",
+    "Rosa",
+    "Simon",
+    "Tessa",
+    "Viktor",
+    "Wanda",
+    "Yusuf",
+    "Zoe",
+    "Ben",
+)
 _LAST = ("Berger", "Holm", "Costa", "Novak", "Lind", "Moreau", "Okafor", "Sato", "Weber", "Rossi", "Khan", "Dunn")
-_TOWNS = ("Lisbon", "Oslo", "Vienna", "Cairo", "Lima", "Dublin", "Kyoto", "Quebec", "Athens", "Havana", "Prague")
-_TOWNS += ("Warsaw", "Paris", "Boston", "Lagos", "Delhi", "Seoul", "Perth", "Geneva", "Malta", "Bergen", "Turin")
+_TOWNS: tuple[str, ...] = (
+    "Lisbon",
+    "Oslo",
+    "Vienna",
+    "Cairo",
+    "Lima",
+    "Dublin",
+    "Kyoto",
+    "Quebec",
+    "Athens",
+    "Havana",
+    "Prague",
+    "Warsaw",
+    "Paris",
+    "Boston",
+    "Lagos",
+    "Delhi",
+    "Seoul",
+    "Perth",
+    "Geneva",
+    "Malta",
+    "Bergen",
+    "Turin",
+)
 _JOBS = ("nurse", "baker", "pilot", "teacher", "plumber", "lawyer", "farmer", "painter", "driver", "chemist", "cook")
 _COLOURS = ("red", "blue", "green", "white", "black", "yellow", "purple", "brown", "grey", "silver")
 _OBJECTS = ("umbrella", "suitcase", "bicycle", "hat", "piano", "lamp", "kite", "basket", "clock", "boat", "drum")
