@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import multiprocessing
 import os
@@ -14,6 +15,7 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
+from pathlib import Path
 
 import httpx
 import pytest
@@ -25,9 +27,13 @@ from c2c.cli import app
 from c2c.errors import C2CError
 from c2c.remote import RemoteError, RemoteSharer
 from c2c.remote.address import is_local
+from c2c.remote.app import build_app
+from c2c.remote.desk import Desk
 from c2c.remote.limits import Limits
+from c2c.remote.log import Log
 from c2c.remote.order import Order
 from c2c.remote.signature import Signer
+from c2c.remote.stall import Stall
 from c2c.sharer import Sharer
 from c2c.tokens import left_pad
 from remote_rig import make_server, serving, until
@@ -256,15 +262,59 @@ def test_a_port_that_is_taken(local):
         Server(None, "127.0.0.1", 0, cert="a", key="b")
 
 
-@pytest.mark.skipif(shutil.which("openssl") is None, reason="makes a certificate with openssl")
-def test_tls(local, tmp_path):
-    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+def certificate(folder) -> tuple[Path, Path]:
+    cert, key = folder / "cert.pem", folder / "key.pem"
     subprocess.run(
         f"openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=localhost "
         f"-addext subjectAltName=IP:127.0.0.1 -keyout {key} -out {cert}".split(),
         check=True,
         capture_output=True,
     )
+    return cert, key
+
+
+@contextmanager
+def http2(sharer, cert, key):
+    """The same application behind a server that offers HTTP/2; yields its address and the versions that were spoken."""
+    from hypercorn.asyncio import serve
+    from hypercorn.config import Config
+
+    limits, signer, spoken = Limits(requests_per_minute=0), Signer(None), []
+    inner = build_app(Stall(sharer, signer, limits), Desk((), signer, limits), Log(io.StringIO()))
+
+    async def app(scope, receive, send):
+        if scope["type"] == "http":
+            spoken.append(scope["http_version"])
+        await inner(scope, receive, send)
+
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    config = Config()
+    config.bind, config.certfile, config.keyfile = [f"127.0.0.1:{port}"], str(cert), str(key)
+    loop, over = asyncio.new_event_loop(), asyncio.Event()
+    thread = threading.Thread(target=lambda: loop.run_until_complete(serve(app, config, shutdown_trigger=over.wait)))
+    thread.start()
+    try:
+        until(lambda: socket.socket().connect_ex(("127.0.0.1", port)) == 0)
+        yield f"https://127.0.0.1:{port}", spoken
+    finally:
+        loop.call_soon_threadsafe(over.set)
+        thread.join(60)
+        assert not thread.is_alive()
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="makes a certificate with openssl")
+def test_http2_where_the_other_side_offers_it(local, tmp_path):
+    cert, key = certificate(tmp_path)
+    with http2(local.sharers[0], cert, key) as (url, spoken):
+        assert generated(through(local, url, verify=cert)) == generated(local)
+    assert len(spoken) > 1
+    assert set(spoken) == {"2"}
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="makes a certificate with openssl")
+def test_tls(local, tmp_path):
+    cert, key = certificate(tmp_path)
     with serving(local.sharers[0], tls=(cert, key), tokens=["t"]) as running:
         assert running.url.startswith("https://")
         assert generated(through(local, running.url, verify=cert, token="t")) == generated(local)
