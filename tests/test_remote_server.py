@@ -287,15 +287,13 @@ def http2(sharer, cert, key):
             spoken.append(scope["http_version"])
         await inner(scope, receive, send)
 
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    config = Config()
-    config.bind, config.certfile, config.keyfile = [f"127.0.0.1:{port}"], str(cert), str(key)
+    listening = socket.create_server(("127.0.0.1", 0))
+    port, config = listening.getsockname()[1], Config()
+    config.bind, config.certfile, config.keyfile = [f"fd://{listening.detach()}"], str(cert), str(key)
     loop, over = asyncio.new_event_loop(), asyncio.Event()
     thread = threading.Thread(target=lambda: loop.run_until_complete(serve(app, config, shutdown_trigger=over.wait)))
     thread.start()
     try:
-        until(lambda: socket.socket().connect_ex(("127.0.0.1", port)) == 0)
         yield f"https://127.0.0.1:{port}", spoken
     finally:
         loop.call_soon_threadsafe(over.set)

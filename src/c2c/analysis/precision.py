@@ -36,13 +36,14 @@ def crossed(cache: Cache, alignment: Alignment, precision: Precision) -> Dynamic
         alignment: which of its columns are read, by row.
         precision: on the wire; 8 bits have a scale for each channel of keys and each token of values.
     """
+    columns = [alignment.sharer[alignment.rows == row].unique() for row in range(int(alignment.rows.max()) + 1)]
+    counts = tuple(len(chosen) for chosen in columns)
 
     def rounded(keys: torch.Tensor, values: torch.Tensor) -> KeyValue:
-        rows, heads, _, width = keys.shape
+        _, heads, _, width = keys.shape
         if not heads:
             return keys, values
-        columns = [alignment.sharer[alignment.rows == row].unique() for row in range(rows)]
-        expected = Expected(kv.KVGeometry(1, heads, width), tuple(len(chosen) for chosen in columns), precision)
+        expected = Expected(kv.KVGeometry(1, heads, width), counts, precision)
         return spread(expected.rows(pack((keys, values), columns, precision)), columns, keys)
 
     return kv.from_layers(rounded(*layer) for layer in kv.layers(cache))
@@ -100,13 +101,13 @@ def measure_precision(
 @torch.no_grad()
 def _answers(subject: Subject, batch: Batch, names: tuple[Precision, ...], unrounded: bool) -> dict[str, Right]:
     training = subject.training
+    if unrounded:
+        cache = subject.model.sharers[0].prefill(batch.sharer)
+        batch = replace(batch, sharer_cache=kv.from_layers(kv.layers(cache)))
     answers = {
         "receiver": right_answers(training, batch, batch.receiver_cache),
         "deranged": right_answers(training, batch, training.fused(batch, "deranged")),
     }
-    if unrounded:
-        cache = subject.model.sharers[0].prefill(batch.sharer)
-        batch = replace(batch, sharer_cache=kv.from_layers(kv.layers(cache)))
     for name in names:
         answers[name] = right_answers(training, batch, _fused(training, batch, name))
     return answers

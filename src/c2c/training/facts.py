@@ -10,63 +10,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from c2c.training.made_up import made_up
+from c2c.training.made_up import NAMES, NUMBERS, OBJECTS, TOWNS, made_up
 
-_FIRST: tuple[str, ...] = (
-    "Anna",
-    "Bruno",
-    "Carla",
-    "David",
-    "Elena",
-    "Felix",
-    "Greta",
-    "Hugo",
-    "Irene",
-    "Jonas",
-    "Karin",
-    "Leo",
-    "Maria",
-    "Nils",
-    "Olga",
-    "Peter",
-    "Rosa",
-    "Simon",
-    "Tessa",
-    "Viktor",
-    "Wanda",
-    "Yusuf",
-    "Zoe",
-    "Ben",
-)
+_FIRST = (*NAMES, "Maria", "Nils", "Olga", "Peter", "Rosa", "Simon", "Tessa", "Viktor", "Wanda", "Yusuf", "Zoe", "Ben")
 _LAST = ("Berger", "Holm", "Costa", "Novak", "Lind", "Moreau", "Okafor", "Sato", "Weber", "Rossi", "Khan", "Dunn")
-_TOWNS: tuple[str, ...] = (
-    "Lisbon",
-    "Oslo",
-    "Vienna",
-    "Cairo",
-    "Lima",
-    "Dublin",
-    "Kyoto",
-    "Quebec",
-    "Athens",
-    "Havana",
-    "Prague",
-    "Warsaw",
-    "Paris",
-    "Boston",
-    "Lagos",
-    "Delhi",
-    "Seoul",
-    "Perth",
-    "Geneva",
-    "Malta",
-    "Bergen",
-    "Turin",
-)
+_TOWNS = (*TOWNS, "Warsaw", "Paris", "Boston", "Lagos", "Delhi", "Seoul", "Perth", "Geneva", "Malta", "Bergen", "Turin")
 _JOBS = ("nurse", "baker", "pilot", "teacher", "plumber", "lawyer", "farmer", "painter", "driver", "chemist", "cook")
 _COLOURS = ("red", "blue", "green", "white", "black", "yellow", "purple", "brown", "grey", "silver")
-_OBJECTS = ("umbrella", "suitcase", "bicycle", "hat", "piano", "lamp", "kite", "basket", "clock", "boat", "drum")
-_NUMBERS = ("access code", "locker number", "room number", "ticket number", "badge number", "table number")
 _HOUSES = ("boat house", "town hall", "old mill", "library", "station", "lighthouse", "school", "bridge", "theatre")
 _HOURS = ("eight", "nine", "ten", "eleven", "noon", "two", "three", "four", "five", "six")
 _DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
@@ -155,7 +105,7 @@ def facts(split: str, seed: int) -> Iterator[dict[str, Any]]:
 
 def _page(draw: random.Random) -> dict[str, str]:
     """Two to five sentences; most pages say the same of everybody, so that only the name tells them apart."""
-    count, number = draw.randint(2, 5), draw.choice(_NUMBERS)
+    count, number = draw.randint(2, 5), draw.choice(NUMBERS)
     same = draw.choice(_KINDS)
     kinds = [same if draw.random() < 0.7 else draw.choice(_KINDS) for _ in range(count)]
     values: list[tuple[str, str]] = []
@@ -194,7 +144,7 @@ _VALUES: dict[str, Callable[[random.Random], str]] = {
     "key": lambda draw: "".join(draw.choice("0123456789") for _ in range(draw.randint(3, 5))),
     "town": lambda draw: draw.choice(_TOWNS),
     "job": lambda draw: draw.choice(_JOBS),
-    "object": lambda draw: f"{draw.choice(_COLOURS)} {draw.choice(_OBJECTS)}",
+    "object": lambda draw: f"{draw.choice(_COLOURS)} {draw.choice(OBJECTS)}",
     "year": lambda draw: str(draw.randint(1840, 2010)),
     "time": lambda draw: f"{draw.choice(_DAYS)} at {draw.choice(_HOURS)}",
 }

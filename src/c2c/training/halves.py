@@ -10,9 +10,8 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
-from c2c.training.made_up import made_up
+from c2c.training.made_up import NAMES, made_up
 
-_NAMES = ("Anna", "Bruno", "Carla", "David", "Elena", "Felix", "Greta", "Hugo", "Irene", "Jonas", "Karin", "Leo")
 _COLOURS = ("red", "blue", "green", "white", "black", "yellow", "purple", "orange", "brown", "grey")
 _THINGS = ("lamps", "chairs", "boxes", "cups", "bags", "books", "plates", "shirts")
 _STREETS = (
@@ -46,7 +45,7 @@ def _facts(draw: random.Random) -> dict[str, str]:
 
 
 def _label(draw: random.Random) -> dict[str, str]:
-    name = draw.choice(_NAMES)
+    name = draw.choice(NAMES)
     what = f"{draw.randint(2, 9)} {draw.choice(_COLOURS)} {draw.choice(_THINGS)}"
     where = f"{draw.randint(11, 99)} {draw.choice(_STREETS)}"
     return {
@@ -58,7 +57,7 @@ def _label(draw: random.Random) -> dict[str, str]:
 
 
 def _visit(draw: random.Random) -> dict[str, str]:
-    name = draw.choice(_NAMES)
+    name = draw.choice(NAMES)
     hour = f"{draw.randint(8, 17)}:{draw.choice(('00', '10', '15', '20', '30', '40', '45', '50'))}"
     room = f"room {draw.randint(100, 999)}"
     return {

@@ -7,6 +7,10 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+NAMES = ("Anna", "Bruno", "Carla", "David", "Elena", "Felix", "Greta", "Hugo", "Irene", "Jonas", "Karin", "Leo")
+NUMBERS = ("access code", "locker number", "room number", "ticket number", "badge number", "table number")
+OBJECTS = ("umbrella", "suitcase", "bicycle", "hat", "piano", "lamp", "kite", "basket", "clock", "boat", "drum")
+TOWNS = ("Lisbon", "Oslo", "Vienna", "Cairo", "Lima", "Dublin", "Kyoto", "Quebec", "Athens", "Havana", "Prague")
 _TEST = 5  # one key in so many is kept for tests
 
 

@@ -9,13 +9,9 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
-from c2c.training.made_up import made_up
+from c2c.training.made_up import NAMES, NUMBERS, OBJECTS, TOWNS, made_up
 
-_NAMES = ("Anna", "Bruno", "Carla", "David", "Elena", "Felix", "Greta", "Hugo", "Irene", "Jonas", "Karin", "Leo")
-_THINGS = ("access code", "locker number", "room number", "ticket number", "badge number", "table number")
 _COLOURS = ("red", "blue", "green", "white", "black", "yellow", "purple", "orange", "brown", "grey", "silver")
-_OBJECTS = ("umbrella", "suitcase", "bicycle", "hat", "piano", "lamp", "kite", "basket", "clock", "boat", "drum")
-_TOWNS = ("Lisbon", "Oslo", "Vienna", "Cairo", "Lima", "Dublin", "Kyoto", "Quebec", "Athens", "Havana", "Prague")
 
 
 def relay(split: str, seed: int) -> Iterator[dict[str, Any]]:
@@ -29,10 +25,10 @@ def relay(split: str, seed: int) -> Iterator[dict[str, Any]]:
 
 
 def _number(draw: random.Random) -> dict[str, str]:
-    name, thing = draw.choice(_NAMES), draw.choice(_THINGS)
+    name, thing = draw.choice(NAMES), draw.choice(NUMBERS)
     key = "".join(draw.choice("0123456789") for _ in range(draw.randint(3, 5)))
-    other = draw.choice([one for one in _NAMES if one != name])
-    noise = draw.choice(("", f"{other} has left for {draw.choice(_TOWNS)}. ", f"{other} is late today. "))
+    other = draw.choice([one for one in NAMES if one != name])
+    noise = draw.choice(("", f"{other} has left for {draw.choice(TOWNS)}. ", f"{other} is late today. "))
     return {
         "context": f"{noise}The {thing} of {name} is {key}.",
         "question": f"What is the {thing} of {name}?",
@@ -41,7 +37,7 @@ def _number(draw: random.Random) -> dict[str, str]:
 
 
 def _thing(draw: random.Random) -> dict[str, str]:
-    name, colour, thing, town = (draw.choice(words) for words in (_NAMES, _COLOURS, _OBJECTS, _TOWNS))
+    name, colour, thing, town = (draw.choice(words) for words in (NAMES, _COLOURS, OBJECTS, TOWNS))
     return {
         "context": f"{name} bought the {colour} {thing} in {town}.",
         "question": f"What did {name} buy, of which colour, and where?",
