@@ -3,9 +3,9 @@
 Shapes of SmolLM2-135M <- Qwen2.5-0.5B with random weights, so that nothing has to be downloaded; 200 prompt tokens, 32
 response tokens, one example per step, one thread. A step is what ``c2c train`` does: loss, backward, clipping, AdamW
 (fused, as the Trainer has it). ``warm`` finds the caches of the prompt in the store, ``cold`` computes both prefills
-within the step; with ``_bf16`` the step has ``precision: bfloat16``, which needs a CPU with such instructions to be
-quicker. Each fuser runs in a process of its own, so that each has its own peak; there, the kinds of steps alternate and
-medians are taken over rounds. Where other work runs beside it, read the CPU seconds.
+within the step; ``_bf16`` has ``precision: bfloat16``, which needs a CPU with such instructions to be quicker. Each
+fuser and precision runs in a process of its own, as a training run does, so that each has its own peak; there, warm and
+cold steps alternate and medians are taken over rounds. Where other work runs beside it, read the CPU seconds.
 
     python benchmarks/train_step.py
     python benchmarks/train_step.py --rounds 5 --json
@@ -34,7 +34,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 
 from c2c import C2CModel
 from c2c.alignment import Alignment
-from c2c.heap import keep_freed_memory
+from c2c.heap import ask_for_large_pages, keep_freed_memory
 from c2c.receiver import Receiver
 from c2c.sharer import Sharer
 from c2c.training.config import Precision
@@ -45,8 +45,9 @@ from c2c.training.store import PrefillStore
 from prefill import RECEIVER, SHARER
 
 KINDS: dict[str, dict[str, Any]] = {"warm": {}, "cold": {"budget": 0}}
-PRECISIONS: dict[str, Precision] = {"": "float32", "_bf16": "bfloat16"}
 FUSERS: dict[str, dict[str, Any]] = {"default": {}, "published": {"fuser": "c2c", "layer_map": "terminal"}}
+PRECISIONS: dict[str, Precision] = {"": "float32", "_bf16": "bfloat16"}
+RUNS = {f"{fuser}{suffix}": (fuser, suffix) for fuser in FUSERS for suffix in PRECISIONS}
 
 # The published code (thu-nics/C2C at commit d03cc7b) with these shapes, both prefills within the step and autograd's
 # anomaly mode off: timed once on 2 vCPU with one thread, not in alternation with ours.
@@ -60,7 +61,7 @@ def main() -> None:
     if arguments.only:
         print(json.dumps(measure(arguments.only, arguments)))
         return
-    result = summary({name: _in_process_of_its_own(name, arguments) for name in FUSERS}, arguments)
+    result = summary({name: _in_process_of_its_own(name, arguments) for name in RUNS}, arguments)
     if arguments.json:
         print(json.dumps(result))
     else:
@@ -68,19 +69,19 @@ def main() -> None:
 
 
 def measure(
-    fuser: str, arguments: argparse.Namespace, receiver: LlamaConfig = RECEIVER, sharer: Qwen2Config = SHARER
+    name: str, arguments: argparse.Namespace, receiver: LlamaConfig = RECEIVER, sharer: Qwen2Config = SHARER
 ) -> dict[str, Any]:
-    """Medians of every kind of step of one fuser, and the peak memory of this process."""
+    """Medians of every kind of step of one fuser in one precision, and the peak memory of this process."""
+    fuser, suffix = RUNS[name]
     torch.set_num_threads(1)
-    keep_freed_memory()  # as c2c train does
+    ask_for_large_pages()  # both as c2c train does
+    keep_freed_memory()
     model = _model(fuser, receiver, sharer, arguments.seed)
     model.fusers[0].train()
     optimizer = torch.optim.AdamW(model.fusers[0].parameters(), lr=1e-4, weight_decay=0.01, fused=True)
     example = _example(arguments, min(receiver.vocab_size, sharer.vocab_size))
     steps = {
-        f"{kind}{suffix}": _step(_training(model, precision, **store), example, optimizer)
-        for suffix, precision in PRECISIONS.items()
-        for kind, store in KINDS.items()
+        kind: _step(_training(model, PRECISIONS[suffix], **store), example, optimizer) for kind, store in KINDS.items()
     }
     seconds, cpu_seconds = _medians(steps, arguments.rounds)
     return {
@@ -92,7 +93,7 @@ def measure(
 
 
 def summary(parts: dict[str, dict[str, Any]], arguments: argparse.Namespace) -> dict[str, Any]:
-    """One object for all fusers, with ratios to the published code: above 1 is better than it."""
+    """One object for all fusers and precisions, with ratios to the published code: above 1 is better than it."""
     seconds = {f"{name}_{kind}": value for name, part in parts.items() for kind, value in part["seconds"].items()}
     peak = max(part["peak_rss_gb"] for part in parts.values())
     return {
@@ -108,7 +109,7 @@ def summary(parts: dict[str, dict[str, Any]], arguments: argparse.Namespace) -> 
             "peak_rss": round(REFERENCE_RSS_GB / peak, 2),
         },
         "reference": {"seconds": REFERENCE_SECONDS, "peak_rss_gb": REFERENCE_RSS_GB},
-        "fusers": parts,
+        "runs": parts,
         "prompt_tokens": arguments.tokens,
         "response_tokens": arguments.response,
         "rounds": arguments.rounds,
@@ -214,7 +215,7 @@ def _peak_rss_gb() -> float:
 
 def _show(result: dict[str, Any]) -> None:
     table = Table("", "seconds", "CPU seconds", "published code", "times faster", "peak GB")
-    for name, part in result["fusers"].items():
+    for name, part in result["runs"].items():
         for kind, seconds in part["seconds"].items():
             table.add_row(
                 f"{name}, {kind}",
@@ -234,7 +235,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
-    parser.add_argument("--only", choices=FUSERS, help=argparse.SUPPRESS)
+    parser.add_argument("--only", choices=RUNS, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 

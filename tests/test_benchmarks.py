@@ -29,20 +29,20 @@ def arguments():
 
 
 def test_train_step_measures_every_fuser_warm_and_cold(train_step, arguments, monkeypatch, capsys):
-    def in_this_process(fuser, given):
+    def in_this_process(name, given):
         receiver, sharer = (config(**SIZES, **HEADS) for config in (LlamaConfig, Qwen2Config))
-        return json.loads(json.dumps(train_step.measure(fuser, given, receiver, sharer)))
+        return json.loads(json.dumps(train_step.measure(name, given, receiver, sharer)))
 
     monkeypatch.setattr(train_step, "_in_process_of_its_own", in_this_process)
     monkeypatch.setattr(train_step, "_arguments", lambda: arguments)
     train_step.main()
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    for fuser in ("default", "published"):
-        assert result[f"seconds_{fuser}_warm"] > 0
-        assert result[f"seconds_{fuser}_cold"] > 0
-        assert result["fusers"][fuser]["peak_rss_gb"] <= result["peak_rss_gb"]
+    for name in ("default", "default_bf16", "published", "published_bf16"):
+        assert result[f"seconds_{name}_warm"] > 0
+        assert result[f"seconds_{name}_cold"] > 0
+        assert result["runs"][name]["peak_rss_gb"] <= result["peak_rss_gb"]
     assert {"versions", "rounds", "machine", "ratios", "reference"} <= result.keys()
-    assert result["fusers"]["published"]["parameters"] > result["fusers"]["default"]["parameters"]
+    assert result["runs"]["published"]["parameters"] > result["runs"]["default"]["parameters"]
 
 
 def test_train_step_takes_its_steps_on_stored_and_on_new_caches(train_step, arguments):
@@ -56,7 +56,7 @@ def test_train_step_takes_its_steps_on_stored_and_on_new_caches(train_step, argu
         assert training.sharer_store.computed == prefills
 
 
-def test_train_step_gives_each_fuser_a_process(train_step, arguments, monkeypatch):
+def test_train_step_gives_each_fuser_and_precision_a_process(train_step, arguments, monkeypatch):
     seen = []
 
     def run(command, **kwargs):
@@ -64,10 +64,10 @@ def test_train_step_gives_each_fuser_a_process(train_step, arguments, monkeypatc
         return argparse.Namespace(stdout='a line before\n{"seconds": {}}\n')
 
     monkeypatch.setattr(train_step.subprocess, "run", run)
-    assert train_step._in_process_of_its_own("published", arguments) == {"seconds": {}}
+    assert train_step._in_process_of_its_own("published_bf16", arguments) == {"seconds": {}}
     monkeypatch.setattr(sys, "argv", seen[0][1:])
     given = train_step._arguments()
-    assert (given.only, given.tokens, given.response, given.rounds) == ("published", 12, 4, 1)
+    assert (given.only, given.tokens, given.response, given.rounds) == ("published_bf16", 12, 4, 1)
 
 
 def test_handoff_reads_a_document_once_for_all_questions(monkeypatch):

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from c2c import heap
+
 pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told")
+
+_SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+LARGE_PAGES = _SETTING.read_text() if _SETTING.exists() else "[never]"
 
 TOOLS = """
 import ctypes, os
@@ -74,3 +81,22 @@ print(50 * 4 * 1024**2 // resource.getpagesize())
     *faults, pages = map(int, run(code))
     assert faults[0] > pages / 2
     assert faults[-1] < pages / 100
+
+
+@pytest.mark.skipif("[never]" in LARGE_PAGES, reason="this system gives no large pages")
+def test_large_tensors_lie_on_large_pages():
+    code = """
+import torch
+tensors = [torch.ones(1024, 1024) for _ in range(50)]
+print(next(line.split()[1] for line in open("/proc/self/smaps_rollup") if line.startswith("AnonHugePages")))
+"""
+    kilobytes = int(run("heap.ask_for_large_pages()" + code)[0])
+    assert kilobytes > 50 * 4 * 1024 / 4  # of a block that begins within a page its two ends have small ones
+    if "[madvise]" in LARGE_PAGES:
+        assert int(run(code)[0]) < kilobytes / 4
+
+
+def test_the_environment_has_the_last_word_on_large_pages(monkeypatch):
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "0")
+    heap.ask_for_large_pages()
+    assert os.environ["THP_MEM_ALLOC_ENABLE"] == "0"

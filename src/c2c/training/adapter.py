@@ -23,7 +23,7 @@ from c2c.alignment import Aligner, SpanAligner
 from c2c.baselines.adapter import MANIFEST, nearest_rank, new_adapter, restore_adapter, save_adapter, trainable
 from c2c.files import write_json
 from c2c.fusers import family
-from c2c.heap import keep_freed_memory
+from c2c.heap import ask_for_large_pages, keep_freed_memory
 from c2c.language_model import LanguageModel
 from c2c.layer_map import layer_map
 from c2c.prefill import logits_after
@@ -372,6 +372,7 @@ def train_adapter(config: TrainConfig, *, resume: bool = True, progress: OnProgr
         dataclasses.replace(config, learning_rate=config.adapter_learning_rate, guard_weight=0.0)
     )
     processes = Processes(arguments.process_index, arguments.world_size)
+    ask_for_large_pages()
     prepared = prepare_adapter(config)
     if prepared.receiver.device.type == "cpu":
         keep_freed_memory()

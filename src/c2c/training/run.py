@@ -8,7 +8,7 @@ from typing import Any
 
 from c2c.files import write_json
 from c2c.fusers import LinearFuser, MemoryFuser
-from c2c.heap import keep_freed_memory
+from c2c.heap import ask_for_large_pages, keep_freed_memory
 from c2c.progress import OnProgress
 from c2c.training.adapter import train_adapter
 from c2c.training.checkpoints import find_start, note_run
@@ -36,6 +36,7 @@ def train(config: TrainConfig, *, resume: bool = True, progress: OnProgress | No
     last = find_start(config, resume)
     arguments = make_arguments(config)
     processes = Processes(arguments.process_index, arguments.world_size)
+    ask_for_large_pages()
     prepared = prepare(config, processes)
     if config.fill == "ahead":
         fill(prepared, progress)
