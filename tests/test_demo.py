@@ -81,6 +81,16 @@ def test_the_zoo_is_offered_and_its_best_is_the_default(folders):
     assert default_choice(found, private=True) is None or default_choice(found, private=True).private
 
 
+def test_a_pair_whose_models_are_here_is_shown_first(monkeypatch):
+    pulled = {"smollm2-135m", "qwen2.5-coder-1.5b"}  # not the receiver of the fuser with the best dev score
+    monkeypatch.setattr("c2c.demo.choice.is_pulled", lambda alias: alias in pulled)
+    found = find_choices([])
+    assert default_choice(found, private=False).receiver == "smollm2-135m"
+    pulled.add("gemma3-270m")
+    assert default_choice(found, private=False).receiver == "gemma3-270m"
+    assert default_choice(found, private=True) is not None  # its page says what to pull
+
+
 def test_two_folders_of_one_name_are_told_apart(folders, tmp_path):
     twin = tmp_path / "other" / "merging"
     twin.parent.mkdir()

@@ -9,6 +9,7 @@ from typing import Any
 
 from c2c.demo.errors import DemoError
 from c2c.files import read_json_object
+from c2c.pull import ALIASES, is_pulled
 
 PREFIX = "The answer is"  # what a fuser trained on letters is asked to continue
 
@@ -45,6 +46,11 @@ class Choice:
         return self.family == "memory"
 
     @property
+    def here(self) -> bool:
+        """Whether nothing is left to pull; names that are no alias are taken to be here."""
+        return all(is_pulled(name) for name in (self.receiver, self.sharer) if name in ALIASES)
+
+    @property
     def label(self) -> str:
         """What the page calls it."""
         remark = "" if self.trained else ", untrained: it adds nothing"
@@ -72,12 +78,13 @@ def find_choices(given: Sequence[str]) -> list[Choice]:
 
 
 def default_choice(choices: Sequence[Choice], private: bool) -> Choice | None:
-    """What the page starts with: the first one that the user named, else the shipped one with the best dev score."""
+    """What the page starts with: the first one that the user named, else a shipped one, if possible one whose models
+    are pulled, and of those the one with the best dev score."""
     fitting = [choice for choice in choices if choice.private is private]
     named = [choice for choice in fitting if choice.given]
     if named:
         return named[0]
-    return max(fitting, key=lambda choice: (choice.trained, choice.value or 0.0), default=None)
+    return max(fitting, key=lambda choice: (choice.here, choice.trained, choice.value or 0.0), default=None)
 
 
 def _shipped() -> list[Path]:
