@@ -7,7 +7,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-real test-vllm lint format results bench docs docs-serve notebooks install clean
+.PHONY: demo test test-real test-vllm lint format results bench docs docs-serve notebooks pictures install clean
 
 install: $(STAMP)
 
@@ -85,6 +85,11 @@ docs-serve: $(STAMP)
 notebooks: $(STAMP)
 	$(BIN)/c2c pull smollm2-135m qwen2.5-coder-1.5b
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python docs/tools/notebooks.py
+
+# the pictures of the demo in docs/images/, taken in a headless Chromium: real models, 6 GB of free memory
+pictures: $(STAMP)
+	$(BIN)/c2c pull smollm2-135m qwen2.5-coder-1.5b qwen2.5-coder-0.5b
+	$(BIN)/python docs/tools/pictures.py
 
 clean:
 	rm -rf site $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

@@ -17,7 +17,8 @@ from typer.testing import CliRunner
 from c2c import C2CModel
 from c2c.cli import app, output
 from c2c.errors import PromptError
-from tiny import pair_folders
+from c2c.fusers.base import load_fuser
+from tiny import pair, pair_folders
 
 FIXTURES = Path(__file__).parent / "fixtures"
 CHECKPOINT = FIXTURES / "pair_a" / "checkpoint"
@@ -68,12 +69,34 @@ def test_convert_then_inspect(tmp_path):
 
 
 def test_convert_records_identities(tmp_path):
-    pair = FIXTURES / "pair_a"
-    arguments = ["--receiver", str(pair / "receiver"), "--sharer", str(pair / "sharer")]
+    folder = FIXTURES / "pair_a"
+    arguments = ["--receiver", str(folder / "receiver"), "--sharer", str(folder / "sharer")]
     assert runner.invoke(app, ["convert", str(CHECKPOINT), str(tmp_path), *arguments]).exit_code == 0
     data = json.loads(runner.invoke(app, ["inspect", str(tmp_path), "--json"]).stdout)
     assert data["receiver"]["identity"]["architecture"] == "Qwen3ForCausalLM"
     assert data["sharer"]["kv"] == {"layers": 3, "kv_heads": 2, "head_dim": 12}
+
+
+def test_convert_makes_a_trained_fuser_smaller_and_keeps_what_must_stay_exact(tmp_path):
+    fuser = pair(fuser="memory", fuser_options={"rank": 4}).fusers[0]
+    fuser.mean.normal_(mean=300)
+    fuser.config.receiver = {"name": "ours"}
+    fuser.config.training = {"dev": {"value": 1.0}}
+    fuser.save_pretrained(tmp_path / "large")
+    again = runner.invoke(app, ["convert", str(tmp_path / "large"), str(tmp_path / "small")])
+    assert "--dtype" in str(again.exception)
+    done = runner.invoke(
+        app, ["convert", str(tmp_path / "large"), str(tmp_path / "small"), "--dtype", "bfloat16", "--json"]
+    )
+    assert done.exit_code == 0, done.output
+    small = load_fuser(tmp_path / "small")
+    assert small.weight.dtype == torch.bfloat16
+    assert torch.equal(small.mean, fuser.mean)  # a mean in bfloat16 would be off by one
+    assert small.config.receiver == {"name": "ours"}
+    assert small.config.training == fuser.config.training
+    wrong = runner.invoke(app, ["convert", str(tmp_path / "large"), str(tmp_path / "other"), "--dtype", "bfloat"])
+    assert "bfloat16" in str(wrong.exception)
+    assert not (tmp_path / "other").exists()
 
 
 def test_inspect_reads_a_published_checkpoint_directly():

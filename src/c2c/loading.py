@@ -55,7 +55,7 @@ def load(
         found = _load_tokenizer(tokenizer) if isinstance(tokenizer, str | Path) else tokenizer
         return LoadedModel(source, _require_fast(found), str(source.config._name_or_path or type(source).__name__))
     name = str(source)
-    _check_dtype(dtype)
+    check_dtype(dtype)
     _check_device(device_map)
     folder, gguf = _locate(name)
     kwargs = _drop_none(device_map=device_map, revision=revision, **model_kwargs)
@@ -106,7 +106,12 @@ def _check_folder(path: Path, name: str) -> None:
         )
 
 
-def _check_dtype(dtype: Dtype) -> None:
+def check_dtype(dtype: Dtype) -> None:
+    """See that a type of weights is one.
+
+    Raises:
+        ModelLoadError: no such type.
+    """
     if isinstance(dtype, str) and dtype != "auto":
         known = [name for name, value in vars(torch).items() if isinstance(value, torch.dtype)]
         if dtype.removeprefix("torch.") not in known:

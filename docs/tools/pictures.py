@@ -1,8 +1,8 @@
 """Takes the pictures of the demo that these pages show, in a headless Chromium, with the shipped fusers.
 
     c2c pull smollm2-135m qwen2.5-coder-1.5b qwen2.5-coder-0.5b
-    python docs/pictures.py
-    python docs/pictures.py --only private
+    python docs/tools/pictures.py
+    python docs/tools/pictures.py --only private
 
 Needs ``.[demo]``, playwright and a Chromium (its own, one of the system, or the one that ``C2C_CHROMIUM`` names). The
 page is driven as a visitor would: a question, four answers, a document for the sharer alone, the wrong-message switch.
@@ -23,7 +23,7 @@ from playwright.sync_api import Browser, Page, sync_playwright
 from c2c.demo.server import launch
 from c2c.demo.settings import Settings
 
-IMAGES = Path(__file__).parent / "images"
+IMAGES = Path(__file__).parents[1] / "images"
 FUSER = IMAGES.parents[1] / "zoo" / "smollm2-135m_from_qwen2.5-coder-1.5b"
 MINUTE = 60_000  # milliseconds
 DESKTOP, PHONE = (1280, 900), (390, 844)
