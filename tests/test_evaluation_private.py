@@ -194,6 +194,8 @@ def test_systems_of_the_other_kind_of_context_are_refused(fuser, folders, data, 
         evaluate(config(fuser, data, systems=("matched", "text")))
     with pytest.raises(EvaluationError, match="answers in words"):
         evaluate(config(fuser, data, mode="logits", systems=("matched", "sharer")))
+    with pytest.raises(EvaluationError, match="pass --kind private_question --mode answers"):
+        evaluate(config(fuser, data, kind="context_question", systems=("matched", "sharer")))
     C2CModel.from_models(*folders).save_pretrained(tmp_path)
     with pytest.raises(EvaluationError, match="fuser of shared context, which has no reader"):
         evaluate(config(str(tmp_path), data, systems=("matched", "reader")))

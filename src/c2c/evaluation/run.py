@@ -271,6 +271,13 @@ def _check_context(config: EvalConfig, private: bool) -> None:
     if wrong:
         kind = "private" if private else "shared"
         raise EvaluationError(f"{config.fuser} is a fuser of {kind} context, which has no {', '.join(wrong)}.")
+    other = sorted({source.kind for source in config.data} - {"private_question"})
+    if private and other:
+        raise EvaluationError(
+            f"{config.fuser} is a fuser of private context: only the sharer reads the passage. Expected rows with "
+            f"context, question and answer, given {' and '.join(other)}: pass --kind private_question --mode answers, "
+            "and a file of such rows."
+        )
     if private and config.mode == "logits" and "sharer" in config.systems:
         raise EvaluationError("with private context the sharer alone answers in words: use mode 'answers'.")
 
