@@ -18,7 +18,7 @@ from c2c import C2CModel
 from c2c.baselines.summary import with_passage
 from c2c.handoff import Handoff
 
-FUSER = Path(__file__).parent.parent / "zoo" / "facts_smollm2-135m_from_qwen2.5-coder-0.5b"
+FUSER = Path(__file__).parent.parent / "zoo" / "memory_smollm2-135m_from_qwen2.5-coder-0.5b"
 PAGE = (
     "The lighthouse of Grey Point was built in 1884 by the engineer Mary Ellison. Its lamp burned whale oil until "
     "1911. Then a dynamo was installed. The keeper's house beside it is painted green, and is now a museum of the "

@@ -20,7 +20,7 @@ c2c convert ./qwen3_0.6b+qwen2.5_0.5b_Fuser ./fuser
 
 c2c convert ./checkpoint ./fuser --receiver Qwen/Qwen3-0.6B --sharer Qwen/Qwen2.5-0.5B-Instruct
 
-c2c convert runs/laptop/best ./small --dtype bfloat16      (half the size of a trained fuser)
+c2c convert runs/laptop/best ./small --dtype bfloat16
 
 c2c inspect ./fuser"""
 
