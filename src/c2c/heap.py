@@ -40,8 +40,8 @@ def keep_freed_memory() -> bool:
 def ask_for_large_pages() -> None:
     """Have torch ask for pages of 2 MiB for tensors of that size or more, unless the environment says otherwise.
 
-    For training on a CPU: a step that walks through gigabytes of weights is quicker, and leaves fewer holes. To be
-    called before the first such tensor is made, since torch looks once (``THP_MEM_ALLOC_ENABLE``).
+    For training on a CPU, where gigabytes of weights and gradients then leave fewer holes. To be called before the
+    first such tensor is made, since torch looks once (``THP_MEM_ALLOC_ENABLE``).
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
