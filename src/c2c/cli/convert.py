@@ -84,5 +84,8 @@ def _read(source: Path, dtype: str | None, receiver: Receiver | None, sharer: Sh
         ours, theirs = (model.geometry if model else None for model in (receiver, sharer))
         return import_published(source, receiver=ours, sharer=theirs, dtype=dtype)
     if dtype is None:
-        raise FuserError(f"{source} is a fuser already. Pass --dtype, say bfloat16, to write it with such weights.")
+        raise FuserError(
+            f"{source} is no published checkpoint (expected projector_*.pt) but a fuser already. To write it with "
+            "weights of another type pass --dtype, say bfloat16."
+        )
     return load_fuser(source, dtype=dtype)
