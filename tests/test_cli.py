@@ -86,7 +86,7 @@ def test_convert_makes_a_trained_fuser_smaller_and_keeps_what_must_stay_exact(tm
     again = runner.invoke(app, ["convert", str(tmp_path / "large"), str(tmp_path / "small")])
     assert "--dtype" in str(again.exception)
     done = runner.invoke(
-        app, ["convert", str(tmp_path / "large"), str(tmp_path / "small"), "--dtype", "bfloat16", "--json"]
+        app, ["convert", str(tmp_path / "large"), str(tmp_path / "small"), "--dtype", "torch.bfloat16", "--json"]
     )
     assert done.exit_code == 0, done.output
     small = load_fuser(tmp_path / "small")

@@ -78,6 +78,7 @@ def _read(source: Path, dtype: str | None, receiver: Receiver | None, sharer: Sh
     from c2c.published import import_published
 
     check_dtype(dtype)
+    dtype = dtype.removeprefix("torch.") if dtype else None
     config = source / "config.json"
     known = read_json_object(config, FuserError) if config.is_file() else {}
     if not str(known.get("model_type", "")).startswith("c2c_fuser_"):
