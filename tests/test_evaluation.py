@@ -169,6 +169,57 @@ def test_systems_are_added_to_a_finished_evaluation(fuser, data, tmp_path):
     assert (tmp_path / "items.jsonl").read_text().startswith(before)  # nothing was answered twice
 
 
+@pytest.fixture
+def other_fuser(fuser, tmp_path):
+    open_fusers(C2CModel.from_pretrained(fuser), scale=3.0).save_pretrained(tmp_path / "other")
+    return str(tmp_path / "other")
+
+
+def test_answers_without_a_fuser_are_taken_over(fuser, other_fuser, data, tmp_path):
+    systems = ("receiver", "sharer", "matched", "deranged", "text", "x")
+    how = {"systems": systems, "fusers": {"x": fuser}, "message_tokens": 4, "output_dir": str(tmp_path / "1")}
+    first = config(fuser, data, "a.jsonl", "b.jsonl", **how)
+    evaluate(first)
+    fresh = evaluate(replace(first, fuser=other_fuser, output_dir=None))
+    second = replace(first, fuser=other_fuser, output_dir=str(tmp_path / "2"), reuse=str(tmp_path / "1"))
+    taken = evaluate(second)
+    assert taken["systems"] == fresh["systems"]
+    assert taken["P"] == fresh["P"]
+    assert set(taken["provenance"]["reused"]) == {"receiver", "sharer", "text", "x"}
+    again = evaluate(replace(second, reuse=None))  # where they came from is told by what is written
+    assert again["provenance"]["reused"] == taken["provenance"]["reused"]
+    before, after = ((tmp_path / name / "items.jsonl").read_text() for name in "12")
+    assert before.count('"reused"') == 0
+    assert after.count('"reused"') == 4 * 14
+    assert evaluate(replace(first, output_dir=None))["provenance"]["reused"] == {}
+
+
+def test_taken_over_answers_are_those_on_disk(fuser, other_fuser, data, tmp_path):
+    first = config(fuser, data, systems=("receiver", "sharer", "matched"), output_dir=str(tmp_path / "1"))
+    evaluate(first)
+    items = tmp_path / "1" / "items.jsonl"
+    head, *lines = items.read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    wrong = [r | {"chosen": 1 - r["answer"]} if r["system"] == "sharer" else r for r in records]
+    items.write_text("\n".join([head, *map(json.dumps, wrong)]) + "\n")
+    taken = evaluate(replace(first, fuser=other_fuser, output_dir=None, reuse=str(tmp_path / "1")))
+    assert taken["systems"]["sharer"]["accuracy"] == 0
+
+
+def test_answers_of_another_evaluation_are_not_taken_over(fuser, other_fuser, data, tmp_path):
+    first = config(fuser, data, systems=("receiver", "matched"), output_dir=str(tmp_path / "1"))
+    evaluate(first)
+    second = replace(first, fuser=other_fuser, output_dir=str(tmp_path / "2"), reuse=str(tmp_path / "1"))
+    with pytest.raises(EvaluationError, match=r"config\.limit was None, is 5"):
+        evaluate(replace(second, limit=5))
+    with pytest.raises(EvaluationError, match=r"data\..*a\.jsonl was .*, is None"):
+        evaluate(replace(second, data=[DataSource("b.jsonl")]))
+    assert not (tmp_path / "2" / "items.jsonl").exists()
+    (tmp_path / "1" / "items.jsonl").unlink()
+    with pytest.raises(EvaluationError, match=r"no items\.jsonl; expected the output_dir of an evaluation"):
+        evaluate(second)
+
+
 def test_a_journal_reads_back_any_text(tmp_path):
     text = "one\u2028two\x85three\r\nfour"  # some of these end a line for Python, none for JSON
     Journal(str(tmp_path), "key", 2).add("a", "text", [{"id": "1", "message": text}])

@@ -24,10 +24,13 @@ c2c eval --fuser zoo/NAME --data questions.jsonl --mode generate --form publishe
 
 c2c eval --fuser zoo/NAME --data answers.jsonl --kind question --mode nll --systems receiver,matched,deranged
 
+c2c eval --fuser runs/new/best --data a.jsonl --output-dir runs/new_eval --reuse runs/old_eval
+
 Questions are JSON lines with "question", "choices" and "answer" (the index of the right choice). --data also takes the
 name of a task below --data-dir: openbookqa, arc_challenge, arc_easy, mmlu_redux, ceval, gsm8k.
 G = matched - receiver, P = matched - deranged: with P near zero a fuser carries nothing of its sharer's message.
-With --output-dir a run that was stopped goes on where it was, and systems can be added to a finished one."""
+With --output-dir a run that was stopped goes on where it was, and systems can be added to a finished one.
+With --reuse the models alone, text-to-text and the adapter do not answer again what they did beside another fuser."""
 
 
 def register(app: typer.Typer) -> None:
@@ -66,6 +69,9 @@ def evaluate(
     receiver: Annotated[str | None, typer.Option(help="In place of the recorded receiver.")] = None,
     sharer: Annotated[str | None, typer.Option(help="In place of the recorded sharer.")] = None,
     output_dir: Annotated[str | None, typer.Option(help="Where items and result go; resumes there.")] = None,
+    reuse: Annotated[
+        str | None, typer.Option(help="Output folder of another fuser's evaluation, to take both models' answers from.")
+    ] = None,
     store_dir: Annotated[str | None, typer.Option(help="A prefill store to use and fill.")] = None,
     store_budget_gb: Annotated[float | None, typer.Option(help="Its size. [default: 20]")] = None,
     dtype: Annotated[str | None, typer.Option(help="Type of the models' weights.")] = None,
@@ -97,6 +103,7 @@ def evaluate(
         "receiver": receiver,
         "sharer": sharer,
         "output_dir": output_dir,
+        "reuse": reuse,
         "store_dir": store_dir,
         "store_budget_gb": store_budget_gb,
         "dtype": dtype,

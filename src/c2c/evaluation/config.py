@@ -85,6 +85,9 @@ class EvalConfig:
         sharer: in place of the recorded sharer.
         output_dir: where per-item outputs and the result go; an unfinished run there is resumed, and systems can be
             added to a finished one. None writes nothing.
+        reuse: ``output_dir`` of a finished evaluation with the same models, items and settings, perhaps of another
+            fuser: the answers of systems that the fuser takes no part in come from there. What is measured with
+            ``timed`` does not.
         store_dir: folder of a prefill store to use and to fill; None keeps nothing.
         store_budget_gb: size of that store.
         dtype: of the models' weights; by default float32 on a CPU, else as stored.
@@ -111,6 +114,7 @@ class EvalConfig:
     receiver: str | None = None
     sharer: str | None = None
     output_dir: str | None = None
+    reuse: str | None = None
     store_dir: str | None = None
     store_budget_gb: float = 20.0
     dtype: str | None = None

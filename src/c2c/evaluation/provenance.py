@@ -17,6 +17,7 @@ from c2c.training.config import DataSource
 # Places on a machine, and what may be added later: they don't make it another evaluation.
 _NOT_COMPARED = (
     "output_dir",
+    "reuse",
     "store_dir",
     "store_budget_gb",
     "data_dir",

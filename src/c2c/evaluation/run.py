@@ -14,6 +14,7 @@ from c2c.evaluation.journal import TIMED, Journal, Record
 from c2c.evaluation.numbers import mean_costs, speed, summarise
 from c2c.evaluation.pair import Pair
 from c2c.evaluation.provenance import provenance, short
+from c2c.evaluation.reuse import WITHOUT_FUSER, Earlier
 from c2c.evaluation.systems import System, make_system
 from c2c.evaluation.text_scores import holds
 from c2c.files import check_writable, file_hash, write_json
@@ -68,6 +69,7 @@ def evaluate(config: EvalConfig, progress: OnProgress | None = None) -> dict[str
     items, dev = (evaluation.works(*rows, prefix) for rows, prefix in zip(given, ("", _DEV), strict=True))
     evaluation.start()
     for work in (*dev, *items):
+        evaluation.take_over(work)
         evaluation.answer(work, progress)
     for work in items:
         evaluation.time(work, progress)
@@ -91,7 +93,9 @@ class _Evaluation:
     def start(self) -> None:
         """Open the journal; from here on files are written."""
         self.provenance = provenance(self.config, self.pair)
-        self.journal = Journal(self.config.output_dir, self.provenance["key"], self.config.batch_size)
+        size, reuse = self.config.batch_size, self.config.reuse
+        self.earlier = None if reuse is None else Earlier(reuse, self.provenance, size)
+        self.journal = Journal(self.config.output_dir, self.provenance["key"], size)
 
     def works(self, sources: Mapping[str, list[Row]], left_out: Mapping[str, int], prefix: str) -> list[Work]:
         """Items that the pair can read, and who answers them."""
@@ -108,6 +112,17 @@ class _Evaluation:
             _check(work, self.config)
             works.append(work)
         return works
+
+    def take_over(self, work: Work) -> None:
+        """Take from an earlier evaluation what this fuser takes no part in, unless it has been answered here."""
+        if self.earlier is None:
+            return
+        for name in work.systems:
+            label = self._label(name)
+            if (name in WITHOUT_FUSER or name in self.config.fusers) and not self.journal.done(
+                work.name, label, len(work.rows)
+            ):
+                self.journal.add(work.name, label, self.earlier.answers(work.name, label, work.rows))
 
     def answer(self, work: Work, progress: OnProgress | None) -> None:
         """Let all systems answer all items of a source, batch by batch."""
@@ -150,7 +165,13 @@ class _Evaluation:
         result = self._numbers(_joined(list(records.values())), items)
         if len(items) > 1:
             result["sources"] = {work.name: self._numbers(records[work.name], [work]) for work in items}
-        return result | facts | {"dropped": self.dropped, "provenance": self.provenance}
+        reused = {
+            name: records[0]["reused"]
+            for work in items
+            for name, records in self._records(work).items()
+            if records and "reused" in records[0]
+        }
+        return result | facts | {"dropped": self.dropped, "provenance": self.provenance | {"reused": reused}}
 
     def _derive(
         self, records: dict[str, dict[str, list[Record]]], items: Sequence[Work], dev: Sequence[Work]

@@ -60,6 +60,11 @@ def shown(data: Mapping[str, Any], provenance: Mapping[str, Any]) -> dict[str, s
     others = provenance.get("fusers")
     if isinstance(others, dict):
         lines |= {f"fuser {name}": str(digest) for name, digest in sorted(others.items())}
+    reused = provenance.get("reused")
+    if isinstance(reused, dict):
+        for digest in sorted(set(reused.values())):
+            names = sorted(name for name, source in reused.items() if source == digest)
+            lines[f"answered beside fuser {digest}"] = ", ".join(names)
     for role in ("receiver", "sharer"):
         identity = provenance.get(role)
         if isinstance(identity, dict) and identity.get("weights"):
