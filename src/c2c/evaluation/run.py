@@ -166,10 +166,10 @@ class _Evaluation:
         if len(items) > 1:
             result["sources"] = {work.name: self._numbers(records[work.name], [work]) for work in items}
         reused = {
-            name: records[0]["reused"]
+            name: answers[0]["reused"]
             for work in items
-            for name, records in self._records(work).items()
-            if records and "reused" in records[0]
+            for name in work.systems
+            if "reused" in (answers := self.journal.records(work.name, self._label(name)))[0]
         }
         return result | facts | {"dropped": self.dropped, "provenance": self.provenance | {"reused": reused}}
 
