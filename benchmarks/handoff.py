@@ -25,9 +25,9 @@ from rich.console import Console
 from rich.table import Table
 
 from c2c import C2CModel
-from c2c.baselines.summary import summary_request, with_passage
 from c2c.handoff import Handoff
-from c2c.provenance import versions
+from c2c.systems.text_to_text import summary_request, with_passage
+from c2c.utils import versions
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "concepts.md"
 PRECISIONS = ("float32", "bfloat16", "int8", "float8")

@@ -23,11 +23,10 @@ from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from c2c import C2CModel, kv
-from c2c.alignment.plan import Alignment, Chunk, Prompt
+from c2c import C2CModel, kv_cache
+from c2c.alignment.base import Alignment, Chunk, Prompt
 from c2c.fusers import Entries
-from c2c.receiver import Receiver
-from c2c.sharer import Sharer
+from c2c.language_model import Receiver, Sharer
 from c2c.tokens import TokenBatch, natural_positions
 
 RECEIVER = LlamaConfig(
@@ -134,7 +133,7 @@ def _fuser_alone(
     fuser, positions = model.fusers[0], tokens.positions[:, :stop]
     sides = []
     for side, layers in ((sharer, fuser.config.source_layers), (receiver, fuser.config.fused_layers)):
-        entries = kv.layers(side.prefill(tokens, stop))
+        entries = kv_cache.layers(side.prefill(tokens, stop))
         tables = side.rotary(positions)
         sides.append(
             Entries([entries[i][0] for i in layers], [entries[i][1] for i in layers], [tables[i] for i in layers])

@@ -23,7 +23,8 @@ import httpx
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from c2c import kv
+from c2c import kv_cache
+from c2c.language_model import Sharer
 from c2c.remote import RemoteSharer
 from c2c.remote.app import build_app
 from c2c.remote.desk import Desk
@@ -33,7 +34,6 @@ from c2c.remote.server import Server
 from c2c.remote.signature import Signer
 from c2c.remote.stall import Stall
 from c2c.remote.work import Work
-from c2c.sharer import Sharer
 from c2c.tokens import left_pad
 
 SHARER = Qwen2Config(
@@ -82,7 +82,7 @@ class Late(Work):
 
     def _prefill(self, made: Any) -> Any:
         cache = super()._prefill(lambda *_: None)
-        for index, entries in enumerate(kv.layers(cache)):
+        for index, entries in enumerate(kv_cache.layers(cache)):
             made(index, *entries)
         return cache
 

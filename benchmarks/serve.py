@@ -47,7 +47,7 @@ import openai
 from rich.console import Console
 from rich.table import Table
 
-from c2c.files import write_json
+from c2c.utils import write_json
 
 ROOT = Path(__file__).parent.parent
 FUSER = ROOT / "zoo" / "smollm2-135m_from_qwen2.5-coder-1.5b"

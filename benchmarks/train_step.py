@@ -34,12 +34,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 
 from c2c import C2CModel
 from c2c.alignment import Alignment
+from c2c.data.formats import Row
 from c2c.heap import ask_for_large_pages, keep_freed_memory
-from c2c.receiver import Receiver
-from c2c.sharer import Sharer
+from c2c.language_model import Receiver, Sharer
 from c2c.training.config import Precision
 from c2c.training.examples import Example
-from c2c.training.rows import Row
 from c2c.training.step import FuserTraining
 from c2c.training.store import PrefillStore
 from prefill import RECEIVER, SHARER

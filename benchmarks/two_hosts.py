@@ -230,10 +230,10 @@ def _cache(arguments: argparse.Namespace, url: str) -> dict[str, Any]:
 def _text(arguments: argparse.Namespace, url: str) -> dict[str, Any]:
     import httpx
 
-    from c2c.baselines.text_to_text import hand_over, request
     from c2c.fusers.base import load_fuser
+    from c2c.language_model import Receiver
     from c2c.prompting import RenderOptions
-    from c2c.receiver import Receiver
+    from c2c.systems.text_to_text import hand_over, request
 
     recorded = load_fuser(arguments.fuser).config.identity("receiver")
     assert recorded is not None
@@ -252,8 +252,8 @@ def _text(arguments: argparse.Namespace, url: str) -> dict[str, Any]:
 
 def _measure(arguments: argparse.Namespace, answer: Callable[[Any], str]) -> dict[str, Any]:
     """Medians per question, after one question to warm up."""
+    from c2c.data.formats import load_rows
     from c2c.training.config import DataSource
-    from c2c.training.rows import load_rows
 
     rows = load_rows([DataSource(arguments.data, limit=arguments.limit + 1)], Path(), 0)[0]
     answer(rows[0])

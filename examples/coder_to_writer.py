@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from c2c import C2CModel, GenerationResult
-from c2c.baselines.summary import with_passage
-from c2c.training.skeleton import skeleton
+from c2c.data.synthetic.skeleton import skeleton
+from c2c.systems.text_to_text import with_passage
 
 FUSER = Path(__file__).parent.parent / "zoo" / "memory_smollm2-135m_from_qwen2.5-coder-0.5b"
 REQUEST = "Describe this page: for every element its tag, id, class and what it is for.\n\n"

@@ -15,8 +15,8 @@ import time
 from pathlib import Path
 
 from c2c import C2CModel
-from c2c.baselines.summary import with_passage
 from c2c.handoff import Handoff
+from c2c.systems.text_to_text import with_passage
 
 FUSER = Path(__file__).parent.parent / "zoo" / "memory_smollm2-135m_from_qwen2.5-coder-0.5b"
 PAGE = (

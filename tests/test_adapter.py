@@ -9,8 +9,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from c2c import kv
-from c2c.baselines.adapter import (
+from c2c import kv_cache
+from c2c.cli.app import app
+from c2c.errors import MismatchError
+from c2c.language_model import Receiver
+from c2c.prompting import RenderOptions
+from c2c.systems.lora import (
     MANIFEST,
     AdapterError,
     describe,
@@ -22,10 +26,6 @@ from c2c.baselines.adapter import (
     save_adapter,
     trainable,
 )
-from c2c.cli.app import app
-from c2c.errors import MismatchError
-from c2c.prompting import RenderOptions
-from c2c.receiver import Receiver
 from c2c.training import adapter as adapters
 from c2c.training.adapter import AdapterTraining, Tokenizers, pieces, prepare_adapter, score
 from c2c.training.config import ConfigError, DataSource, TrainConfig, load_config
@@ -110,7 +110,7 @@ def test_the_loss_is_that_of_the_receivers_own_next_token(folders, tmp_path):
     example = next(example for example in prepared.train if example.row.answer_prefix)
     receiver = Receiver.from_pretrained(folders[0])
     tokens = receiver.encode(example.row.messages, RenderOptions(answer_prefix=example.row.answer_prefix))
-    own = receiver.next_logits(tokens, kv.empty_cache())
+    own = receiver.next_logits(tokens, kv_cache.empty_cache())
     with torch.no_grad():
         assert torch.allclose(predictions(prepared.training, [example])[:, 0], own, atol=1e-4)
         nats = -predictions(prepared.training, [example])[0].log_softmax(-1)
@@ -320,7 +320,7 @@ def test_a_loaded_adapter_is_the_trained_one_merged(folders, tmp_path):
         merged = load_adapter(tmp_path / "best", receiver)
         with torch.no_grad():
             expected = predictions(prepared.training, [example])[:, 0]
-        logits = merged.next_logits(merged.encode(example.row.messages, options), kv.empty_cache())
+        logits = merged.next_logits(merged.encode(example.row.messages, options), kv_cache.empty_cache())
         assert torch.allclose(logits, expected, atol=1e-3)
         assert not any("lora" in name for name, _ in merged.model.named_parameters())
         assert not any(p.requires_grad for p in merged.model.parameters())

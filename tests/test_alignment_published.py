@@ -9,11 +9,10 @@ import pytest
 
 from c2c import C2CModel
 from c2c.alignment import PublishedAligner
-from c2c.alignment.published import align_conversation, translate
+from c2c.alignment.slots import align_conversation, translate
 from c2c.errors import AlignmentError
+from c2c.language_model import Receiver, Sharer
 from c2c.prompting import RenderOptions, render_text
-from c2c.receiver import Receiver
-from c2c.sharer import Sharer
 from tiny import FIXTURES, build, pair, tokenizer
 
 CASES = json.loads((FIXTURES / "align" / "cases.json").read_text())

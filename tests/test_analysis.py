@@ -11,7 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from c2c import C2CModel, kv
+from c2c import C2CModel, kv_cache
 from c2c.analysis import AnalysisError, Settings, effective_rank
 from c2c.analysis.entries import layer_entries
 from c2c.analysis.gates import measure_gates
@@ -70,7 +70,7 @@ def batch(subject):
 
 
 def same(one, other) -> bool:
-    pairs = zip(kv.layers(one), kv.layers(other), strict=True)
+    pairs = zip(kv_cache.layers(one), kv_cache.layers(other), strict=True)
     return all(torch.equal(a, b) for first, second in pairs for a, b in zip(first, second, strict=True))
 
 
@@ -185,8 +185,8 @@ def test_entries_are_the_caches_at_aligned_positions(subject, batch):
     alignment = batch.matched
     (entries,) = layer_entries(subject, batch, [3])
     source = subject.fuser.config.layer_map[3]
-    clean, theirs = kv.layer(batch.receiver_cache, 3), kv.layer(batch.sharer_cache, source)
-    fused = kv.layer(subject.training.fused(batch, "matched"), 3)
+    clean, theirs = kv_cache.layer(batch.receiver_cache, 3), kv_cache.layer(batch.sharer_cache, source)
+    fused = kv_cache.layer(subject.training.fused(batch, "matched"), 3)
     for pair in (0, len(alignment) // 2, len(alignment) - 1):
         row, ours, other = (int(x[pair]) for x in (alignment.rows, alignment.receiver, alignment.sharer))
         assert torch.equal(entries.receiver.keys[pair], clean[0][row, :, ours].flatten().float())
@@ -333,7 +333,7 @@ def test_hard_gates_are_counted(data, tmp_path):
 def test_what_crosses_is_rounded_and_the_rest_is_not_there(batch):
     cache, read = batch.sharer_cache, batch.matched
     exact = crossed(cache, read, "bfloat16")  # as it is stored
-    for (keys, values), (sent, also) in zip(kv.layers(cache), kv.layers(exact), strict=True):
+    for (keys, values), (sent, also) in zip(kv_cache.layers(cache), kv_cache.layers(exact), strict=True):
         if not keys.shape[1]:
             assert sent.shape == keys.shape
             continue
@@ -346,7 +346,7 @@ def test_what_crosses_is_rounded_and_the_rest_is_not_there(batch):
     rough = crossed(cache, read, "int8")
     errors = [
         float((a - b).norm() / b.norm())
-        for x, y in zip(kv.layers(rough), kv.layers(exact), strict=True)
+        for x, y in zip(kv_cache.layers(rough), kv_cache.layers(exact), strict=True)
         for a, b in zip(x, y, strict=True)
         if b.shape[1]
     ]
@@ -391,7 +391,7 @@ def test_a_part_of_the_positions_is_fused(subject, batch, order):
     """Only the first, or last, aligned positions of each row differ from the clean cache, as in the whole fusion."""
     part = partly_fused(subject.training, batch, 0.5, order)
     matched = subject.training.fused(batch, "matched")
-    mine, whole, clean = (kv.layer(cache, 2)[1] for cache in (part, matched, batch.receiver_cache))
+    mine, whole, clean = (kv_cache.layer(cache, 2)[1] for cache in (part, matched, batch.receiver_cache))
     for row in range(len(batch.examples)):
         columns = batch.matched.receiver[batch.matched.rows == row].sort().values
         count = len(columns) // 2
@@ -440,7 +440,7 @@ def test_answers_are_those_of_the_public_path(subject, batch):
 
 def test_answering_leaves_the_cache_as_it_is(subject, batch):
     cache = subject.training.fused(batch, "matched")
-    before = kv.copy(cache)
+    before = kv_cache.copy(cache)
     right_answers(subject.training, batch, cache)
     assert same(cache, before)
 
@@ -476,9 +476,9 @@ def test_one_layer_is_what_a_layer_map_with_one_layer_gives(fuser, data, batch):
 def test_keys_and_values_are_mixed_apart(subject, batch):
     clean, fused = batch.receiver_cache, subject.training.fused(batch, "matched")
     keys = mixed(clean, fused, [1], [])
-    assert torch.equal(kv.layer(keys, 1)[0], kv.layer(fused, 1)[0])
-    assert torch.equal(kv.layer(keys, 1)[1], kv.layer(clean, 1)[1])
-    assert not torch.equal(kv.layer(keys, 1)[0], kv.layer(clean, 1)[0])
+    assert torch.equal(kv_cache.layer(keys, 1)[0], kv_cache.layer(fused, 1)[0])
+    assert torch.equal(kv_cache.layer(keys, 1)[1], kv_cache.layer(clean, 1)[1])
+    assert not torch.equal(kv_cache.layer(keys, 1)[0], kv_cache.layer(clean, 1)[0])
 
 
 def test_thirds_and_variants():

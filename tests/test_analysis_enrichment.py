@@ -10,14 +10,14 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from c2c import kv
+from c2c import kv_cache
 from c2c.analysis import AnalysisError, EnrichmentSettings, measure_enrichment, measure_scaling
 from c2c.analysis.enrichment import read_prompts, without_exemplars
 from c2c.analysis.scaling import count_parameters
 from c2c.cli.app import app
+from c2c.data.formats import letter_form
 from c2c.errors import CacheError
 from c2c.language_model import LanguageModel
-from c2c.training.rows import letter_form
 from tiny import build, pair_folders, tokenizer
 
 WORDS = ["fox", "dog", "sun", "sea"]
@@ -79,7 +79,7 @@ def test_without_exemplars_the_oracle_is_direct(model):
     assert prompts.exemplars == 0
     _, short = enriched(model, prompts)
     own = model.prefill(prompts.direct, prompts.direct.length - 1)
-    for one, other in zip(kv.layers(short), kv.layers(own), strict=True):
+    for one, other in zip(kv_cache.layers(short), kv_cache.layers(own), strict=True):
         assert torch.equal(one[0], other[0])
         assert torch.equal(one[1], other[1])
 
@@ -89,11 +89,11 @@ def test_the_enriched_cache_has_the_questions_length_and_positions(model, shots)
     prompts = read_prompts(model, ROW, shots)
     full, short = enriched(model, prompts)
     own = model.prefill(prompts.direct, prompts.direct.length - 1)
-    assert kv.length(short) == kv.length(own) < kv.length(full)
+    assert kv_cache.length(short) == kv_cache.length(own) < kv_cache.length(full)
     for side in (0, 1):
-        assert torch.allclose(kv.layer(short, 0)[side], kv.layer(own, 0)[side], atol=1e-4)
-    unmoved = kv.layer(full, 0)[0][:, :, prompts.head + prompts.exemplars :]
-    assert not torch.allclose(unmoved, kv.layer(own, 0)[0][:, :, prompts.head :], atol=1e-2)
+        assert torch.allclose(kv_cache.layer(short, 0)[side], kv_cache.layer(own, 0)[side], atol=1e-4)
+    unmoved = kv_cache.layer(full, 0)[0][:, :, prompts.head + prompts.exemplars :]
+    assert not torch.allclose(unmoved, kv_cache.layer(own, 0)[0][:, :, prompts.head :], atol=1e-2)
 
 
 def test_enriched_entries_have_read_the_exemplars(model, shots):
@@ -102,10 +102,10 @@ def test_enriched_entries_have_read_the_exemplars(model, shots):
     own = model.prefill(prompts.direct, prompts.direct.length - 1)
     head = prompts.head
     for layer in range(1, model.geometry.layers):
-        mine, alone = kv.layer(short, layer)[1], kv.layer(own, layer)[1]
+        mine, alone = kv_cache.layer(short, layer)[1], kv_cache.layer(own, layer)[1]
         assert torch.allclose(mine[:, :, :head], alone[:, :, :head], atol=1e-4)
         assert not torch.allclose(mine[:, :, head:], alone[:, :, head:], atol=1e-3)
-        assert torch.equal(mine[:, :, head:], kv.layer(full, layer)[1][:, :, head + prompts.exemplars :])
+        assert torch.equal(mine[:, :, head:], kv_cache.layer(full, layer)[1][:, :, head + prompts.exemplars :])
 
 
 def test_a_gap_outside_the_cache_is_refused(model):

@@ -14,6 +14,8 @@ import pytest
 from typer.testing import CliRunner
 
 from c2c.cli import app
+from c2c.data.formats import SYSTEM as TRAINED_WITH
+from c2c.data.formats import letter_form
 from c2c.demo.choice import default_choice, find_choices
 from c2c.demo.desk import Desk
 from c2c.demo.document import read_document
@@ -25,8 +27,6 @@ from c2c.demo.pane import RUN_ORDER, Pane, State, Way
 from c2c.demo.question import Question
 from c2c.demo.settings import SYSTEM
 from c2c.demo.ticking import ticking
-from c2c.training.rows import SYSTEM as TRAINED_WITH
-from c2c.training.rows import letter_form
 from demo_rig import choices, fuser_folders
 
 PROMPT = EXAMPLES[0].prompt
@@ -158,7 +158,7 @@ def test_panes_say_what_the_library_says(desk, offered, tab):
     for way, result in expected.items():
         assert (shown[way].text, shown[way].written) == (result.text, result.new_tokens)
     assert shown[Way.C2C].crossed == expected[Way.C2C].report.sharer_bytes
-    from c2c.baselines.text_to_text import text_to_text
+    from c2c.systems.text_to_text import text_to_text
 
     spoken = text_to_text(model.receiver, model.sharers[0], ASKED.messages, message_tokens=6, **kwargs)
     pane = shown[Way.TEXT]
@@ -233,7 +233,7 @@ def test_errors_are_said_in_the_panes(desk, tab, private, change, said):
 
 
 def test_what_is_unforeseen_is_said_and_other_panes_go_on(desk, tab, monkeypatch):
-    from c2c.sharer import Sharer
+    from c2c.language_model import Sharer
 
     def broken(*args, **kwargs):
         raise RuntimeError("no room")

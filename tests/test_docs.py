@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 from c2c import C2CModel
 from c2c.cli import app
-from c2c.sharer import Sharer
+from c2c.language_model import Sharer
 from docs_rig import COMMAND, PAGES, ROOT, Block, Workspace, arguments, blocks, lines, problem, spans
 
 REAL_CACHE = os.environ.get("C2C_CACHE")  # before the fixture that isolates tests
@@ -466,8 +466,8 @@ def test_python_runs(page, workspace, monkeypatch, capsys):
 def prepare(page: str, workspace) -> None:
     """What a page takes for granted, which another page has made."""
     if page == "docs/training.md":
-        from c2c.baselines.adapter import new_adapter, save_adapter
-        from c2c.receiver import Receiver
+        from c2c.language_model import Receiver
+        from c2c.systems.lora import new_adapter, save_adapter
 
         receiver = Receiver.from_pretrained("smollm2-135m")
         save_adapter(new_adapter(receiver, 2), receiver, Path("runs/adapter/best"))

@@ -11,14 +11,13 @@ import torch
 from transformers import DynamicCache, Qwen3NextConfig, Qwen3NextForCausalLM, StaticCache
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
-from c2c import C2CModel, kv
+from c2c import C2CModel, kv_cache
 from c2c.alignment import SpanAligner
 from c2c.errors import AlignmentError, CacheError, FuserError, MismatchError, ModelLoadError, PromptError
 from c2c.fusers.base import load_fuser
+from c2c.language_model import Receiver, Sharer
 from c2c.loading import load
 from c2c.published import import_published
-from c2c.receiver import Receiver
-from c2c.sharer import Sharer
 from tiny import FIXTURES, build, pair, tokenizer
 
 A = FIXTURES / "pair_a"
@@ -104,9 +103,9 @@ def test_unsupported_cache_layers(model):
     config = model.receiver.model.config
     for cache in (StaticCache(config=config, max_cache_len=8), DynamicCache(config=build("gemma3").config), ((1, 2),)):
         with pytest.raises(CacheError, match=r"Use a model|expected a transformers"):
-            kv.check_layers(cache)
+            kv_cache.check_layers(cache)
     with pytest.raises(CacheError, match=DynamicSlidingWindowLayer.__name__):
-        kv.check_layers(DynamicCache(config=build("gemma3").config))
+        kv_cache.check_layers(DynamicCache(config=build("gemma3").config))
 
 
 def test_linear_attention_is_refused():

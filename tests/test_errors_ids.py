@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from c2c import C2CModel, kv
+from c2c import C2CModel, kv_cache
 from c2c.errors import AlignmentError, C2CError, CacheError, FuserError, PromptError
-from c2c.receiver import Receiver
-from c2c.sharer import Sharer
+from c2c.language_model import Receiver, Sharer
 from c2c.tokens import left_pad
 from tiny import build, pair, tokenizer
 
@@ -78,11 +77,11 @@ def test_prompts_over_the_context_length_say_whose(model):
 def test_a_cache_of_the_whole_prompt_says_how_to_cut_it(model):
     tokens = model.receiver.encode("Hello there")
     cache = model.receiver.prefill(tokens)
-    with pytest.raises(CacheError, match=rf"covers {tokens.length} tokens.*kv.crop"):
+    with pytest.raises(CacheError, match=rf"covers {tokens.length} tokens.*kv_cache.crop"):
         model.receiver.generate(tokens, cache, max_new_tokens=2)
     with pytest.raises(CacheError, match=r"kv\.crop"):
         model.receiver.next_logits(tokens, cache)
-    cut = model.receiver.generate(tokens, kv.crop(cache, tokens.length - 1), max_new_tokens=4)
+    cut = model.receiver.generate(tokens, kv_cache.crop(cache, tokens.length - 1), max_new_tokens=4)
     assert cut.tolist() == [model.receiver.answer("Hello there", max_new_tokens=4).ids.tolist()]
 
 

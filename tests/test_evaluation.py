@@ -13,8 +13,8 @@ import torch
 from typer.testing import CliRunner
 
 from c2c import C2CModel
-from c2c.baselines.text_to_text import text_to_text
 from c2c.cli.app import app
+from c2c.data.formats import letter_form, load_rows
 from c2c.evaluation import EvalConfig, derived, evaluate, load_eval_config
 from c2c.evaluation.answers import read_letter
 from c2c.evaluation.config import EvaluationError
@@ -22,10 +22,10 @@ from c2c.evaluation.costs import STAGES
 from c2c.evaluation.derived import abstain, route
 from c2c.evaluation.journal import Journal
 from c2c.evaluation.numbers import mcnemar, summarise
+from c2c.language_model import Sharer
 from c2c.prompting import RenderOptions
-from c2c.sharer import Sharer
+from c2c.systems.text_to_text import text_to_text
 from c2c.training.config import ConfigError, DataSource
-from c2c.training.rows import letter_form, load_rows
 from tiny import open_fusers, pair_folders
 
 

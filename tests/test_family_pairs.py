@@ -6,10 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from c2c import C2CModel, kv
+from c2c import C2CModel, kv_cache
+from c2c.language_model import Receiver, Sharer
 from c2c.prompting import RenderOptions
-from c2c.receiver import Receiver
-from c2c.sharer import Sharer
 from tiny import FIXTURES, WINDOW, Scores, build, open_fusers, pair, pair_folders, tokenizer
 
 PAIRS = [("llama", "qwen2"), ("qwen3", "gemma3"), ("gemma3", "llama"), ("gemma3", "gemma3")]
@@ -33,7 +32,7 @@ def made(names, fuser, **kwargs):
 
 
 def entries(cache):
-    return [entry for both in kv.layers(cache) for entry in both]
+    return [entry for both in kv_cache.layers(cache) for entry in both]
 
 
 def ids(results):
@@ -49,7 +48,7 @@ def test_closed_is_the_receiver_bit_for_bit(names, fuser, dtype):
     for prompts in (*PROMPTS, PROMPTS):
         fused = model.prepare(prompts)
         own = receiver.prefill(fused.tokens, fused.tokens.length - 1)
-        assert kv.length(fused.cache) == fused.tokens.length - 1
+        assert kv_cache.length(fused.cache) == fused.tokens.length - 1
         assert {entry.dtype for entry in entries(fused.cache)} == {dtype}
         assert all(torch.equal(a, b) for a, b in zip(entries(fused.cache), entries(own), strict=True))
         mine, plain = Scores(), Scores()
@@ -86,7 +85,7 @@ def test_a_batch_is_its_rows_in_any_order(names, fuser):
     answers = ids(model.generate(PROMPTS, max_new_tokens=6))
     for row, prompt in enumerate(PROMPTS):
         alone = model.prepare(prompt)
-        n = kv.length(alone.cache)
+        n = kv_cache.length(alone.cache)
         for batched, single in zip(entries(together.cache), entries(alone.cache), strict=True):
             assert torch.allclose(batched[row, :, -n:], single[0], atol=2e-4 * max(1.0, float(single.abs().max())))
         assert model.generate(prompt, max_new_tokens=6).ids.tolist() == answers[row]
@@ -182,7 +181,7 @@ def test_published_sharer_cache():
     with torch.no_grad():
         cache = model(expected["input_ids"][:, :12], use_cache=True).past_key_values
     for layer in range(3):
-        keys, values = kv.layer(cache, layer)
+        keys, values = kv_cache.layer(cache, layer)
         assert (keys - expected[f"sharer.layer{layer}.key"]).abs().max() < 1e-4
         assert (values - expected[f"sharer.layer{layer}.value"]).abs().max() < 1e-4
 

@@ -11,7 +11,7 @@ from torch.nn import functional
 from c2c.errors import FuserError
 from c2c.fusers import C2CFuser
 from c2c.fusers.residual import ResidualBlock, draw_kept, residual
-from c2c.kv import KVGeometry
+from c2c.kv_cache import KVGeometry
 
 WIDTH, INNER = 8, 12
 

@@ -11,12 +11,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GenerationConfig, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
-from c2c import C2CModel, GenerationResult, kv
+from c2c import C2CModel, GenerationResult, kv_cache
 from c2c.errors import PromptError
+from c2c.language_model import Receiver, Sharer
 from c2c.prefill import logits_after
 from c2c.prompting import RenderOptions
-from c2c.receiver import Receiver
-from c2c.sharer import Sharer
 from tiny import Scores, build, open_fusers, pair, tokenizer
 
 PROMPTS = ["Hello world!", "What is the capital of France? Explain step by step, slowly.", "A 你好 🙂"]
@@ -447,7 +446,7 @@ def test_a_turn_that_fails_is_not_remembered(opened):
 
 def test_a_prepared_prompt_can_be_decoded_by_hand(opened):
     prepared = opened.prepare(PROMPTS)
-    assert kv.length(prepared.cache) == prepared.tokens.length - 1
+    assert kv_cache.length(prepared.cache) == prepared.tokens.length - 1
     ids = opened.receiver.generate(prepared.tokens, prepared.cache, max_new_tokens=5, do_sample=False)
     assert ids.tolist() == rows(opened.generate(PROMPTS, max_new_tokens=5, do_sample=False))
 

@@ -10,10 +10,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from c2c import kv
+from c2c import kv_cache
 from c2c.errors import HandoffError
 from c2c.handoff import Handoff
-from c2c.sharer import Sharer
+from c2c.language_model import Sharer
 from tiny import build, tokenizer
 
 DOCUMENT = "The fox sleeps in a red house by the sea, and the dog does not know where."
@@ -30,7 +30,7 @@ def handoff(sharer):
 
 
 def same(first: Handoff, second: Handoff) -> bool:
-    caches = [kv.layers(h.cache(torch.float32, torch.device("cpu"))) for h in (first, second)]
+    caches = [kv_cache.layers(h.cache(torch.float32, torch.device("cpu"))) for h in (first, second)]
     return all(torch.equal(a, b) for one, other in zip(*caches, strict=True) for a, b in zip(one, other, strict=True))
 
 
@@ -45,11 +45,11 @@ def test_saved_and_loaded(handoff, tmp_path, precision):
 
 
 def test_fewer_bits_are_close_and_small(handoff):
-    whole = kv.layers(handoff.cache(torch.float32, torch.device("cpu")))
+    whole = kv_cache.layers(handoff.cache(torch.float32, torch.device("cpu")))
     for precision, size, error in (("bfloat16", 0.5, 0.005), ("int8", 0.45, 0.01), ("float8", 0.45, 0.05)):
         packed = handoff.to(precision)
         assert packed.nbytes <= size * handoff.nbytes
-        for pair, kept in zip(whole, kv.layers(packed.cache(torch.float32, torch.device("cpu"))), strict=True):
+        for pair, kept in zip(whole, kv_cache.layers(packed.cache(torch.float32, torch.device("cpu"))), strict=True):
             for x, y in zip(pair, kept, strict=True):
                 assert float((x - y).norm() / x.norm()) < error
     with pytest.raises(HandoffError, match="unknown precision 'int3'"):

@@ -7,12 +7,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from c2c import C2CModel, kv
+from c2c import C2CModel, kv_cache
 from c2c.alignment import SpanAligner
+from c2c.language_model import Receiver, Sharer
 from c2c.prompting import RenderOptions, encode, render, text_tokens
-from c2c.receiver import Receiver
 from c2c.rope import Rotary, tables
-from c2c.sharer import Sharer
 from tiny import WINDOW, build, open_fusers, pair, tokenizer
 
 PAIRS = [("llama", "qwen2"), ("qwen2", "llama"), ("qwen3", "gemma3"), ("gemma3", "qwen3"), ("gemma3", "llama")]
@@ -42,7 +41,7 @@ def opened(request):
 def test_untrained_fuser_changes_nothing_bit_for_bit(closed, prompt):
     fused = closed.prepare(prompt)
     own = closed.receiver.prefill(fused.tokens, fused.tokens.length - 1)
-    for (keys, values), (own_keys, own_values) in zip(kv.layers(fused.cache), kv.layers(own), strict=True):
+    for (keys, values), (own_keys, own_values) in zip(kv_cache.layers(fused.cache), kv_cache.layers(own), strict=True):
         assert torch.equal(keys, own_keys)
         assert torch.equal(values, own_values)
     logits = closed.receiver.next_logits(fused.tokens, fused.cache)
@@ -59,7 +58,10 @@ def test_closed_gates_of_the_published_fuser_change_nothing_bit_for_bit(receiver
     model = pair(receiver, "qwen3", fuser="c2c", fuser_options={"hidden_dim": 16, "intermediate_dim": 16})
     fused = model.prepare(PROMPTS[1])
     own = model.receiver.prefill(fused.tokens, fused.tokens.length - 1)
-    assert all(torch.equal(a, b) for a, b in zip(sum(kv.layers(fused.cache), ()), sum(kv.layers(own), ()), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(sum(kv_cache.layers(fused.cache), ()), sum(kv_cache.layers(own), ()), strict=True)
+    )
 
 
 def test_batch_equals_singles_and_permutes(opened):
@@ -67,9 +69,9 @@ def test_batch_equals_singles_and_permutes(opened):
     answers = [result.ids.tolist() for result in opened.generate(PROMPTS, max_new_tokens=8)]
     for row, prompt in enumerate(PROMPTS):
         alone = opened.prepare(prompt)
-        n = kv.length(alone.cache)
+        n = kv_cache.length(alone.cache)
         for (keys, values), (one_keys, one_values) in zip(
-            kv.layers(together.cache), kv.layers(alone.cache), strict=True
+            kv_cache.layers(together.cache), kv_cache.layers(alone.cache), strict=True
         ):
             assert close(keys[row, :, -n:], one_keys[0])
             assert close(values[row, :, -n:], one_values[0])
@@ -92,7 +94,7 @@ def test_only_the_aligned_positions_change(opened):
     touched = torch.zeros(3, prompt.receiver.length - 1, dtype=torch.bool)
     touched[alignment.rows, alignment.receiver] = True
     assert not touched[~prompt.receiver.mask[:, :-1]].any()  # padding
-    for (keys, values), (own_keys, own_values) in zip(kv.layers(fused.cache), kv.layers(own), strict=True):
+    for (keys, values), (own_keys, own_values) in zip(kv_cache.layers(fused.cache), kv_cache.layers(own), strict=True):
         assert keys.shape == own_keys.shape
         for new, old in ((keys, own_keys), (values, own_values)):
             changed = (new != old).any(-1).any(1)
@@ -110,7 +112,7 @@ def test_the_content_of_the_message_matters(opened):
     if int(alignment.sharer.max()) >= other.sharers[0].length:
         pytest.skip("tokenised to another length")
     swapped = type(ours)(ours.receiver, other.sharers, ours.chunks, ours.skipped)
-    a, b = (kv.layer(opened.fuse_prompts([p]).cache, 0)[1] for p in (ours, swapped))
+    a, b = (kv_cache.layer(opened.fuse_prompts([p]).cache, 0)[1] for p in (ours, swapped))
     assert not torch.allclose(a, b)
 
 
@@ -119,7 +121,7 @@ def test_the_cache_keeps_the_receivers_dtype(dtype):
     receiver = Receiver(build("llama", 1).to(dtype), tokenizer("chatml"))
     model = open_fusers(C2CModel.from_models(receiver, Sharer(build("qwen2", 2), tokenizer("llama3"))), 0.1)
     fused = model.prepare(PROMPTS)
-    assert {t.dtype for pair_ in kv.layers(fused.cache) for t in pair_} == {dtype}
+    assert {t.dtype for pair_ in kv_cache.layers(fused.cache) for t in pair_} == {dtype}
     assert len(model.generate(PROMPTS, max_new_tokens=3)) == 3
 
 
@@ -128,7 +130,7 @@ def test_gemma_keeps_every_token_beyond_its_window():
     prompt = "the quick brown fox " * 10
     fused = model.prepare(prompt)
     assert fused.tokens.length > 3 * WINDOW
-    assert {keys.shape[2] for keys, _ in kv.layers(fused.cache)} == {fused.tokens.length - 1}
+    assert {keys.shape[2] for keys, _ in kv_cache.layers(fused.cache)} == {fused.tokens.length - 1}
     plain = model.receiver.model.generate(
         input_ids=fused.tokens.ids, attention_mask=fused.tokens.mask.long(), max_new_tokens=8, pad_token_id=0
     )
@@ -238,18 +240,18 @@ def test_two_sharers_with_their_own_tokenizers():
     models = {
         mode: open_fusers(C2CModel.from_models(receiver, sharers, mode=mode)) for mode in ("sequential", "parallel")
     }
-    caches = {mode: kv.layer(model.prepare(PROMPTS).cache, 2)[1] for mode, model in models.items()}
+    caches = {mode: kv_cache.layer(model.prepare(PROMPTS).cache, 2)[1] for mode, model in models.items()}
     assert not torch.allclose(caches["sequential"], caches["parallel"])
     # in parallel the order of the sharers does not matter
     swapped = C2CModel(receiver, sharers[::-1], list(models["parallel"].fusers)[::-1], mode="parallel")
-    assert close(kv.layer(swapped.prepare(PROMPTS).cache, 2)[1], caches["parallel"])
+    assert close(kv_cache.layer(swapped.prepare(PROMPTS).cache, 2)[1], caches["parallel"])
 
 
 def test_partial_layer_maps_leave_other_layers_alone():
     model = open_fusers(pair("llama", "qwen2", layer_map=[None, 0, None, 2, None]))
     fused = model.prepare(PROMPTS[1])
     own = model.receiver.prefill(fused.tokens, fused.tokens.length - 1)
-    same = [torch.equal(a[0], b[0]) for a, b in zip(kv.layers(fused.cache), kv.layers(own), strict=True)]
+    same = [torch.equal(a[0], b[0]) for a, b in zip(kv_cache.layers(fused.cache), kv_cache.layers(own), strict=True)]
     assert same == [True, False, True, False, True]
     assert fused.report.fused_layers == [1, 3]
     assert set(fused.report.skipped_layers) == {0, 2, 4}
@@ -275,7 +277,7 @@ def test_keys_without_rotation_do_not_depend_on_the_position(family):
     model = Receiver(build(family))
     model.check_rotary()
     table = tables(model.model, torch.tensor([[0], [7]]))
-    keys = kv.layer(model._probe, 1)[0]
+    keys = kv_cache.layer(model._probe, 1)[0]
     assert not torch.allclose(keys[0], keys[1], atol=1e-3)
     bare = table[1].undo(keys)
     assert torch.allclose(bare[0], bare[1], atol=1e-4)

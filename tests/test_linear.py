@@ -8,8 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from c2c import C2CModel, kv
+from c2c import C2CModel, kv_cache
 from c2c.alignment import Alignment, Chunk
+from c2c.data.formats import Row
 from c2c.errors import FuserError
 from c2c.fusers import LinearFuser, family
 from c2c.fusers.base import load_fuser
@@ -17,7 +18,6 @@ from c2c.fusion import Picker, Source, aligned_entries, fuse
 from c2c.training import ridge as ridge_module
 from c2c.training.examples import build_examples
 from c2c.training.ridge import Batches, NormalEquations, attention_received, choose_blend, fit, observations
-from c2c.training.rows import Row
 from c2c.training.step import FuserTraining
 from c2c.training.store import PrefillStore
 from tiny import pair
@@ -67,7 +67,7 @@ def source(model, batch, fuser):
 
 def fused(model, batch, fuser):
     """A copy of the batch's receiver cache, fused."""
-    cache = kv.copy(batch.receiver_cache)
+    cache = kv_cache.copy(batch.receiver_cache)
     chunk = Chunk(batch.receiver.length - 1, (batch.matched,))
     fuse(cache, model.receiver, batch.receiver, [source(model, batch, fuser)], chunk)
     return cache
@@ -86,14 +86,14 @@ def obeying(model, batch, fuser, weight, bias):
         batch.receiver_cache, model.receiver, batch.receiver, source(model, batch, fuser), batch.matched
     )
     made = bias + ridge_module.channels(theirs) @ weight  # [layers, pairs, 2 * width]
-    picker, cache = Picker(batch.matched, batch.matched.receiver, 0), kv.copy(batch.receiver_cache)
+    picker, cache = Picker(batch.matched, batch.matched.receiver, 0), kv_cache.copy(batch.receiver_cache)
     heads, dim = model.receiver.geometry.kv_heads, model.receiver.geometry.head_dim
     for index, layer in enumerate(fuser.config.fused_layers):
         keys, values = made[index].view(1, -1, 2, heads, dim).permute(2, 0, 3, 1, 4)
         if ours.rotary is not None:
             keys = ours.rotary[index].apply(keys)
-        old_keys, old_values = kv.layer(cache, layer)
-        kv.set_layer(cache, layer, picker.put(old_keys, keys), picker.put(old_values, values))
+        old_keys, old_values = kv_cache.layer(cache, layer)
+        kv_cache.set_layer(cache, layer, picker.put(old_keys, keys), picker.put(old_values, values))
     return replace(batch, receiver_cache=cache)
 
 
@@ -112,7 +112,8 @@ def test_unfitted_changes_nothing_bit_for_bit(names):
     result = model.prepare(PROMPTS)
     own = model.receiver.prefill(result.tokens, result.tokens.length - 1)
     assert all(
-        torch.equal(a, b) for a, b in zip(sum(kv.layers(result.cache), ()), sum(kv.layers(own), ()), strict=True)
+        torch.equal(a, b)
+        for a, b in zip(sum(kv_cache.layers(result.cache), ()), sum(kv_cache.layers(own), ()), strict=True)
     )
     assert not result.report.trained
     assert result.report.to_dict()["gate_openness"] == 0
@@ -144,7 +145,9 @@ def test_save_and_load(tmp_path, blend):
     assert again.fusers[0].config.blend == blend
     assert again.fusers[0].config.training["pairs"] > 50
     one, other = (m.prepare(PROMPTS).cache for m in (model, again))
-    assert all(torch.equal(a, b) for a, b in zip(sum(kv.layers(one), ()), sum(kv.layers(other), ()), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(sum(kv_cache.layers(one), ()), sum(kv_cache.layers(other), ()), strict=True)
+    )
 
 
 def test_bfloat16_keeps_means_and_blend_and_comes_back(tmp_path):
@@ -160,12 +163,12 @@ def test_bfloat16_keeps_means_and_blend_and_comes_back(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(half.state_dict().values(), again.state_dict().values(), strict=True))
     batch = training.collate(examples(model))
     for (keys, values), (near_keys, near_values) in zip(
-        kv.layers(fused(model, batch, fuser)), kv.layers(fused(model, batch, again)), strict=True
+        kv_cache.layers(fused(model, batch, fuser)), kv_cache.layers(fused(model, batch, again)), strict=True
     ):
         assert torch.allclose(keys, near_keys, atol=0.02 * float(keys.abs().max()))
         assert torch.allclose(values, near_values, atol=0.02 * float(values.abs().max()))
     plain = fuser.to(torch.bfloat16)  # everything rounded, as a caller may do
-    kv.check_layers(fused(model, batch, plain))
+    kv_cache.check_layers(fused(model, batch, plain))
 
 
 # -- the fit ---------------------------------------------------------------------------------------------------------
@@ -183,7 +186,7 @@ def test_a_known_affine_map_is_found_and_holds_elsewhere(names):
     for batch, tolerance in ((seen, 1e-3), (unseen, 1e-2)):
         expected = obeying(model, batch, fuser, *known).receiver_cache
         for (keys, values), (right_keys, right_values) in zip(
-            kv.layers(fused(model, batch, fuser)), kv.layers(expected), strict=True
+            kv_cache.layers(fused(model, batch, fuser)), kv_cache.layers(expected), strict=True
         ):
             assert torch.allclose(keys, right_keys, atol=tolerance * float(right_keys.abs().max()))
             assert torch.allclose(values, right_values, atol=tolerance * float(right_values.abs().max()))
@@ -197,7 +200,9 @@ def test_blend_is_the_way_from_the_receiver_to_the_prediction(made):
     whole = fused(model, batch, fuser)
     fuser.set_blend(0.25)
     part = fused(model, batch, fuser)
-    for old, full, some in zip(*(sum(kv.layers(c), ()) for c in (batch.receiver_cache, whole, part)), strict=True):
+    for old, full, some in zip(
+        *(sum(kv_cache.layers(c), ()) for c in (batch.receiver_cache, whole, part)), strict=True
+    ):
         assert torch.allclose(some, old + 0.25 * (full - old), atol=1e-5 * float(full.abs().max()))
 
 
@@ -282,12 +287,12 @@ def test_attention_is_what_the_readers_of_the_fused_cache_pay(made):
     """Against one whole forward pass per example, without padding and without a cache."""
     model, training, _ = made
     batch = training.collate(examples(model))
-    before = [x.clone() for x in sum(kv.layers(batch.receiver_cache), ())]
+    before = [x.clone() for x in sum(kv_cache.layers(batch.receiver_cache), ())]
     implementation = model.receiver.model.config._attn_implementation
     received = attention_received(batch, model)
     assert implementation != "eager"
     assert model.receiver.model.config._attn_implementation == implementation
-    assert all(torch.equal(a, b) for a, b in zip(before, sum(kv.layers(batch.receiver_cache), ()), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, sum(kv_cache.layers(batch.receiver_cache), ()), strict=True))
     decoder = model.receiver.model.get_decoder()
     for row, example in enumerate(batch.examples):
         ids, prompt = torch.tensor([example.receiver_ids + example.response_ids[:-1]]), len(example.receiver_ids)
@@ -314,9 +319,10 @@ def test_layers_that_are_not_mapped_are_left_alone():
     batch = training.collate(examples(model))
     fit(fuser, [batch], model, ridge=1e-2, weight="attention")
     assert fuser.weight.shape[0] == 3
-    after = kv.layers(fused(model, batch, fuser))
+    after = kv_cache.layers(fused(model, batch, fuser))
     changed = [
-        not torch.equal(new, old) for (_, new), (_, old) in zip(after, kv.layers(batch.receiver_cache), strict=True)
+        not torch.equal(new, old)
+        for (_, new), (_, old) in zip(after, kv_cache.layers(batch.receiver_cache), strict=True)
     ]
     assert changed == [False, True, False, True, True]
 

@@ -13,10 +13,10 @@ from typer.testing import CliRunner
 
 from c2c import C2CModel
 from c2c.alignment import PublishedAligner
+from c2c.alignment.base import derange, fit, merge
 from c2c.cli.app import app
 from c2c.errors import AlignmentError
 from c2c.integrations import IntegrationError, MissingExtraError
-from c2c.integrations.prompt_edits import derange, fit, merge
 from c2c.language_model import LanguageModel
 from c2c.prompting import RenderOptions
 from c2c.tokens import TokenBatch
@@ -28,7 +28,7 @@ from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
-from c2c.integrations.lm_eval import C2CLM, Chat  # noqa: E402
+from c2c.evaluation.lm_eval import C2CLM, Chat  # noqa: E402
 
 CHOICE = """
 task: tiny_choice
@@ -496,7 +496,7 @@ def test_command_names_what_is_wrong(fuser, tasks, arguments, message, tmp_path)
 def test_without_the_harness_the_command_says_how_to_get_it(fuser, tasks, monkeypatch):
     for name in [name for name in sys.modules if name.split(".")[0] == "lm_eval"]:
         monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.delitem(sys.modules, "c2c.integrations.lm_eval")
+    monkeypatch.delitem(sys.modules, "c2c.evaluation.lm_eval")
     run = command(fuser, tasks, "--tasks", "tiny_choice")
     assert isinstance(run.exception, MissingExtraError)
     assert "pip install 'lm-eval" in str(run.exception)

@@ -22,9 +22,9 @@ import typer
 import yaml
 from transformers import AutoTokenizer
 
-from c2c import C2CModel, files
+from c2c import C2CModel, utils
 from c2c.cli import app, main
-from c2c.extras import install_command
+from c2c.utils import install_command
 from tiny import build, pair_folders, tokenizer
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -271,7 +271,7 @@ def test_a_folder_that_is_not_writable(refused, desk, monkeypatch):
     if os.geteuid() == 0:  # root may write everywhere
         allowed = os.access
         monkeypatch.setattr(
-            files.os, "access", lambda path, mode, **kw: Path(path) != desk / "empty" and allowed(path, mode, **kw)
+            utils.os, "access", lambda path, mode, **kw: Path(path) != desk / "empty" and allowed(path, mode, **kw)
         )
     (desk / "empty").chmod(0o500)
     try:

@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from c2c import C2CModel, kv
+from c2c import C2CModel, kv_cache
 from c2c.alignment import Alignment, Chunk
-from c2c.alignment.published import align_conversation, translate
+from c2c.alignment.slots import align_conversation, translate
 from c2c.errors import FuserError
 from c2c.fusion import Source, fuse
 from c2c.layer_map import layer_map
@@ -316,4 +316,4 @@ def test_no_layer_is_read_beyond_what_is_needed(model, expected):
         for hook in hooks:
             hook.remove()
     assert seen == [("sharer", 7), ("receiver", 7), ("receiver", 6)]
-    assert kv.length(model.receiver.prefill(TokenBatch(ids, ids > -1, expected["position_ids"], False), 5)) == 5
+    assert kv_cache.length(model.receiver.prefill(TokenBatch(ids, ids > -1, expected["position_ids"], False), 5)) == 5

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from c2c import kv
+from c2c import kv_cache
 from c2c.fusers.base import load_fuser
 from c2c.training.adapter import prepare_adapter
 from c2c.training.config import ADAPTER, ConfigError, DataSource, TrainConfig, load_config
@@ -140,7 +140,7 @@ def test_what_is_stored_does_not_depend_on_the_precision(folders, tmp_path):
         run.training(run.train[:4])["loss"].backward()
     caches = [run.training.collate(run.train[:4]) for run in runs]
     for side in ("receiver_cache", "sharer_cache"):
-        mine, theirs = (kv.layers(getattr(cache, side)) for cache in caches)
+        mine, theirs = (kv_cache.layers(getattr(cache, side)) for cache in caches)
         assert all(
             torch.equal(a, b) for one, other in zip(mine, theirs, strict=True) for a, b in zip(one, other, strict=True)
         )

@@ -5,16 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from c2c import C2CModel, kv
+from c2c import C2CModel, kv_cache
 from c2c.errors import FuserError, MismatchError, PromptError
 from c2c.fusers import Entries, MemoryFuser
 from c2c.fusers.base import load_fuser
 from c2c.handoff import Handoff
+from c2c.language_model import Receiver, Sharer, reading
 from c2c.layer_map import layer_map
-from c2c.private import Memory, first_user_column, lay_down, place
+from c2c.private_context import Memory, first_user_column, lay_down, place
 from c2c.prompting import RenderOptions
-from c2c.receiver import Receiver
-from c2c.sharer import Sharer, reading
 from tiny import build, open_fusers, pair, tokenizer
 
 DOCUMENT = "The fox sleeps in a red house by the sea."
@@ -70,11 +69,11 @@ def test_entries_that_are_the_receivers_own_are_the_text_itself(receiver):
     tables = ours.rotary(whole.positions[:, column : column + slots])
     own = [
         (tables[layer].undo(keys[:, :, column : column + slots]), values[:, :, column : column + slots])
-        for layer, (keys, values) in enumerate(kv.layers(cache))
+        for layer, (keys, values) in enumerate(kv_cache.layers(cache))
     ]
     prompt = model._own_prompt(QUESTION, RenderOptions())
     placed = place(prompt, column, [Memory(own, 0)])
-    built = lay_down(kv.empty_cache(), ours, placed)
+    built = lay_down(kv_cache.empty_cache(), ours, placed)
     tokens = placed.prompt.receiver
     assert tokens.positions.tolist() == whole.positions.tolist()
     ours.prefill(tokens, tokens.length - 1, built)
@@ -88,14 +87,16 @@ def test_the_receivers_own_entries_before_the_memory_are_untouched():
     column = first_user_column(model.receiver.tokenizer, QUESTION, RenderOptions())
     tokens = model.receiver.encode(QUESTION)
     alone = model.receiver.prefill(tokens, column)
-    for (keys, values), (own_keys, own_values) in zip(kv.layers(fused.cache), kv.layers(alone), strict=True):
+    for (keys, values), (own_keys, own_values) in zip(
+        kv_cache.layers(fused.cache), kv_cache.layers(alone), strict=True
+    ):
         assert torch.equal(keys[:, :, :column], own_keys)
         assert torch.equal(values[:, :, :column], own_values)
     slots = fused.report.memory_slots
     assert slots == len(
         reading(model.sharers[0].tokenizer, [{"role": "user", "content": DOCUMENT}], RenderOptions()).kept
     )
-    assert kv.length(fused.cache) == tokens.length - 1 + slots
+    assert kv_cache.length(fused.cache) == tokens.length - 1 + slots
     assert fused.report.prompt_tokens == tokens.length
 
 
@@ -214,10 +215,10 @@ def test_shared_and_private_context_in_one_conversation():
     assert fused.report.fused_tokens == expected.report.fused_tokens
     # the receiver reads its prompt with the memory, and the fused entries lie behind it
     alone = C2CModel(receiver, [sharer], [memory]).prepare(QUESTION, sharer_messages=DOCUMENT)
-    assert kv.length(fused.cache) == kv.length(alone.cache)
+    assert kv_cache.length(fused.cache) == kv_cache.length(alone.cache)
     column = first_user_column(receiver.tokenizer, QUESTION, RenderOptions())
     slots = alone.report.memory_slots
-    for (keys, _), (other, _) in zip(kv.layers(fused.cache), kv.layers(alone.cache), strict=True):
+    for (keys, _), (other, _) in zip(kv_cache.layers(fused.cache), kv_cache.layers(alone.cache), strict=True):
         assert torch.equal(keys[:, :, column : column + slots], other[:, :, column : column + slots])
         assert not torch.equal(keys[:, :, column + slots :], other[:, :, column + slots :])
 
@@ -240,7 +241,7 @@ def test_what_was_drafted_is_handed_over():
     assert drafted.kept.tolist() == [*plain.kept.tolist(), *range(len(plain.ids), len(drafted.ids))]
     whole = sharer.prefill(drafted.tokens)
     for (keys, values), (own_keys, own_values) in zip(
-        kv.layers(drafted.cache(sharer.dtype, sharer.device)), kv.layers(whole), strict=True
+        kv_cache.layers(drafted.cache(sharer.dtype, sharer.device)), kv_cache.layers(whole), strict=True
     ):
         torch.testing.assert_close(keys, own_keys, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(values, own_values, rtol=1e-4, atol=1e-4)
@@ -253,7 +254,7 @@ def test_a_growing_document_is_not_read_again(monkeypatch):
     prefill = Sharer.prefill
 
     def counted(self, batch, stop=None, cache=None):
-        lengths.append(batch.length - (kv.length(cache) if cache is not None and cache.layers else 0))
+        lengths.append(batch.length - (kv_cache.length(cache) if cache is not None and cache.layers else 0))
         return prefill(self, batch, stop, cache)
 
     monkeypatch.setattr(Sharer, "prefill", counted)
@@ -263,8 +264,8 @@ def test_a_growing_document_is_not_read_again(monkeypatch):
     fresh = sharer.read(LONGER + DOCUMENT)
     assert grown.ids.tolist() == fresh.ids.tolist()
     for (keys, _), (own, _) in zip(
-        kv.layers(grown.cache(torch.float32, sharer.device)),
-        kv.layers(fresh.cache(torch.float32, sharer.device)),
+        kv_cache.layers(grown.cache(torch.float32, sharer.device)),
+        kv_cache.layers(fresh.cache(torch.float32, sharer.device)),
         strict=True,
     ):
         torch.testing.assert_close(keys, own, rtol=1e-4, atol=1e-4)

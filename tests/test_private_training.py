@@ -10,18 +10,17 @@ import pytest
 import torch
 
 from c2c import C2CModel
+from c2c.data.formats import load_rows, private_question
+from c2c.data.synthetic.relay import relay
+from c2c.data.synthetic.skeleton import skeleton
 from c2c.fusers import MemoryFuser
 from c2c.fusers.base import load_fuser
-from c2c.receiver import Receiver
-from c2c.sharer import Sharer
+from c2c.language_model import Receiver, Sharer
 from c2c.training import TrainConfig, train
 from c2c.training.config import ConfigError, DataSource, load_config
 from c2c.training.drafts import with_drafts
 from c2c.training.prepared import fill, prepare
 from c2c.training.private import PrivateTraining, asked, build_private_examples
-from c2c.training.relay import relay
-from c2c.training.rows import load_rows, private_question
-from c2c.training.skeleton import skeleton
 from c2c.training.store import PrefillStore
 from c2c.training.warm_start import observe, warm_start
 from tiny import build, pair_folders, tokenizer

@@ -9,11 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from c2c import C2CModel, kv, pull
-from c2c.baselines.text_to_text import text_to_text
+from c2c import C2CModel, kv_cache, pull
+from c2c.language_model import Receiver, Sharer
 from c2c.prompting import RenderOptions
-from c2c.receiver import Receiver
-from c2c.sharer import Sharer
+from c2c.systems.text_to_text import text_to_text
 
 CACHE = os.environ.get("C2C_CACHE")  # before the fixture that isolates other tests
 pytestmark = pytest.mark.real
@@ -59,8 +58,10 @@ def pair(loaded):
 def test_untrained_equals_the_receiver_bit_for_bit(pair):
     for prompt in PROMPTS:
         fused = pair.prepare(prompt)
-        own = pair.receiver.prefill(fused.tokens, kv.length(fused.cache))
-        for (keys, values), (own_keys, own_values) in zip(kv.layers(fused.cache), kv.layers(own), strict=True):
+        own = pair.receiver.prefill(fused.tokens, kv_cache.length(fused.cache))
+        for (keys, values), (own_keys, own_values) in zip(
+            kv_cache.layers(fused.cache), kv_cache.layers(own), strict=True
+        ):
             assert torch.equal(keys, own_keys)
             assert torch.equal(values, own_values)
         assert pair.generate(prompt, max_new_tokens=12).text == pair.receiver.answer(prompt, max_new_tokens=12).text
@@ -76,8 +77,8 @@ def test_a_batch_equals_its_singles_with_an_open_fuser(pair):
         assert any(
             not torch.equal(a, b)
             for (a, _), (b, _) in zip(
-                kv.layers(pair.prepare(PROMPTS[0]).cache),
-                kv.layers(pair.receiver.prefill(pair.receiver.encode(PROMPTS[0]))),
+                kv_cache.layers(pair.prepare(PROMPTS[0]).cache),
+                kv_cache.layers(pair.receiver.prefill(pair.receiver.encode(PROMPTS[0]))),
                 strict=True,
             )
             for a, b in [(a, b[:, :, : a.shape[2]])]
@@ -109,7 +110,7 @@ def test_bfloat16_and_device_map():
     need("smollm2-135m", "qwen2.5-coder-0.5b")
     model = C2CModel.from_models("smollm2-135m", "qwen2.5-coder-0.5b", dtype="bfloat16", device_map="cpu")
     fused = model.prepare(PROMPTS[0])
-    assert kv.layer(fused.cache, 0)[0].dtype == torch.bfloat16
+    assert kv_cache.layer(fused.cache, 0)[0].dtype == torch.bfloat16
     assert model.generate(PROMPTS[0], max_new_tokens=6).text == model.receiver.answer(PROMPTS[0], max_new_tokens=6).text
 
 
@@ -120,7 +121,7 @@ def test_gemma_beyond_its_sliding_window(receiver, sharer):
     model = C2CModel.from_models(receiver, sharer)
     prompt = "The river runs to the sea. " * 100 + "What does the river do?"
     fused = model.prepare(prompt)
-    assert {keys.shape[2] for keys, _ in kv.layers(fused.cache)} == {fused.tokens.length - 1}
+    assert {keys.shape[2] for keys, _ in kv_cache.layers(fused.cache)} == {fused.tokens.length - 1}
     plain = model.receiver.model.generate(
         input_ids=fused.tokens.ids, attention_mask=fused.tokens.mask.long(), max_new_tokens=8, do_sample=False
     )

@@ -8,14 +8,14 @@ import httpx
 import pytest
 import torch
 
-from c2c import C2CModel, kv
+from c2c import C2CModel, kv_cache
 from c2c.errors import C2CError, CacheError, HandoffError, MismatchError, PromptError
 from c2c.handoff import Handoff
 from c2c.identity import differences
+from c2c.language_model import Sharer, Wanted
 from c2c.remote import RemoteError, RemoteSharer
 from c2c.remote.limits import Limits
 from c2c.remote.packing import packed_bytes
-from c2c.sharer import Sharer, Wanted
 from c2c.tokens import left_pad
 from remote_rig import KEY, make_server, serving
 from test_private import DOCUMENT, LONGER, QUESTION, logits, private
@@ -45,11 +45,11 @@ def remote(local, server):
 
 def fused(model, messages):
     prepared = model.prepare(messages)
-    return prepared, model.receiver.next_logits(prepared.tokens, kv.copy(prepared.cache))
+    return prepared, model.receiver.next_logits(prepared.tokens, kv_cache.copy(prepared.cache))
 
 
 def same_caches(first, second) -> bool:
-    pairs = zip(kv.layers(first), kv.layers(second), strict=True)
+    pairs = zip(kv_cache.layers(first), kv_cache.layers(second), strict=True)
     return all(torch.equal(a, b) for one, other in pairs for a, b in zip(one, other, strict=True))
 
 
@@ -202,7 +202,7 @@ def test_a_batch_that_is_too_large_for_the_server_is_asked_for_in_parts(local):
         assert [entry["rows"] for entry in running.logged(1 + (rows + 1) // 2)[1:]] == [2] * (rows // 2) + [1] * (
             rows % 2
         )
-    for one, other in zip(kv.layers(ours[0].cache), kv.layers(theirs[0].cache), strict=True):
+    for one, other in zip(kv_cache.layers(ours[0].cache), kv_cache.layers(theirs[0].cache), strict=True):
         assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(one, other, strict=True))
     assert torch.allclose(ours[1], theirs[1], atol=1e-4)
 
@@ -216,7 +216,7 @@ def test_rows_of_which_nothing_is_read_are_not_asked_for(local):
         found, expected = far_away.share(tokens, wanted), sharer.share(tokens, wanted)
         assert far_away.traffic.requests == 2, "the handshake, and the second row"
     for index in wanted.layers:
-        for got, whole in zip(kv.layers(found)[index], kv.layers(expected)[index], strict=True):
+        for got, whole in zip(kv_cache.layers(found)[index], kv_cache.layers(expected)[index], strict=True):
             assert not got[0].any()
             assert torch.allclose(got[1][:, [0, 2]], whole[1][:, [0, 2]], atol=1e-5)
 
@@ -226,9 +226,9 @@ def test_entries_that_were_not_asked_for_are_not_there(remote, local):
     batch = left_pad([[5, 6, 7, 8], [9, 10]], 0)
     wanted = Wanted([2, 1, 1], torch.tensor([0, 0, 1]), torch.tensor([1, 2, 3]))
     cache, whole = sharer.share(batch, wanted), local.sharers[0].prefill(batch)
-    assert kv.layer(cache, 0)[0].shape[2] == 0
+    assert kv_cache.layer(cache, 0)[0].shape[2] == 0
     for layer in (1, 2):
-        for part, full in zip(kv.layer(cache, layer), kv.layer(whole, layer), strict=True):
+        for part, full in zip(kv_cache.layer(cache, layer), kv_cache.layer(whole, layer), strict=True):
             assert torch.equal(part[0, :, 1:3], full[0, :, 1:3])
             assert torch.equal(part[1, :, 3], full[1, :, 3])
             assert not part[0, :, [0, 3]].any()
@@ -305,7 +305,7 @@ def test_fewer_bits_are_close_and_small(local, server, precision, share, error):
         sizes.append(sharer.traffic.received - before)
     assert sizes[1] < share * sizes[0]
     different = False
-    for pair_ in zip(kv.layers(caches[0]), kv.layers(caches[1]), strict=True):
+    for pair_ in zip(kv_cache.layers(caches[0]), kv_cache.layers(caches[1]), strict=True):
         for x, y in zip(*pair_, strict=True):
             assert float((x - y).norm() / x.norm()) < error
             different = different or not torch.equal(x, y)
@@ -322,7 +322,7 @@ def test_a_batch_in_8_bits_equals_its_singles(local, server):
     batch = sharer.prefill(left_pad(rows, 0))
     for index, row in enumerate(rows):
         single = sharer.prefill(left_pad([row], 0))
-        for (keys, values), (own_keys, own_values) in zip(kv.layers(batch), kv.layers(single), strict=True):
+        for (keys, values), (own_keys, own_values) in zip(kv_cache.layers(batch), kv_cache.layers(single), strict=True):
             torch.testing.assert_close(keys[index : index + 1], own_keys, rtol=0, atol=1e-5)
             torch.testing.assert_close(values[index : index + 1], own_values, rtol=0, atol=1e-5)
 
@@ -573,10 +573,10 @@ def test_a_cache_tells_its_text_to_whoever_has_the_model(local, server):
     sharer, model = RemoteSharer(server.url, precision="int8"), local.sharers[0]
     batch = left_pad([model.tokenizer("The fox sleeps by the sea.")["input_ids"]], 0)
     wanted = Wanted([2], torch.zeros(batch.length, dtype=torch.long), torch.arange(batch.length))
-    stolen = torch.cat(kv.layer(sharer.share(batch, wanted), 2), dim=-1)
+    stolen = torch.cat(kv_cache.layer(sharer.share(batch, wanted), 2), dim=-1)
     found: list[int] = []
     for column in range(batch.length):
-        tried = kv.layer(model.prefill(left_pad([[*found, word] for word in range(512)], 0)), 2)
+        tried = kv_cache.layer(model.prefill(left_pad([[*found, word] for word in range(512)], 0)), 2)
         apart = (torch.cat(tried, dim=-1)[:, :, column] - stolen[:, :, column]).flatten(1).norm(dim=-1)
         found.append(int(apart.argmin()))
     assert found == batch.ids[0].tolist()

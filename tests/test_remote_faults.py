@@ -18,6 +18,7 @@ import torch
 
 from c2c import C2CModel
 from c2c.errors import MismatchError
+from c2c.language_model import Sharer
 from c2c.remote import RemoteError, RemoteSharer, SharerLost
 from c2c.remote.connection import Connection
 from c2c.remote.frame import MAGIC, Frame, FrameReader, body_of, encode
@@ -28,7 +29,6 @@ from c2c.remote.order import Order
 from c2c.remote.retry import Backoff
 from c2c.remote.signature import KeyFileError, Signer, read_key
 from c2c.remote.standing import Standing
-from c2c.sharer import Sharer
 from c2c.tokens import left_pad
 from remote_rig import KEY, Proxy, body_of_request, serving
 from test_private import DOCUMENT, QUESTION, private

@@ -25,6 +25,7 @@ from typer.testing import CliRunner
 from c2c import C2CModel
 from c2c.cli import app
 from c2c.errors import C2CError
+from c2c.language_model import Sharer
 from c2c.remote import RemoteError, RemoteSharer
 from c2c.remote.address import is_local
 from c2c.remote.app import build_app
@@ -34,7 +35,6 @@ from c2c.remote.log import Log
 from c2c.remote.order import Order
 from c2c.remote.signature import Signer
 from c2c.remote.stall import Stall
-from c2c.sharer import Sharer
 from c2c.tokens import left_pad
 from remote_rig import make_server, serving, until
 from test_remote_faults import request_of

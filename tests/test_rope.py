@@ -21,12 +21,11 @@ from transformers import (
     StableLmForCausalLM,
 )
 
-from c2c import C2CModel, kv, rope
+from c2c import C2CModel, kv_cache, rope
 from c2c.errors import CacheError
 from c2c.fusers import BottleneckFuser, Entries
+from c2c.language_model import Receiver, Sharer
 from c2c.prefill import prefill
-from c2c.receiver import Receiver
-from c2c.sharer import Sharer
 from c2c.tokens import TokenBatch
 from tiny import SIZES, build, tokenizer
 
@@ -96,7 +95,7 @@ def lonely_keys(model):
     ids = torch.full((len(POSITIONS), 1), 5)
     positions = torch.tensor(POSITIONS).unsqueeze(1)
     batch = TokenBatch(ids, torch.ones_like(ids, dtype=torch.bool), positions, padded=False)
-    return [keys for keys, _ in kv.layers(prefill(model.eval(), batch, 1))], positions
+    return [keys for keys, _ in kv_cache.layers(prefill(model.eval(), batch, 1))], positions
 
 
 @pytest.mark.parametrize("name", list(MODELS))
@@ -197,7 +196,7 @@ def test_the_bottleneck_gives_the_same_at_every_position():
     layers = [0, 1, 2, 2]
     tables, other_tables = rope.tables(ours, where), rope.tables(theirs, other_where)
     other_tables = [other_tables[i] for i in layers]
-    sharer, receiver = kv.KVGeometry(3, 2, 12), kv.KVGeometry(4, 1, 16)
+    sharer, receiver = kv_cache.KVGeometry(3, 2, 12), kv_cache.KVGeometry(4, 1, 16)
     fuser = BottleneckFuser.from_geometry(sharer, receiver, layers, rank=8)
     torch.nn.init.normal_(fuser.up)
 

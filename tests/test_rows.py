@@ -7,10 +7,9 @@ from collections import Counter
 
 import pytest
 
+from c2c.data.formats import LETTERS, load_rows, multiple_choice, normalise, questions, vary_options
 from c2c.training.config import ConfigError, DataSource
 from c2c.training.examples import build_examples, choice_tokens
-from c2c.training.layouts import normalise
-from c2c.training.rows import LETTERS, load_rows, multiple_choice, questions, vary_options
 from tiny import pair, tokenizer
 
 QUESTION = {"id": 1, "question": "2 + 2?", "choices": ["3", "4"], "answer": 1}

@@ -10,14 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from c2c import C2CModel, kv
+from c2c import C2CModel, kv_cache
 from c2c.alignment import PublishedAligner, SpanAligner
 from c2c.errors import C2CError, FuserError, MismatchError
 from c2c.fusers import Fuser
 from c2c.fusers.base import load_fuser
+from c2c.language_model import Receiver, Sharer
 from c2c.published import import_published
-from c2c.receiver import Receiver
-from c2c.sharer import Sharer
 from tiny import FIXTURES, build, open_fusers, pair, tokenizer
 
 A, C = FIXTURES / "pair_a", FIXTURES / "pair_c"
@@ -43,7 +42,9 @@ def two_sharers(mode="parallel"):
 
 
 def assert_same(one, other):
-    for a, b in zip(kv.layers(one.prepare(PROMPTS).cache), kv.layers(other.prepare(PROMPTS).cache), strict=True):
+    for a, b in zip(
+        kv_cache.layers(one.prepare(PROMPTS).cache), kv_cache.layers(other.prepare(PROMPTS).cache), strict=True
+    ):
         assert torch.equal(a[0], b[0])
         assert torch.equal(a[1], b[1])
     answers = [[r.ids.tolist() for r in m.generate(PROMPTS, max_new_tokens=6)] for m in (one, other)]

@@ -10,9 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from c2c.baselines.text_to_text import text_to_text
 from c2c.language_model import FirstTokenClock
 from c2c.prompting import RenderOptions
+from c2c.systems.text_to_text import text_to_text
 from c2c.tokens import left_pad
 from serving_harness import NAME, PATIENCE, events, model, running, user
 

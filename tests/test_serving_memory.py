@@ -10,9 +10,9 @@ from contextlib import contextmanager
 import httpx
 import pytest
 
+from c2c.generation import FusionReport
 from c2c.handoff import Handoff
 from c2c.remote.handoff import PartialHandoff
-from c2c.report import FusionReport
 from c2c.serving import app as serving_app
 from c2c.serving import memory
 from c2c.serving.answers import Answers

@@ -13,9 +13,9 @@ import openai
 import pytest
 
 from c2c import C2CModel
+from c2c.language_model import Sharer
 from c2c.remote import RemoteSharer
 from c2c.remote.limits import Limits
-from c2c.sharer import Sharer
 from remote_rig import KEY, Proxy
 from remote_rig import serving as sharing
 from serving_harness import NAME, PATIENCE, events, model, running, user

@@ -8,17 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from c2c import C2CModel, kv
-from c2c.alignment.plan import derange_columns
+from c2c import C2CModel, kv_cache
+from c2c.alignment.base import derange_columns
+from c2c.data.formats import load_rows, multiple_choice, questions
 from c2c.errors import CacheError, FuserError, ModelLoadError
+from c2c.fusers.base import fuser_hash
+from c2c.language_model import Receiver
 from c2c.prompting import RenderOptions
-from c2c.provenance import fuser_hash
-from c2c.receiver import Receiver
 from c2c.training.config import ConfigError, DataSource, TrainConfig, load_config
 from c2c.training.examples import build_examples
 from c2c.training.order import GroupedOrder
 from c2c.training.prepared import fill, prepare
-from c2c.training.rows import load_rows, multiple_choice, questions
 from c2c.training.run import train
 from c2c.training.selection import DevSet
 from c2c.training.step import FuserTraining
@@ -99,11 +99,11 @@ def test_the_stored_caches_are_not_changed_by_a_step(folders, tmp_path):
     training = prepared.training
     open_fuser(training.model)
     batch = training.collate(prepared.train[:4])
-    before = [keys.clone() for keys, _ in kv.layers(batch.receiver_cache)]
+    before = [keys.clone() for keys, _ in kv_cache.layers(batch.receiver_cache)]
     for message in ("matched", "deranged", "zero", "none"):
         with torch.no_grad():
             training.losses(batch, message)
-    assert all(torch.equal(a, b) for a, (b, _) in zip(before, kv.layers(batch.receiver_cache), strict=True))
+    assert all(torch.equal(a, b) for a, (b, _) in zip(before, kv_cache.layers(batch.receiver_cache), strict=True))
 
 
 def test_messages_differ_and_none_is_the_receiver_alone(folders, tmp_path):
@@ -160,7 +160,7 @@ def test_store_entries_are_the_models_own_prefill(folders):
         from c2c.tokens import left_pad
 
         own = model.receiver.prefill(left_pad([ids], 0))
-        for layer, (keys, values) in enumerate(kv.layers(own)):
+        for layer, (keys, values) in enumerate(kv_cache.layers(own)):
             assert torch.allclose(entry.layers[layer][0].float(), keys, atol=0.02)
             assert torch.allclose(entry.layers[layer][1].float(), values, atol=0.02)
 
@@ -495,9 +495,9 @@ def test_stored_caches_stay_clean_with_a_fuser_that_needs_no_gradient(folders, t
     open_fuser(training.model)
     training.fuser.requires_grad_(False)
     batch = training.collate(prepared.train[:4])
-    before = [keys.clone() for keys, _ in kv.layers(batch.receiver_cache)]
+    before = [keys.clone() for keys, _ in kv_cache.layers(batch.receiver_cache)]
     training.losses(batch, "matched")
-    assert all(torch.equal(a, b) for a, (b, _) in zip(before, kv.layers(batch.receiver_cache), strict=True))
+    assert all(torch.equal(a, b) for a, (b, _) in zip(before, kv_cache.layers(batch.receiver_cache), strict=True))
 
 
 def test_order_groups_responses_of_similar_length_and_repeats_itself():

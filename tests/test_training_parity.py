@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 from c2c import C2CModel
 from c2c.alignment import Alignment, Chunk
+from c2c.fusers.gating import annealed_temperature, gumbel_gate, hard_gate, soft_gate
 from c2c.fusion import Source, fuse
-from c2c.gating import annealed_temperature, gumbel_gate, hard_gate, soft_gate
 from c2c.tokens import TokenBatch
 from tiny import FIXTURES
 

@@ -17,14 +17,13 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from c2c import C2CModel, kv
-from c2c.baselines.text_to_text import text_to_text
+from c2c import C2CModel, kv_cache
 from c2c.integrations.vllm.errors import LoadError
 from c2c.integrations.vllm.plan import Wish
 from c2c.integrations.vllm.snapshot import Snapshot
 from c2c.integrations.vllm.store import new_name
-from c2c.receiver import Receiver
-from c2c.sharer import Sharer
+from c2c.language_model import Receiver, Sharer
+from c2c.systems.text_to_text import text_to_text
 from c2c.tokens import left_pad
 from serving_harness import NAME, events, running, user
 from test_serving_process import Process
@@ -134,7 +133,7 @@ def test_eight_caches_of_one_prompt_at_once(vllm, here):
     ids = here.receiver.encode(TEXTS[4]).ids[0].tolist()
     read = vllm.host.read_now(ids[:-1])
     clean = here.receiver.prefill(left_pad([ids], 0), len(ids) - 1)
-    for ours, theirs in zip(kv.layers(clean), kv.layers(read.cache()), strict=True):
+    for ours, theirs in zip(kv_cache.layers(clean), kv_cache.layers(read.cache()), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
     changed = [_changed(read, seed) for seed in range(8)]
     expected = [

@@ -11,7 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from c2c import kv
+from c2c import kv_cache
 from c2c.cli import app
 from c2c.integrations.vllm.background import Background
 from c2c.integrations.vllm.errors import MissingVLLMError, SnapshotError, UnsupportedError
@@ -24,7 +24,7 @@ from c2c.integrations.vllm.store import SnapshotStore, check_name, new_name
 from c2c.integrations.vllm.transfer import Transfers
 from c2c.integrations.vllm.versions import check_version, installed
 from c2c.integrations.vllm.views import CPUView, self_test, view_of
-from c2c.receiver import Receiver
+from c2c.language_model import Receiver
 from c2c.serving.sampling import Sampling
 from tiny import build
 
@@ -60,7 +60,7 @@ def test_a_snapshot_comes_back_as_it_was(store):
     assert torch.equal(found.values, made.values)
     again = Snapshot.of_cache(found.cache(), [5, 6, 7], MODEL)
     assert again.facts == made.facts
-    assert kv.length(found.cache()) == 3
+    assert kv_cache.length(found.cache()) == 3
 
 
 def test_bfloat16_too(store):

@@ -18,9 +18,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from c2c import C2CModel
-from c2c.receiver import Receiver
-from c2c.sharer import Sharer
+from c2c import C2CModel, kv_cache
+from c2c.language_model import Receiver, Sharer
 
 FIXTURES = Path(__file__).parent / "fixtures"
 WINDOW = 16
@@ -116,3 +115,10 @@ def pair_folders(make_folder) -> list[str]:
         words.save_pretrained(folder)
         folders.append(str(folder))
     return folders
+
+
+def assert_equal_caches(one, other):
+    """Two caches hold the same numbers, bit for bit."""
+    for (keys, values), (other_keys, other_values) in zip(kv_cache.layers(one), kv_cache.layers(other), strict=True):
+        assert torch.equal(keys, other_keys)
+        assert torch.equal(values, other_values)

@@ -14,23 +14,21 @@ from typing import TYPE_CHECKING, Any
 from c2c.version import __version__
 
 if TYPE_CHECKING:
-    from c2c.chat import Chat
     from c2c.errors import C2CError
     from c2c.fusers import Fuser
+    from c2c.generation import Chat, FusionReport, GenerationResult
+    from c2c.language_model import Receiver, Sharer
     from c2c.model import C2CModel
-    from c2c.receiver import Receiver
-    from c2c.report import FusionReport, GenerationResult
-    from c2c.sharer import Sharer
 
 _HOMES = {
     "C2CError": "c2c.errors",
     "C2CModel": "c2c.model",
-    "Chat": "c2c.chat",
+    "Chat": "c2c.generation",
     "Fuser": "c2c.fusers",
-    "FusionReport": "c2c.report",
-    "GenerationResult": "c2c.report",
-    "Receiver": "c2c.receiver",
-    "Sharer": "c2c.sharer",
+    "FusionReport": "c2c.generation",
+    "GenerationResult": "c2c.generation",
+    "Receiver": "c2c.language_model",
+    "Sharer": "c2c.language_model",
 }
 
 __all__ = [

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from c2c import kv
-from c2c.alignment.plan import Alignment, Chunk
+from c2c import kv_cache
+from c2c.alignment.base import Alignment, Chunk
 from c2c.fusers.base import Entries, Fuser
-from c2c.kv import KeyValue
+from c2c.kv_cache import KeyValue
 from c2c.language_model import LanguageModel
 from c2c.rope import Rotary
 from c2c.tokens import TokenBatch
@@ -101,13 +101,13 @@ def aligned_entries(
     fuser, config, device = source.fuser, source.fuser.config, source.fuser.device
     pick_ours, pick_theirs = Picker(alignment, alignment.receiver, 0), Picker(alignment, alignment.sharer, 1)
     ours = _entries(
-        [kv.layer(cache, i) for i in config.fused_layers],
+        [kv_cache.layer(cache, i) for i in config.fused_layers],
         pick_ours,
         device,
         _rotary(receiver, tokens, pick_ours, fuser, config.fused_layers),
     )
     theirs = _entries(
-        [kv.layer(source.cache, i) for i in config.source_layers],
+        [kv_cache.layer(source.cache, i) for i in config.source_layers],
         pick_theirs,
         device,
         _rotary(source.sharer, source.tokens, pick_theirs, fuser, config.source_layers),
@@ -143,11 +143,11 @@ def _difference(outcome: _Outcome) -> _Outcome:
 def _write(cache: Cache, source: Source, outcome: _Outcome, add: bool = False) -> None:
     """Put fused entries in the place of the receiver's, or add differences to them."""
     for layer, (new_keys, new_values) in zip(source.fuser.config.fused_layers, outcome.fused, strict=True):
-        keys, values = kv.layer(cache, layer)
+        keys, values = kv_cache.layer(cache, layer)
         if add:
             new_keys = outcome.picker.take(keys).to(new_keys.device) + new_keys
             new_values = outcome.picker.take(values).to(new_values.device) + new_values
-        kv.set_layer(cache, layer, outcome.picker.put(keys, new_keys), outcome.picker.put(values, new_values))
+        kv_cache.set_layer(cache, layer, outcome.picker.put(keys, new_keys), outcome.picker.put(values, new_values))
 
 
 class Picker:

@@ -17,12 +17,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import Cache
 
-from c2c import kv
+from c2c import kv_cache
 from c2c.errors import HandoffError
-from c2c.files import save_atomically
 from c2c.identity import ModelIdentity
-from c2c.kv import KeyValue
+from c2c.kv_cache import KeyValue
 from c2c.tokens import TokenBatch, natural_positions
+from c2c.utils import save_atomically
 
 Precision = Literal["float32", "bfloat16", "float16", "int8", "float8"]
 _FORMAT = "c2c-handoff-1"
@@ -115,7 +115,7 @@ class Handoff:
 
     def cache(self, dtype: torch.dtype, device: torch.device) -> Cache:
         """The sharer's cache of all tokens, in ``dtype``."""
-        return kv.from_layers(
+        return kv_cache.from_layers(
             (keys.unpack(dtype).to(device), values.unpack(dtype).to(device)) for keys, values in self.layers
         )
 

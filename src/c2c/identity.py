@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from c2c.errors import MismatchError
-from c2c.kv import KVGeometry
+from c2c.kv_cache import KVGeometry
 
 _SAMPLES = 32
 _STRUCTURE = ("architecture", "kv", "rope")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -12,14 +13,15 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
-from c2c import kv, rope
-from c2c.errors import CacheError, PromptError
-from c2c.identity import ModelIdentity, identify
+from c2c import kv_cache, rope
+from c2c.errors import CacheError, MismatchError, PromptError
+from c2c.generation import GenerationResult
+from c2c.handoff import Handoff
+from c2c.identity import ModelIdentity, differences, identify
 from c2c.loading import load
-from c2c.messages import conversations
+from c2c.messages import Conversation, conversations
 from c2c.prefill import next_logits, prefill
-from c2c.prompting import RenderOptions, encode, render, require_tokenizer
-from c2c.report import GenerationResult
+from c2c.prompting import RenderOptions, encode, render, require_tokenizer, text_tokens
 from c2c.tokens import TokenBatch, left_pad, require_left_padding
 
 DEFAULT_NEW_TOKENS = 256
@@ -74,7 +76,7 @@ class LanguageModel:
     role = "model"
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any = None, name: str | None = None) -> None:
-        kv.check_model_layers(model.config)
+        kv_cache.check_model_layers(model.config)
         self.model = model.eval().requires_grad_(False)
         _keep_head_whole(self.model)
         self.tokenizer = tokenizer
@@ -104,9 +106,9 @@ class LanguageModel:
         return getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
 
     @cached_property
-    def geometry(self) -> kv.KVGeometry:
+    def geometry(self) -> kv_cache.KVGeometry:
         """Shape of the KV cache, read from a one-token prefill: configs of some families do not tell."""
-        return kv.geometry(self._probe)
+        return kv_cache.geometry(self._probe)
 
     @cached_property
     def identity(self) -> ModelIdentity:
@@ -138,7 +140,7 @@ class LanguageModel:
             CacheError: keys at two positions do not agree without their rotation.
         """
         tables = rope.tables(self.model, torch.tensor([[0], [7]], device=self.device))
-        for index, (keys, _) in enumerate(kv.layers(self._probe)):
+        for index, (keys, _) in enumerate(kv_cache.layers(self._probe)):
             tolerance = 1e-3 if keys.dtype == torch.float32 else 0.05
             if tables is None:
                 known = not _only_turned(keys.float(), tolerance)
@@ -247,7 +249,7 @@ class LanguageModel:
         batch = batch.to(self.device)
         self._check_cache(batch, cache)
         kwargs = self._with_defaults(kwargs)
-        kv.repeat(cache, self._expansion(kwargs))
+        kv_cache.repeat(cache, self._expansion(kwargs))
         if clock is not None:
             self._note_ends(clock, kwargs)
             kwargs["stopping_criteria"] = StoppingCriteriaList([clock, *(kwargs.get("stopping_criteria") or [])])
@@ -317,14 +319,14 @@ class LanguageModel:
         return "" if self.tokenizer is None else str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
     def _check_cache(self, batch: TokenBatch, cache: Cache) -> None:
-        kv.check_layers(cache)
-        held = kv.length(cache) if cache.layers else 0
+        kv_cache.check_layers(cache)
+        held = kv_cache.length(cache) if cache.layers else 0
         if held >= batch.length:
             raise CacheError(
                 f"the cache covers {held} tokens and the prompt has {batch.length}: nothing is left to predict, and "
-                f"`generate` would read the prompt twice. Cut it to {batch.length - 1} tokens: kv.crop(cache, n)."
+                f"`generate` would read the prompt twice. Cut it to {batch.length - 1} tokens: kv_cache.crop(cache, n)."
             )
-        rows = kv.layer(cache, 0)[0].shape[0] if held else batch.rows
+        rows = kv_cache.layer(cache, 0)[0].shape[0] if held else batch.rows
         if rows != batch.rows:
             raise CacheError(f"the cache has {rows} rows, the prompt {batch.rows}.")
 
@@ -371,3 +373,128 @@ def _as_list(value: int | list[int] | None) -> list[int]:
     if value is None:
         return []
     return list(value) if isinstance(value, list | tuple) else [value]
+
+
+class Receiver(LanguageModel):
+    """A frozen model that decodes from a fused cache, by its own ``generate``."""
+
+    role = "receiver"
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which entries of a sharer's cache fusion reads: in these layers, column ``columns[i]`` of row ``rows[i]``.
+
+    Attributes:
+        layers: sharer layers; one that several receiver layers read may stand there several times.
+        rows: ``[pairs]``, int64, on the host.
+        columns: ``[pairs]``, int64.
+    """
+
+    layers: Sequence[int]
+    rows: Tensor
+    columns: Tensor
+
+    @property
+    def stop(self) -> int:
+        """How many columns must be read to have them all."""
+        return 1 + int(self.columns.max())
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a sharer reads for a handoff: its tokens, and the columns that are handed over."""
+
+    ids: list[int]
+    kept: list[int]
+
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """Ids and kept columns, each int64 on the host."""
+        return torch.tensor(self.ids), torch.tensor(self.kept)
+
+    def followed_by(self, draft: Sequence[int]) -> Reading:
+        """With what the sharer wrote after it; all of that is handed over."""
+        length = len(self.ids)
+        return Reading([*self.ids, *draft], [*self.kept, *range(length, length + len(draft))])
+
+
+class Sharer(LanguageModel):
+    """A frozen model whose cache is shared. Fusion asks ``share`` of it, and ``for_fuser`` and ``read``."""
+
+    role = "sharer"
+
+    def share(self, batch: TokenBatch, wanted: Wanted) -> Cache:
+        """The cache of ``batch``, filled at least where ``wanted`` says; other entries must not be read."""
+        return self.prefill(batch, wanted.stop)
+
+    def for_fuser(self, fuser: Any) -> Self:
+        """Who reads for this fuser: the sharer itself. One on another machine sends what the fuser needs, no more."""
+        return self
+
+    @torch.no_grad()
+    def read(
+        self,
+        messages: Any,
+        *,
+        draft_tokens: int = 0,
+        options: RenderOptions | None = None,
+        reuse: Handoff | None = None,
+    ) -> Handoff:
+        """Read messages, to be handed over to a receiver that has not read them.
+
+        Args:
+            messages: one text or conversation.
+            draft_tokens: first write at most so many tokens of an answer, greedily, and hand them over as well.
+            options: how to render the messages.
+            reuse: an earlier handoff of this sharer; what both begin with is not read again. So a document can grow.
+
+        Raises:
+            PromptError: several conversations, or none that can be read. MismatchError: ``reuse`` is another model's.
+        """
+        batch, single = conversations(messages)
+        if not single:
+            raise PromptError("a handoff holds one conversation: call read once for each.")
+        plan = reading(self.tokenizer, batch[0], options or RenderOptions())
+        tokens = left_pad([plan.ids], 0)
+        self.check_prompt(tokens)
+        cache: Cache = kv_cache.empty_cache()
+        known = 0
+        if reuse is not None:
+            hard, soft = differences("sharer", reuse.sharer, self.identity)
+            if hard or soft:
+                raise MismatchError(hard + soft, "Extend a handoff with the model that made it.")
+            known = min(reuse.shared_prefix(plan.ids), len(plan.ids) - 1)
+        if known:
+            cache = kv_cache.crop(reuse.cache(self.dtype, self.device), known)  # type: ignore[union-attr]
+        if draft_tokens <= 0:
+            cache = self.prefill(tokens, cache=cache)
+            return Handoff.from_cache(self.identity, *plan.tensors(), kv_cache.layers(cache))
+        ids, cache = self.draft(tokens, cache, draft_tokens)
+        plan = plan.followed_by(ids[len(plan.ids) :])
+        return Handoff.from_cache(self.identity, *plan.tensors(), kv_cache.layers(cache))
+
+    def draft(self, tokens: TokenBatch, cache: Cache, count: int) -> tuple[list[int], Cache]:
+        """Write at most ``count`` tokens after a prompt of one row, greedily: all ids, and the cache of them all."""
+        cache = self.prefill(tokens, tokens.length - 1, cache)
+        drafted = self.generate(tokens, cache, max_new_tokens=count, do_sample=False)[0].tolist()
+        ids = [*tokens.ids[0].tolist(), *drafted]
+        return ids, self.prefill(left_pad([ids], 0), cache=cache)  # the last drafted token is not in the cache yet
+
+
+def reading(tokenizer: Any, conversation: Conversation, options: RenderOptions) -> Reading:
+    """A conversation as a sharer reads it, and what of it is handed over.
+
+    Kept are the texts of the messages, and the template after the last one, whose positions have read everything; other
+    template tokens say nothing about the messages, and the first token of a prompt holds values out of all proportion.
+
+    Raises:
+        PromptError: no text of any message is found in the rendered prompt.
+    """
+    encoded = encode(require_tokenizer(tokenizer, "sharer"), render(tokenizer, conversation, options))
+    owners = text_tokens(encoded)
+    texts = [column for column, owner in enumerate(owners) if owner is not None]
+    if not texts:
+        raise PromptError(
+            f"nothing to hand over: no message text was found in the rendered prompt {encoded.rendered.text!r}."
+        )
+    return Reading(encoded.ids, [*texts, *range(texts[-1] + 1, len(encoded.ids))])

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTra
 
 from c2c import pull
 from c2c.errors import ModelLoadError, PromptError, did_you_mean
-from c2c.files import read_json_object
 from c2c.pull.aliases import ALIASES
+from c2c.utils import read_json_object
 
 Dtype = str | torch.dtype | None
 _SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")  # device maps that accelerate works out

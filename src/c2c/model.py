@@ -13,27 +13,23 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from c2c import identity, kv
+from c2c import identity, kv_cache
 from c2c.alignment import ALIGNERS, Aligner, Alignment, Chunk, Prompt, SpanAligner
-from c2c.alignment.sections import check_sections, plan_sections, slot_positions
-from c2c.chat import Chat
+from c2c.alignment.slots import check_sections, plan_sections, slot_positions
 from c2c.errors import AlignmentError, FuserError, PromptError
-from c2c.files import read_json_object, save_atomically, write_json
 from c2c.fusers import Fuser, family
 from c2c.fusers.base import load_fuser, resolve
 from c2c.fusion import FusionMode, Source, fuse
-from c2c.language_model import FirstTokenClock
+from c2c.generation import Chat, FusionReport, Stopwatch, TextStream
+from c2c.language_model import FirstTokenClock, Receiver, Sharer, Wanted
 from c2c.layer_map import layer_map as make_layer_map
 from c2c.messages import Conversation, conversations
-from c2c.private import Memory, Placed, first_user_column, handoffs_of, lay_down, place, project
+from c2c.private_context import Memory, Placed, first_user_column, handoffs_of, lay_down, place, project
 from c2c.prompting import RenderOptions
 from c2c.published import import_published, published_names, read_names
-from c2c.receiver import Receiver
 from c2c.remote.errors import SharerLost
-from c2c.report import FusionReport, Stopwatch
-from c2c.sharer import Sharer, Wanted
-from c2c.streaming import TextStream
 from c2c.tokens import TokenBatch
+from c2c.utils import read_json_object, save_atomically, write_json
 
 _MANIFEST = "c2c.json"
 
@@ -463,7 +459,7 @@ class C2CModel(nn.Module):
         """The fused cache of the whole prompt and the logits after it; arguments as in :meth:`generate_ids`."""
         fused = self._fuse_ids(receiver_ids, sharer_ids, fuse_mask, receiver_mask, sharer_mask, sections)
         logits = self.receiver.next_logits(fused.tokens, fused.cache)
-        keys, values = zip(*kv.layers(fused.cache), strict=True)
+        keys, values = zip(*kv_cache.layers(fused.cache), strict=True)
         return FusedIds(list(keys), list(values), logits, fused.report)
 
     # -- fusing ------------------------------------------------------------------------------------------------------
@@ -491,7 +487,7 @@ class C2CModel(nn.Module):
         watch = report.stopwatch or Stopwatch(self.receiver.device)
         with watch.stage("receiver_prefill"):  # bring all rows to one token before their end
             caches = [self.receiver.prefill(tokens, tokens.length - 1, cache) for tokens, cache in parts]
-        return FusedPrompt(_join([tokens for tokens, _ in parts]), kv.stack(caches), report)
+        return FusedPrompt(_join([tokens for tokens, _ in parts]), kv_cache.stack(caches), report)
 
     def _fuse_prompt(
         self, prompt: Prompt, report: FusionReport, placed: Placed | None = None, blend: float = 1.0
@@ -501,7 +497,7 @@ class C2CModel(nn.Module):
         tokens = prompt.receiver.to(self.receiver.device)
         with watch.stage("sharer_prefill"):
             sources = [self._source(index, prompt) if blend > 0 else None for index in range(len(self.sharers))]
-        cache: Cache = kv.empty_cache()
+        cache: Cache = kv_cache.empty_cache()
         if placed is not None and placed.memories:
             with watch.stage("receiver_prefill"):
                 lay_down(cache, self.receiver, placed)
@@ -589,7 +585,9 @@ class C2CModel(nn.Module):
             return self._alone(tokens, lost)
         if len(prompts) > 1:  # rows were grouped by their sections: back to the caller's order
             order = torch.tensor([row for rows in groups.values() for row in rows]).argsort()
-            fused = FusedPrompt(fused.tokens.select(order.tolist()), kv.select_rows(fused.cache, order), fused.report)
+            fused = FusedPrompt(
+                fused.tokens.select(order.tolist()), kv_cache.select_rows(fused.cache, order), fused.report
+            )
         return fused
 
     def _selection(self, fuse_mask: Any, ids: Tensor) -> Tensor:
@@ -663,7 +661,7 @@ def _expected(fuser: Fuser, role: str, model: Any) -> identity.ModelIdentity:
     recorded: identity.ModelIdentity | None = fuser.config.identity(role)
     if recorded is not None:
         return recorded
-    geometry = kv.KVGeometry(**getattr(fuser.config, f"{role}_kv"))
+    geometry = kv_cache.KVGeometry(**getattr(fuser.config, f"{role}_kv"))
     return identity.ModelIdentity(
         "unrecorded", None, model.identity.architecture, geometry.to_dict(), None, None, None, None
     )

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
-from c2c import kv
+from c2c import kv_cache
 from c2c.tokens import TokenBatch
 
 
@@ -20,8 +20,8 @@ def prefill(model: PreTrainedModel, batch: TokenBatch, stop: int, cache: Cache |
     Returns:
         The cache, whose layers hold ``[batch, kv_heads, stop, head_dim]``.
     """
-    cache = kv.empty_cache() if cache is None else cache
-    start = kv.length(cache) if cache.layers else 0
+    cache = kv_cache.empty_cache() if cache is None else cache
+    start = kv_cache.length(cache) if cache.layers else 0
     if start < stop:
         model.get_decoder()(
             input_ids=batch.ids[:, start:stop],
@@ -35,7 +35,7 @@ def prefill(model: PreTrainedModel, batch: TokenBatch, stop: int, cache: Cache |
 
 def next_logits(model: PreTrainedModel, batch: TokenBatch, cache: Cache) -> Tensor:
     """Run the columns that ``cache`` does not hold yet and return the logits after the last, ``[batch, vocab]``."""
-    start = kv.length(cache)
+    start = kv_cache.length(cache)
     out = model(
         input_ids=batch.ids[:, start:],
         attention_mask=batch.mask_until(batch.length),

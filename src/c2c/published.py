@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from c2c.errors import FuserError
-from c2c.files import read_json_object
 from c2c.fusers.c2c import C2CFuser, C2CFuserConfig
-from c2c.kv import KVGeometry
+from c2c.kv_cache import KVGeometry
+from c2c.utils import read_json_object
 from c2c.version import __version__
 
 _OPTIONS = (

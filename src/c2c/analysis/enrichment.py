@@ -20,23 +20,23 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
 
-from c2c import kv
+from c2c import kv_cache
 from c2c.analysis.drawing import done, dots, panels
 from c2c.analysis.inputs import check_items
 from c2c.analysis.provenance import provenance
 from c2c.analysis.record import check_output, publish
 from c2c.analysis.scores import accuracies, difference
 from c2c.analysis.settings import AnalysisError, check_limit, source
+from c2c.data.formats import Row, load_rows, questions
 from c2c.errors import CacheError
 from c2c.language_model import LanguageModel
 from c2c.messages import Conversation
-from c2c.progress import OnProgress
 from c2c.prompting import RenderOptions
 from c2c.reporting.canvas import Plot
 from c2c.rope import Rotary
 from c2c.tokens import TokenBatch
 from c2c.training.examples import choice_tokens
-from c2c.training.rows import Row, load_rows, questions
+from c2c.utils import OnProgress
 
 NAME = "enrichment"
 SYSTEMS = ("direct", "few_shot", "oracle")
@@ -202,22 +202,22 @@ def without_exemplars(model: LanguageModel, cache: Cache, head: int, exemplars: 
     Raises:
         CacheError: the gap is not inside the cache.
     """
-    tokens = kv.length(cache)
+    tokens = kv_cache.length(cache)
     if not 0 <= head <= head + exemplars <= tokens:
         raise CacheError(f"can't drop columns {head} to {head + exemplars} of a cache of {tokens} tokens.")
     if exemplars == 0:
-        return kv.from_layers(kv.layers(cache))
+        return kv_cache.from_layers(kv_cache.layers(cache))
     before = torch.arange(head + exemplars, tokens, device=model.device).unsqueeze(0)
     old, new = model.rotary(before), model.rotary(before - exemplars)
 
-    def shorter(layer: int, keys: Tensor, values: Tensor) -> kv.KeyValue:
+    def shorter(layer: int, keys: Tensor, values: Tensor) -> kv_cache.KeyValue:
         tail = keys[:, :, head + exemplars :]
         if old is not None and new is not None:
             tail = _moved(tail, old[layer], new[layer])
         kept = torch.cat([values[:, :, :head], values[:, :, head + exemplars :]], dim=2)
         return torch.cat([keys[:, :, :head], tail], dim=2), kept
 
-    return kv.from_layers(shorter(layer, *pair) for layer, pair in enumerate(kv.layers(cache)))
+    return kv_cache.from_layers(shorter(layer, *pair) for layer, pair in enumerate(kv_cache.layers(cache)))
 
 
 def _moved(keys: Tensor, old: Rotary, new: Rotary) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from c2c import kv
+from c2c import kv_cache
 from c2c.analysis.inputs import Subject
 from c2c.fusion import Picker
 from c2c.language_model import LanguageModel
@@ -91,7 +91,7 @@ def _tables(model: LanguageModel, tokens: TokenBatch, picker: Picker) -> list[Ro
 
 
 def _side(cache: Cache, layer: int, picker: Picker, table: Rotary | None) -> Side:
-    keys, values = (picker.take(entry).float() for entry in kv.layer(cache, layer))
+    keys, values = (picker.take(entry).float() for entry in kv_cache.layer(cache, layer))
     if table is None:
         return Side(flat(keys), flat(keys), flat(values))
     here = Rotary(table.cos.to(keys.device), table.sin.to(keys.device))

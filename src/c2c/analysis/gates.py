@@ -17,8 +17,8 @@ from c2c.analysis.entries import LayerEntries, layer_entries
 from c2c.analysis.inputs import Subject
 from c2c.analysis.record import check_output, publish
 from c2c.analysis.settings import Settings
-from c2c.progress import OnProgress
 from c2c.reporting.canvas import PAINT, Plot
+from c2c.utils import OnProgress
 
 NAME = "gates"
 KINDS = ("keys", "values")

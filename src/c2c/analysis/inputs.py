@@ -9,14 +9,14 @@ from typing import Any
 
 from c2c.analysis.provenance import fuser_facts, provenance
 from c2c.analysis.settings import AnalysisError, Settings, source
+from c2c.data.formats import load_rows
 from c2c.fusers import Fuser
 from c2c.language_model import LanguageModel
 from c2c.model import C2CModel
-from c2c.progress import OnProgress
 from c2c.training.examples import Example, build_examples
-from c2c.training.rows import load_rows
 from c2c.training.step import Batch, FuserTraining
 from c2c.training.store import PrefillStore
+from c2c.utils import OnProgress
 
 _UNLIMITED = 10**9
 

@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from transformers import Cache, DynamicCache
 
-from c2c import kv
+from c2c import kv_cache
 from c2c.analysis.drawing import done, dots, legend, level, panels
 from c2c.analysis.inputs import Subject
 from c2c.analysis.record import check_output, publish
 from c2c.analysis.scores import Right, accuracies, difference, right_answers
 from c2c.analysis.settings import Settings
-from c2c.progress import OnProgress
 from c2c.reporting.canvas import PAINT, Plot
 from c2c.training.step import Batch, FuserTraining
+from c2c.utils import OnProgress
 
 NAME = "layers"
 _THIRDS = ("early", "middle", "late")
@@ -32,8 +32,8 @@ def mixed(clean: Cache, fused: Cache, keys: Sequence[int], values: Sequence[int]
 
     Layers are fused from the clean cache and independently of each other, so this is what fusing only these gives.
     """
-    pairs = zip(kv.layers(clean), kv.layers(fused), strict=True)
-    return kv.from_layers(
+    pairs = zip(kv_cache.layers(clean), kv_cache.layers(fused), strict=True)
+    return kv_cache.from_layers(
         (new[0] if layer in keys else own[0], new[1] if layer in values else own[1])
         for layer, (own, new) in enumerate(pairs)
     )

@@ -22,8 +22,8 @@ from c2c.analysis.inputs import Subject
 from c2c.analysis.record import check_output, publish
 from c2c.analysis.settings import AnalysisError, Settings
 from c2c.fusers import Fuser
-from c2c.progress import OnProgress
 from c2c.reporting.canvas import PAINT, Plot
+from c2c.utils import OnProgress
 
 Method = Literal["pca", "tsne"]
 NAME = "cache-map"

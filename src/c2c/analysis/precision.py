@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from transformers import Cache, DynamicCache
 
-from c2c import kv
+from c2c import kv_cache
 from c2c.alignment import Alignment
 from c2c.analysis.drawing import done, dots, panels
 from c2c.analysis.inputs import Subject
@@ -17,11 +17,11 @@ from c2c.analysis.record import check_output, publish
 from c2c.analysis.scores import Right, accuracies, difference, right_answers
 from c2c.analysis.settings import Settings
 from c2c.handoff import Precision
-from c2c.kv import KeyValue
-from c2c.progress import OnProgress
+from c2c.kv_cache import KeyValue
 from c2c.remote.packing import Expected, native, pack, packed_bytes, spread
 from c2c.reporting.canvas import Plot
 from c2c.training.step import Batch, FuserTraining
+from c2c.utils import OnProgress
 
 NAME = "precision"
 STORED: Precision = "bfloat16"  # what a prefill store keeps, so what fusers are trained and evaluated on
@@ -43,10 +43,10 @@ def crossed(cache: Cache, alignment: Alignment, precision: Precision) -> Dynamic
         _, heads, _, width = keys.shape
         if not heads:
             return keys, values
-        expected = Expected(kv.KVGeometry(1, heads, width), counts, precision)
+        expected = Expected(kv_cache.KVGeometry(1, heads, width), counts, precision)
         return spread(expected.rows(pack((keys, values), columns, precision)), columns, keys)
 
-    return kv.from_layers(rounded(*layer) for layer in kv.layers(cache))
+    return kv_cache.from_layers(rounded(*layer) for layer in kv_cache.layers(cache))
 
 
 def measure_precision(
@@ -103,7 +103,7 @@ def _answers(subject: Subject, batch: Batch, names: tuple[Precision, ...], unrou
     training = subject.training
     if unrounded:
         cache = subject.model.sharers[0].prefill(batch.sharer)
-        batch = replace(batch, sharer_cache=kv.from_layers(kv.layers(cache)))
+        batch = replace(batch, sharer_cache=kv_cache.from_layers(kv_cache.layers(cache)))
     answers = {
         "receiver": right_answers(training, batch, batch.receiver_cache),
         "deranged": right_answers(training, batch, training.fused(batch, "deranged")),

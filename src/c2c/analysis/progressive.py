@@ -20,9 +20,9 @@ from c2c.analysis.inputs import Subject
 from c2c.analysis.record import check_output, publish
 from c2c.analysis.scores import Right, accuracies, difference, right_answers
 from c2c.analysis.settings import Settings
-from c2c.progress import OnProgress
 from c2c.reporting.canvas import Plot
 from c2c.training.step import Batch, FuserTraining
+from c2c.utils import OnProgress
 
 Order = Literal["former", "latter"]
 NAME = "progressive"

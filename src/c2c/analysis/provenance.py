@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from c2c.files import file_hash
 from c2c.fusers import Fuser
-from c2c.provenance import command, fuser_hash, short_path, training_facts, versions
+from c2c.fusers.base import fuser_hash, training_facts
+from c2c.utils import command, file_hash, short_path, versions
 
 # Places on a machine: they don't make it another analysis.
 _NOT_COMPARED = ("output_dir", "store_dir", "store_budget_gb", "fuser", "model", "data", "shots_data", "device_map")

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from c2c.analysis.settings import AnalysisError
-from c2c.extras import install_command
-from c2c.files import write_json, write_text
 from c2c.reporting.canvas import Plot, drawing
+from c2c.utils import install_command, write_json, write_text
 
 
 def check_output(output_dir: str | None) -> None:

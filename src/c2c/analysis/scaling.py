@@ -18,10 +18,9 @@ from c2c.analysis.drawing import band, done, legend, panels
 from c2c.analysis.record import check_output, publish
 from c2c.analysis.settings import AnalysisError
 from c2c.errors import C2CError
-from c2c.files import file_hash, read_json_object
-from c2c.provenance import command, versions
 from c2c.reporting.canvas import Plot
 from c2c.reporting.names import relative
+from c2c.utils import command, file_hash, read_json_object, versions
 
 NAME = "scaling"
 SYSTEMS = ("receiver", "sharer", "matched", "deranged", "text")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import Cache
 
-from c2c import kv
+from c2c import kv_cache
 from c2c.evaluation.numbers import summarise
 from c2c.prefill import continued_logits
 from c2c.training.step import Batch, FuserTraining
@@ -27,7 +27,7 @@ def right_answers(training: FuserTraining, batch: Batch, cache: Cache) -> Right:
     """
     width = 1 + max(example.decisive for example in batch.examples)
     read = batch.responses[:, :width][:, :-1]
-    own = kv.from_layers(kv.layers(cache))  # reading on replaces its tensors and not the given cache's
+    own = kv_cache.from_layers(kv_cache.layers(cache))  # reading on replaces its tensors and not the given cache's
     model = training.model.receiver.model
     logits = continued_logits(model, batch.receiver, read.clamp_min(0), read != -100, own)
     return [

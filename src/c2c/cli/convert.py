@@ -11,8 +11,7 @@ from c2c.cli.output import err, human_bytes, out, print_json
 
 if TYPE_CHECKING:
     from c2c.fusers import Fuser
-    from c2c.receiver import Receiver
-    from c2c.sharer import Sharer
+    from c2c.language_model import Receiver, Sharer
 
 _EPILOG = """Examples:
 
@@ -45,8 +44,7 @@ def convert(
     """
     from c2c.cli.inspect import describe
     from c2c.errors import FuserError
-    from c2c.receiver import Receiver
-    from c2c.sharer import Sharer
+    from c2c.language_model import Receiver, Sharer
 
     if (output / "config.json").exists() and not force:
         raise FuserError(f"{output} already holds a fuser; choose another folder or pass --force.")
@@ -72,10 +70,10 @@ def convert(
 def _read(source: Path, dtype: str | None, receiver: Receiver | None, sharer: Sharer | None) -> Fuser:
     """A published checkpoint, or a fuser with weights of another type; its means and scales stay in float32."""
     from c2c.errors import FuserError
-    from c2c.files import read_json_object
     from c2c.fusers.base import load_fuser
     from c2c.loading import check_dtype
     from c2c.published import import_published
+    from c2c.utils import read_json_object
 
     check_dtype(dtype)
     dtype = dtype.removeprefix("torch.") if dtype else None

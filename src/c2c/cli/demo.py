@@ -80,7 +80,7 @@ def demo(
 
 def _check_packages() -> None:
     from c2c.errors import C2CError
-    from c2c.extras import install_command
+    from c2c.utils import install_command
 
     if find_spec("gradio") is None:
         raise C2CError(f"gradio is not installed. The demo needs: {install_command('demo')}.")

@@ -19,10 +19,10 @@ from rich.markup import escape
 
 from c2c.cli.output import human_bytes, out, print_json
 from c2c.errors import ModelLoadError
-from c2c.extras import DISTRIBUTION
 from c2c.pull import ALIASES, cache_dir, is_pulled
 from c2c.pull.http import hide_password, open_client
 from c2c.pull.index import index_url
+from c2c.utils import DISTRIBUTION
 from c2c.version import __version__
 
 _INDEX_TIMEOUT = 5.0  # seconds

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from c2c.cli.output import err, out, print_json
-from c2c.files import file_hash, write_json
+from c2c.utils import file_hash, write_json
 
 if TYPE_CHECKING:
     from c2c.model import C2CModel
@@ -112,8 +112,8 @@ def _tasks(names: list[str], systems: list[str], include: list[str]) -> Any:
         IntegrationError: unknown systems or tasks, or data that can't be loaded; nothing to do.
         MissingExtraError: the harness is not installed.
     """
+    from c2c.evaluation.lm_eval import SYSTEMS
     from c2c.integrations import IntegrationError
-    from c2c.integrations.lm_eval import SYSTEMS
 
     unknown = [name for name in systems if name not in SYSTEMS]
     if unknown or not systems or not names:
@@ -153,7 +153,7 @@ def _run(model: C2CModel, system: Any, batch_size: int, max_length: int | None, 
     from lm_eval import simple_evaluate
     from lm_eval.utils import handle_non_serializable
 
-    from c2c.integrations.lm_eval import C2CLM
+    from c2c.evaluation.lm_eval import C2CLM
 
     lm = C2CLM(model, system, batch_size=batch_size, max_length=max_length)
     result = simple_evaluate(model=lm, **settings)
@@ -182,7 +182,7 @@ def _without_samples(result: dict[str, Any]) -> dict[str, Any]:
 def _provenance(model: C2CModel, fuser: str, settings: dict[str, Any]) -> dict[str, Any]:
     """All that is needed to repeat a run."""
     from c2c.fusers.base import resolve
-    from c2c.provenance import command, versions
+    from c2c.utils import command, versions
 
     folder = resolve(fuser)
     return {

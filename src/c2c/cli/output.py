@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from c2c.progress import OnProgress
+from c2c.utils import OnProgress
 
 LINE_EVERY = 30.0  # seconds between lines of progress in a log
 

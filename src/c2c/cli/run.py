@@ -185,8 +185,8 @@ def _private_ways(
     **kwargs: Any,
 ) -> dict[Mode, Callable[[], Any]]:
     """The same ways where only the sharer has the passage; its draft answers the question, so it reads that as well."""
-    from c2c.baselines.summary import passage_to_text, summary_request, with_passage
     from c2c.prompting import RenderOptions
+    from c2c.systems.text_to_text import passage_to_text, summary_request, with_passage
 
     kwargs["options"] = RenderOptions(answer_prefix=answer_prefix)
     sharer, request = model.sharers[0], summary_request(passage, message_tokens)
@@ -211,8 +211,8 @@ def _private_ways(
 def _ways(
     model: C2CModel, messages: list[dict[str, str]], message_tokens: int, answer_prefix: str = "", **kwargs: Any
 ) -> dict[Mode, Callable[[], Any]]:
-    from c2c.baselines.text_to_text import text_to_text
     from c2c.prompting import RenderOptions
+    from c2c.systems.text_to_text import text_to_text
 
     kwargs["options"] = RenderOptions(answer_prefix=answer_prefix)
     sharer = model.sharers[0]

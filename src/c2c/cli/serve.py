@@ -176,8 +176,8 @@ def serve(
 
 
 def _check_packages() -> None:
-    from c2c.extras import install_command
     from c2c.serving.errors import MissingServerError
+    from c2c.utils import install_command
 
     missing = [package for package in _PACKAGES if find_spec(package) is None]
     if missing:

@@ -90,6 +90,7 @@ def share(
         import torch
 
         from c2c.fusers.base import load_fuser
+        from c2c.language_model import Sharer
         from c2c.remote.app import build_app
         from c2c.remote.desk import Desk
         from c2c.remote.limits import Limits
@@ -97,7 +98,6 @@ def share(
         from c2c.remote.server import Server
         from c2c.remote.signature import Signer, read_key
         from c2c.remote.stall import Stall
-        from c2c.sharer import Sharer
 
         limits = Limits(max_tokens, max_body_kb << 10, rate, timeout, waiting)
         signer = Signer(read_key(key_file) if key_file else None)
@@ -114,7 +114,7 @@ def share(
 
 def _require_extra() -> None:
     from c2c.errors import C2CError
-    from c2c.extras import install_command
+    from c2c.utils import install_command
 
     missing = [name for name in ("fastapi", "uvicorn") if importlib.util.find_spec(name) is None]
     if missing:

@@ -128,9 +128,8 @@ def loading(**options: Any) -> Load:
     """How pairs are loaded; ``options`` are those of :meth:`c2c.C2CModel.from_pretrained`."""
 
     def load(choice: Choice, parts: dict[str, Any]) -> C2CModel:
+        from c2c.language_model import Receiver, Sharer
         from c2c.model import C2CModel
-        from c2c.receiver import Receiver
-        from c2c.sharer import Sharer
 
         kwargs = {name: options[name] for name in ("dtype", "device_map") if name in options}
         for key, kind, name in (

@@ -10,18 +10,16 @@ from typing import Any
 
 import torch
 
-from c2c.baselines.summary import summary_request, with_passage
-from c2c.baselines.text_to_text import hand_over, request
+from c2c.alignment.base import derange
 from c2c.demo.pane import Pane, State, Way
 from c2c.demo.question import Question
 from c2c.demo.ticking import ticking
-from c2c.integrations.prompt_edits import derange
+from c2c.generation import GenerationResult, TextStream
 from c2c.language_model import FirstTokenClock, LanguageModel
 from c2c.messages import Conversation
 from c2c.model import C2CModel
 from c2c.prompting import RenderOptions
-from c2c.report import GenerationResult
-from c2c.streaming import TextStream
+from c2c.systems.text_to_text import hand_over, request, summary_request, with_passage
 
 TICK = 0.2  # seconds between two looks at a stopwatch
 

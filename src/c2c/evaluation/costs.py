@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from c2c.baselines.text_to_text import TextToTextResult
+from c2c.data.formats import Row
 from c2c.evaluation.config import EvalConfig
+from c2c.generation import GenerationResult
 from c2c.prompting import RenderOptions
-from c2c.report import GenerationResult
-from c2c.training.rows import Row
+from c2c.systems.text_to_text import TextToTextResult
 
 # seconds (all), first_token (seconds until the first token of the answer), seconds of each stage, tokens (generated, by
 # both models), bytes (that cross from one model to the other), memory (bytes on top of the weights)

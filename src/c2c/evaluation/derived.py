@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from c2c.data.formats import Row
 from c2c.evaluation.journal import Record
 from c2c.language_model import LanguageModel
-from c2c.training.rows import Row
 
 Values = NDArray[np.float64]
 # System to its records, the same items in the same order.

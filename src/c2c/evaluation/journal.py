@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from c2c.evaluation.config import EvaluationError
-from c2c.files import write_text
+from c2c.utils import write_text
 
 Record = dict[str, Any]
 TIMED = "timed: "  # begins the names of sources that were measured, one item at a time

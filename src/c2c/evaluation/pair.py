@@ -10,17 +10,16 @@ from typing import Any
 
 import torch
 
+from c2c.data.formats import Row
 from c2c.evaluation.config import EvalConfig, EvaluationError
 from c2c.fusers import Fuser
 from c2c.fusers.base import load_fuser
-from c2c.language_model import LanguageModel
+from c2c.language_model import LanguageModel, Sharer
 from c2c.model import C2CModel
-from c2c.sharer import Sharer
 from c2c.training.drafts import Drafts
 from c2c.training.examples import build_examples
 from c2c.training.objective import Objective
 from c2c.training.private import PrivateTraining, build_private_examples
-from c2c.training.rows import Row
 from c2c.training.step import FuserTraining
 from c2c.training.store import PrefillStore
 

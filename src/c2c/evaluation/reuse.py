@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from c2c.data.formats import Row
 from c2c.evaluation.config import EvaluationError
 from c2c.evaluation.journal import Journal, Record
-from c2c.files import read_json_object
-from c2c.training.rows import Row
+from c2c.utils import read_json_object
 
 # Both models alone, text between them, and the receiver's adapter. Further fusers are told apart by their hash.
 WITHOUT_FUSER = frozenset(

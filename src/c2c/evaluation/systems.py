@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from c2c.baselines.text_to_text import Variant, hand_over, request, text_to_text
+from c2c.data.formats import Row
 from c2c.evaluation.answers import read_letter
 from c2c.evaluation.config import EvalConfig, EvaluationError
 from c2c.evaluation.costs import Cost, arguments, cost_of, text_cost
@@ -21,10 +21,10 @@ from c2c.evaluation.text_scores import exact, f1
 from c2c.language_model import LanguageModel
 from c2c.messages import Conversation
 from c2c.prompting import RenderOptions
+from c2c.systems.text_to_text import Variant, hand_over, request, text_to_text
 from c2c.tokens import TokenBatch
 from c2c.training.examples import choice_tokens
 from c2c.training.objective import Message, Objective
-from c2c.training.rows import Row
 from c2c.training.step import FuserTraining
 from c2c.training.store import PrefillStore, stack
 
@@ -183,7 +183,7 @@ def make_system(name: str, pair: Pair, config: EvalConfig) -> System:
     if name in ("text", "text_published"):
         return Text(pair, "fair" if name == "text" else "published")
     if name == "adapter":
-        from c2c.baselines.adapter import load_adapter
+        from c2c.systems.lora import load_adapter
 
         return Alone(load_adapter(config.adapter or "", dtype=config.dtype, device_map=config.device_map))
     return Fused(*pair.with_fuser(config.fusers[name]), "matched")

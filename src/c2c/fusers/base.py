@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from c2c.errors import FuserError, ModelLoadError, did_you_mean
-from c2c.files import read_json_object, save_atomically
 from c2c.identity import ModelIdentity
-from c2c.kv import KeyValue, KVGeometry
+from c2c.kv_cache import KeyValue, KVGeometry
 from c2c.rope import Rotary
+from c2c.utils import file_hash, read_json_object, save_atomically
 from c2c.version import __version__
 
 
@@ -239,3 +239,20 @@ def _what_file(path: Path) -> str:
     except (SafetensorError, OSError):
         return ""
     return f", perhaps of the fuser in {path.parent}"
+
+
+def fuser_hash(folder: str) -> str:
+    """Hash of a fuser's weights."""
+    return file_hash(resolve(folder) / "model.safetensors")
+
+
+def training_facts(fuser: Any) -> dict[str, Any]:
+    """What tells one trained fuser from another, without its lists of data."""
+    record = fuser.config.training or {}
+    config = record.get("config")
+    settings = config if isinstance(config, dict) else {}
+    return {
+        "family": fuser.family,
+        "step": record.get("step"),
+        "config": {key: value for key, value in settings.items() if key not in ("train", "dev", "exclude")},
+    }

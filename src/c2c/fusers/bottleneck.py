@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from c2c import rope
 from c2c.errors import FuserError
 from c2c.fusers.base import Entries, Fuser, FuserConfig
-from c2c.gating import soft_gate
-from c2c.kv import KeyValue, KVGeometry
+from c2c.fusers.gating import soft_gate
+from c2c.kv_cache import KeyValue, KVGeometry
 
 
 @strict

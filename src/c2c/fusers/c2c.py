@@ -13,11 +13,11 @@ import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 
-from c2c import gating
 from c2c.errors import FuserError
+from c2c.fusers import gating
 from c2c.fusers.base import Entries, Fuser, FuserConfig
 from c2c.fusers.residual import ResidualBlock
-from c2c.kv import KeyValue, KVGeometry
+from c2c.kv_cache import KeyValue, KVGeometry
 
 KINDS = ("key", "value")
 

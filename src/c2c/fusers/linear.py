@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from c2c import rope
 from c2c.errors import FuserError
 from c2c.fusers.base import Entries, Fuser, FuserConfig
-from c2c.kv import KeyValue, KVGeometry
+from c2c.kv_cache import KeyValue, KVGeometry
 
 
 @strict

@@ -10,8 +10,6 @@ from threading import Lock
 from typing import TYPE_CHECKING
 
 from c2c.analysis.settings import AnalysisError
-from c2c.extras import install_command
-from c2c.files import write_text
 from c2c.plots.gates import draw_gates
 from c2c.plots.maps import draw_maps
 from c2c.plots.picture import Picture
@@ -20,6 +18,7 @@ from c2c.plots.reading import Reading
 from c2c.plots.strength import draw_strength
 from c2c.plots.tokens import draw_tokens
 from c2c.reporting.canvas import COLOURS, PAINT, colour_rules, drawing, finish
+from c2c.utils import install_command, write_text
 
 if TYPE_CHECKING:
     from c2c.fusers import Fuser

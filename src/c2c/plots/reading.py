@@ -9,18 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from c2c import kv
+from c2c import kv_cache
 from c2c.alignment import Alignment, Chunk, Prompt
 from c2c.analysis.entries import LayerEntries, Side, flat
 from c2c.analysis.settings import AnalysisError
 from c2c.fusers import Fuser
 from c2c.fusion import Picker, Source, fuse
-from c2c.language_model import LanguageModel
+from c2c.language_model import LanguageModel, Wanted
 from c2c.messages import conversations
 from c2c.model import C2CModel
 from c2c.prompting import RenderOptions
 from c2c.rope import Rotary
-from c2c.sharer import Wanted
 from c2c.tokens import TokenBatch
 
 
@@ -117,7 +116,7 @@ def _entries(
     ours, theirs = prompt.receiver.to(receiver.device), prompt.sharers[0].to(sharer.device)
     own = receiver.prefill(ours, chunk.stop)
     shared = sharer.share(theirs, Wanted(fuser.config.source_layers, alignment.rows, alignment.sharer))
-    fused = kv.copy(own)
+    fused = kv_cache.copy(own)
     fuse(fused, receiver, ours, [Source(sharer, theirs, shared, fuser)], chunk)
     mine, other = Picker(alignment, alignment.receiver, 0), Picker(alignment, alignment.sharer, 1)
     tables, their_tables = _tables(receiver, ours, mine), _tables(sharer, theirs, other)
@@ -127,9 +126,9 @@ def _entries(
         yield LayerEntries(
             layer,
             source,
-            _side(kv.layer(shared, source), other, None if their_tables is None else their_tables[source]),
-            _side(kv.layer(own, layer), mine, table),
-            _side(kv.layer(fused, layer), mine, table),
+            _side(kv_cache.layer(shared, source), other, None if their_tables is None else their_tables[source]),
+            _side(kv_cache.layer(own, layer), mine, table),
+            _side(kv_cache.layer(fused, layer), mine, table),
             first,
         )
 
@@ -138,7 +137,7 @@ def _tables(model: LanguageModel, tokens: TokenBatch, picker: Picker) -> list[Ro
     return model.rotary(picker.take_positions(tokens.positions))
 
 
-def _side(entry: kv.KeyValue, picker: Picker, table: Rotary | None) -> Side:
+def _side(entry: kv_cache.KeyValue, picker: Picker, table: Rotary | None) -> Side:
     keys, values = (picker.take(part).float().cpu() for part in entry)
     if table is None:
         return Side(flat(keys), flat(keys), flat(values))

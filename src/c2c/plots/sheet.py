@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from c2c.files import save_atomically
 from c2c.plots.picture import Picture
 from c2c.reporting.canvas import PAINT, WIDTH
+from c2c.utils import save_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -13,7 +13,7 @@ from transformers import Cache
 from c2c.errors import HandoffError
 from c2c.fusers import Fuser
 from c2c.handoff import Handoff, Precision
-from c2c.kv import KeyValue
+from c2c.kv_cache import KeyValue
 from c2c.remote.fuser_hash import fuser_hash
 
 _ADVICE = "Read with sharer.read(...), which sends everything."

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from c2c.handoff import Packed, Precision
-from c2c.kv import KeyValue, KVGeometry
+from c2c.kv_cache import KeyValue, KVGeometry
 from c2c.remote.frame import FrameError
 
 NUMBER_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "float8": 1}

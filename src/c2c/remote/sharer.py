@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from c2c import kv
+from c2c import kv_cache
 from c2c.errors import CacheError, MismatchError, PromptError
 from c2c.fusers import Fuser
 from c2c.handoff import Handoff, Packed, Precision
 from c2c.identity import ModelIdentity, differences, identify
-from c2c.kv import KeyValue, KVGeometry
+from c2c.kv_cache import KeyValue, KVGeometry
+from c2c.language_model import Reading, Sharer, Wanted, reading
 from c2c.messages import conversations
 from c2c.prompting import RenderOptions
 from c2c.remote import skeleton
@@ -38,7 +39,6 @@ from c2c.remote.retry import Backoff
 from c2c.remote.signature import Signer, read_key
 from c2c.remote.standing import Loss, Standing
 from c2c.remote.tokenizer_files import from_files, from_source
-from c2c.sharer import Reading, Sharer, Wanted, reading
 from c2c.tokens import TokenBatch, left_pad
 
 T = TypeVar("T")
@@ -48,7 +48,7 @@ _OVERHEAD = 1 << 16  # what safetensors and scales may take besides
 
 
 class RemoteSharer(Sharer):
-    """The model behind ``c2c share``, used like a local :class:`~c2c.sharer.Sharer`.
+    """The model behind ``c2c share``, used like a local :class:`~c2c.language_model.Sharer`.
 
     It connects at once: identity, tokenizer and config of the model cross, no weights. What is asked of it later brings
     the entries that a fuser reads, and nothing else.
@@ -198,7 +198,7 @@ class RemoteSharer(Sharer):
         options: RenderOptions | None = None,
         reuse: Handoff | None = None,
     ) -> Handoff:
-        """Let the model read messages; arguments as in :meth:`c2c.sharer.Sharer.read`.
+        """Let the model read messages; arguments as in :meth:`c2c.language_model.Sharer.read`.
 
         The server keeps nothing: with ``reuse`` it reads everything again, but only what is new crosses.
 
@@ -239,7 +239,7 @@ class RemoteSharer(Sharer):
             if hard or soft:
                 raise MismatchError(hard + soft, "Extend a handoff with the model that made it.")
             known = min(reuse.shared_prefix(plan.ids), len(plan.ids) - 1)
-            held = kv.layers(kv.crop(reuse.cache(self.dtype, self.device), known)) if known else []
+            held = kv_cache.layers(kv_cache.crop(reuse.cache(self.dtype, self.device), known)) if known else []
         tokens, layers = left_pad([plan.ids], 0), tuple(range(self.geometry.layers))
         columns = (torch.arange(known, tokens.length),)
         order = Order(tokens, tokens.length, layers, columns, self.precision, draft_tokens)
@@ -335,7 +335,7 @@ class RemoteSharer(Sharer):
             found = self._layers_of(order, lambda rows: spread(rows, order.columns, like))[1]
         else:  # rows of which nothing is read
             found = dict.fromkeys(order.layers, (like, like))
-        return kv.from_layers(found.get(index, (none, none)) for index in range(self.geometry.layers))
+        return kv_cache.from_layers(found.get(index, (none, none)) for index in range(self.geometry.layers))
 
     def _entries(self, order: Order) -> tuple[list[int], dict[int, tuple[Packed, Packed]]]:
         """What was drafted, and the entries of one row by layer, as they crossed."""
@@ -511,8 +511,8 @@ def _stacked(caches: Sequence[Cache]) -> Cache:
     """Caches of parts of a batch as one; they have the same columns, and the same layers are empty."""
     if len(caches) == 1:
         return caches[0]
-    by_layer = zip(*(kv.layers(cache) for cache in caches), strict=True)
-    return kv.from_layers((torch.cat([k for k, _ in rows]), torch.cat([v for _, v in rows])) for rows in by_layer)
+    by_layer = zip(*(kv_cache.layers(cache) for cache in caches), strict=True)
+    return kv_cache.from_layers((torch.cat([k for k, _ in rows]), torch.cat([v for _, v in rows])) for rows in by_layer)
 
 
 def _joined(old: KeyValue, new: tuple[Packed, Packed], dtype: torch.dtype) -> KeyValue:

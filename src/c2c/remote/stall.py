@@ -17,6 +17,7 @@ from c2c.errors import C2CError
 from c2c.fusers import Fuser
 from c2c.handoff import Precision
 from c2c.identity import ModelIdentity, check, differences
+from c2c.language_model import Sharer
 from c2c.remote.frame import Frame, FrameError, body_of, encode
 from c2c.remote.fuser_hash import fuser_hash
 from c2c.remote.limits import Limits
@@ -27,7 +28,6 @@ from c2c.remote.signature import Signer
 from c2c.remote.skeleton import config_of, rotary_sums
 from c2c.remote.tokenizer_files import to_files
 from c2c.remote.work import Begin, End, Layer, Part, Work
-from c2c.sharer import Sharer
 from c2c.version import __version__
 
 

@@ -10,7 +10,7 @@ from transformers import DynamicCache
 
 
 class WatchedCache(DynamicCache):
-    """Like :func:`c2c.kv.empty_cache`, all tokens in every layer, with a listener.
+    """Like :func:`c2c.kv_cache.empty_cache`, all tokens in every layer, with a listener.
 
     Args:
         made: called with layer, keys and values, each ``[rows, kv_heads, tokens, head_dim]``. What it raises stops the

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from c2c import kv
+from c2c import kv_cache
 from c2c.errors import C2CError
 from c2c.fusers import Fuser
 from c2c.handoff import Handoff
-from c2c.kv import KeyValue
-from c2c.private import project
+from c2c.kv_cache import KeyValue
+from c2c.language_model import Sharer
+from c2c.private_context import project
 from c2c.remote.order import Order
 from c2c.remote.watched_cache import WatchedCache
-from c2c.sharer import Sharer
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class Work:
     def _drafted(self) -> tuple[list[int], list[KeyValue]]:
         watched = WatchedCache(lambda *_: self._check())
         ids, cache = self._sharer.draft(self._order.tokens, watched, self._order.draft_tokens)
-        return ids, kv.layers(cache)
+        return ids, kv_cache.layers(cache)
 
     def _project(self, fuser: Fuser) -> None:
         order = self._order
@@ -131,7 +131,7 @@ class Work:
             ids, layers = self._drafted()
         else:
             ids = order.tokens.ids[0].tolist()
-            layers = kv.layers(self._prefill(lambda *_: self._check()))
+            layers = kv_cache.layers(self._prefill(lambda *_: self._check()))
         handoff = Handoff.from_cache(self._sharer.identity, torch.tensor(ids), self._with_draft(ids), layers)
         entries = project(handoff, self._sharer, fuser).entries
         self._put(Begin(ids[order.tokens.length :]))

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from c2c.extras import install_command
 from c2c.reporting.names import CONTROLS
 from c2c.reporting.results import ReportError
+from c2c.utils import install_command
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,7 +9,6 @@ from itertools import islice
 from pathlib import Path
 from urllib.parse import quote
 
-from c2c.files import write_text
 from c2c.reporting.canvas import Plot
 from c2c.reporting.markdown import HEADER, overview_markdown, to_markdown
 from c2c.reporting.page import to_html
@@ -17,6 +16,7 @@ from c2c.reporting.plots import draw
 from c2c.reporting.readme import fill_readme
 from c2c.reporting.results import ReportError
 from c2c.reporting.sections import Section
+from c2c.utils import write_text
 
 _SHOWN = 12
 

@@ -8,12 +8,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from c2c.files import read_json_object
 from c2c.reporting.merging import merge
 from c2c.reporting.names import GAINS, POOLED, WRITTEN, relative, task_titles
 from c2c.reporting.provenance import data_hashes, settings_of, shown, training, who
 from c2c.reporting.results import Abstention, CurvePoint, Numbers, ReportError, Result, Routing
 from c2c.reporting.text import Estimate, Unit
+from c2c.utils import read_json_object
 
 _EXPECTED = "Expected the result.json that `c2c eval --output-dir FOLDER` writes, or a folder that holds such files."
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-from c2c import kv
+from c2c import kv_cache
 from c2c.language_model import LanguageModel
 from c2c.serving.writer import Writer
 from c2c.tokens import TokenBatch
@@ -33,7 +33,7 @@ class Prefilled:
         if all(count == 1 for count in times):
             return self
         rows = [row for row, count in enumerate(times) for _ in range(count)]
-        cache = kv.select_rows(self.cache, torch.tensor(rows)) if self.cache.layers else self.cache
+        cache = kv_cache.select_rows(self.cache, torch.tensor(rows)) if self.cache.layers else self.cache
         return Prefilled(self.tokens.select(rows), cache)
 
 
@@ -54,7 +54,7 @@ def join(parts: Sequence[Prefilled]) -> Prefilled:
         padded=any(batch.padded or batch.length < width for batch in batches),
         natural=all(batch.natural for batch in batches),
     )
-    return Prefilled(tokens, kv.stack([part.cache for part in parts]))
+    return Prefilled(tokens, kv_cache.stack([part.cache for part in parts]))
 
 
 def ends_of(model: LanguageModel) -> list[int]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from c2c.generation import FusionReport
 from c2c.language_model import LanguageModel
 from c2c.messages import Conversation
 from c2c.prompting import RenderOptions, encode, render, require_tokenizer
-from c2c.report import FusionReport
 from c2c.serving.batch import Prefilled
 from c2c.serving.engine import Ask
 from c2c.serving.errors import too_long

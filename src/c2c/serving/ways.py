@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from c2c.baselines.summary import with_passage
 from c2c.messages import Conversation
 from c2c.model import C2CModel
 from c2c.remote.sharer import RemoteSharer
@@ -15,6 +14,7 @@ from c2c.serving.fused import Fused
 from c2c.serving.queue import Job
 from c2c.serving.reading import Batch, ask_of, read_alone
 from c2c.serving.written import Written, passage_of
+from c2c.systems.text_to_text import with_passage
 
 
 class Ways:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from c2c.baselines.summary import summary_request, with_passage
-from c2c.baselines.text_to_text import hand_over, request
 from c2c.language_model import LanguageModel
 from c2c.messages import Conversation
 from c2c.serving.batch import ends_of, write
@@ -16,6 +14,7 @@ from c2c.serving.raw_text import as_message
 from c2c.serving.reading import Batch, ask_of, read_alone
 from c2c.serving.sampling import Sampling
 from c2c.serving.writer import Writer
+from c2c.systems.text_to_text import hand_over, request, summary_request, with_passage
 
 
 class Written:

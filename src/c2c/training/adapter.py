@@ -20,16 +20,12 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, TrainingArguments, set_seed
 
 from c2c.alignment import Aligner, SpanAligner
-from c2c.baselines.adapter import MANIFEST, nearest_rank, new_adapter, restore_adapter, save_adapter, trainable
-from c2c.files import write_json
 from c2c.fusers import family
 from c2c.heap import ask_for_large_pages, keep_freed_memory
-from c2c.language_model import LanguageModel
+from c2c.language_model import LanguageModel, Receiver, Sharer
 from c2c.layer_map import layer_map
 from c2c.prefill import logits_after
-from c2c.progress import OnProgress
-from c2c.receiver import Receiver
-from c2c.sharer import Sharer
+from c2c.systems.lora import MANIFEST, nearest_rank, new_adapter, restore_adapter, save_adapter, trainable
 from c2c.tokens import TokenBatch, left_pad
 from c2c.training.checkpoints import CompleteCheckpoints, find_start, note_run
 from c2c.training.config import ConfigError, Precision, TrainConfig
@@ -39,6 +35,7 @@ from c2c.training.objective import computing_in, cross_entropy, right_pad
 from c2c.training.prepared import PLACES, read_examples
 from c2c.training.selection import answered_right
 from c2c.training.trainer import FuserTrainer, Report, Selection, make_arguments
+from c2c.utils import OnProgress, write_json
 
 log = logging.getLogger("c2c.training")
 
@@ -73,7 +70,7 @@ class AdapterTraining(nn.Module):
     """The receiver with its adapter: what the Trainer trains.
 
     Args:
-        adapter: from :func:`~c2c.baselines.adapter.new_adapter`.
+        adapter: from :func:`~c2c.systems.lora.new_adapter`.
         precision: of the arithmetic, see :class:`~c2c.training.config.TrainConfig`.
     """
 

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from c2c.progress import OnProgress
 from c2c.prompting import RenderOptions
 from c2c.tokens import TokenBatch, left_pad
 from c2c.training.config import ConfigError
@@ -23,6 +22,7 @@ from c2c.training.examples import Example, choice_tokens
 from c2c.training.notes import Notes
 from c2c.training.objective import Objective
 from c2c.training.store import stack
+from c2c.utils import OnProgress
 
 _BATCH = 16  # prompts at a time
 

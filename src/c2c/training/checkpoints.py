@@ -10,8 +10,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from c2c.files import check_writable, read_json_object, write_json
 from c2c.training.config import ConfigError, TrainConfig
+from c2c.utils import check_writable, read_json_object, write_json
 
 _MARK = "complete"
 _RUN = "run.json"

@@ -35,9 +35,9 @@ class DataSource:
             questions.
         options: give every question so many options, in the same way; of two numbers, each question one between them.
         dataset: id of the ``datasets`` library, in place of ``path``.
-        synthetic: rows that are made up, in place of ``path``: ``relay`` (see :mod:`c2c.training.relay`),
-            ``facts`` (see :mod:`c2c.training.facts`), ``skeleton`` (see :mod:`c2c.training.skeleton`) or ``halves``
-            (see :mod:`c2c.training.halves`), and with ``_test`` added those that never occur in training; of kind
+        synthetic: rows that are made up, in place of ``path``: ``relay`` (see :mod:`c2c.data.synthetic`),
+            ``facts`` (see :mod:`c2c.data.synthetic`), ``skeleton`` (see :mod:`c2c.data.synthetic`) or ``halves``
+            (see :mod:`c2c.data.synthetic`), and with ``_test`` added those that never occur in training; of kind
             ``private_question``, as many as ``limit`` and ``skip`` ask for.
         subset: configuration of the data set; ``"*"`` for all of them.
         split: split of the data set.

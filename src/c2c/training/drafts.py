@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
-from c2c.progress import OnProgress
-from c2c.sharer import Reading, Sharer
+from c2c.language_model import Reading, Sharer
 from c2c.tokens import TokenBatch, left_pad, natural_positions
 from c2c.training.notes import Notes
 from c2c.training.objective import Objective
 from c2c.training.private import PrivateExample
 from c2c.training.store import PrefillStore
+from c2c.utils import OnProgress
 
 _BATCH = 16  # questions at a time
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from c2c.alignment import Alignment
+from c2c.data.formats import Row
 from c2c.errors import PromptError
 from c2c.model import C2CModel
 from c2c.prompting import RenderOptions
-from c2c.training.rows import Row
 
 
 @dataclass(frozen=True)

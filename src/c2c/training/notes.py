@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from c2c.files import write_text
 from c2c.training.store import PrefillStore
+from c2c.utils import write_text
 
 
 class Notes:

@@ -12,10 +12,10 @@ import torch
 from transformers import set_seed
 
 from c2c.alignment import SpanAligner
+from c2c.data.formats import load_rows, questions
 from c2c.fusers import BottleneckFuser, MemoryFuser
+from c2c.fusers.base import fuser_hash
 from c2c.model import C2CModel
-from c2c.progress import OnProgress
-from c2c.provenance import fuser_hash
 from c2c.training.beliefs import with_beliefs
 from c2c.training.config import ConfigError, TrainConfig
 from c2c.training.distributed import Processes, shard
@@ -23,10 +23,10 @@ from c2c.training.drafts import with_drafts
 from c2c.training.examples import build_examples
 from c2c.training.objective import Objective
 from c2c.training.private import PrivateTraining, build_private_examples
-from c2c.training.rows import load_rows, questions
 from c2c.training.step import FuserTraining
 from c2c.training.store import PrefillStore
 from c2c.training.warm_start import warm_start
+from c2c.utils import OnProgress
 
 # where things lay on this machine, which is nobody else's business
 PLACES = ("data_dir", "output_dir", "store_dir", "report_to")

@@ -15,20 +15,20 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from c2c import kv
-from c2c.baselines.summary import with_passage
+from c2c import kv_cache
+from c2c.data.formats import Row
 from c2c.errors import PromptError
 from c2c.fusers.base import Entries
+from c2c.language_model import reading
 from c2c.messages import Conversation
 from c2c.model import C2CModel
 from c2c.prefill import logits_after
-from c2c.private import first_user_column
+from c2c.private_context import first_user_column
 from c2c.prompting import RenderOptions, encode, render
-from c2c.sharer import reading
+from c2c.systems.text_to_text import with_passage
 from c2c.tokens import TokenBatch, left_pad
 from c2c.training.examples import choice_tokens, response_tokens, response_weights
 from c2c.training.objective import Message, Objective, right_pad
-from c2c.training.rows import Row
 from c2c.training.store import stack
 
 
@@ -138,7 +138,7 @@ class PrivateTraining(Objective):
 
     def laid_down(self, batch: PrivateBatch, message: Message) -> tuple[DynamicCache, Tensor]:
         """The receiver's cache of its prefix and the entries of a message, and its mask, ``[batch, columns]``."""
-        cache = kv.from_layers(kv.layers(batch.prefix_cache))  # appending makes new tensors
+        cache = kv_cache.from_layers(kv_cache.layers(batch.prefix_cache))  # appending makes new tensors
         if message == "none":
             return cache, batch.prefix.mask
         entries, mask = self.memory(batch, message)
@@ -148,10 +148,10 @@ class PrivateTraining(Objective):
         tables = self.model.receiver.rotary((first + mask.long().cumsum(-1) - 1).clamp_min(0))
         if tables is not None:
             entries = [(tables[i].apply(keys), values) for i, (keys, values) in enumerate(entries)]
-        kv.append(cache, entries)
+        kv_cache.append(cache, entries)
         return cache, torch.cat([batch.prefix.mask, mask], dim=1)
 
-    def memory(self, batch: PrivateBatch, message: Message) -> tuple[list[kv.KeyValue], Tensor]:
+    def memory(self, batch: PrivateBatch, message: Message) -> tuple[list[kv_cache.KeyValue], Tensor]:
         """What the fuser makes of a message, keys without rotation, and which of it is real, ``[batch, slots]``."""
         theirs, rows = self.entries(batch), torch.arange(len(batch.examples))
         mask = batch.kept_mask
@@ -175,7 +175,7 @@ class PrivateTraining(Objective):
             index = batch.kept[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
             return x.gather(2, index)
 
-        pairs = [kv.layer(batch.sharer_cache, layer) for layer in layers]
+        pairs = [kv_cache.layer(batch.sharer_cache, layer) for layer in layers]
         tables = sharer.rotary(batch.sharer.positions.gather(1, batch.kept))
         rotary = None if tables is None else [tables[layer] for layer in layers]
         return Entries([take(keys) for keys, _ in pairs], [take(values) for _, values in pairs], rotary)

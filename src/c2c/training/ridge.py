@@ -20,14 +20,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from c2c import kv
+from c2c import kv_cache
 from c2c.errors import FuserError
 from c2c.fusers.linear import LinearFuser, channels
 from c2c.fusion import Picker, Source, aligned_entries
 from c2c.model import C2CModel
-from c2c.progress import OnProgress
 from c2c.training.examples import Example
 from c2c.training.step import Batch, FuserTraining
+from c2c.utils import OnProgress
 
 Weighting = Literal["none", "attention"]
 BLENDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -260,7 +260,7 @@ def attention_received(batch: Batch, model: C2CModel) -> list[Tensor]:
             input_ids=ids,
             attention_mask=mask.long(),
             position_ids=batch.receiver.positions[:, -1:] + steps,
-            past_key_values=kv.from_layers(kv.layers(batch.receiver_cache)),  # it grows; the batch's must not
+            past_key_values=kv_cache.from_layers(kv_cache.layers(batch.receiver_cache)),  # a copy: it grows
             use_cache=True,
             output_attentions=True,
         )

@@ -6,10 +6,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from c2c.files import write_json
 from c2c.fusers import LinearFuser, MemoryFuser
 from c2c.heap import ask_for_large_pages, keep_freed_memory
-from c2c.progress import OnProgress
 from c2c.training.adapter import train_adapter
 from c2c.training.checkpoints import find_start, note_run
 from c2c.training.config import ADAPTER, ConfigError, TrainConfig
@@ -18,6 +16,7 @@ from c2c.training.prepared import Prepared, calibrate, fill, prepare
 from c2c.training.ridge import Batches, choose_blend, fit
 from c2c.training.selection import DevScore, DevSet
 from c2c.training.trainer import Selection, make_arguments, make_trainer
+from c2c.utils import OnProgress, write_json
 
 
 def train(config: TrainConfig, *, resume: bool = True, progress: OnProgress | None = None) -> dict[str, Any]:

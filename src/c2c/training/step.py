@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from c2c import kv
+from c2c import kv_cache
 from c2c.alignment import Alignment, Chunk
-from c2c.alignment.plan import derange_columns
+from c2c.alignment.base import derange_columns
 from c2c.fusion import Source, fuse
 from c2c.prefill import continued_logits
 from c2c.tokens import TokenBatch, left_pad
@@ -80,19 +80,21 @@ class FuserTraining(Objective):
     def fused(self, batch: Batch, message: Message) -> DynamicCache:
         """The receiver's cache of all but the last prompt token, fused with a message; ``batch`` stays clean."""
         model = self._frozen[0]
-        cache = kv.from_layers(kv.layers(batch.receiver_cache))  # fusion replaces or overwrites these
+        cache = kv_cache.from_layers(kv_cache.layers(batch.receiver_cache))  # fusion replaces or overwrites these
         if message == "none":
             return cache
         theirs = batch.sharer_cache
         if message == "zero":
-            theirs = kv.from_layers((torch.zeros_like(k), torch.zeros_like(v)) for k, v in kv.layers(theirs))
+            theirs = kv_cache.from_layers(
+                (torch.zeros_like(k), torch.zeros_like(v)) for k, v in kv_cache.layers(theirs)
+            )
         if not (torch.is_grad_enabled() and any(p.requires_grad for p in self.fuser.parameters())):
-            cache = kv.copy(cache)  # without gradients fusion writes in place
+            cache = kv_cache.copy(cache)  # without gradients fusion writes in place
         alignment, sharer = batch.matched, batch.sharer
         if message == "deranged":
             alignment = batch.deranged
             rows = torch.arange(len(batch.examples)).roll(-1)
-            theirs, sharer = kv.select_rows(theirs, rows), sharer.select(rows.tolist())
+            theirs, sharer = kv_cache.select_rows(theirs, rows), sharer.select(rows.tolist())
         source = Source(model.sharers[0], sharer, theirs, self.fuser)
         fuse(cache, model.receiver, batch.receiver, [source], Chunk(batch.receiver.length - 1, (alignment,)))
         return cache

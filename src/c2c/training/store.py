@@ -19,13 +19,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import Cache, DynamicCache
 
-from c2c import kv
+from c2c import kv_cache
 from c2c.errors import PromptError
-from c2c.files import save_atomically
 from c2c.language_model import LanguageModel
 from c2c.tokens import left_pad
+from c2c.utils import save_atomically
 
-Layers = dict[int, kv.KeyValue]
+Layers = dict[int, kv_cache.KeyValue]
 
 
 @dataclass(frozen=True)
@@ -136,12 +136,12 @@ class PrefillStore:
             cache: of the model, all layers.
             first: column of each prompt's first token.
         """
-        length = kv.length(cache)
+        length = kv_cache.length(cache)
         for row, (ids, start) in enumerate(zip(prompts, first, strict=True)):
             end = start + len(ids)
             if end > length or ids in self:
                 continue
-            pairs = {index: kv.layer(cache, index) for index in self.kept}
+            pairs = {index: kv_cache.layer(cache, index) for index in self.kept}
             layers = {
                 index: (_keep(keys[:, :, :end], row, start), _keep(values[:, :, :end], row, start))
                 for index, (keys, values) in pairs.items()
@@ -167,7 +167,7 @@ class PrefillStore:
             first = tokens.length - len(ids)
             layers = {}
             for index in self.kept:
-                keys, values = kv.layer(cache, index)
+                keys, values = kv_cache.layer(cache, index)
                 layers[index] = (_keep(keys, row, first), _keep(values, row, first))
             entries.append(PromptCache(layers))
         return entries
@@ -225,7 +225,7 @@ def stack(entries: Sequence[PromptCache], total_layers: int, dtype: torch.dtype,
             out[row, :, width - tensor.shape[2] :] = tensor[0].to(device)
         return out
 
-    return kv.from_layers(
+    return kv_cache.from_layers(
         (join(layer, 0), join(layer, 1)) if layer in kept else (nothing, nothing) for layer in range(total_layers)
     )
 

@@ -13,17 +13,15 @@ import torch
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from c2c.extras import install_command
-from c2c.files import write_json
 from c2c.fusers import C2CFuser, Fuser
 from c2c.fusers.base import load_fuser
-from c2c.progress import OnProgress
 from c2c.training.checkpoints import CompleteCheckpoints
 from c2c.training.config import ConfigError, TrainConfig
 from c2c.training.objective import Objective
 from c2c.training.order import GroupedOrder
 from c2c.training.prepared import Prepared
 from c2c.training.selection import DevScore, DevSet
+from c2c.utils import OnProgress, install_command, write_json
 
 log = logging.getLogger("c2c.training")
 

@@ -12,19 +12,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from c2c import kv
+from c2c import kv_cache
 from c2c.alignment import SpanAligner
 from c2c.errors import PromptError
 from c2c.fusers import MemoryFuser
 from c2c.fusers.base import Entries
 from c2c.fusers.linear import channels
 from c2c.language_model import LanguageModel
-from c2c.progress import OnProgress
 from c2c.prompting import Encoded, RenderOptions, encode, render, text_tokens
 from c2c.tokens import left_pad
 from c2c.training.objective import Objective
 from c2c.training.private import PrivateExample
 from c2c.training.ridge import NormalEquations
+from c2c.utils import OnProgress
 
 
 @torch.no_grad()
@@ -87,7 +87,7 @@ def observe(fuser: MemoryFuser, training: Objective, example: PrivateExample) ->
     own = receiver.prefill(left_pad([ours.ids], 0))
     return (
         channels(_entries(sharer, layers, fuser.config.source_layers, [theirs_at for theirs_at, _ in pairs])),
-        channels(_entries(receiver, kv.layers(own), range(len(layers)), [ours_at for _, ours_at in pairs])),
+        channels(_entries(receiver, kv_cache.layers(own), range(len(layers)), [ours_at for _, ours_at in pairs])),
     )
 
 
@@ -105,7 +105,7 @@ def text_pairs(theirs: Encoded, ours: Encoded) -> list[tuple[int, int]]:
 
 
 def _entries(
-    model: LanguageModel, layers: Sequence[kv.KeyValue], indices: Sequence[int], columns: Sequence[int]
+    model: LanguageModel, layers: Sequence[kv_cache.KeyValue], indices: Sequence[int], columns: Sequence[int]
 ) -> Entries:
     """Entries at some columns of a prompt of one row, of layers with these indices."""
     tables = model.rotary(torch.tensor([list(columns)], device=model.device))

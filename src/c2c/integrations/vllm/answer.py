@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import aclosing
 from dataclasses import replace
 
-from c2c import kv
+from c2c import kv_cache
 from c2c.integrations.vllm.errors import EngineError
 from c2c.integrations.vllm.hosted import Hosted, row_of
 from c2c.integrations.vllm.plan import Wish
@@ -53,7 +53,7 @@ class Answering:
         if not isinstance(model, Hosted):
             raise TypeError("this model is in no engine")
         try:
-            if cache.layers and kv.length(cache):
+            if cache.layers and kv_cache.length(cache):
                 name = new_name()
                 await asyncio.to_thread(self._store.put, name, model.snapshot(ids, cache))
             choices = range(ask_of(self._batch.prompted[0].job).n)

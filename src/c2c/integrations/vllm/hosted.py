@@ -9,16 +9,14 @@ from collections.abc import Sequence
 import torch
 from transformers import Cache
 
-from c2c import kv
+from c2c import kv_cache
 from c2c.errors import CacheError, PromptError
 from c2c.identity import ModelIdentity
 from c2c.integrations.vllm.errors import EngineError, LoadError, SnapshotError, as_api_error
 from c2c.integrations.vllm.host import Host
 from c2c.integrations.vllm.snapshot import Snapshot
-from c2c.language_model import LanguageModel
-from c2c.receiver import Receiver
+from c2c.language_model import LanguageModel, Receiver, Sharer, Wanted
 from c2c.serving.logs import log_failure
-from c2c.sharer import Sharer, Wanted
 from c2c.tokens import TokenBatch
 
 
@@ -51,15 +49,15 @@ class Hosted(LanguageModel):
             ApiError: the engine did not read it.
         """
         if cache is None:
-            return kv.empty_cache()
+            return kv_cache.empty_cache()
         stop = batch.length if stop is None else stop
-        held = kv.length(cache) if cache.layers else 0
+        held = kv_cache.length(cache) if cache.layers else 0
         if held < stop:
             ids = row_of(batch)[:stop]
             begin = Snapshot.of_cache(cache, ids[:held], self._key) if held else None
             read = self._read(ids, begin).cache()
-            moved = [(keys.to(self.device), values.to(self.device)) for keys, values in kv.layers(read)]
-            cache.layers = kv.from_layers(moved).layers
+            moved = [(keys.to(self.device), values.to(self.device)) for keys, values in kv_cache.layers(read)]
+            cache.layers = kv_cache.from_layers(moved).layers
         return cache
 
     def _read(self, ids: list[int], begin: Snapshot | None) -> Snapshot:
@@ -71,7 +69,7 @@ class Hosted(LanguageModel):
 
     def snapshot(self, ids: Sequence[int], cache: Cache) -> Snapshot:
         """A cache of the first of these tokens, for the engine to load."""
-        return Snapshot.of_cache(cache, ids[: kv.length(cache)], self._key)
+        return Snapshot.of_cache(cache, ids[: kv_cache.length(cache)], self._key)
 
 
 class HostedReceiver(Hosted, Receiver):
@@ -89,7 +87,7 @@ class HostedSharer(Hosted, Sharer):
 
     def share(self, batch: TokenBatch, wanted: Wanted) -> Cache:
         """The cache of ``batch``, as far as it is wanted."""
-        return self.prefill(batch, wanted.stop, kv.empty_cache())
+        return self.prefill(batch, wanted.stop, kv_cache.empty_cache())
 
     def draft(self, tokens: TokenBatch, cache: Cache, count: int) -> tuple[list[int], Cache]:
         """Not written for an engine."""

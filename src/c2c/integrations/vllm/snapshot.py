@@ -14,7 +14,7 @@ from safetensors.torch import save
 from torch import Tensor
 from transformers import Cache, DynamicCache
 
-from c2c import kv
+from c2c import kv_cache
 from c2c.integrations.vllm.errors import SnapshotError
 
 _FORMAT = "c2c-snapshot-1"
@@ -77,12 +77,12 @@ class Snapshot:
     @classmethod
     def of_cache(cls, cache: Cache, ids: Sequence[int], model: str) -> Snapshot:
         """A snapshot of a cache of one row."""
-        layers = kv.layers(cache)
+        layers = kv_cache.layers(cache)
         return cls.of(torch.stack([k[0] for k, _ in layers]), torch.stack([v[0] for _, v in layers]), ids, model)
 
     def cache(self) -> DynamicCache:
         """The entries as a cache of one row."""
-        return kv.from_layers((k[None], v[None]) for k, v in zip(self.keys, self.values, strict=True))
+        return kv_cache.from_layers((k[None], v[None]) for k, v in zip(self.keys, self.values, strict=True))
 
     def to_bytes(self) -> bytes:
         """As a safetensors file."""

@@ -149,6 +149,11 @@ def copy(cache: Cache) -> DynamicCache:
     return from_layers((keys.clone(), values.clone()) for keys, values in layers(cache))
 
 
+def zeros_like(cache: Cache) -> DynamicCache:
+    """A cache of the same shapes, all entries zero."""
+    return from_layers((torch.zeros_like(keys), torch.zeros_like(values)) for keys, values in layers(cache))
+
+
 def repeat(cache: Cache, times: int) -> Cache:
     """Repeat every row ``times`` times, in place, as beams and ``num_return_sequences`` need it."""
     if times > 1:

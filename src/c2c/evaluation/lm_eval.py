@@ -20,18 +20,18 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import Cache
 
-from c2c import kv
+from c2c import kv_cache
 from c2c.alignment import Prompt
+from c2c.alignment.base import derange, fit, merge
 from c2c.errors import PromptError
-from c2c.extras import install_command
 from c2c.integrations import IntegrationError, MissingExtraError
-from c2c.integrations.prompt_edits import derange, fit, merge
 from c2c.language_model import LanguageModel
 from c2c.messages import Conversation
 from c2c.model import C2CModel
 from c2c.prefill import continued_logits
 from c2c.prompting import RenderOptions, render_text, require_tokenizer
 from c2c.tokens import TokenBatch, left_pad
+from c2c.utils import install_command
 
 try:
     from lm_eval.api.model import LM
@@ -442,7 +442,7 @@ class C2CLM(LM):  # type: ignore[misc]
         real = torch.tensor([[True] * len(read) + [False] * (width - len(read)) for _, read in part], dtype=torch.bool)
         device = chosen.ids.device
         logits = continued_logits(
-            self.scorer.model, chosen, padded.to(device), real.to(device), kv.select_rows(cache, rows)
+            self.scorer.model, chosen, padded.to(device), real.to(device), kv_cache.select_rows(cache, rows)
         )
         return torch.log_softmax(logits.float(), dim=-1)
 

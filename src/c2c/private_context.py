@@ -14,17 +14,16 @@ from typing import Any
 import torch
 from transformers import Cache
 
-from c2c import identity, kv
+from c2c import identity, kv_cache
 from c2c.alignment import Alignment, Chunk, Prompt
 from c2c.errors import PromptError
 from c2c.fusers import Fuser
 from c2c.fusers.base import Entries
 from c2c.handoff import Handoff
-from c2c.kv import KeyValue
-from c2c.language_model import LanguageModel
+from c2c.kv_cache import KeyValue
+from c2c.language_model import LanguageModel, Sharer
 from c2c.messages import Conversation, conversations
 from c2c.prompting import RenderOptions, encode, render
-from c2c.sharer import Sharer
 
 
 @dataclass(frozen=True)
@@ -112,7 +111,7 @@ def lay_down(cache: Cache, receiver: LanguageModel, placed: Placed) -> Cache:
     for memory in placed.memories:
         stop = column + memory.slots
         tables = receiver.rotary(tokens.positions[:, column:stop])
-        kv.append(cache, [_rotated(entry, tables, layer) for layer, entry in enumerate(memory.entries)])
+        kv_cache.append(cache, [_rotated(entry, tables, layer) for layer, entry in enumerate(memory.entries)])
         column = stop
     return cache
 

@@ -9,7 +9,7 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
-from c2c.training.made_up import NAMES, NUMBERS, OBJECTS, TOWNS, made_up
+from c2c.data.synthetic.base import NAMES, NUMBERS, OBJECTS, TOWNS, made_up
 
 _COLOURS = ("red", "blue", "green", "white", "black", "yellow", "purple", "orange", "brown", "grey", "silver")
 

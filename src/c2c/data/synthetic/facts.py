@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from c2c.training.made_up import NAMES, NUMBERS, OBJECTS, TOWNS, made_up
+from c2c.data.synthetic.base import NAMES, NUMBERS, OBJECTS, TOWNS, made_up
 
 _FIRST = (*NAMES, "Maria", "Nils", "Olga", "Peter", "Rosa", "Simon", "Tessa", "Viktor", "Wanda", "Yusuf", "Zoe", "Ben")
 _LAST = ("Berger", "Holm", "Costa", "Novak", "Lind", "Moreau", "Okafor", "Sato", "Weber", "Rossi", "Khan", "Dunn")

@@ -1,17 +1,24 @@
-"""Files that are complete or absent."""
+"""Files that are complete or absent, JSON, provenance of results, optional packages."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import platform
 import re
+import shlex
+import sys
 import tempfile
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from packaging.requirements import Requirement
+
 from c2c.errors import C2CError
+from c2c.version import __version__
 
 
 def save_atomically(folder: Path, write: Callable[[str], Any]) -> None:
@@ -90,3 +97,46 @@ def file_hash(path: Path) -> str:
     """sha256 of a file, read piece by piece."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+DISTRIBUTION = "cache2cache"
+
+
+def install_command(extra: str) -> str:
+    """A command that installs an extra's packages, wherever this package came from.
+
+    Args:
+        extra: its name in ``pyproject.toml``, such as ``report``.
+    """
+    try:
+        lines = metadata.requires(DISTRIBUTION) or []
+    except metadata.PackageNotFoundError:  # run from a folder of sources
+        return f"pip install '.[{extra}]' in the clone"
+    optional = [one for one in map(Requirement, lines) if one.marker is not None and "extra" in str(one.marker)]
+    wanted = [f"{one.name}{one.specifier}" for one in optional if one.marker and one.marker.evaluate({"extra": extra})]
+    return " ".join(["pip install", *(f"'{one}'" for one in wanted)])
+
+
+# Called with what is being done, how much of it is done, and how much there is.
+OnProgress = Callable[[str, int, int], None]
+
+
+def command() -> str:
+    """The command line of this process."""
+    return shlex.join(["c2c", *sys.argv[1:]])
+
+
+def versions(*more: str) -> dict[str, str]:
+    """Versions of this library, of what it stands on, and of further packages."""
+    found = {"c2c": __version__, "python": platform.python_version()}
+    for name in ("torch", "transformers", *more):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def short_path(path: str) -> str:
+    """A file by its folder and name: what tells data apart, and not where it lies on this machine."""
+    return "/".join(Path(path).parts[-2:])

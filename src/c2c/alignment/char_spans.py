@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from c2c.alignment.plan import Alignment, Chunk, Prompt
+from c2c.alignment.base import Alignment, Chunk, Prompt
 from c2c.errors import AlignmentError
 from c2c.messages import Conversation
 from c2c.prompting import Encoded, RenderOptions, encode, render, require_tokenizer, text_tokens
@@ -42,7 +42,7 @@ class SpanAligner:
     def align(
         self, receiver: Any, sharers: Sequence[Any], batch: Sequence[Conversation], options: RenderOptions
     ) -> list[Prompt]:
-        """One prompt for the whole batch, left-padded. See :class:`~c2c.alignment.plan.Aligner`."""
+        """One prompt for the whole batch, left-padded. See :class:`~c2c.alignment.base.Aligner`."""
         ours = _encode_all(receiver, batch, options, "receiver")
         cued = replace(options, answer_prefix=self.cue) if self._uses_cue(options) else options
         theirs = [_encode_all(tokenizer, batch, cued, "sharer") for tokenizer in sharers]

@@ -11,7 +11,7 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
-from c2c.training.made_up import made_up
+from c2c.data.synthetic.base import made_up
 
 _TOPICS = ("opening hours", "address", "prices", "contact", "history", "news", "team", "directions", "menu", "events")
 _TAGS = ("p", "div", "section", "li", "span", "article", "aside", "footer")

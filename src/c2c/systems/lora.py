@@ -22,11 +22,9 @@ from transformers import PreTrainedModel
 
 from c2c import identity
 from c2c.errors import C2CError
-from c2c.extras import install_command
-from c2c.files import file_hash, read_json_object, save_atomically
 from c2c.identity import ModelIdentity
-from c2c.language_model import LanguageModel
-from c2c.receiver import Receiver
+from c2c.language_model import LanguageModel, Receiver
+from c2c.utils import file_hash, install_command, read_json_object, save_atomically
 from c2c.version import __version__
 
 MANIFEST = "c2c_adapter.json"
