@@ -176,7 +176,9 @@ class Handoff:
         }
         header = {"manifest": json.dumps(manifest, sort_keys=True)}
         header["digest"] = _digest(header["manifest"], tensors, key)
-        save_atomically(path.parent, lambda folder: save_file(tensors, Path(folder) / path.name, metadata=header))
+        save_atomically(
+            path.parent, lambda folder: save_file(tensors, Path(folder) / path.name, metadata=header), private=True
+        )
 
     @classmethod
     def load(cls, path: str | Path, *, bound_to: str | None = None, key: bytes | None = None) -> Self:

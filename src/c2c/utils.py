@@ -21,13 +21,21 @@ from c2c.errors import C2CError
 from c2c.version import __version__
 
 
-def save_atomically(folder: Path, write: Callable[[str], Any]) -> None:
+def save_atomically(folder: Path, write: Callable[[str], Any], *, private: bool = False) -> None:
     """Let ``write`` fill a temporary folder, then rename its files into ``folder``, ``config.json`` last.
+
+    Args:
+        folder: made if it is not there.
+        write: gets the temporary folder's path.
+        private: make the files (and a new ``folder``) readable by their owner alone; else the umask decides.
 
     Raises:
         OSError: what the system says, such as that the disk is full, with the folder; also where safetensors wraps it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    if not folder.is_dir():
+        folder.mkdir(parents=True, exist_ok=True)
+        if private:
+            folder.chmod(0o700)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as temporary:
         try:
             write(temporary)
@@ -40,8 +48,15 @@ def save_atomically(folder: Path, write: Callable[[str], Any]) -> None:
         for path in sorted(written, key=lambda path: path.name == "config.json"):
             target = folder / path.relative_to(temporary)
             target.parent.mkdir(parents=True, exist_ok=True)
-            path.chmod(0o644)  # temporary files are private
+            path.chmod(0o600 if private else 0o666 & ~_umask())
             os.replace(path, target)
+
+
+def _umask() -> int:
+    """Return the umask, which can be read only by setting it."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 def _system_error(error: Exception) -> int | None:
