@@ -49,9 +49,42 @@ class MismatchError(FuserError):
         super().__init__(f"this {what} does not fit these models:\n{lines}\n{advice}")
 
 
+class SystemUnavailableError(C2CError, ValueError):
+    """An unknown system, or one that can't answer with these models."""
+
+
 class HandoffError(C2CError, ValueError):
     """A handed-over cache that can't be used: damaged, foreign, expired, or made for something else."""
 
 
 class ModelLoadError(C2CError, OSError):
     """A model, tokenizer or file could not be found, read or downloaded."""
+
+
+_ABOUT_REQUEST = frozenset({"too_long", "tokens", "order", "layer", "precision", "fuser", "failed"})
+
+
+class RemoteError(C2CError, ConnectionError):
+    """A remote sharer could not be reached, refused, or sent something that must not be used.
+
+    Attributes:
+        code: the reason in one word, such as ``unreachable``, ``timeout``, ``unauthorized``, ``signature``.
+        status: the HTTP status, None where there was no answer.
+    """
+
+    def __init__(self, message: str, code: str = "failed", status: int | None = None) -> None:
+        super().__init__(message)
+        self.code, self.status = code, status
+
+    @property
+    def about_request(self) -> bool:
+        """Whether the sharer is there and did not answer this request; another one it may answer."""
+        return self.code in _ABOUT_REQUEST
+
+
+class SharerLost(RemoteError):
+    """The same where the sharer's policy is ``receiver_only``: ``C2CModel`` lets the receiver answer alone."""
+
+
+class SharerChanged(MismatchError):
+    """Another model is served at the address than when the connection was made. No policy covers it."""

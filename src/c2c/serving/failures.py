@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from c2c.errors import C2CError
-from c2c.remote.errors import RemoteError, SharerChanged
+from c2c.errors import C2CError, RemoteError, SharerChanged
 from c2c.serving.engine import Ask
 from c2c.serving.errors import ApiError, internal, invalid, too_long
 from c2c.serving.logs import log_failure, warn
