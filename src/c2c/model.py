@@ -16,7 +16,7 @@ from transformers import Cache
 from c2c import identity, kv_cache
 from c2c.alignment import ALIGNERS, Aligner, Alignment, Chunk, Prompt, SpanAligner
 from c2c.alignment.slots import check_sections, plan_sections, slot_positions
-from c2c.errors import AlignmentError, FuserError, PromptError
+from c2c.errors import AlignmentError, FuserError, PromptError, SharerLost
 from c2c.fusers import Fuser, family
 from c2c.fusers.base import load_fuser, resolve
 from c2c.fusion import FusionMode, Source, fuse
@@ -27,7 +27,6 @@ from c2c.messages import Conversation, conversations
 from c2c.private_context import Memory, Placed, first_user_column, handoffs_of, lay_down, place, project
 from c2c.prompting import RenderOptions
 from c2c.published import import_published, published_names, read_names
-from c2c.remote.errors import SharerLost
 from c2c.tokens import TokenBatch
 from c2c.utils import read_json_object, save_atomically, write_json
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from c2c.alignment import Prompt
 from c2c.alignment.base import merge
+from c2c.errors import RemoteError, SharerChanged, SharerLost
 from c2c.generation import FusionReport
 from c2c.model import C2CModel
-from c2c.remote.errors import RemoteError, SharerChanged, SharerLost
 from c2c.serving.batch import Prefilled, join
 from c2c.serving.engine import Ask
 from c2c.serving.failures import log_if_lost, refusing, tell
