@@ -52,14 +52,14 @@ def report(
     ] = False,
 ) -> None:
     """Show results as a page and as Markdown, losses included; without options, Markdown on stdout."""
-    from c2c.reporting import check_files, group, make_files, overview_markdown, read_results, to_markdown, write_files
+    from c2c.report import check_files, group_runs, load_results, make_files, summary_markdown, to_markdown, write_files
 
     if markdown is None and plots is not None:
         raise typer.BadParameter("--plots go with a Markdown file that shows them: give --markdown too.")
     if check and html is None and markdown is None and readme is None:
         raise typer.BadParameter("--check needs the file to check: give --markdown, --html or --readme.")
-    sections = group(read_results(results))
-    files = make_files(sections, title, html, markdown, plots, readme)
+    evaluations = group_runs(load_results(results))
+    files = make_files(evaluations, title, html=html, markdown=markdown, plots=plots, readme=readme)
     if check:
         check_files(files, _command(results, html, markdown, plots, readme, title))
         return
@@ -67,9 +67,9 @@ def report(
     for path in files:
         typer.echo(f"wrote {path}", err=True)
     if overview:
-        typer.echo(overview_markdown(sections))
+        typer.echo(summary_markdown(evaluations))
     elif not files:
-        typer.echo(to_markdown(sections, title, {}), nl=False)
+        typer.echo(to_markdown(evaluations, title), nl=False)
 
 
 def _command(
