@@ -2,7 +2,7 @@
 
 from c2c.report.evaluations import Evaluation, group_runs
 from c2c.report.load import ReportError, Run, load_results
-from c2c.report.pages import check_files, make_files, summary_markdown, to_markdown, write_files
+from c2c.report.pages import check_files, make_files, report_markdown, summary_markdown, write_files
 
 __all__ = [
     "Evaluation",
@@ -12,7 +12,7 @@ __all__ = [
     "group_runs",
     "load_results",
     "make_files",
+    "report_markdown",
     "summary_markdown",
-    "to_markdown",
     "write_files",
 ]

@@ -110,7 +110,7 @@ _UNITS = {"percent": 0, "percent f1": 1}
 
 
 def _size(group: list[Run]) -> float:
-    return max(run.values.loc[(run.tasks[-1], "n", ""), "value"] for run in group)
+    return max(float(run.values.loc[(run.tasks[-1], "n", ""), "value"]) for run in group)
 
 
 def _names(run: Run) -> tuple[str, str, str, list[str]]:

@@ -43,8 +43,9 @@ class Run:
         key: equal for runs that differ only in fuser, seed and systems.
         settings: what tells it from other evaluations of the pair on the same data.
         values: all numbers. Index: ``task``, ``measure``, ``name``; columns: ``value``, and ``low`` and ``high`` of the
-            95 % interval, NaN without one. Measures: ``n``, ``change``, ``mcnemar_p``; ``score``, ``exact``, ``holds`` and costs
-            such as ``seconds``, by system; ``ratio``, seconds over those of matched; ``difference``, by letter.
+            95 % interval, NaN without one. Measures by system: ``score``, ``exact``, ``holds``, costs such as
+            ``seconds``, and ``ratio``, seconds over those of matched; ``difference``, by letter; ``change``, by kind;
+            ``n`` and ``mcnemar_p``.
         files: the provenance of each of its files, label to text.
     """
 

@@ -65,7 +65,7 @@ def make_files(
     return files
 
 
-def to_markdown(evaluations: Sequence[Evaluation], title: str) -> str:
+def report_markdown(evaluations: Sequence[Evaluation], title: str) -> str:
     """Render the whole report without plots."""
     return _report("report.md", evaluations, title, {})
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib as mpl
 import pandas as pd
@@ -25,7 +26,13 @@ _STYLES = {
 _STAGE_COLOURS = dict(
     zip(map(spaced, STAGES), ("peachpuff", "tab:orange", "lightgray", "tab:blue", "tab:gray"), strict=True)
 )
-_RC = {"svg.hashsalt": "c2c", "svg.fonttype": "none", "text.parse_math": False, "axes.grid": True, "grid.alpha": 0.4}
+_RC: dict[str, Any] = {
+    "svg.hashsalt": "c2c",
+    "svg.fonttype": "none",
+    "text.parse_math": False,
+    "axes.grid": True,
+    "grid.alpha": 0.4,
+}
 
 
 def draw_plots(evaluations: Sequence[Evaluation]) -> dict[str, tuple[str, str]]:
@@ -86,7 +93,7 @@ def _draw_panels(values: pd.DataFrame, *, zero: bool = False) -> Figure | None:
         for system, (colour, marker) in _STYLES.items():
             one = panel[panel["name"] == system]
             value = one["value"]
-            bars = [value - one["low"].fillna(value), one["high"].fillna(value) - value]
+            bars = [(value - one["low"]).fillna(0).clip(0), (one["high"] - value).fillna(0).clip(0)]
             if not one.empty:
                 axes.errorbar(value, one["row"].map(rows), xerr=bars, fmt=marker, color=colour, label=system, lw=1)
     if not zero:

@@ -14,10 +14,10 @@ from c2c.report.names import CHANGES, COSTS, DIFFERENCES, SYSTEMS, in_order, spa
 
 MISSING, AHEAD, LOSS = "\u2013", "\u25b2", "\u2717"
 LEGEND = (
-    "Bold: the best system. [Brackets]: 95 % interval over the questions; (parentheses): lowest and highest of several runs. "
-    f"{AHEAD} better than matched. {LOSS} a loss: the interval of a difference to matched is not wholly on the better "
-    "side, deranged is better than the receiver (D), or a system is faster than matched. "
-    f"{MISSING} not measured."
+    "Bold: the best system. In square brackets: 95 % intervals over the questions; in round ones: lowest and highest "
+    f"of several runs, whose mean stands before. {AHEAD} better than matched. {LOSS} a loss, in any of the runs: the "
+    "interval of a difference to matched is not wholly on the better side, deranged is better than the receiver (D), "
+    f"or a system is faster than matched. {MISSING} not measured."
 )
 _SUMMARY = ("receiver", "sharer", "matched", "deranged", "text")
 # Titles of measures that say more than their name, the most important first.
@@ -90,7 +90,9 @@ class _Numbers:
         low, high = (self._text(measure, value) for value in (row.low, row.high))
         if self.runs == 1:
             return f"[{low}, {high}]"
-        return f"({low} to {high})" if row.runs == self.runs else f"({row.runs} of {self.runs} runs)"
+        if row.runs < self.runs:
+            return f"({row.runs} of {self.runs} runs)"
+        return f"({low} to {high})" if low != high else ""  # the models alone are the same in every run
 
     def _text(self, measure: str, value: float) -> str:
         if measure in ("bytes", "memory"):
