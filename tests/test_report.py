@@ -162,7 +162,7 @@ def test_an_evaluation_of_models_is_reported(tmp_path_factory):
 
 
 def test_tasks_seeds_and_units_are_grouped(varied):
-    assert [(one.pair, one.data, len(one.runs), one.n) for one in varied] == [
+    assert [(one.pair, one.title, len(one.runs), one.n) for one in varied] == [
         ("small \u2190 large", "OpenBookQA, ARC-Easy", 1, 300),
         ("small \u2190 other", "OpenBookQA", 2, 300),
         ("small \u2190 large", "SQuAD dev", 1, 300),
@@ -178,7 +178,7 @@ def test_settings_that_change_numbers_stand_apart_and_are_named(tmp_path):
         data = result(numbers(GOOD), fuser=f"{rank}{seed}", message_tokens=tokens)
         data["provenance"]["training"] = {"config": {"seed": seed, "fuser_options": {"rank": rank}}}
         made.append(data)
-    found = {one.data: len(one.runs) for one in evaluations(tmp_path, *made)}
+    found = {one.title: len(one.runs) for one in evaluations(tmp_path, *made)}
     assert found == {
         "OpenBookQA, default message_tokens, rank 128": 1,
         "OpenBookQA, default message_tokens, rank 32": 1,
@@ -501,7 +501,7 @@ def test_a_readme_is_filled_and_checked(tmp_path):
     assert filled.endswith("\n<!-- /results -->\n\nMore.\n")
     found = rows(filled)
     assert len(found) == 4  # columns, the pair, and a row for each family
-    assert found["OpenBookQA, limit 300"] == [
+    assert found["OpenBookQA"] == [
         "300", "28.0", "60.0", "66.0", "25.0", "+41.0 [39.0, 43.0]", "40.0 (n 60)", "1.62 / 0.6"
     ]  # fmt: skip
     assert report(tmp_path / "in", "--readme", readme, "--check")[0] == 0

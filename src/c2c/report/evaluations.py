@@ -60,11 +60,15 @@ class Evaluation:
 
     @property
     def data(self) -> str:
-        """The data in a few words, with mode and settings where they are unusual."""
+        """The data in a few words."""
         own = [task for task in self.tasks if task != POOLED]
         names = ", ".join(own) if len(own) <= 3 else f"{own[0]} and {len(own) - 1} others"
-        words = [names, *["generated"] * (self.runs[0].mode == "generate"), *[self.variant] * bool(self.variant)]
-        return ", ".join(words)
+        return names + ", generated" * (self.runs[0].mode == "generate")
+
+    @property
+    def title(self) -> str:
+        """The data, with the settings that tell it from other evaluations of the pair."""
+        return f"{self.data}, {self.variant}" if self.variant else self.data
 
     @property
     def metric(self) -> str:

@@ -69,7 +69,7 @@ def _run_values(evaluation: Evaluation, measure: str) -> pd.DataFrame:
         frames.append(values.assign(n=n, run=several, row=values["task"], whole=values["task"] == evaluation.tasks[-1]))
     panel = f"{evaluation.pair}: {evaluation.metric}"
     return pd.concat(frames).assign(
-        unit=evaluation.runs[0].unit, panel=panel, data=evaluation.data, evaluation=evaluation.anchor
+        unit=evaluation.runs[0].unit, panel=panel, data=evaluation.title, evaluation=evaluation.anchor
     )
 
 
@@ -114,7 +114,7 @@ def _draw_speed(evaluations: Sequence[Evaluation]) -> Figure | None:
             axes.barh(stages.index, stages[stage], left=start, label=stage, color=_STAGE_COLOURS.get(stage, "tab:pink"))
             start += stages[stage]
         axes.invert_yaxis()
-        axes.set(title=f"{one.pair}: {one.data}", xlabel="seconds")
+        axes.set(title=f"{one.pair}: {one.title}", xlabel="seconds")
     _legend(figure, all_axes)
     return figure
 

@@ -105,7 +105,7 @@ class _Numbers:
 
 def summary_table(evaluations: Sequence[Evaluation]) -> Table:
     """Make a row for each evaluation, over all its data."""
-    return _summary([(one, one) for one in evaluations], ("G", "P", "S", "T", "A"))
+    return _summary([(one.title, one, one) for one in evaluations], ("G", "P", "S", "T", "A"))
 
 
 def readme_table(evaluations: Sequence[Evaluation]) -> Table:
@@ -117,23 +117,24 @@ def readme_table(evaluations: Sequence[Evaluation]) -> Table:
     for one in sorted(evaluations, key=lambda one: (-one.n, -len(one.tasks))):
         run, task = one.runs[0], one.tasks[0].partition(" (")[0]
         families.setdefault((one.pair, run.unit, run.mode, run.kind, task), []).append(one)
-    rows = [
-        (family[0], next((one for one in family if "text" in one.systems), family[0])) for family in families.values()
-    ]
-    return _summary(sorted(rows, key=lambda row: evaluations.index(row[0])), ("P",))
+    rows = []
+    for family in sorted(families.values(), key=lambda family: evaluations.index(family[0])):
+        text = next((one for one in family if "text" in one.systems), family[0])
+        rows.append((family[0].data, family[0], text))
+    return _summary(rows, ("P",))
 
 
-def _summary(rows: Iterable[tuple[Evaluation, Evaluation]], letters: Sequence[str]) -> Table:
-    """Make a row for each pair of an evaluation and the one whose text-to-text is shown beside it."""
+def _summary(rows: Iterable[tuple[str, Evaluation, Evaluation]], letters: Sequence[str]) -> Table:
+    """Make a row of a title, an evaluation, and the evaluation whose text-to-text is shown beside it."""
     groups: dict[str, list[list[Cell]]] = {}
-    for shown, other in rows:
+    for title, shown, other in rows:
         numbers, texts, task, text_task = _Numbers(shown), _Numbers(other), shown.tasks[-1], other.tasks[-1]
         unit = "" if shown.runs[0].unit == "percent" else f" ({shown.metric})"
         text = texts.cell(text_task, "score", "text", _SUMMARY)
         seconds = [texts.cell(text_task, "seconds", system).text for system in ("text", "matched")]
         ratio = texts.cell(text_task, "ratio", "text")
         groups.setdefault(shown.pair, []).append([
-            Cell(shown.data + unit, anchor=shown.anchor),
+            Cell(title + unit, anchor=shown.anchor),
             Cell(numbers.size(task), f"({numbers.runs} runs)" * (numbers.runs > 1)),
             *(numbers.cell(task, "score", system, _SUMMARY)._replace(detail="") for system in _SUMMARY[:-1]),
             *(numbers.cell(task, "difference", letter) for letter in letters),
