@@ -30,6 +30,7 @@ _RC: dict[str, Any] = {
     "svg.hashsalt": "c2c",
     "svg.fonttype": "none",
     "text.parse_math": False,
+    "axes.axisbelow": True,
     "axes.grid": True,
     "grid.alpha": 0.4,
 }
@@ -87,7 +88,8 @@ def _draw_panels(values: pd.DataFrame, *, zero: bool = False) -> Figure | None:
     figure, all_axes = _subplots([panel["row"].nunique() for panel in panels.values()])
     for axes, (title, panel) in zip(all_axes, panels.items(), strict=True):
         rows = {row: position for position, row in enumerate(panel["row"].unique())}
-        axes.set(title=title, yticks=range(len(rows)), yticklabels=list(rows), ylim=(len(rows) - 0.5, -0.5))
+        axes.set_title(title, loc="left")
+        axes.set(yticks=range(len(rows)), yticklabels=list(rows), ylim=(len(rows) - 0.5, -0.5))
         if zero:
             axes.axvline(0, color="black", lw=1)
         for system, (colour, marker) in _STYLES.items():
@@ -114,7 +116,8 @@ def _draw_speed(evaluations: Sequence[Evaluation]) -> Figure | None:
             axes.barh(stages.index, stages[stage], left=start, label=stage, color=_STAGE_COLOURS.get(stage, "tab:pink"))
             start += stages[stage]
         axes.invert_yaxis()
-        axes.set(title=f"{one.pair}: {one.title}", xlabel="seconds")
+        axes.set_title(f"{one.pair}: {one.title}", loc="left")
+        axes.set_xlabel("seconds")
     _legend(figure, all_axes)
     return figure
 
