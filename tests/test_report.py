@@ -11,20 +11,15 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from typer.testing import CliRunner
 
 from c2c import C2CModel
 from c2c.cli.app import app
 from c2c.evaluation import EvalConfig, evaluate
-from c2c.evaluation.numbers import summarise
 from c2c.report import Evaluation, ReportError, group_runs, load_results, make_files, report_markdown, summary_markdown
 from c2c.report.names import short_command, task_titles
-from c2c.report.pages import escape_markdown
 from c2c.training.config import DataSource
 from tiny import open_fusers, pair_folders
 
@@ -116,46 +111,34 @@ def varied(tmp_path) -> list[Evaluation]:
 # Loading
 
 
-def test_a_computed_summary_is_loaded(tmp_path):
-    draw = np.random.default_rng(0)
-    scores = {name: (draw.random(60) < rate / 100).astype(float).tolist() for name, rate in GOOD.items()}
-    row = summarise(scores, 0)
-    values = evaluations(tmp_path, result(row))[0].values
-    assert values.loc[("OpenBookQA", "n", ""), "value"] == 60
-    assert values.loc[("OpenBookQA", "score", "matched"), "value"] == row["systems"]["matched"]["accuracy"]
-    assert values.loc[("OpenBookQA", "difference", "P"), ["low", "high"]].tolist() == row["P_ci95"]
-    assert values.loc[("OpenBookQA", "mcnemar_p", ""), "value"] == row["mcnemar_p"]
-
-
-def test_an_evaluation_of_models_is_reported(tmp_path_factory):
+def test_an_evaluation_of_models_is_reported(tmp_path, tmp_path_factory):
     """All that ``c2c eval`` measures: systems, costs, a router that is fitted on dev, a second fuser."""
-    receiver, sharer = pair_folders(tmp_path_factory.mktemp)
-    model = open_fusers(C2CModel.from_models(receiver, sharer, fuser_options={"rank": 8}))
-    fuser, folder, out = (str(tmp_path_factory.mktemp(name)) for name in ("fuser", "data", "out"))
+    model = open_fusers(C2CModel.from_models(*pair_folders(tmp_path_factory.mktemp), fuser_options={"rank": 8}))
+    fuser = str(tmp_path / "fuser")
     model.save_pretrained(fuser)
-    items = [
-        {"id": str(i), "question": f"Number {i}?", "choices": ["fox", "dog", "sun"], "answer": i % 3} for i in range(9)
-    ]
+    items = [{"question": f"Number {i}?", "choices": ["fox", "dog", "sun"], "answer": i % 3} for i in range(9)]
     for name, part in (("a.jsonl", items), ("b.jsonl", items[:5]), ("dev.jsonl", items[3:])):
-        Path(folder, name).write_text("".join(json.dumps(item) + "\n" for item in part))
-    found = evaluate(
-        EvalConfig(
-            fuser,
-            [DataSource("a.jsonl"), DataSource("b.jsonl")],
-            systems=(*GOOD, "text", "router", "twin"),
-            fusers={"twin": fuser},
-            dev=[DataSource("dev.jsonl")],
-            timed=2,
-            batch_size=4,
-            max_new_tokens=3,
-            message_tokens=4,
-            data_dir=folder,
-            output_dir=out,
-        )
+        (tmp_path / name).write_text("".join(json.dumps(item) + "\n" for item in part))
+    config = EvalConfig(
+        fuser,
+        [DataSource("a.jsonl"), DataSource("b.jsonl")],
+        systems=(*GOOD, "text", "router", "twin"),
+        fusers={"twin": fuser},
+        dev=[DataSource("dev.jsonl")],
+        timed=2,
+        max_new_tokens=3,
+        message_tokens=4,
+        data_dir=str(tmp_path),
+        output_dir=str(tmp_path / "out"),
     )
-    (one,) = group_runs(load_results([Path(out)]))
+    found = evaluate(config)
+    (one,) = group_runs(load_results([tmp_path / "out"]))
     assert one.systems == {*GOOD, "text", "router", "twin"}
-    assert one.values.loc[("all questions", "ratio", "text"), "value"] == found["speed"]["text"]["ratio"]
+    pooled = one.values.loc["all questions"]
+    assert pooled.loc[("n", ""), "value"] == 14
+    assert pooled.loc[("score", "matched"), "value"] == found["systems"]["matched"]["accuracy"]
+    assert pooled.loc[("difference", "P"), ["low", "high"]].tolist() == found["P_ci95"]
+    assert pooled.loc[("ratio", "text"), "value"] == found["speed"]["text"]["ratio"]
     text = report_markdown([one], "T")
     assert all(words in text for words in ("seconds of an answer", "sharer decode", "router: share", "fuser twin: "))
     assert re.search(r"^ +data dev.jsonl: [0-9a-f]{64}$", text, re.MULTILINE)
@@ -207,22 +190,15 @@ def test_files_of_one_evaluation_are_one_run(tmp_path):
         evaluations(tmp_path / "c", second, second)
 
 
-def test_one_file_given_twice_is_loaded_once(tmp_path):
-    path = save(tmp_path / "a", result(numbers(GOOD)))
-    assert len(load_results([path, tmp_path, tmp_path / "a"])) == 1
-
-
 @pytest.mark.parametrize(
     ("broken", "says"),
     [
         ("{", "is not JSON"),
-        ("[1]", "expected a JSON object"),
         ({"n": 3}, "provenance is None"),
         (result(numbers(GOOD, unit=PERCENT) | {"unit": None}), "unit is None"),
         (result(numbers(GOOD) | {"systems": {}}), "systems is {}"),
         (result(numbers(GOOD) | {"systems": [1]}), "systems is [1], expected an object"),
         (result(numbers(GOOD) | {"systems": {"matched": {"ci95": [0, 1]}}}), "accuracy, f1 or mean is None"),
-        (result(numbers(GOOD) | {"systems": {"matched": {"accuracy": "66"}}}), "expected a number"),
         (result(numbers(GOOD) | {"systems": {"matched": {"accuracy": True}}}), "expected a number"),
         (result(numbers(GOOD) | {"n": 0}), "n is 0"),
         (result(numbers(GOOD) | {"P_ci95": 3}), "expected [low, high]"),
@@ -239,10 +215,12 @@ def test_a_file_that_is_not_a_result_is_named(tmp_path, broken, says):
     assert all(part in str(error.value) for part in (says, str(path), "c2c eval --output-dir"))
 
 
-def test_missing_and_empty_inputs_are_named(tmp_path):
+def test_missing_and_empty_inputs_are_named_and_a_file_is_loaded_once(tmp_path):
     for paths, says in (([tmp_path / "no"], "does not exist"), ([tmp_path], "no result.json"), ([], "no results")):
         with pytest.raises(ReportError, match=says):
             load_results(paths)
+    path = save(tmp_path / "a", result(numbers(GOOD)))
+    assert len(load_results([path, tmp_path, tmp_path / "a"])) == 1
 
 
 def test_data_and_commands_are_named_without_folders_of_a_machine(tmp_path):
@@ -268,7 +246,6 @@ def test_data_and_commands_are_named_without_folders_of_a_machine(tmp_path):
     [
         ({}, "P = matched - deranged", False),
         ({"deranged": 65.0}, "P = matched - deranged", True),  # the interval reaches zero
-        ({"deranged": 69.0}, "P = matched - deranged", True),
         ({"receiver": 65.0}, "G = matched - receiver", True),
         ({}, "S = matched - sharer", False),
         ({"sharer": 65.0}, "S = matched - sharer", True),
@@ -353,23 +330,16 @@ def test_every_system_and_task_has_a_place(varied):
 
 
 class Page(HTMLParser):
-    """The tags, attributes and text of a page, whose tags must close in order."""
-
-    VOID = ("meta", "br", "hr", "img")
+    """The tags, attributes and text of a page."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
-        self.open, self.tags, self.attributes, self.text = [], [], [], ""
+        self.tags, self.attributes, self.text = [], [], ""
         self.feed(text)
-        assert self.open == []
 
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
-        self.attributes += [(tag, *attribute) for attribute in attrs]
-        self.open += [tag] * (tag not in self.VOID)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
+        self.attributes += attrs
 
     def handle_data(self, data):
         self.text += data
@@ -378,8 +348,8 @@ class Page(HTMLParser):
 def test_the_page_needs_nothing_else(varied):
     page = Page(make_files(varied, "Our results", html=Path("r.html"))[Path("r.html")])
     assert not {"script", "link", "iframe"} & set(page.tags)
-    ids = [value for _, name, value in page.attributes if name == "id"]
-    addresses = [value for _, name, value in page.attributes if name in ("href", "src")]
+    ids = [value for name, value in page.attributes if name == "id"]
+    addresses = [value for name, value in page.attributes if name in ("href", "src")]
     assert addresses
     assert all(address.startswith("data:") or address[1:] in ids for address in addresses)
     assert page.tags.count("img") == 4
@@ -431,14 +401,7 @@ def test_nothing_from_a_file_is_markup(tmp_path):
     assert "<script" not in html
     assert 'href="http' not in html
     assert html.count("<h1>") == 1
-    assert "<strong>c</strong>" not in html
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.text(st.characters(codec="utf-8", exclude_categories=["C"]), max_size=40))
-def test_escaped_text_is_shown_as_it_is(text):
-    html = MarkdownIt("commonmark").enable("table").render(f"| x {escape_markdown(text)} |\n| --- |\n")
-    assert " ".join(Page(html).text.split()) == " ".join(f"x {text}".split())
+    assert " ".join(EVIL.split()) in Page(html).text
 
 
 # The command
@@ -462,29 +425,21 @@ def test_markdown_and_the_summary_are_printed(tmp_path):
 
 
 def test_files_are_written_and_checked(tmp_path):
-    source = save(tmp_path / "in", result(numbers(GOOD)))
-    html, markdown, plots = (tmp_path / "out" / name for name in ("r.html", "docs/r.md", "docs/plots"))
-    arguments = [source, "--html", html, "--markdown", markdown, "--plots", plots]
+    source, markdown, plots = save(tmp_path, result(numbers(GOOD))), tmp_path / "docs/r.md", tmp_path / "docs/plots"
+    arguments = [source, "--markdown", markdown, "--plots", plots]
     assert report(*arguments)[0] == 0
     images = re.findall(r"!\[[^]]*\]\(([^)]+)\)", markdown.read_text())
-    assert len(images) == 2
-    assert all((markdown.parent / image).is_file() for image in images)
+    assert {(markdown.parent / image).resolve() for image in images} == set(plots.iterdir())
     (plots / "accuracy.svg").write_text("drawn by another matplotlib")
     assert report(*arguments, "--check")[0] == 0
-
-    markdown.write_text(markdown.read_text().replace("66.0", "77.0"))
-    code, _, error = report(*arguments, "--check")
-    assert code == 1
-    assert all(part in str(error) for part in (str(markdown), "Run: c2c", "77.0"))
-    assert "77.0" in markdown.read_text()  # nothing was written
-    markdown.unlink()
-    assert "no such file" in str(report(*arguments, "--check")[2])
-    assert report(*arguments)[0] == 0
     (plots / "old.svg").write_text("")
     assert "old.svg" in str(report(*arguments, "--check")[2])
-    (plots / "old.svg").unlink()
-    save(tmp_path / "in", result(numbers(GOOD | {"matched": 61.0})))
-    assert report(*arguments, "--check")[0] == 1
+    markdown.write_text(markdown.read_text().replace("66.0", "77.0"))
+    code, _, error = report(source, "--markdown", markdown, "--check")
+    assert code == 1
+    assert "77.0" in markdown.read_text()  # nothing was written
+    assert all(part in str(error) for part in (str(markdown), "Run: c2c"))
+    assert "no such file" in str(report(source, "--html", tmp_path / "no.html", "--check")[2])
 
 
 def test_a_readme_is_filled_and_checked(tmp_path):
@@ -509,9 +464,7 @@ def test_a_readme_is_filled_and_checked(tmp_path):
     assert readme.read_text() == filled  # and again the same
 
 
-@pytest.mark.parametrize(
-    "text", ["# Mine\n", "<!-- results -->\n", "<!-- /results -->\n<!-- results -->\n", "<!-- results -->\n" * 2, None]
-)
+@pytest.mark.parametrize("text", ["# Mine\n", "<!-- /results -->\n<!-- results -->\n", "<!-- results -->\n" * 2, None])
 def test_a_readme_without_its_marks_is_refused(tmp_path, text):
     readme = tmp_path / "README.md"
     if text is not None:

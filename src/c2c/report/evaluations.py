@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -79,8 +80,8 @@ class Evaluation:
 
     @property
     def n(self) -> int:
-        """Number of questions, the largest of the runs."""
-        return int(self.values.loc[(self.tasks[-1], "n", ""), "high"])
+        """Number of questions of the largest run."""
+        return max(run.n for run in self.runs)
 
 
 def flag_losses(run: Run) -> pd.DataFrame:
@@ -99,22 +100,19 @@ def flag_losses(run: Run) -> pd.DataFrame:
 def group_runs(runs: Iterable[Run]) -> list[Evaluation]:
     """Group runs by what was compared: accuracies first, then by the names of the models, the largest first."""
     groups: dict[str, list[Run]] = {}
-    for run in sorted(runs, key=lambda run: (run.seeds[1] or 0, run.seeds[0] or 0, run.fuser)):
+    for run in sorted(runs, key=_order):
         groups.setdefault(run.key, []).append(run)
-    members = sorted(groups.values(), key=lambda group: (_names(group[0]), group[0].key))
-    members.sort(key=lambda group: (_UNITS.get(group[0].unit, 9), group[0].receiver, group[0].sharer, -_size(group)))
     evaluations = []
-    for number, group in enumerate(members, 1):
-        alike = [other[0].settings for other in members if _names(other[0]) == _names(group[0])]
+    for number, group in enumerate(groups.values(), 1):
+        alike = [other[0].settings for other in groups.values() if _names(other[0]) == _names(group[0])]
         evaluations.append(Evaluation(group, f"evaluation-{number}", _variant(group[0].settings, alike)))
     return evaluations
 
 
-_UNITS = {"percent": 0, "percent f1": 1}
-
-
-def _size(group: list[Run]) -> float:
-    return max(float(run.values.loc[(run.tasks[-1], "n", ""), "value"]) for run in group)
+def _order(run: Run) -> tuple[Any, ...]:
+    units = ["percent", "percent f1", run.unit]
+    seeds = [seed or 0 for seed in reversed(run.seeds)]
+    return units.index(run.unit), run.receiver, run.sharer, -run.n, run.mode, run.tasks, run.key, seeds, run.fuser
 
 
 def _names(run: Run) -> tuple[str, str, str, list[str]]:

@@ -72,6 +72,11 @@ class Run:
         return sorted(self.values.index.get_level_values("task").unique(), key=lambda task: task == POOLED)
 
     @property
+    def n(self) -> int:
+        """Number of questions."""
+        return int(self.values.loc[(self.tasks[-1], "n", ""), "value"])
+
+    @property
     def title(self) -> str:
         """Fuser and seeds."""
         seed, training_seed = self.seeds

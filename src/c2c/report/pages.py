@@ -18,11 +18,10 @@ from c2c.report.evaluations import Evaluation
 from c2c.report.load import ReportError
 from c2c.report.names import SYSTEMS, in_order, spaced
 from c2c.report.plots import draw_plots
-from c2c.report.tables import LEGEND, Cell, readme_table, result_tables, summary_table
+from c2c.report.tables import LEGEND, readme_table, result_tables, summary_table
 from c2c.utils import write_text
 
 _BEGIN, _END = "<!-- results -->", "<!-- /results -->"
-_HEADER = "<!-- Made by `c2c report` from result files; change those, not this. -->"
 _DIFF_LINES = 12
 
 
@@ -138,24 +137,14 @@ def _render(template: str, **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"md": escape_markdown, "md_cell": _markdown_cell, "one_line": _one_line}
-    return environment.get_template(template).render(values | {"legend": LEGEND, "header": _HEADER})
+    environment.filters["md"] = escape_markdown
+    return environment.get_template(template).render(values, legend=LEGEND)
 
 
 def escape_markdown(text: str) -> str:
     """Escape a text so that Markdown shows it as it is, on one line and inside a table."""
-    text = _one_line(text).replace("&", "&amp;").replace("<", "&lt;")
+    text = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;")
     return re.sub(r"[\\`*|~$\[\]]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", text)
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
-
-
-def _markdown_cell(cell: Cell) -> str:
-    text = escape_markdown(cell.text)
-    text = f"**{text}**" if cell.best else text
-    return " ".join(part for part in (text, cell.detail, cell.mark) if part)
 
 
 def _data_address(svg: str) -> str:
