@@ -26,7 +26,7 @@ _STYLES = {
 _STAGE_COLOURS = dict(
     zip(map(spaced, STAGES), ("peachpuff", "tab:orange", "lightgray", "tab:blue", "tab:gray"), strict=True)
 )
-_RC: dict[str, Any] = {
+_RC: Any = {
     "svg.hashsalt": "c2c",
     "svg.fonttype": "none",
     "text.parse_math": False,
