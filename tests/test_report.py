@@ -204,6 +204,7 @@ def test_files_of_one_evaluation_are_one_run(tmp_path):
         (result(numbers(GOOD) | {"P_ci95": 3}), "expected [low, high]"),
         (result(numbers(GOOD) | {"P": float("nan")}), "P is nan"),
         (result(numbers(GOOD) | {"speed": {"text": {"seconds": 1}}}), "speed.text.ratio is None"),
+        (result(numbers(GOOD) | {"speed": [1]}), "speed is [1], expected an object"),
         (result(numbers(GOOD), sources={"a.jsonl": {"n": 3}}), "a.jsonl: systems is None"),
         (result(numbers(GOOD), receiver=""), "receiver.name"),
     ],

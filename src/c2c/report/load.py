@@ -145,16 +145,17 @@ def _merge(first: Run, second: Run, paths: str) -> Run:
 def _run(data: Mapping[str, Any]) -> Run:
     provenance = _get(data, "provenance", dict)
     unit = _get(data, "unit", str)
-    sources = _get(data, "sources", dict) if "sources" in data else {}
+    sources = _get(data, "sources", dict) if data.get("sources") else {}
     titles = task_titles(sources)
     rows = [row for name in sources for row in _rows(_get(sources, name, dict, "sources."), titles[name], f"{name}: ")]
     rows += _rows(data, POOLED if sources else _only_task(provenance))
-    seed = mapping(provenance, "config").get("seed")
+    seeds = (mapping(provenance, *keys).get("seed") for keys in (("config",), ("training", "config")))
+    seed, training_seed = (seed if isinstance(seed, int) else None for seed in seeds)
     return Run(
         receiver=_model(provenance, "receiver"),
         sharer=_model(provenance, "sharer"),
         fuser=str(provenance.get("fuser") or ""),
-        seeds=(seed, mapping(provenance, "training", "config").get("seed")),
+        seeds=(seed, training_seed),
         mode=str(mapping(provenance, "config").get("mode", "")),
         kind=str([source.get("kind") for source in data_sources(provenance)[:1]]),
         unit=unit,
@@ -184,7 +185,7 @@ def _rows(data: Mapping[str, Any], task: str, where: str = "") -> Iterator[_Row]
             yield task, "difference", letter, *_estimate(data, letter, f"{letter}_ci95", where)
         elif system in scores and other in scores:
             yield task, "difference", letter, scores[system][0] - scores[other][0], _NAN, _NAN
-    speed = _get(data, "speed", dict, where) if "speed" in data else {}
+    speed = _get(data, "speed", dict, where) if data.get("speed") else {}
     for name in speed:
         yield task, "ratio", name, *_estimate(_get(speed, name, dict, "speed."), "ratio", "ci95", f"speed.{name}.")
     for field in CHANGES:
