@@ -359,7 +359,7 @@ class HeadCopies(TorchDispatchMode):
 @pytest.mark.parametrize("keep", [1, 3])
 def test_the_head_is_never_copied_once_for_each_row(family, keep):
     """transformers cuts the last states out of a batch; torch makes one product per row of such a view."""
-    plain = build(family)
+    plain = build(family).requires_grad_(False)
     model = build(family)
     receiver = Receiver(model, tokenizer("chatml"))
     Receiver(model, tokenizer("chatml"))  # a model in two roles
