@@ -27,11 +27,12 @@ class Messages:
     def write(self, requests: Sequence[Conversation], longest: int) -> list[str]:
         """One text for each request, at most ``longest`` tokens each; equal requests are answered once."""
         prompts = [self.sharer.encode([request]).ids[0].tolist() for request in requests]
-        names = [self.records.key(ids, longest) for ids in prompts]
-        missing = {name: request for name, request in zip(names, requests, strict=True) if name not in self.records}
-        if missing:
-            tokens = self.sharer.encode(list(missing.values()))
+
+        def generate(part: list[int]) -> list[str]:
+            tokens = self.sharer.encode([requests[index] for index in part])
             cache = self.sharer.prefill(tokens, tokens.length - 1)
             ids = self.sharer.generate(tokens, cache, max_new_tokens=longest, do_sample=False)
-            self.records.add(dict(zip(missing, self.sharer.texts(ids), strict=True)))
-        return [self.records[name] for name in names]
+            return self.sharer.texts(ids)
+
+        texts: list[str] = self.records.get(prompts, [longest] * len(prompts), generate)
+        return texts
