@@ -81,7 +81,7 @@ def test_answers_are_those_of_the_public_path(fuser, data, tmp_path):
     agree = {"receiver": 0, "sharer": 0, "matched": 0}
     for row in rows.values():
         options = RenderOptions(answer_prefix=row.answer_prefix)
-        fused = model.prepare(row.messages, options=options)
+        fused = model.prefill(row.messages, options=options)
         logits = {"matched": model.receiver.next_logits(fused.tokens, fused.cache)}
         for name, side in (("receiver", model.receiver), ("sharer", model.sharers[0])):
             tokens = side.encode(row.messages, options)

@@ -17,7 +17,7 @@ from c2c.evaluation.config import EvaluationError
 from c2c.evaluation.costs import STAGES
 from c2c.evaluation.text_scores import exact, f1, holds
 from c2c.language_model import Sharer
-from c2c.systems.text_to_text import with_passage
+from c2c.systems.base import with_passage
 from c2c.training.drafts import Drafts
 from tiny import open_fusers, pair_folders
 

@@ -92,7 +92,7 @@ def test_a_training_batch_predicts_what_the_public_path_does(folders, data, tmp_
     passages = [example.row.sharer_messages for example in batch.examples]
     for row, example in enumerate(batch.examples):
         for predicted, passage in ((matched, passages[row]), (deranged, passages[(row + 1) % 4])):
-            fused = model.prepare(example.row.messages, sharer_messages=passage)
+            fused = model.prefill(example.row.messages, sharer_messages=passage)
             expected = model.receiver.next_logits(fused.tokens, fused.cache)[0]
             # the store keeps bfloat16
             assert float((predicted[row] - expected).norm() / expected.norm()) < 0.03

@@ -71,7 +71,7 @@ def test_loss_from_stored_caches_equals_the_loss_through_the_public_path(folders
     open_fuser(model)
     example = prepared.train[0]
     stored = float(training.token_losses(training.collate([example]), "matched")[0, 0].detach())
-    fused = model.prepare(example.row.messages, options=RenderOptions(answer_prefix=example.row.answer_prefix))
+    fused = model.prefill(example.row.messages, options=RenderOptions(answer_prefix=example.row.answer_prefix))
     logits = model.receiver.next_logits(fused.tokens, fused.cache)
     direct = float(torch.nn.functional.cross_entropy(logits, torch.tensor(example.response_ids[:1])))
     assert stored == pytest.approx(direct, abs=0.02)  # the store keeps bfloat16

@@ -1,4 +1,4 @@
-"""Prompt rendering: messages to text through a model's own chat template, with the span of every message."""
+"""Prompting: messages to text through a model's own chat template, with the span of every message."""
 
 from __future__ import annotations
 
@@ -21,23 +21,25 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True)
 class Rendered:
-    """One conversation as the text that one model reads.
+    """Hold one conversation as the text of one model's prompt.
 
     Attributes:
         text: the whole prompt.
         contents: the text of each message, as given.
         spans: for each message, where it lies in ``text`` as ``(start, end)`` and where that piece begins in the
             message (templates may trim), or None if the template left it out or it is empty.
+        add_special_tokens: whether the tokenizer adds the special tokens that a text begins with.
     """
 
     text: str
     contents: tuple[str, ...]
     spans: tuple[tuple[Span, int] | None, ...]
+    add_special_tokens: bool = False
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """A rendered prompt as tokens: ids, and the characters of ``rendered.text`` that each covers."""
+    """Hold a rendered prompt as token ids, with the characters of ``rendered.text`` that each covers."""
 
     rendered: Rendered
     ids: list[int]
@@ -46,21 +48,24 @@ class Encoded:
 
 @dataclass(frozen=True)
 class RenderOptions:
-    """How a conversation is rendered, the same for all models.
+    """Set how a conversation is rendered, the same for all models.
 
     Attributes:
         add_generation_prompt: end with the opening of the assistant's turn.
         answer_prefix: text appended after it, which the answer continues ("The answer is").
-        enable_thinking: passed to templates that know it (Qwen3).
+        enable_thinking: passed to templates that have such a switch (Qwen3).
+        chat_template: render through the chat template; False for text that a model continues: the messages' texts
+            as they are, with the special tokens that a text begins with.
     """
 
     add_generation_prompt: bool = True
     answer_prefix: str = ""
     enable_thinking: bool = False
+    chat_template: bool = True
 
 
 def require_tokenizer(tokenizer: Any, whose: str) -> Any:
-    """The tokenizer, or a clear error where a model came without one."""
+    """Return the tokenizer; raise where a model was loaded without one."""
     if tokenizer is None:
         raise PromptError(
             f"the {whose} was loaded without a tokenizer, so text can't be encoded. Load it with one, "
@@ -71,11 +76,13 @@ def require_tokenizer(tokenizer: Any, whose: str) -> Any:
 
 
 def render_text(tokenizer: Any, conversation: Conversation, options: RenderOptions) -> str:
-    """The prompt text of a conversation.
+    """Render the prompt text of a conversation.
 
     Raises:
         PromptError: the chat template refuses the conversation, for instance a system message.
     """
+    if not options.chat_template:
+        return "".join(message["content"] for message in conversation) + options.answer_prefix
     template = None if getattr(tokenizer, "chat_template", None) else PLAIN_TEMPLATE
     try:
         text = tokenizer.apply_chat_template(
@@ -102,12 +109,14 @@ def render(tokenizer: Any, conversation: Conversation, options: RenderOptions) -
     """
     text = render_text(tokenizer, conversation, options)
     contents = tuple(message["content"] for message in conversation)
-    return Rendered(text, contents, tuple(_find_spans(tokenizer, conversation, options, text)))
+    spans = tuple(_find_spans(tokenizer, conversation, options, text))
+    special = not options.chat_template and not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))
+    return Rendered(text, contents, spans, special)
 
 
 def encode(tokenizer: Any, rendered: Rendered) -> Encoded:
-    """Tokenise a rendered prompt; special tokens come from the template alone."""
-    out = tokenizer(rendered.text, add_special_tokens=False, return_offsets_mapping=True)
+    """Tokenise a rendered prompt; special tokens come from the template where there is one."""
+    out = tokenizer(rendered.text, add_special_tokens=rendered.add_special_tokens, return_offsets_mapping=True)
     return Encoded(rendered, list(out["input_ids"]), [(int(a), int(b)) for a, b in out["offset_mapping"]])
 
 
@@ -155,7 +164,7 @@ def _locate(text: str, content: str, before: str, after: str, start: int) -> tup
 
 
 def text_tokens(encoded: Encoded) -> Sequence[int | None]:
-    """For each token, the index of the message whose text it touches, or None for a template token."""
+    """Return for each token the index of the message whose text it touches, or None for a template token."""
     owner: list[int | None] = [None] * len(encoded.ids)
     for index, found in enumerate(encoded.rendered.spans):
         if found is not None:

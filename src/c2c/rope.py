@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from c2c.errors import CacheError
+
 
 @dataclass(frozen=True)
 class Rotary:
-    """Cosines and sines of some positions, each ``[batch, tokens, rotary_dim]`` in float32.
+    """Rotate keys with the cosines and sines of their positions, each ``[batch, tokens, rotary_dim]`` in float32.
 
     ``rotary_dim`` may be smaller than the head: the remaining channels are not rotated.
     """
@@ -30,7 +32,7 @@ class Rotary:
         return self._turn(x, self.sin)
 
     def undo(self, x: Tensor) -> Tensor:
-        """The inverse of :meth:`apply`, also where the model scales its rotation (YaRN)."""
+        """Invert :meth:`apply`, also where the model scales its rotation (YaRN)."""
         scale = (self.cos[..., :1].square() + self.sin[..., :1].square()).unsqueeze(-3)
         turned, rest = self._split(self._turn(x, -self.sin))
         return torch.cat([turned / scale.to(x.dtype), rest], dim=-1)
@@ -47,7 +49,7 @@ class Rotary:
 
 
 def stack(tables: Sequence[Rotary]) -> Rotary:
-    """One table for many layers, ``[layers, batch, tokens, rotary_dim]``."""
+    """Stack the tables of many layers, ``[layers, batch, tokens, rotary_dim]``."""
     first = tables[0]
     if all(table is first for table in tables):
         return Rotary(first.cos.unsqueeze(0), first.sin.unsqueeze(0))
@@ -55,7 +57,7 @@ def stack(tables: Sequence[Rotary]) -> Rotary:
 
 
 def tables(model: PreTrainedModel, positions: Tensor) -> list[Rotary] | None:
-    """The rotary tables of every layer at ``positions`` (``[batch, tokens]``), from the model's own embedding.
+    """Compute the rotary tables of every layer at ``positions`` (``[batch, tokens]``), from the model's own embedding.
 
     Layers that rotate alike share one table. None for a model without rotary embedding.
     """
@@ -69,3 +71,38 @@ def tables(model: PreTrainedModel, positions: Tensor) -> list[Rotary] | None:
         return [table] * config.num_hidden_layers
     by_type = {name: Rotary(*embedding(probe, positions, name)) for name in set(config.layer_types)}
     return [by_type[name] for name in config.layer_types]
+
+
+def check(keys: Sequence[Tensor], tables: Sequence[Rotary] | None, name: str) -> None:
+    """Check that ``tables`` describe how a model rotates its keys.
+
+    A token alone attends only to itself, so that its keys differ between positions by their rotation and by nothing
+    else.
+
+    Args:
+        keys: per layer the cached keys of one token at two positions, ``[2, kv_heads, 1, head_dim]``.
+        tables: per layer at these positions; None where the model shows no rotary embedding.
+        name: of the model, for the error.
+
+    Raises:
+        CacheError: keys at the two positions do not agree without their rotation.
+    """
+    for index, layer in enumerate(keys):
+        tolerance = 1e-3 if layer.dtype == torch.float32 else 0.05
+        if tables is None:
+            matches = not _rotated(layer.float(), tolerance)
+        else:
+            table = Rotary(tables[index].cos.to(layer.device), tables[index].sin.to(layer.device))
+            bare = table.undo(layer.float())
+            matches = torch.allclose(bare[0], bare[1], rtol=tolerance, atol=tolerance * float(bare.abs().max()))
+        if not matches:
+            raise CacheError(
+                f"{name}: the rotary embedding of layer {index} can't be taken off its keys (this model rotates them "
+                "in another way than Llama, Qwen and Gemma do). Use the 'c2c' fuser, which reads keys as they are."
+            )
+
+
+def _rotated(keys: Tensor, tolerance: float) -> bool:
+    """Whether the keys of two positions differ, but not in length: a rotation without a table."""
+    same = torch.allclose(keys[0], keys[1], rtol=tolerance, atol=tolerance)
+    return not same and torch.allclose(keys[0].norm(dim=-1), keys[1].norm(dim=-1), rtol=tolerance)

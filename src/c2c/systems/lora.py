@@ -1,4 +1,4 @@
-"""A receiver-only adapter: LoRA of as many parameters as a fuser, on the same data, without any sharer.
+"""LoRA adapter of the receiver: as many parameters as a fuser, on the same data, without any sharer.
 
 What it gains did not have to cross from another model, so a fuser is worth its sharer only where it gains more. The
 method is LoRA (Hu et al. 2021, arXiv:2106.09685), by the ``peft`` library.
@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors import SafetensorError
@@ -22,8 +22,12 @@ from transformers import PreTrainedModel
 
 from c2c import identity
 from c2c.errors import C2CError
+from c2c.generation import PrefilledPrompt
 from c2c.identity import ModelIdentity
 from c2c.language_model import LanguageModel, Receiver
+from c2c.model import C2CModel
+from c2c.prompting import RenderOptions
+from c2c.systems.base import System, SystemOptions
 from c2c.utils import file_hash, install_command, read_json_object, save_atomically
 from c2c.version import __version__
 
@@ -38,7 +42,7 @@ class AdapterError(C2CError, ValueError):
 
 
 def linear_layers(model: PreTrainedModel) -> dict[str, nn.Linear]:
-    """The linear layers of a model's decoder, by name: all of attention and MLP, not the language-model head.
+    """Find the linear layers of a model's decoder, by name: all of attention and MLP, not the language-model head.
 
     Raises:
         AdapterError: there are none.
@@ -51,12 +55,12 @@ def linear_layers(model: PreTrainedModel) -> dict[str, nn.Linear]:
 
 
 def parameters_per_rank(model: PreTrainedModel) -> int:
-    """What one more rank costs: one row and one column per linear layer."""
+    """Count the parameters of one more rank: one row and one column per linear layer."""
     return sum(layer.in_features + layer.out_features for layer in linear_layers(model).values())
 
 
 def nearest_rank(model: PreTrainedModel, parameters: int) -> int:
-    """The rank whose adapter has nearest to so many parameters, at least 1.
+    """Choose the rank whose adapter has nearest to so many parameters, at least 1.
 
     Raises:
         AdapterError: ``parameters`` is not positive.
@@ -91,7 +95,7 @@ def new_adapter(receiver: LanguageModel, rank: int) -> Any:
 
 
 def trainable(adapter: Any) -> Iterator[nn.Parameter]:
-    """The parameters of an adapter, without those of its receiver."""
+    """Iterate over the parameters of an adapter, without those of its receiver."""
     return (parameter for parameter in adapter.parameters() if parameter.requires_grad)
 
 
@@ -145,7 +149,7 @@ def restore_adapter(adapter: Any, folder: Path) -> None:
 
 
 def describe(folder: str | Path) -> dict[str, Any]:
-    """The manifest of an adapter: receiver, rank, parameters, training and dev scores.
+    """Read the manifest of an adapter: receiver, rank, parameters, training and dev scores.
 
     Raises:
         AdapterError: no adapter, or its weights are not those that the manifest was written with.
@@ -168,7 +172,7 @@ def load_adapter(
     device_map: Any = None,
     allow_mismatch: bool = False,
 ) -> LanguageModel:
-    """A receiver with an adapter merged into its weights; it answers alone.
+    """Load a receiver with an adapter merged into its weights.
 
     Args:
         folder: what training wrote.
@@ -225,3 +229,30 @@ def _peft() -> Any:
     except ImportError as error:
         raise AdapterError(f"adapters need the peft library ({error}): {install_command('adapter')}.") from error
     return peft
+
+
+class Lora(System):
+    """Answer with the receiver that carries a LoRA adapter: what training gains without any sharer."""
+
+    name: ClassVar[str] = "adapter"
+    title: ClassVar[str] = "receiver with a LoRA adapter"
+
+    def __init__(self, model: C2CModel, options: SystemOptions | None = None) -> None:
+        super().__init__(model, options)
+        self.language_model = load_adapter(self.options.adapter or "", model.receiver)
+
+    @classmethod
+    def unavailable(cls, model: C2CModel, options: SystemOptions) -> str | None:
+        """Return why not: an adapter's folder must be named."""
+        return None if options.adapter else "no adapter is named; give its folder (adapter=..., --adapter)."
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer of the model that answers."""
+        return self.language_model.tokenizer
+
+    def prefill(
+        self, messages: Any, sharer_messages: Any = None, *, options: RenderOptions | None = None
+    ) -> PrefilledPrompt:
+        """Prefill the adapted receiver's own prompt; see :meth:`System.prefill`."""
+        return self.language_model.prefill_messages(messages, options)

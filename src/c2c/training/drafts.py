@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from c2c.language_model import Reading, Sharer
+from c2c.handoff import Reading
+from c2c.language_model import Sharer
 from c2c.tokens import TokenBatch, left_pad, natural_positions
 from c2c.training.prefill_store import PrefillStore, PromptRecords
 from c2c.utils import OnProgress
