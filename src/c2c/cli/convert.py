@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from c2c.cli.options import Json
 from c2c.cli.output import err, human_bytes, out, print_json
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def convert(
     sharer: Annotated[str | None, typer.Option(help="Load this sharer and record its identity.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Type of the weights; as stored if not given.")] = None,
     force: Annotated[bool, typer.Option(help="Write into a folder that already holds a fuser.")] = False,
-    json_: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    json_: Json = False,
 ) -> None:
     """Convert a published checkpoint to one safetensors file and a config, without running anything in it.
 
