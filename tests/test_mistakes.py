@@ -258,7 +258,7 @@ USAGE_MISTAKES = {
     "a misspelt option": ("run hi --max-new-token 3", "--max-new-tokens"),
     "a misspelt mode": ("run hi --mode c2", "'c2' is not one of", "c2c"),
     "no tokens": ("run hi --max-new-tokens 0", "--max-new-tokens", "greater than or equal to 1"),
-    "a misspelt model to pull": ("pull smolm2-135m", "did you mean 'smollm2-135m'?", "qwen2.5-coder-0.5b"),
+    "a misspelt model to pull": ("pull smolm2-135m", "Did you mean 'smollm2-135m'?", "qwen2.5-coder-0.5b"),
 }
 
 
