@@ -311,6 +311,9 @@ def test_where_pip_comes_from(tmp_path, monkeypatch):
     for name, words in (("uv", ["tool", "run", "pip"]), ("pip", [])):
         (tmp_path / name).touch(mode=0o755)
         assert pip_command() == [str(tmp_path / name), *words]
+    (tmp_path / "pip").write_text("#!/bin/sh\necho such is life >&2; exit 3\n")
+    with pytest.raises(ModelLoadError, match="such is life"):
+        pull("smollm2-135m")
 
 
 # -- the command -----------------------------------------------------------------------------------------------------

@@ -116,6 +116,6 @@ def read_member(wheel: Path, pattern: str) -> Iterator[bytes]:
 
 
 def _reason(errors: str) -> str:
-    """Return pip's first error, and the last failure of the network, of which pip only warns."""
-    found = re.findall(r"^ERROR: (.*)", errors, re.MULTILINE)[:1]
+    """Return pip's first error (else the last line), and the last failure of the network, of which pip only warns."""
+    found = re.findall(r"^ERROR: (.*)", errors, re.MULTILINE)[:1] or errors.strip().splitlines()[-1:]
     return "; ".join(found + re.findall(r"connection broken by (.*)", errors)[-1:]).rstrip(".")
