@@ -72,7 +72,7 @@ def run_checks(offline: bool = False) -> Iterator[Check]:
     """Yield all checks, in the order of the report."""
     yield Check("c2c", "ok", __version__)
     yield from _check_python()
-    yield Check("platform", "ok", f"{platform.platform()}, {platform.machine()}")
+    yield Check("platform", "ok", f"{platform.platform()}, {platform.machine()}, {sys.executable}")
     yield from _check_hardware()
     yield from _check_torch()
     yield from _check_cache()
@@ -87,23 +87,27 @@ def _check_python() -> Iterator[Check]:
     except metadata.PackageNotFoundError:
         yield Check("packages", "warn", f"{DISTRIBUTION} is not installed, so the supported versions are unknown")
         return
-    wanted, found = installed.metadata["Requires-Python"], platform.python_version()
-    status: Literal["ok", "fail"] = "ok" if SpecifierSet(wanted).contains(found, prereleases=True) else "fail"
-    yield Check("python", status, f"{found} (supported: {wanted}), {sys.executable}")
+    supported = SpecifierSet(installed.metadata["Requires-Python"])
+    yield _check_version("python", platform.python_version(), supported, "install a supported Python")
     for requirement in map(Requirement, installed.requires or []):
         if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
             yield _check_package(requirement)
 
 
 def _check_package(requirement: Requirement) -> Check:
-    wanted = str(requirement.specifier) or "any version"
+    advice = f"run: pip install '{requirement}'"
     try:
         found = metadata.version(requirement.name)
     except metadata.PackageNotFoundError:
-        return Check(requirement.name, "fail", f"not installed; run: pip install '{requirement}'")
-    if requirement.specifier.contains(found, prereleases=True):
-        return Check(requirement.name, "ok", f"{found} (supported: {wanted})")
-    return Check(requirement.name, "fail", f"{found}, supported: {wanted}; run: pip install '{requirement}'")
+        return Check(requirement.name, "fail", f"not installed; {advice}")
+    return _check_version(requirement.name, found, requirement.specifier, advice)
+
+
+def _check_version(name: str, found: str, supported: SpecifierSet, advice: str) -> Check:
+    detail = f"{found} (supported: {supported or 'any version'})"
+    if supported.contains(found, prereleases=True):
+        return Check(name, "ok", detail)
+    return Check(name, "fail", f"{detail}; {advice}")
 
 
 def _check_hardware() -> Iterator[Check]:
