@@ -77,6 +77,7 @@ def progress_bars(*, in_bytes: bool = False) -> Iterator[OnProgress]:
                 last_line[stage] = time.monotonic()
                 elapsed = next(task.elapsed for task in bars.tasks if task.id == tasks[stage]) or 0.0
                 left = timedelta(seconds=round(elapsed / done * (total - done)))
-                err.print(f"{stage} {done}/{total}, about {left} left", highlight=False)
+                counts = [human_bytes(number) if in_bytes else str(number) for number in (done, total)]
+                err.print(f"{stage} {'/'.join(counts)}, about {left} left", highlight=False)
 
         yield report
