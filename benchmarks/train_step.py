@@ -126,7 +126,9 @@ def _in_process_of_its_own(fuser: str, arguments: argparse.Namespace) -> dict[st
     return part
 
 
-def _step(training: SharedContextObjective, example: SharedExample, optimizer: torch.optim.Optimizer) -> Callable[[], float]:
+def _step(
+    training: SharedContextObjective, example: SharedExample, optimizer: torch.optim.Optimizer
+) -> Callable[[], float]:
     def run() -> float:
         loss = training([example])["loss"]
         loss.backward()

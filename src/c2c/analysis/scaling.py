@@ -127,11 +127,10 @@ def _from_config(name: str) -> int | None:
     """Count the parameters of a model that lies here, without its weights; None where it does not."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from c2c import pull
-    from c2c.pull.aliases import ALIASES
+    from c2c.hub_aliases import ALIASES, local_path
 
     try:
-        folder = pull.local_path(name) if name in ALIASES else Path(name).expanduser()
+        folder = local_path(name) if name in ALIASES else Path(name).expanduser()
         if not (folder / "config.json").is_file():
             return None
         config = AutoConfig.from_pretrained(str(folder))

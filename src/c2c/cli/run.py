@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from c2c.cli.output import err, human_bytes, out, print_json
-from c2c.pull.defaults import DEFAULT_RECEIVER, DEFAULT_SHARER
+from c2c.hub_aliases import DEFAULT_RECEIVER, DEFAULT_SHARER
 
 if TYPE_CHECKING:
     from c2c.model import C2CModel

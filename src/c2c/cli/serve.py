@@ -13,7 +13,7 @@ import typer
 import yaml
 
 from c2c.cli.output import err
-from c2c.pull.defaults import DEFAULT_RECEIVER, DEFAULT_SHARER
+from c2c.hub_aliases import DEFAULT_RECEIVER, DEFAULT_SHARER
 
 if TYPE_CHECKING:
     from c2c.model import C2CModel

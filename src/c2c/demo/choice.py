@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from c2c.demo.errors import DemoError
-from c2c.pull import ALIASES, is_pulled
+from c2c.hub_aliases import ALIASES, is_pulled
 from c2c.utils import read_json_object
 
 PREFIX = "The answer is"  # what a fuser trained on letters is asked to continue

@@ -9,9 +9,8 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from c2c import pull
 from c2c.errors import RemoteError
-from c2c.pull.aliases import ALIASES
+from c2c.hub_aliases import ALIASES, local_path
 
 _NAMES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
@@ -57,6 +56,6 @@ def from_source(source: Any) -> Any:
         return source
     name = str(source)
     try:
-        return AutoTokenizer.from_pretrained(pull.local_path(name) if name in ALIASES else name)
+        return AutoTokenizer.from_pretrained(local_path(name) if name in ALIASES else name)
     except (OSError, ValueError, KeyError) as error:
         raise RemoteError(f"tokenizer={name!r} can't be loaded: {error}", "tokenizer") from error
