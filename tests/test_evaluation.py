@@ -17,13 +17,13 @@ from c2c.cli.app import app
 from c2c.config import ConfigError
 from c2c.data.config import DataSource
 from c2c.data.formats import letter_form, load_rows
-from c2c.evaluation import EvalConfig, derived, evaluate, load_eval_config
-from c2c.evaluation.answers import read_letter
+from c2c.evaluation import EvalConfig, evaluate, load_eval_config
 from c2c.evaluation.config import EvaluationError
-from c2c.evaluation.costs import STAGES
-from c2c.evaluation.derived import abstain, route
 from c2c.evaluation.journal import Journal
-from c2c.evaluation.numbers import mcnemar, summarise
+from c2c.evaluation.metrics import read_letter
+from c2c.evaluation.profiling import STAGES
+from c2c.evaluation.router import route
+from c2c.evaluation.statistics import mcnemar, summarise
 from c2c.language_model import Sharer
 from c2c.prompting import RenderOptions
 from c2c.systems.text_to_text import text_to_text

@@ -15,8 +15,8 @@ from c2c.data.config import DataSource
 from c2c.data.formats import load_rows
 from c2c.evaluation import EvalConfig, evaluate
 from c2c.evaluation.config import EvaluationError
-from c2c.evaluation.costs import STAGES
-from c2c.evaluation.text_scores import exact, f1, holds
+from c2c.evaluation.metrics import contains, exact, f1
+from c2c.evaluation.profiling import STAGES
 from c2c.language_model import Sharer
 from c2c.systems.base import with_passage
 from tiny import open_fusers, pair_folders
@@ -218,4 +218,4 @@ def test_systems_of_the_other_kind_of_context_are_refused(fuser, folders, data, 
 def test_scores_of_texts(text, references, overlap, same, held):
     assert f1(text, references) == pytest.approx(overlap)
     assert exact(text, references) == same
-    assert holds(text, references) == held
+    assert contains(text, references) == held

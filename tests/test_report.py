@@ -19,7 +19,7 @@ from markdown_it import MarkdownIt
 from typer.testing import CliRunner
 
 from c2c.cli.app import app
-from c2c.evaluation.numbers import summarise
+from c2c.evaluation.statistics import summarise
 from c2c.reporting import ReportError, draw, group, make_files, read_results, to_html, to_markdown
 from c2c.reporting.canvas import look
 from c2c.reporting.findings import CAUTION, GAIN, LOSS, findings

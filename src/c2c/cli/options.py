@@ -71,7 +71,7 @@ def from_config(
     def decorate(command: F) -> F:
         own_hints = get_type_hints(command, include_extras=True)
         own = [
-            parameter.replace(annotation=own_hints[name])
+            parameter.replace(annotation=own_hints.get(name, parameter.annotation))  # a decorator may have added it
             for name, parameter in inspect.signature(command).parameters.items()
             if parameter.kind is not parameter.VAR_KEYWORD
         ]

@@ -1,0 +1,58 @@
+"""Benchmarks by name: one module per benchmark, each with a list ``TASKS``."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from pkgutil import iter_modules
+from typing import Any
+
+from c2c.config import ConfigError, build
+from c2c.data.config import DataSource
+from c2c.errors import did_you_mean
+from c2c.evaluation.tasks.task import Task
+
+
+@cache
+def tasks() -> dict[str, Task]:
+    """Return all tasks by name."""
+    modules = [import_module(f"{__name__}.{module.name}") for module in iter_modules(__path__)]
+    return {task.name: task for module in modules for task in getattr(module, "TASKS", ())}
+
+
+def source(entry: Any, data_dir: Path, where: str) -> DataSource:
+    """Make a data source from an entry of a configuration, which may name a task.
+
+    Args:
+        entry: a path, the name of a task, or keys of :class:`~c2c.data.config.DataSource`, with ``task`` in place of
+            ``path``.
+        data_dir: folder of the tasks' files.
+        where: name of the entry in an error.
+
+    Raises:
+        ConfigError: unknown keys, an unknown task, or a task together with a path.
+    """
+    known = tasks()
+    if isinstance(entry, DataSource):
+        return entry
+    if isinstance(entry, str):
+        entry = {"task": entry} if entry in known else {"path": entry}
+    if isinstance(entry, dict) and "task" in entry:
+        entry = _of_task(dict(entry), data_dir, where)
+    found = build(DataSource, entry, where)
+    if found.path is not None and not (data_dir / found.path).exists() and not Path(found.path).suffix:
+        hint = did_you_mean(found.path, known)
+        if hint:
+            raise ConfigError(f"{where}: no such data file or task: {found.path}.{hint} Known: {', '.join(known)}.")
+    return found
+
+
+def _of_task(entry: dict[str, Any], data_dir: Path, where: str) -> dict[str, Any]:
+    name, known = entry.pop("task"), tasks()
+    if name not in known or "path" in entry or "dataset" in entry:
+        raise ConfigError(
+            f"{where}: task {name!r}; expected one of {', '.join(known)}, without a path of its own."
+            f"{did_you_mean(name, known) if name not in known else ''}"
+        )
+    return known[name].source(data_dir) | entry
