@@ -1,4 +1,4 @@
-"""Everything a user can get wrong, as one family of exceptions.
+"""Errors: everything that a user can get wrong, as one family of exceptions.
 
 Each message says what was given, what was expected, and what to do. The second base class lets code that
 catches the built-in type keep working.
@@ -15,13 +15,17 @@ class C2CError(Exception):
 
 
 def did_you_mean(given: object, known: Iterable[str]) -> str:
-    """A question to append to an error: the known name that is nearest to what was given; nothing if none is near."""
+    """Return a question to append to an error, naming the nearest known name; empty if none is near."""
     near = difflib.get_close_matches(str(given).lower(), list(known), n=1, cutoff=0.6)
     return f" Did you mean {near[0]!r}?" if near else ""
 
 
 class PromptError(C2CError, ValueError):
     """A prompt that cannot be encoded, aligned or run: empty, too long, right-padded, without a template."""
+
+
+class ContextLengthError(PromptError):
+    """A prompt that is longer than a model's context, or than a server takes."""
 
 
 class AlignmentError(PromptError):
@@ -61,14 +65,15 @@ class ModelLoadError(C2CError, OSError):
     """A model, tokenizer or file could not be found, read or downloaded."""
 
 
-_ABOUT_REQUEST = frozenset({"too_long", "tokens", "order", "layer", "precision", "fuser", "failed"})
+# Codes of failures that concern one request: the sharer is up, and another request may succeed.
+_REQUEST_CODES = frozenset({"too_long", "tokens", "order", "layer", "precision", "fuser", "failed"})
 
 
 class RemoteError(C2CError, ConnectionError):
-    """A remote sharer could not be reached, refused, or sent something that must not be used.
+    """A remote sharer that could not be reached, refused a request, or sent an invalid answer.
 
     Attributes:
-        code: the reason in one word, such as ``unreachable``, ``timeout``, ``unauthorized``, ``signature``.
+        code: the reason in one word, such as ``unreachable``, ``timeout``, ``invalid_api_key``, ``damaged``.
         status: the HTTP status, None where there was no answer.
     """
 
@@ -78,13 +83,13 @@ class RemoteError(C2CError, ConnectionError):
 
     @property
     def about_request(self) -> bool:
-        """Whether the sharer is there and did not answer this request; another one it may answer."""
-        return self.code in _ABOUT_REQUEST
+        """Whether the failure concerns this request alone, and not the sharer."""
+        return self.code in _REQUEST_CODES
 
 
 class SharerLost(RemoteError):
-    """The same where the sharer's policy is ``receiver_only``: ``C2CModel`` lets the receiver answer alone."""
+    """The same where ``on_failure="receiver_only"``: ``C2CModel`` lets the receiver answer alone."""
 
 
 class SharerChanged(MismatchError):
-    """Another model is served at the address than when the connection was made. No policy covers it."""
+    """Another model is served at the address than when the connection was made. No failure policy covers it."""
