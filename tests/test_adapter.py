@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from c2c.training.adapter import AdapterTraining, Tokenizers, pieces, prepare_adapter, score
 from typer.testing import CliRunner
 
 from c2c import kv_cache
@@ -29,11 +30,9 @@ from c2c.systems.lora import (
     trainable,
 )
 from c2c.training import adapter as adapters
-from c2c.training.adapter import AdapterTraining, Tokenizers, pieces, prepare_adapter, score
 from c2c.training.config import TrainConfig, load_config
-from c2c.training.prepared import prepare
-from c2c.training.run import train
-from c2c.training.step import FuserTraining
+from c2c.training.run import prepare, train
+from c2c.training.shared_context import SharedContextObjective
 from tiny import build, pair_folders, tokenizer
 
 pytest.importorskip("peft")
@@ -166,7 +165,7 @@ def test_rows_and_batches_are_those_of_a_fuser_run(folders, tmp_path):
     def note(name, examples):
         seen[name].append(sorted(example.row.id for example in examples))
 
-    step, forward = adapters.AdapterTrainer.training_step, FuserTraining.forward
+    step, forward = adapters.AdapterTrainer.training_step, SharedContextObjective.forward
 
     def noted_step(self, model, inputs, *rest):
         note("adapter", inputs["examples"])
@@ -178,7 +177,7 @@ def test_rows_and_batches_are_those_of_a_fuser_run(folders, tmp_path):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(adapters.AdapterTrainer, "training_step", noted_step)
-        patch.setattr(FuserTraining, "forward", noted_forward)
+        patch.setattr(SharedContextObjective, "forward", noted_forward)
         train(ours)
         train(theirs)
     assert len(seen["adapter"]) == 8

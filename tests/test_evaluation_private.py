@@ -12,7 +12,7 @@ import torch
 import c2c.training.drafts
 from c2c import C2CModel
 from c2c.data.config import DataSource
-from c2c.data.formats import load_rows
+from c2c.data.sources import load_rows
 from c2c.evaluation import EvalConfig, evaluate
 from c2c.evaluation.config import EvaluationError
 from c2c.evaluation.metrics import contains, exact, f1

@@ -5,8 +5,8 @@ from __future__ import annotations
 from itertools import islice
 
 from c2c.data.config import DataSource
-from c2c.data.formats import load_rows
-from c2c.data.synthetic.facts import _KINDS, facts
+from c2c.data.sources import load_rows
+from c2c.data.synthetic.facts import KINDS, facts
 
 
 def pages(split: str, count: int, seed: int = 0) -> list[dict[str, str]]:
@@ -23,7 +23,7 @@ def test_one_sentence_of_several_has_the_answer():
         assert page["answer"] not in page["question"]
         kinds.add(" ".join(page["question"].split()[:3]))
     assert sizes == {2, 3, 4, 5}
-    assert len(kinds) > len(_KINDS)
+    assert len(kinds) > len(KINDS)
 
 
 def test_most_pages_say_the_same_of_several():

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 
 from c2c.data.config import DataSource
-from c2c.data.formats import Row, load_rows
+from c2c.data.formats import Row
+from c2c.data.sources import load_rows
 from c2c.evaluation.private import Reader, _passage
 
 

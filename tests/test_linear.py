@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from c2c.training.ridge import Batches, NormalEquations, attention_received, choose_blend, fit, observations
 
 from c2c import C2CModel, kv_cache
 from c2c.alignment import Alignment, Chunk
@@ -17,9 +18,8 @@ from c2c.fusers.base import load_fuser
 from c2c.fusion import Picker, Source, aligned_entries, fuse
 from c2c.training import ridge as ridge_module
 from c2c.training.examples import build_examples
-from c2c.training.ridge import Batches, NormalEquations, attention_received, choose_blend, fit, observations
-from c2c.training.step import FuserTraining
-from c2c.training.store import PrefillStore
+from c2c.training.prefill_store import PrefillStore
+from c2c.training.shared_context import SharedContextObjective
 from tiny import pair
 
 PROMPTS = [
@@ -33,11 +33,11 @@ PROMPTS = [
 HELD_OUT = ["Name three rivers of Asia and two lakes.", "Is it raining today, or does the sun shine?"]
 
 
-def ready(names=("llama", "qwen2"), **options) -> tuple[C2CModel, FuserTraining, LinearFuser]:
+def ready(names=("llama", "qwen2"), **options) -> tuple[C2CModel, SharedContextObjective, LinearFuser]:
     """A pair with a linear fuser, and its stores."""
     model = pair(*names, fuser="linear", **options)
     stores = [PrefillStore(m, range(m.geometry.layers)) for m in (model.receiver, model.sharers[0])]
-    training = FuserTraining(model, *stores)
+    training = SharedContextObjective(model, *stores)
     return model, training, training.fuser
 
 

@@ -12,7 +12,9 @@ import torch
 from c2c import C2CModel
 from c2c.config import ConfigError
 from c2c.data.config import DataSource
-from c2c.data.formats import load_rows, private_question
+from c2c.data.formats import private_question
+from c2c.data.prompts import passage_with_question
+from c2c.data.sources import load_rows
 from c2c.data.synthetic.relay import relay
 from c2c.data.synthetic.skeleton import skeleton
 from c2c.fusers import MemoryFuser
@@ -21,10 +23,10 @@ from c2c.language_model import Receiver, Sharer
 from c2c.training import TrainConfig, train
 from c2c.training.config import load_config
 from c2c.training.drafts import with_drafts
-from c2c.training.prepared import fill, prepare
-from c2c.training.private import PrivateTraining, asked, build_private_examples
-from c2c.training.store import PrefillStore
-from c2c.training.warm_start import observe, warm_start
+from c2c.training.examples import build_examples
+from c2c.training.prefill_store import PrefillStore
+from c2c.training.private_context import PrivateContextObjective
+from c2c.training.run import fill, prepare
 from tiny import build, pair_folders, tokenizer
 
 PASSAGES = [
@@ -77,7 +79,7 @@ def config(folders, data, tmp_path, **changes) -> TrainConfig:
 @pytest.mark.parametrize("slots", [None, 3])
 def test_a_training_batch_predicts_what_the_public_path_does(folders, data, tmp_path, slots):
     prepared = prepare(config(folders, data, tmp_path, fuser_options={"rank": 8, "slots": slots}))
-    training = prepared.training.eval()
+    training = prepared.objective.eval()
     training.fuser.config.training = {"config": "random"}
     torch.nn.init.normal_(training.fuser.weight, std=0.3)
     torch.nn.init.normal_(training.fuser.up, std=0.3)
@@ -102,8 +104,8 @@ def test_a_training_batch_predicts_what_the_public_path_does(folders, data, tmp_
 def test_each_passage_is_read_once(folders, data, tmp_path):
     prepared = prepare(config(folders, data, tmp_path))
     for start in range(0, 12, 4):
-        prepared.training.collate(prepared.train[start : start + 4])
-    assert prepared.sharer_store.computed <= 3 + 4  # the first batch may ask for one passage several times
+        prepared.objective.collate(prepared.train[start : start + 4])
+    assert prepared.objective.sharer_store.computed <= 3 + 4  # the first batch may ask for one passage several times
     assert len({tuple(example.sharer_ids) for example in prepared.train}) == 3
 
 
@@ -113,14 +115,15 @@ def test_warm_start_finds_the_receivers_own_entries():
     receiver, sharer = Receiver(own, tokenizer("chatml"), "r"), Sharer(own, tokenizer("chatml"), "s")
     model = C2CModel.from_models(receiver, sharer, fuser="memory", fuser_options={"rank": 8})
     rows = [private_question(row, DataSource("x")) for row in islice(relay("train", 0), 40)]
-    examples, _ = build_private_examples(model, rows, 512, 64)
-    training = PrivateTraining(model, *(PrefillStore(m, range(m.geometry.layers)) for m in (receiver, sharer)))
+    examples, _ = build_examples(model, rows, 512, 64)
+    training = PrivateContextObjective(model, *(PrefillStore(m, range(m.geometry.layers)) for m in (receiver, sharer)))
     fuser = model.fusers[0]
-    assert warm_start(fuser, training, examples[:30], ridge=1e-6) > 100
+    assert fuser.initialise_from_data(training.observe(examples[:30]))
     unseen = examples[35]
-    _, own_entries = observe(fuser, training, unseen)
+    [observed] = training.observe([unseen])
+    own_entries = observed.receiver.channels()
     with torch.no_grad():
-        made = fuser(training.entries(training.collate([unseen])))
+        made = fuser(training.handed_over(training.collate([unseen])))
     found = torch.stack([torch.cat([x.transpose(1, 2).flatten(2)[0] for x in pair], dim=-1) for pair in made])
     found = found[:, : own_entries.shape[1]]  # the template after the text was not fitted
     assert float((found - own_entries).norm() / (own_entries - own_entries.mean(1, keepdim=True)).norm()) < 0.1
@@ -160,18 +163,18 @@ def test_a_stopped_run_goes_on_to_the_same_weights(folders, data, tmp_path):
 def test_reconstruction_learns_the_passage(folders, data, tmp_path):
     prepared = prepare(config(folders, data, tmp_path))
     example = prepared.train[0].reconstructing()
-    words = prepared.training.model.receiver.tokenizer
+    words = prepared.objective.model.receiver.tokenizer
     assert words.decode(example.response_ids).strip() == example.row.sharer_messages[-1]["content"]
-    prepared.training.reconstructing = True
-    assert float(prepared.training(prepared.train[:4])["loss"].detach()) > 0
+    prepared.objective.reconstructing = True
+    assert float(prepared.objective(prepared.train[:4])["loss"].detach()) > 0
 
 
 def test_guard(folders, data, tmp_path):
     prepared = prepare(config(folders, data, tmp_path, guard_weight=1.0))
     examples = prepared.train[:4]
-    with_guard = float(prepared.training(examples)["loss"].detach())
-    prepared.training.guard_weight = 0.0
-    assert with_guard >= float(prepared.training(examples)["loss"].detach())
+    with_guard = float(prepared.objective(examples)["loss"].detach())
+    prepared.objective.guard_weight = 0.0
+    assert with_guard >= float(prepared.objective(examples)["loss"].detach())
 
 
 def test_rows_without_private_context_are_dropped_and_counted(folders, data, tmp_path):
@@ -237,7 +240,7 @@ def test_a_draft_is_what_the_asked_sharer_hands_over(folders, data, tmp_path):
     fill(prepared)
     model = C2CModel.from_models(*folders, fuser="memory", fuser_options={"rank": 8})
     for example in [*prepared.train, *prepared.dev]:
-        handoff = model.sharers[0].read(asked(example.row), draft_tokens=5)
+        handoff = model.sharers[0].read(passage_with_question(example.row), draft_tokens=5)
         assert example.sharer_ids == handoff.ids.tolist()
         assert example.kept == handoff.kept.tolist()
         old = before[example.row.id]
@@ -250,11 +253,11 @@ def test_a_draft_is_what_the_asked_sharer_hands_over(folders, data, tmp_path):
 def test_what_writing_a_draft_leaves_is_not_read_again(folders, data, tmp_path, ends):
     source = DataSource("a.jsonl", kind="private_question", draft=5)
     prepared = prepare(config(folders, data, tmp_path, train=[source], dev=[source]))
-    store, sharer = prepared.sharer_store, prepared.training.model.sharers[0]
+    store, sharer = prepared.objective.sharer_store, prepared.objective.model.sharers[0]
     if ends:  # some drafts shall end before the others
-        handoff = sharer.read(asked(prepared.train[0].row), draft_tokens=3)
+        handoff = sharer.read(passage_with_question(prepared.train[0].row), draft_tokens=3)
         sharer.model.generation_config.eos_token_id = int(handoff.ids[-2])
-    drafted = [example.sharer_ids for example in with_drafts(prepared.train, prepared.training)]
+    drafted = [example.sharer_ids for example in with_drafts(prepared.train, sharer, store)]
     counts = {len(new) - len(old.sharer_ids) for new, old in zip(drafted, prepared.train, strict=True)}
     assert min(counts) < 5 if ends else counts == {5}
     assert all(ids in store for ids in drafted)
@@ -271,8 +274,8 @@ def test_drafts_are_written_once(folders, data, tmp_path, monkeypatch):
     run = config(folders, data, tmp_path, train=[source], dev=[source], store_dir=str(tmp_path / "store"))
     first = prepare(run)
     fill(first)
-    assert "number 3?" in str(asked(next(e.row for e in first.train if e.row.id == "3")))
-    monkeypatch.setattr("c2c.training.drafts.write_drafts", None)  # it would fail if it were called
+    assert "number 3?" in str(passage_with_question(next(e.row for e in first.train if e.row.id == "3")))
+    monkeypatch.setattr("c2c.training.drafts.Drafts.generate", None)  # it would fail if it were called
     again = prepare(run)
     fill(again)
     assert [example.sharer_ids for example in again.train] == [example.sharer_ids for example in first.train]

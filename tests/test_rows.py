@@ -8,9 +8,11 @@ from collections import Counter
 import pytest
 
 from c2c.config import ConfigError
-from c2c.data.config import DataSource
-from c2c.data.formats import LETTERS, load_rows, multiple_choice, normalise, questions, vary_options
-from c2c.training.examples import build_examples, choice_tokens
+from c2c.data.config import LETTERS, DataSource
+from c2c.data.formats import multiple_choice, normalise, vary_options
+from c2c.data.prompts import choice_tokens
+from c2c.data.sources import load_rows, questions
+from c2c.training.examples import build_examples
 from tiny import pair, tokenizer
 
 QUESTION = {"id": 1, "question": "2 + 2?", "choices": ["3", "4"], "answer": 1}

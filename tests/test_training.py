@@ -12,19 +12,19 @@ from c2c import C2CModel, kv_cache
 from c2c.alignment.base import derange_columns
 from c2c.config import ConfigError
 from c2c.data.config import DataSource
-from c2c.data.formats import load_rows, multiple_choice, questions
+from c2c.data.formats import multiple_choice
+from c2c.data.sources import load_rows, questions
 from c2c.errors import CacheError, FuserError, ModelLoadError
 from c2c.fusers.base import fuser_hash
 from c2c.language_model import Receiver
 from c2c.prompting import RenderOptions
 from c2c.training.config import TrainConfig, load_config
+from c2c.training.dev_set import DevSet
 from c2c.training.examples import build_examples
-from c2c.training.order import GroupedOrder
-from c2c.training.prepared import fill, prepare
-from c2c.training.run import train
-from c2c.training.selection import DevSet
-from c2c.training.step import FuserTraining
-from c2c.training.store import PrefillStore
+from c2c.training.prefill_store import PrefillStore
+from c2c.training.run import fill, prepare, train
+from c2c.training.sampler import LengthGroupedSampler
+from c2c.training.shared_context import SharedContextObjective
 from tiny import pair_folders
 
 
@@ -67,7 +67,7 @@ def open_fuser(model: C2CModel) -> None:
 
 def test_loss_from_stored_caches_equals_the_loss_through_the_public_path(folders, tmp_path):
     prepared = prepare(config(folders, tmp_path))
-    model, training = prepared.training.model, prepared.training
+    model, training = prepared.objective.model, prepared.objective
     open_fuser(model)
     example = prepared.train[0]
     stored = float(training.token_losses(training.collate([example]), "matched")[0, 0].detach())
@@ -79,7 +79,7 @@ def test_loss_from_stored_caches_equals_the_loss_through_the_public_path(folders
 
 def test_a_batch_has_the_losses_of_its_examples(folders, tmp_path):
     prepared = prepare(config(folders, tmp_path))
-    training = prepared.training
+    training = prepared.objective
     open_fuser(training.model)
     together = training.losses(training.collate(prepared.train[:4]), "matched")
     alone = torch.cat([training.losses(training.collate([e]), "matched") for e in prepared.train[:4]])
@@ -88,7 +88,7 @@ def test_a_batch_has_the_losses_of_its_examples(folders, tmp_path):
 
 def test_gradients_reach_the_fuser_and_nothing_else(folders, tmp_path):
     prepared = prepare(config(folders, tmp_path))
-    training = prepared.training
+    training = prepared.objective
     training(prepared.train[:4])["loss"].backward()
     assert training.fuser.up.grad.abs().sum() > 0
     model = training.model
@@ -98,7 +98,7 @@ def test_gradients_reach_the_fuser_and_nothing_else(folders, tmp_path):
 
 def test_the_stored_caches_are_not_changed_by_a_step(folders, tmp_path):
     prepared = prepare(config(folders, tmp_path))
-    training = prepared.training
+    training = prepared.objective
     open_fuser(training.model)
     batch = training.collate(prepared.train[:4])
     before = [keys.clone() for keys, _ in kv_cache.layers(batch.receiver_cache)]
@@ -110,7 +110,7 @@ def test_the_stored_caches_are_not_changed_by_a_step(folders, tmp_path):
 
 def test_messages_differ_and_none_is_the_receiver_alone(folders, tmp_path):
     prepared = prepare(config(folders, tmp_path))
-    training = prepared.training
+    training = prepared.objective
     open_fuser(training.model)
     batch = training.collate(prepared.train[:4])
     with torch.no_grad():
@@ -123,7 +123,7 @@ def test_messages_differ_and_none_is_the_receiver_alone(folders, tmp_path):
 
 def test_guard_adds_what_a_wrong_message_gains_over_the_receiver(folders, tmp_path):
     prepared = prepare(config(folders, tmp_path, guard_weight=2.0))
-    training = prepared.training
+    training = prepared.objective
     open_fuser(training.model)
     batch = training.collate(prepared.train[:4])
     with torch.no_grad():
@@ -143,7 +143,7 @@ def test_store_computes_each_prompt_once(folders, tmp_path, on_disk):
     folder = tmp_path if on_disk else None
     store = PrefillStore(model.receiver, [0, 2], folder=folder, batch=2)
     prompts = [[5, 6, 7], [8, 9], [5, 6, 7, 8, 9]]
-    assert sum(store.fill(prompts)) == 3
+    store.fill(prompts)
     first = store.get(prompts)
     assert store.computed == 3
     assert set(first[0].layers) == {0, 2}
@@ -170,7 +170,7 @@ def test_store_entries_are_the_models_own_prefill(folders):
 def test_a_stale_entry_is_impossible(folders, tmp_path):
     """Other weights under the same path, or other layers, are not found in the old store."""
     model = C2CModel.from_models(folders[0], folders[1])
-    list(PrefillStore(model.receiver, [0], folder=tmp_path).fill([[5, 6]]))
+    PrefillStore(model.receiver, [0], folder=tmp_path).fill([[5, 6]])
     assert [5, 6] not in PrefillStore(model.receiver, [0, 1], folder=tmp_path)
     changed = C2CModel.from_models(folders[0], folders[1])
     with torch.no_grad():
@@ -250,7 +250,7 @@ def test_a_run_that_was_stopped_gives_the_result_of_one_that_was_not(folders, tm
         with pytest.raises(Killed):
             train(half)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("c2c.training.run.calibrate", kill)  # it may take long, and the checkpoint has what it found
+        patch.setattr("c2c.training.run.initialise", kill)  # it may take long, and the checkpoint has what it found
         train(half)
     weights = [
         C2CModel.from_pretrained(tmp_path / name / "checkpoint-6", receiver=folders[0], sharer=folders[1]).fusers[0]
@@ -262,8 +262,8 @@ def test_a_run_that_was_stopped_gives_the_result_of_one_that_was_not(folders, tm
 
 def test_score_counts_every_example_once(folders, tmp_path):
     prepared = prepare(config(folders, tmp_path))
-    whole = DevSet(prepared.dev, batch_size=6).score(prepared.training)
-    parts = DevSet(prepared.dev[:5], batch_size=4).score(prepared.training)
+    whole = DevSet(prepared.dev, batch_size=6).score(prepared.objective)
+    parts = DevSet(prepared.dev[:5], batch_size=4).score(prepared.objective)
     assert whole.n == 6
     assert parts.n == 5
     assert 0 <= parts.matched <= 100
@@ -279,7 +279,7 @@ def test_questions_of_excluded_files_are_dropped_and_counted(folders):
 
 def test_long_prompts_are_dropped_and_counted(folders, tmp_path):
     prepared = prepare(config(folders, tmp_path))
-    model = prepared.training.model
+    model = prepared.objective.model
     row = multiple_choice({"id": 1, "question": "long " * 500, "choices": ["a", "b"], "answer": 1}, DataSource())
     examples, dropped = build_examples(model, [row], 512, 16)
     assert examples == []
@@ -330,7 +330,7 @@ def test_another_family_does_not_get_the_options_of_the_files_family(tmp_path):
 def test_soft_targets_are_the_sharers_centred_answers(folders, tmp_path):
     run = config(folders, tmp_path, soft_targets=0.5, soft_temperature=1.0, store_dir=str(tmp_path / "store"))
     prepared = prepare(run)
-    model = prepared.training.model
+    model = prepared.objective.model
     rows = [example.row for example in prepared.train]
     sharer = model.sharers[0]
     raw = []
@@ -342,12 +342,12 @@ def test_soft_targets_are_the_sharers_centred_answers(folders, tmp_path):
     expected = ((table - table.mean(0)) / (table - table.mean(0)).std()).softmax(-1)
     fill(prepared)
     assert sharer.released
-    found = torch.tensor([example.beliefs for example in prepared.train])
+    found = torch.tensor([example.soft_target for example in prepared.train])
     torch.testing.assert_close(found, expected, rtol=0.05, atol=0.02)  # the store keeps bfloat16
-    assert not any(example.beliefs for example in prepared.dev)
+    assert not any(example.soft_target for example in prepared.dev)
     again = prepare(run)
     fill(again)  # read back, since the weights are not asked again
-    assert [example.beliefs for example in again.train] == [example.beliefs for example in prepared.train]
+    assert [example.soft_target for example in again.train] == [example.soft_target for example in prepared.train]
 
 
 def test_a_cue_goes_with_the_fuser(folders, tmp_path):
@@ -356,14 +356,14 @@ def test_a_cue_goes_with_the_fuser(folders, tmp_path):
     plain = prepare(config(folders, tmp_path, train=[DataSource("train.jsonl", form="published")]))
     assert len(prepared.train[0].sharer_ids) > len(plain.train[0].sharer_ids)
     assert prepared.train[0].receiver_ids == plain.train[0].receiver_ids
-    prepared.keep(tmp_path, {})
+    prepared.keep({})
     assert C2CModel.from_pretrained(tmp_path / "best").aligner.cue == "The answer is"
 
 
 def test_soft_targets_mix_with_the_right_answer(folders, tmp_path):
     prepared = prepare(config(folders, tmp_path, soft_targets=0.25))
     fill(prepared)
-    training, examples = prepared.training, prepared.train[:3]
+    training, examples = prepared.objective, prepared.train[:3]
     open_fuser(training.model)
     batch = training.collate(examples)
     mixed = training.losses(batch, "matched")
@@ -372,7 +372,7 @@ def test_soft_targets_mix_with_the_right_answer(folders, tmp_path):
     logits = training.logits(batch, "matched")
     for row, example in enumerate(examples):
         scores = logits[row, example.decisive].log_softmax(-1)[example.choice_ids]
-        right, soft = -scores[example.row.answer], -(torch.tensor(example.beliefs) * scores).sum()
+        right, soft = -scores[example.row.answer], -(torch.tensor(example.soft_target) * scores).sum()
         torch.testing.assert_close(mixed[row], hard[row] + 0.25 * (soft - right))
 
 
@@ -397,8 +397,8 @@ def test_missing_data_file_says_where_paths_start(folders, tmp_path):
 
 
 def test_fuser_training_is_what_the_trainer_saves(folders, tmp_path):
-    training = prepare(config(folders, tmp_path)).training
-    assert isinstance(training, FuserTraining)
+    training = prepare(config(folders, tmp_path)).objective
+    assert isinstance(training, SharedContextObjective)
     assert all(name.startswith("fuser.") for name in training.state_dict())
 
 
@@ -421,13 +421,13 @@ def test_filling_while_training_gives_the_same_fuser(folders, tmp_path):
 
 def test_reconstruction_learns_to_repeat_the_message_first(folders, tmp_path):
     prepared = prepare(config(folders, tmp_path))
-    training = prepared.training
+    training = prepared.objective
     open_fuser(training.model)
     example = prepared.train[0]
     words = training.model.receiver.tokenizer
-    assert words.decode(example.passage_ids) == example.row.messages[-1]["content"]
+    assert words.decode(example.message_ids) == example.row.messages[-1]["content"]
     repeated = training.token_losses(training.collate([example.reconstructing()]), "matched")
-    assert repeated.shape == (1, len(example.passage_ids))
+    assert repeated.shape == (1, len(example.message_ids))
     training.reconstructing = True
     assert float(training([example])["loss"].detach()) == pytest.approx(float(repeated.mean().detach()), rel=1e-4)
 
@@ -435,13 +435,13 @@ def test_reconstruction_learns_to_repeat_the_message_first(folders, tmp_path):
 def test_reconstruction_ends_after_its_steps(folders, tmp_path):
     seen = []
     with pytest.MonkeyPatch.context() as patch:
-        original = FuserTraining.forward
+        original = SharedContextObjective.forward
 
-        def note(self, examples):
+        def note(self, examples, share=1.0):
             seen.append(self.reconstructing)
             return original(self, examples)
 
-        patch.setattr(FuserTraining, "forward", note)
+        patch.setattr(SharedContextObjective, "forward", note)
         train(config(folders, tmp_path, reconstruction_steps=2, max_steps=4))
     assert seen == [True, True, False, False]
 
@@ -459,7 +459,6 @@ def test_the_published_fuser_follows_its_temperature_schedule(folders, tmp_path)
         )
     )
     last = json.loads((tmp_path / "checkpoint-4" / "config.json").read_text())
-    assert last["anneal_steps"] == 4
     assert last["gate_temperature"] == pytest.approx(0.001 ** (3 / 4))
     assert summary["dev"]["n"] == 6
 
@@ -471,7 +470,7 @@ def test_a_batch_that_processes_cannot_share_is_refused(folders, tmp_path):
         world_size, process_index = 3, 0
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "TrainingArguments", lambda **kwargs: Arguments())
+        patch.setattr(trainer, "InPlaceArguments", lambda **kwargs: Arguments())
         with pytest.raises(ConfigError, match="batch_size 4 can't be shared by 3"):
             train(config(folders, tmp_path))
 
@@ -493,7 +492,7 @@ def test_a_linear_fuser_is_solved_for_and_its_blend_chosen(folders, tmp_path):
 
 def test_stored_caches_stay_clean_with_a_fuser_that_needs_no_gradient(folders, tmp_path):
     prepared = prepare(config(folders, tmp_path))
-    training = prepared.training
+    training = prepared.objective
     open_fuser(training.model)
     training.fuser.requires_grad_(False)
     batch = training.collate(prepared.train[:4])
@@ -504,7 +503,7 @@ def test_stored_caches_stay_clean_with_a_fuser_that_needs_no_gradient(folders, t
 
 def test_order_groups_responses_of_similar_length_and_repeats_itself():
     lengths = [2] * 90 + [100] * 10
-    order = GroupedOrder(lengths, batch=4, seed=0)
+    order = LengthGroupedSampler(lengths, batch=4, seed=0)
     first = list(order)
     assert sorted(first) == list(range(100))
     batches = [[lengths[i] for i in first[start : start + 4]] for start in range(0, 100, 4)]
@@ -512,16 +511,16 @@ def test_order_groups_responses_of_similar_length_and_repeats_itself():
     assert list(order) == first
     order.set_epoch(1)
     assert list(order) != first
-    assert list(GroupedOrder(lengths, batch=4, seed=1)) != first
+    assert list(LengthGroupedSampler(lengths, batch=4, seed=1)) != first
 
 
 def test_every_epoch_has_its_own_order_also_after_a_resume(folders, tmp_path):
     seen = {"whole": [], "parts": []}
 
     def note(name):
-        original = FuserTraining.forward
+        original = SharedContextObjective.forward
 
-        def forward(self, examples):
+        def forward(self, examples, share=1.0):
             seen[name].append([example.row.id for example in examples])
             return original(self, examples)
 
@@ -530,7 +529,7 @@ def test_every_epoch_has_its_own_order_also_after_a_resume(folders, tmp_path):
     for name, stops in (("whole", [12]), ("parts", [8, 12])):
         for steps in stops:
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(FuserTraining, "forward", note(name))
+                patch.setattr(SharedContextObjective, "forward", note(name))
                 train(config(folders, tmp_path / name, max_steps=steps, save_steps=4))
     assert seen["parts"] == seen["whole"]
     assert seen["whole"][:6] != seen["whole"][6:]
@@ -538,18 +537,18 @@ def test_every_epoch_has_its_own_order_also_after_a_resume(folders, tmp_path):
 
 def test_the_sharer_is_given_back_once_its_prefills_are_stored(folders, tmp_path):
     prepared = prepare(config(folders, tmp_path))
-    before = float(prepared.training(prepared.train[:4])["loss"].detach())
+    before = float(prepared.objective(prepared.train[:4])["loss"].detach())
     fill(prepared)
-    sharer = prepared.training.model.sharers[0]
+    sharer = prepared.objective.model.sharers[0]
     assert sum(parameter.numel() for parameter in sharer.model.parameters()) == 0
-    after = float(prepared.training(prepared.train[:4])["loss"].detach())
+    after = float(prepared.objective(prepared.train[:4])["loss"].detach())
     assert after == pytest.approx(before, rel=1e-4)
     with pytest.raises(CacheError, match="were given back"):
-        prepared.sharer_store.get([[1, 2, 3]])
+        prepared.objective.sharer_store.get([[1, 2, 3]])
 
 
 def test_a_budget_that_does_not_hold_all_keeps_the_sharer(folders, tmp_path):
     prepared = prepare(config(folders, tmp_path, store_budget_gb=1e-6))
     fill(prepared)
-    assert not prepared.training.model.sharers[0].released
-    prepared.training(prepared.train[:4])
+    assert not prepared.objective.model.sharers[0].released
+    prepared.objective(prepared.train[:4])

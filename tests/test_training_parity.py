@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 from c2c import C2CModel
 from c2c.alignment import Alignment, Chunk
-from c2c.fusers.gating import annealed_temperature, gumbel_gate, hard_gate, soft_gate
+from c2c.fusers.bottleneck import soft_gate
+from c2c.fusers.c2c import annealed_temperature, gumbel_gate, hard_gate
 from c2c.fusion import Source, fuse
 from c2c.tokens import TokenBatch
 from tiny import FIXTURES
@@ -29,7 +30,7 @@ NOISE = [f"noise.layer{layer}.{kind}_u" for layer in range(4) for kind in ("key"
 def model():
     loaded = C2CModel.from_published(A / "checkpoint", receiver=A / "receiver", sharer=A / "sharer", dtype="float32")
     loaded.fusers[0].train()
-    loaded.fusers[0].set_step(EXPECTED["train.temperature_step"])
+    loaded.fusers[0].on_step(EXPECTED["train.temperature_step"])
     return loaded
 
 

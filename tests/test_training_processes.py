@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from c2c.training.distributed import Processes
 from safetensors.torch import load_file
 
 from c2c.training.checkpoints import last_complete
-from c2c.training.distributed import Processes
 from tiny import pair_folders
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}

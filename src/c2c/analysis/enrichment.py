@@ -27,7 +27,9 @@ from c2c.analysis.provenance import provenance
 from c2c.analysis.record import check_output, publish
 from c2c.analysis.scores import accuracies, difference
 from c2c.analysis.settings import AnalysisError, check_limit, source
-from c2c.data.formats import Row, load_rows, questions
+from c2c.data.formats import Row
+from c2c.data.prompts import choice_tokens
+from c2c.data.sources import load_rows, questions
 from c2c.errors import CacheError
 from c2c.language_model import LanguageModel
 from c2c.messages import Conversation
@@ -35,7 +37,6 @@ from c2c.prompting import RenderOptions
 from c2c.reporting.canvas import Plot
 from c2c.rope import Rotary
 from c2c.tokens import TokenBatch
-from c2c.training.examples import choice_tokens
 from c2c.utils import OnProgress
 
 NAME = "enrichment"

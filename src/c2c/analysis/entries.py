@@ -15,7 +15,7 @@ from c2c.fusion import Picker
 from c2c.language_model import LanguageModel
 from c2c.rope import Rotary
 from c2c.tokens import TokenBatch
-from c2c.training.step import Batch
+from c2c.training.shared_context import SharedBatch
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class LayerEntries:
 
 
 @torch.no_grad()
-def layer_entries(subject: Subject, batch: Batch, layers: Sequence[int] | None = None) -> Iterator[LayerEntries]:
+def layer_entries(subject: Subject, batch: SharedBatch, layers: Sequence[int] | None = None) -> Iterator[LayerEntries]:
     """The entries of a batch, one fused layer after the other.
 
     Args:

@@ -9,13 +9,13 @@ from typing import Any
 
 from c2c.analysis.provenance import fuser_facts, provenance
 from c2c.analysis.settings import AnalysisError, Settings, source
-from c2c.data.formats import load_rows
+from c2c.data.sources import load_rows
 from c2c.fusers import Fuser
 from c2c.language_model import LanguageModel
 from c2c.model import C2CModel
-from c2c.training.examples import Example, build_examples
-from c2c.training.step import Batch, FuserTraining
-from c2c.training.store import PrefillStore
+from c2c.training.examples import SharedExample, build_examples
+from c2c.training.prefill_store import PrefillStore
+from c2c.training.shared_context import SharedBatch, SharedContextObjective
 from c2c.utils import OnProgress
 
 _UNLIMITED = 10**9
@@ -47,7 +47,7 @@ class Subject:
             )
         ours = _store(model.receiver, range(model.receiver.geometry.layers), settings)
         theirs = _store(model.sharers[0], self.fuser.config.source_layers, settings)
-        self.training = FuserTraining(model, ours, theirs).eval()
+        self.training = SharedContextObjective(model, ours, theirs).eval()
         rows, _ = load_rows([source(settings.data, settings.form, settings.limit)], Path(), settings.seed)
         limit = model.receiver.context_length or _UNLIMITED
         self.examples, self.dropped = build_examples(model, rows, limit, _UNLIMITED)
@@ -78,7 +78,7 @@ class Subject:
         )
         return cls(model, settings, read_again)
 
-    def batches(self, stage: str, progress: OnProgress | None = None) -> Iterator[Batch]:
+    def batches(self, stage: str, progress: OnProgress | None = None) -> Iterator[SharedBatch]:
         """The items with their caches, in batches of at least two; ``progress`` is told of each that is done."""
         done = 0
         for part in parts(self.examples, self.settings.batch_size):
@@ -107,7 +107,7 @@ class Subject:
             self.model.sharers[0].release()
 
 
-def parts(examples: Sequence[Example], size: int) -> list[Sequence[Example]]:
+def parts(examples: Sequence[SharedExample], size: int) -> list[Sequence[SharedExample]]:
     """Examples in batches of ``size``, the last one longer rather than a single item."""
     starts = list(range(0, len(examples), size))
     if len(starts) > 1 and len(examples) - starts[-1] == 1:

@@ -20,7 +20,7 @@ from c2c.analysis.record import check_output, publish
 from c2c.analysis.scores import Right, accuracies, difference, right_answers
 from c2c.analysis.settings import Settings
 from c2c.reporting.canvas import PAINT, Plot
-from c2c.training.step import Batch, FuserTraining
+from c2c.training.shared_context import SharedBatch, SharedContextObjective
 from c2c.utils import OnProgress
 
 NAME = "layers"
@@ -94,7 +94,7 @@ def measure_layers(settings: Settings, progress: OnProgress | None = None) -> di
 
 
 @torch.no_grad()
-def _answers(training: FuserTraining, batch: Batch, fused_layers: Sequence[int]) -> dict[str, Right]:
+def _answers(training: SharedContextObjective, batch: SharedBatch, fused_layers: Sequence[int]) -> dict[str, Right]:
     clean, fused = batch.receiver_cache, training.fused(batch, "matched")
     caches: dict[str, Cache] = {"receiver": clean}
     caches |= {name: mixed(clean, fused, *chosen) for name, chosen in variants(fused_layers).items()}

@@ -20,7 +20,7 @@ from c2c.handoff import Precision
 from c2c.kv_cache import KeyValue
 from c2c.remote.packing import Expected, native, pack, packed_bytes, spread
 from c2c.reporting.canvas import Plot
-from c2c.training.step import Batch, FuserTraining
+from c2c.training.shared_context import SharedBatch, SharedContextObjective
 from c2c.utils import OnProgress
 
 NAME = "precision"
@@ -99,7 +99,7 @@ def measure_precision(
 
 
 @torch.no_grad()
-def _answers(subject: Subject, batch: Batch, names: tuple[Precision, ...], unrounded: bool) -> dict[str, Right]:
+def _answers(subject: Subject, batch: SharedBatch, names: tuple[Precision, ...], unrounded: bool) -> dict[str, Right]:
     training = subject.training
     if unrounded:
         cache = subject.model.sharers[0].prefill(batch.sharer)
@@ -113,7 +113,7 @@ def _answers(subject: Subject, batch: Batch, names: tuple[Precision, ...], unrou
     return answers
 
 
-def _fused(training: FuserTraining, batch: Batch, precision: Precision) -> DynamicCache:
+def _fused(training: SharedContextObjective, batch: SharedBatch, precision: Precision) -> DynamicCache:
     arrived = crossed(batch.sharer_cache, batch.matched, precision)
     return training.fused(replace(batch, sharer_cache=arrived), "matched")
 

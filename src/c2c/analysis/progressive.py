@@ -21,7 +21,7 @@ from c2c.analysis.record import check_output, publish
 from c2c.analysis.scores import Right, accuracies, difference, right_answers
 from c2c.analysis.settings import Settings
 from c2c.reporting.canvas import Plot
-from c2c.training.step import Batch, FuserTraining
+from c2c.training.shared_context import SharedBatch, SharedContextObjective
 from c2c.utils import OnProgress
 
 Order = Literal["former", "latter"]
@@ -43,7 +43,7 @@ def part_of(alignment: Alignment, fraction: float, order: Order) -> Alignment:
 
 
 @torch.no_grad()
-def partly_fused(training: FuserTraining, batch: Batch, fraction: float, order: Order) -> DynamicCache:
+def partly_fused(training: SharedContextObjective, batch: SharedBatch, fraction: float, order: Order) -> DynamicCache:
     """The receiver's cache with only a share of the aligned positions fused; clean where that is none of them."""
     part = part_of(batch.matched, fraction, order)
     return training.fused(replace(batch, matched=part), "matched" if len(part) else "none")
@@ -88,7 +88,7 @@ def measure_progressive(settings: Settings, progress: OnProgress | None = None) 
     return publish(NAME, numbers, lambda: _draw(numbers), settings.output_dir)
 
 
-def _answers(training: FuserTraining, batch: Batch) -> dict[str, Right]:
+def _answers(training: SharedContextObjective, batch: SharedBatch) -> dict[str, Right]:
     answers = {
         _name(fraction, order): right_answers(training, batch, partly_fused(training, batch, fraction, order))
         for order in ORDERS

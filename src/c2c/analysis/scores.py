@@ -11,13 +11,13 @@ from transformers import Cache
 from c2c import kv_cache
 from c2c.evaluation.statistics import summarise
 from c2c.prefill import continued_logits
-from c2c.training.step import Batch, FuserTraining
+from c2c.training.shared_context import SharedBatch, SharedContextObjective
 
 Right = list[float]
 
 
 @torch.no_grad()
-def right_answers(training: FuserTraining, batch: Batch, cache: Cache) -> Right:
+def right_answers(training: SharedContextObjective, batch: SharedBatch, cache: Cache) -> Right:
     """1 for each item whose right option gets the largest logit where the answer names it, else 0.
 
     Args:

@@ -18,8 +18,7 @@ from c2c.generation import FirstTokenTimer
 from c2c.language_model import LanguageModel, Sharer
 from c2c.prefill import prefill
 from c2c.tokens import TokenBatch
-from c2c.training.notes import Notes
-from c2c.training.store import PrefillStore, PromptCache, stack
+from c2c.training.prefill_store import PrefillStore, PromptCache, PromptRecords, stack
 
 
 class EvaluationPrefills:
@@ -70,7 +69,7 @@ class StoredSharer(Sharer):
     """
 
     prefills: EvaluationPrefills
-    texts: Notes
+    texts: PromptRecords
     _use_texts = False
 
     @classmethod
@@ -78,7 +77,7 @@ class StoredSharer(Sharer):
         """Make one from a loaded model."""
         sharer = cls(model.model, model.tokenizer, model.name)
         sharer.prefills = EvaluationPrefills(sharer, config)
-        sharer.texts = Notes(sharer.prefills.store, "texts")
+        sharer.texts = PromptRecords(sharer.prefills.store, "texts")
         return sharer
 
     def use_stores(self, *, prefills: bool, texts: bool) -> None:
@@ -94,7 +93,7 @@ class StoredSharer(Sharer):
         if not self._use_texts or kwargs.keys() != {"max_new_tokens", "do_sample"} or kwargs["do_sample"]:
             return super().generate(batch, cache, timer=timer, **kwargs)
         prompts = [ids[mask].tolist() for ids, mask in zip(batch.ids, batch.mask, strict=True)]
-        names = [texts.name(prompt, kwargs["max_new_tokens"]) for prompt in prompts]
+        names = [texts.key(prompt, kwargs["max_new_tokens"]) for prompt in prompts]
         missing = {name: row for row, name in enumerate(names) if name not in texts}
         if missing:
             part = kv_cache.select_rows(cache, torch.tensor(list(missing.values())))

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from c2c.data.config import DataSource
-from c2c.data.formats import Row, load_rows
+from c2c.data.formats import Row
+from c2c.data.sources import load_rows
 from c2c.evaluation.answers import Answerer
 from c2c.evaluation.config import (
     PRIVATE_SYSTEMS,
