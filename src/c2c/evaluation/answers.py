@@ -38,7 +38,8 @@ class Answerer:
     def __init__(self, name: str, pair: Pair, config: EvalConfig) -> None:
         self.name, self.kind, self.pair, self.config = name, system_kind(name), pair, config
         model = pair.with_fuser(config.fusers[name]) if name in config.fusers else pair.model
-        options = SystemOptions(message_tokens=config.message_tokens, adapter=config.adapter, seed=config.seed)
+        longest = config.draft_tokens if name == "draft_text" else config.message_tokens
+        options = SystemOptions(message_tokens=longest, adapter=config.adapter, seed=config.seed)
         system = "matched" if name in config.fusers else _HANDED_OVER.get(name, name)
         self.system: System = make_system(system, model, options)
         self.private = bool(pair.model.private)

@@ -65,11 +65,11 @@ class StoredSharer(Sharer):
 
     Attributes:
         prefills: its prefills.
-        texts: token ids of its greedy texts, by prompt and length limit.
+        records: token ids of its greedy texts, by prompt and length limit.
     """
 
     prefills: EvaluationPrefills
-    texts: PromptRecords
+    records: PromptRecords
     _use_texts = False
 
     @classmethod
@@ -77,7 +77,7 @@ class StoredSharer(Sharer):
         """Make one from a loaded model."""
         sharer = cls(model.model, model.tokenizer, model.name)
         sharer.prefills = EvaluationPrefills(sharer, config)
-        sharer.texts = PromptRecords(sharer.prefills.store, "texts")
+        sharer.records = PromptRecords(sharer.prefills.store, "texts")
         return sharer
 
     def use_stores(self, *, prefills: bool, texts: bool) -> None:
@@ -89,18 +89,18 @@ class StoredSharer(Sharer):
         self, batch: TokenBatch, cache: Cache, *, timer: FirstTokenTimer | None = None, **kwargs: Any
     ) -> Tensor:
         """Decode; see :meth:`LanguageModel.generate`. Greedy texts of one length limit are decoded once."""
-        texts = self.texts
+        records = self.records
         if not self._use_texts or kwargs.keys() != {"max_new_tokens", "do_sample"} or kwargs["do_sample"]:
             return super().generate(batch, cache, timer=timer, **kwargs)
         prompts = [ids[mask].tolist() for ids, mask in zip(batch.ids, batch.mask, strict=True)]
-        names = [texts.key(prompt, kwargs["max_new_tokens"]) for prompt in prompts]
-        missing = {name: row for row, name in enumerate(names) if name not in texts}
+        names = [records.key(prompt, kwargs["max_new_tokens"]) for prompt in prompts]
+        missing = {name: row for row, name in enumerate(names) if name not in records}
         if missing:
             part = kv_cache.select_rows(cache, torch.tensor(list(missing.values())))
             trimmer = FirstTokenTimer()
             new = super().generate(batch.select(list(missing.values())), part, timer=trimmer, **kwargs)
-            texts.add(dict(zip(missing, (ids.tolist() for ids in trimmer.trim(new)), strict=True)))
+            records.add(dict(zip(missing, (ids.tolist() for ids in trimmer.trim(new)), strict=True)))
         if timer is not None:
             timer.watch({}, self.model.generation_config)
-        rows = [torch.tensor(texts[name], dtype=torch.long) for name in names]
+        rows = [torch.tensor(records[name], dtype=torch.long) for name in names]
         return pad_sequence(rows, batch_first=True, padding_value=(self.ends or [0])[0]).to(self.device)
