@@ -68,9 +68,7 @@ class EvalConfig:
     data_dir: str = field(default=".", metadata={"help": "Folder that tasks and relative paths start from."})
     limit: int | None = field(default=None, metadata={"help": "At most this many items per source, drawn with seed."})
     seed: int = field(default=0, metadata={"help": "Seed of the draw and of the bootstrap."})
-    batch_size: int = field(
-        default=8, metadata={"help": "Items at a time; a deranged cache is from the same batch."}
-    )
+    batch_size: int = field(default=8, metadata={"help": "Items at a time; a deranged cache is from the same batch."})
     max_new_tokens: int = field(default=32, metadata={"help": "Longest generated answer, in tokens."})
     message_tokens: int = field(
         default=256, metadata={"help": "Longest text of the sharer in text-to-text, in tokens; 256 as published."}
@@ -182,9 +180,7 @@ class HarnessConfig:
     )
     batch_size: int = field(default=8, metadata={"help": "Contexts, and continuations, at a time.", "min": 1})
     max_length: int | None = field(default=None, metadata={"help": "Truncate contexts to this many tokens."})
-    include_path: list[str] = field(
-        default_factory=list, metadata={"help": "Folder with task files; may be repeated."}
-    )
+    include_path: list[str] = field(default_factory=list, metadata={"help": "Folder with task files; may be repeated."})
     output: str | None = field(default=None, metadata={"help": "File for the result, as JSON."})
     log_samples: bool = field(
         default=False,

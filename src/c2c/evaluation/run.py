@@ -168,7 +168,9 @@ class _Evaluation:
 
     def reused(self, items: Sequence[Items]) -> dict[str, str]:
         """Return the systems whose answers were taken over, with the fuser of that evaluation."""
-        firsts = {name: self.journal.records(part.name, self._label(name))[0] for part in items for name in part.systems}
+        firsts = {
+            name: self.journal.records(part.name, self._label(name))[0] for part in items for name in part.systems
+        }
         return {name: record["reused"] for name, record in firsts.items() if "reused" in record}
 
     def _records(self, items: Items) -> dict[str, list[Record]]:

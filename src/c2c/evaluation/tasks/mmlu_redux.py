@@ -3,7 +3,5 @@
 from c2c.evaluation.tasks.task import Task
 
 TASKS = [
-    Task(
-        "mmlu_redux", "mmlu_redux/test_ok.jsonl", "edinburgh-dawg/mmlu-redux-2.0", "*", keep={"error_type": "ok"}
-    )
+    Task("mmlu_redux", "mmlu_redux/test_ok.jsonl", "edinburgh-dawg/mmlu-redux-2.0", "*", keep={"error_type": "ok"})
 ]
