@@ -7,7 +7,7 @@ import re
 from c2c.data.config import DataSource
 from c2c.data.formats import Row
 from c2c.data.sources import load_rows
-from c2c.evaluation.private import Reader, _passage
+
 
 
 def rows(name: str, limit: int = 60, seed: int = 0) -> list[Row]:

@@ -222,7 +222,7 @@ def test_a_skeleton_names_the_topic_before_its_element():
 
 def test_channels_of_padding_do_not_matter(folders, data, tmp_path):
     """A row's loss is the same alone and in a batch of longer passages."""
-    training = prepare(config(folders, data, tmp_path)).training.eval()
+    training = prepare(config(folders, data, tmp_path)).objective.eval()
     torch.nn.init.normal_(training.fuser.weight, std=0.3)
     examples = prepare(config(folders, data, tmp_path)).train[:5]
     with torch.no_grad():

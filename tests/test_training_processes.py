@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from c2c.training.distributed import Processes
 from safetensors.torch import load_file
 
 from c2c.training.checkpoints import last_complete
@@ -113,11 +112,11 @@ def test_two_processes_train_like_one(setting, alone):
     assert_same_weights(weights(alone, 12), weights(folder / "together", 12), 1e-3)
 
 
-def test_two_processes_with_a_sharded_sharer_fill_one_store(setting, alone):
+def test_two_processes_fill_one_store(setting, alone):
     folder, write = setting
-    run(write("sharded", store_dir=str(folder / "store"), shard_sharer=True), processes=2)
+    run(write("shared", store_dir=str(folder / "store")), processes=2)
     assert sorted(len(list(part.glob("*.safetensors"))) for part in (folder / "store").iterdir()) == [30, 30]
-    assert_same_weights(weights(alone, 12), weights(folder / "sharded", 12), 1e-3)
+    assert_same_weights(weights(alone, 12), weights(folder / "shared", 12), 1e-3)
 
 
 def test_a_half_written_checkpoint_is_not_resumed_from(tmp_path):
@@ -129,10 +128,3 @@ def test_a_half_written_checkpoint_is_not_resumed_from(tmp_path):
     assert last_complete(tmp_path) == str(tmp_path / "checkpoint-4")
     assert not (tmp_path / "checkpoint-6").exists()
     assert last_complete(tmp_path / "nowhere") is None
-
-
-@pytest.mark.parametrize("count", [1, 2, 3])
-def test_processes_share_all_items_equally(count):
-    parts = [Processes(index, count).part(range(10)) for index in range(count)]
-    assert {item for part in parts for item in part} == set(range(10))
-    assert len({len(part) for part in parts}) == 1

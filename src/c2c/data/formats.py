@@ -70,36 +70,40 @@ class Row:
 # -- multiple choice -------------------------------------------------------------------------------------------------
 
 
-def letter_form(question: str, choices: Sequence[str], answer: int) -> Row:
-    """Make a row answered by the letter after "The answer is": the form in which fusers are compared."""
-    text = (
-        "Answer the following multiple choice question with the letter of the correct option.\n\n"
-        f"Question: {question}\n{_lines(choices)}"
-    )
-    letters = _letters(choices)
-    return Row("", _turn(text), "The answer is", letters[answer], letters, answer)
+@dataclass(frozen=True)
+class Form:
+    """A way to put a multiple-choice question, answered by a letter or by a sentence with it.
+
+    Attributes:
+        prompt: template with ``{question}`` and ``{choices}``.
+        answer_prefix: text that the receiver's answer continues.
+        lead: the part of the response before the letter.
+        with_text: whether the response goes on with the option's text.
+    """
+
+    prompt: str
+    answer_prefix: str = ""
+    lead: str = "The correct answer is"
+    with_text: bool = False
+
+    def row(self, question: str, choices: Sequence[str], answer: int) -> Row:
+        """Make the row of a question; ``answer`` is the index of the right choice."""
+        lines = "\n".join(f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=False))
+        messages = _turn(self.prompt.format(question=question, choices=lines))
+        letters = tuple(f" {letter}" for letter in LETTERS[: len(choices)])
+        response = self.lead + letters[answer] + (f". {choices[answer]}" if self.with_text else "")
+        return Row("", messages, self.answer_prefix, response, letters, answer, lead=self.lead)
 
 
-def published_form(question: str, choices: Sequence[str], answer: int) -> Row:
-    """Make a row with the published prompt, answered by a sentence: "The correct answer is C"."""
-    text = PUBLISHED.format(question=question, choices=_lines(choices))
-    return _sentence(text, choices, answer, "")
-
-
-def sentence_form(question: str, choices: Sequence[str], answer: int) -> Row:
-    """Make a row answered by a sentence with the letter and the option's text."""
-    text = (
-        "Answer the following multiple choice question. Give the letter and the text of the correct option.\n\n"
-        f"Question: {question}\n{_lines(choices)}"
-    )
-    return _sentence(text, choices, answer, f". {choices[answer]}")
-
-
-FORMS: dict[str, Callable[[str, Sequence[str], int], Row]] = {
-    "letter": letter_form,
-    "published": published_form,
-    "sentence": sentence_form,
+_LETTER = "Answer the following multiple choice question with the letter of the correct option.\n\n"
+_SENTENCE = "Answer the following multiple choice question. Give the letter and the text of the correct option.\n\n"
+_QUESTION = "Question: {question}\n{choices}"
+FORMS = {
+    "letter": Form(_LETTER + _QUESTION, "The answer is", lead=""),  # the form in which fusers are compared
+    "published": Form(PUBLISHED),
+    "sentence": Form(_SENTENCE + _QUESTION, with_text=True),
 }
+letter_form = FORMS["letter"].row
 
 
 def multiple_choice(data: dict[str, Any], source: DataSource) -> Row:
@@ -109,7 +113,7 @@ def multiple_choice(data: dict[str, Any], source: DataSource) -> Row:
         raise ConfigError(f"'choices' is {choices!r}; expected a list of 2 to {len(LETTERS)} texts.")
     if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
         raise ConfigError(f"'answer' is {answer!r}; expected the index of a choice, 0 to {len(choices) - 1}.")
-    return FORMS[source.form](_text(data, "question"), [str(choice) for choice in choices], answer)
+    return FORMS[source.form].row(_text(data, "question"), [str(choice) for choice in choices], answer)
 
 
 def vary_options(rows: Sequence[dict[str, Any]], source: DataSource, seed: int) -> list[dict[str, Any]]:
@@ -251,19 +255,6 @@ def _index(answer: Any, labels: list[str]) -> Any:
 
 
 # -- parts -----------------------------------------------------------------------------------------------------------
-
-
-def _sentence(text: str, choices: Sequence[str], answer: int, rest: str) -> Row:
-    letters, lead = _letters(choices), "The correct answer is"
-    return Row("", _turn(text), "", f"{lead}{letters[answer]}{rest}", letters, answer, lead=lead)
-
-
-def _lines(choices: Sequence[str]) -> str:
-    return "\n".join(f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=False))
-
-
-def _letters(choices: Sequence[str]) -> tuple[str, ...]:
-    return tuple(f" {letter}" for letter in LETTERS[: len(choices)])
 
 
 def _text(data: dict[str, Any], key: str) -> str:

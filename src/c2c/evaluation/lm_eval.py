@@ -11,6 +11,7 @@ import json
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -161,15 +162,18 @@ class C2CLM(HFLM):  # type: ignore[misc]
         messages, prefix = list(chat_history), ""
         if not add_generation_prompt and messages and messages[-1]["role"] == "assistant":
             prefix = messages.pop()["content"]
-        chat = Chat(messages, prefix)
-        try:
-            self._check_templates(chat)
-        except PromptError:
-            chat = Chat([message for message in messages if message["role"] != "system"], prefix)
-            if chat.messages == messages:
-                raise
-            self._check_templates(chat)
-            self.counts["system messages dropped"] += 1
+        without = [message for message in messages if message["role"] != "system"]
+        for kept in (messages, without):
+            chat = Chat(kept, prefix)
+            try:
+                for reader in self.readers:
+                    render_text(reader.tokenizer, chat.messages, self._options(chat))
+            except PromptError:
+                if kept == without:
+                    raise
+            else:
+                self.counts["system messages dropped"] += len(kept) < len(messages)
+                break
         return chat.dump()
 
     def get_model_info(self) -> dict[str, Any]:
@@ -230,9 +234,7 @@ class C2CLM(HFLM):  # type: ignore[misc]
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Encode a context and its continuation, to which trailing whitespace of the context is moved."""
-        chat = Chat.load(context)
-        text = context if chat is None else self._render(self.language_model, chat)
-        special = None if chat is None else False
+        text, special = self._render(context)
         stripped = text.rstrip()
         if not stripped:  # the harness's own model refuses a context of spaces where texts begin with no token
             return [self.prefix_token_id], self.tok_encode(text + continuation, add_special_tokens=False)
@@ -366,22 +368,17 @@ class C2CLM(HFLM):  # type: ignore[misc]
             documents = {request.args[0]: _document(request) for request in reversed(requests)}
             self._others = _derangement({text: d for text, d in documents.items() if text.strip()})
 
-    def _encode(self, text: str) -> list[int]:
+    def _encode(self, context: str) -> list[int]:
         """Encode a context for the model that answers; an empty one as the token that texts begin with."""
-        chat = Chat.load(text)
-        ids: list[int] = (
-            self.tok_encode(text)
-            if chat is None
-            else self.tok_encode(self._render(self.language_model, chat), add_special_tokens=False)
-        )
+        ids: list[int] = self.tok_encode(*self._render(context))
         return ids or [self.prefix_token_id]
 
-    def _render(self, reader: LanguageModel, chat: Chat) -> str:
-        return render_text(reader.tokenizer, chat.messages, self._options(chat))
-
-    def _check_templates(self, chat: Chat) -> None:
-        for reader in self.readers:
-            self._render(reader, chat)
+    def _render(self, context: str) -> tuple[str, bool | None]:
+        """Return the text that the answering model reads, and whether its tokenizer adds special tokens."""
+        chat = Chat.load(context)
+        if chat is None:
+            return context, None  # as the harness decides
+        return render_text(self.tokenizer, chat.messages, self._options(chat)), False
 
     def _options(self, chat: Chat) -> RenderOptions:
         return RenderOptions(answer_prefix=chat.answer_prefix, enable_thinking=self._thinking)
@@ -409,15 +406,12 @@ def _derangement(documents: dict[str, tuple[Any, Any]]) -> dict[str, str]:
     Raises:
         IntegrationError: all contexts belong to one document.
     """
+    if len(set(documents.values())) < 2:
+        raise IntegrationError("system 'deranged' needs the prompts of at least two documents: raise the limit.")
     texts, chosen = list(documents), {}
     for index, text in enumerate(texts):
-        following = [*texts[index + 1 :], *texts[:index]]
-        others = [other for other in following if documents[other] != documents[text]]
-        same_task = [other for other in others if documents[other][0] == documents[text][0]]
-        if not others:
-            raise IntegrationError(
-                "system 'deranged' needs the prompts of at least two documents, and only one was asked about: raise "
-                "the limit."
-            )
-        chosen[text] = (same_task or others)[0]
+        own = documents[text]
+        following = (texts[(index + step) % len(texts)] for step in range(1, len(texts)))
+        same_task = (other for other in following if documents[other][0] == own[0] and documents[other] != own)
+        chosen[text] = next(chain(same_task, (other for other in texts if documents[other] != own)))
     return chosen

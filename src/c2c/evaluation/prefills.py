@@ -89,18 +89,18 @@ class StoredSharer(Sharer):
         self, batch: TokenBatch, cache: Cache, *, timer: FirstTokenTimer | None = None, **kwargs: Any
     ) -> Tensor:
         """Decode; see :meth:`LanguageModel.generate`. Greedy texts of one length limit are decoded once."""
-        records = self.records
         if not self._use_texts or kwargs.keys() != {"max_new_tokens", "do_sample"} or kwargs["do_sample"]:
             return super().generate(batch, cache, timer=timer, **kwargs)
-        prompts = [ids[mask].tolist() for ids, mask in zip(batch.ids, batch.mask, strict=True)]
-        names = [records.key(prompt, kwargs["max_new_tokens"]) for prompt in prompts]
-        missing = {name: row for row, name in enumerate(names) if name not in records}
-        if missing:
-            part = kv_cache.select_rows(cache, torch.tensor(list(missing.values())))
+
+        def decode(rows: list[int]) -> list[list[int]]:
             trimmer = FirstTokenTimer()
-            new = super().generate(batch.select(list(missing.values())), part, timer=trimmer, **kwargs)
-            records.add(dict(zip(missing, (ids.tolist() for ids in trimmer.trim(new)), strict=True)))
+            part = kv_cache.select_rows(cache, torch.tensor(rows))
+            new = super(StoredSharer, self).generate(batch.select(rows), part, timer=trimmer, **kwargs)
+            return [ids.tolist() for ids in trimmer.trim(new)]
+
+        prompts = [ids[mask].tolist() for ids, mask in zip(batch.ids, batch.mask, strict=True)]
+        texts = self.records.get(prompts, [kwargs["max_new_tokens"]] * len(prompts), decode)
         if timer is not None:
-            timer.watch({}, self.model.generation_config)
-        rows = [torch.tensor(records[name], dtype=torch.long) for name in names]
+            timer.watch({}, self.model.generation_config)  # for the end tokens
+        rows = [torch.tensor(ids, dtype=torch.long) for ids in texts]
         return pad_sequence(rows, batch_first=True, padding_value=(self.ends or [0])[0]).to(self.device)

@@ -60,11 +60,14 @@ class DevSet:
     Args:
         examples: the examples.
         batch_size: examples at a time; a deranged cache comes from the same batch.
-        receiver: accuracy of the receiver alone, where it is known.
+
+    Attributes:
+        receiver: accuracy of the receiver alone, once it is known.
     """
 
-    def __init__(self, examples: Sequence[Any], batch_size: int, receiver: float | None = None) -> None:
-        self.examples, self.batch_size, self.receiver = list(examples), batch_size, receiver
+    def __init__(self, examples: Sequence[Any], batch_size: int) -> None:
+        self.examples, self.batch_size = list(examples), batch_size
+        self.receiver: float | None = None
 
     @torch.no_grad()
     def score(self, objective: Objective) -> DevScore:

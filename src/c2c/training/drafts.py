@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,8 +18,6 @@ from c2c.language_model import Sharer
 from c2c.tokens import TokenBatch, left_pad, natural_positions
 from c2c.training.prefill_store import PrefillStore, PromptRecords
 from c2c.utils import OnProgress
-
-_BATCH = 16  # questions at a time
 
 
 def with_drafts(
@@ -56,16 +55,11 @@ class Drafts:
         self, prompts: Sequence[Sequence[int]], longest: int, progress: OnProgress | None = None
     ) -> list[list[int]]:
         """Return the draft of each prompt, at most ``longest`` tokens, up to and with the token that ends a turn."""
-        keys = [self.records.key(ids, longest) for ids in prompts]
-        missing = [index for index, key in enumerate(keys) if key not in self.records]
-        missing.sort(key=lambda index: len(prompts[index]))  # little padding
-        for start in range(0, len(missing), _BATCH):
-            part = missing[start : start + _BATCH]
-            written = self.generate([prompts[index] for index in part], longest)
-            self.records.add({keys[index]: ids for index, ids in zip(part, written, strict=True)})
-            if progress is not None:
-                progress("sharer's drafts", start + len(part), len(missing))
-        return [self.records[key] for key in keys]
+        report = None if progress is None else partial(progress, "sharer's drafts")
+        drafts: list[list[int]] = self.records.get(
+            prompts, [longest] * len(prompts), lambda part: self.generate([prompts[i] for i in part], longest), report
+        )
+        return drafts
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[Sequence[int]], longest: int) -> list[list[int]]:

@@ -64,27 +64,12 @@ class AdapterObjective(Objective):
     def __init__(self, adapter: Any, receiver: LanguageModel, matched: dict[str, Any] | None = None) -> None:
         super().__init__()
         self.adapter, self.matched = adapter.eval(), matched or {}
-        self._receiver = (receiver,)  # in a tuple, so that it is no submodule
-
-    @property
-    def receiver(self) -> LanguageModel:
-        """The model that the adapter is in."""
-        return self._receiver[0]
+        self.receiver = receiver
 
     @property
     def device(self) -> torch.device:
         """Device of the receiver."""
         return self.receiver.device
-
-    @property
-    def rank(self) -> int:
-        """Rank of the adapter."""
-        return int(next(iter(self.adapter.peft_config.values())).r)
-
-    @property
-    def size(self) -> int:
-        """Number of parameters of the adapter."""
-        return sum(parameter.numel() for parameter in trainable(self.adapter))
 
     def train(self, mode: bool = True) -> AdapterObjective:
         """Record the mode; the receiver stays in ``eval()`` as it does beside a fuser."""
@@ -120,6 +105,12 @@ class AdapterObjective(Objective):
         ordered = sorted(examples, key=lambda example: len(example.receiver_ids) + len(example.response_ids))
         return [ordered[start : start + size] for start in range(0, len(ordered), size)]
 
+    def summary(self) -> dict[str, Any]:
+        """Return rank and size of the adapter, and the fuser that it matches."""
+        rank = next(iter(self.adapter.peft_config.values())).r
+        size = sum(parameter.numel() for parameter in trainable(self.adapter))
+        return {"rank": rank, "parameters": size, "matched": self.matched}
+
     def save(self, folder: Path, record: dict[str, Any] | None = None) -> None:
         """Write the adapter."""
         facts = None if record is None else {"matched": self.matched, "training": record}
@@ -153,7 +144,7 @@ def make_adapter_objective(config: TrainConfig, pair: TokenizerPair) -> AdapterO
     set_seed(config.seed)
     matched = {"family": config.adapter_of, "parameters": size}
     objective = AdapterObjective(new_adapter(receiver, rank), receiver, matched)
-    log.info("adapter of rank %d: %d parameters; the fuser has %d", rank, objective.size, size)
+    log.info("adapter: %s", objective.summary())
     return objective
 
 

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from c2c.training.config import Precision
 from c2c.training.examples import Example
 
 
@@ -63,11 +60,3 @@ def answered_right(logits: Tensor, examples: Sequence[Example]) -> list[float]:
             hits = logits[row, : len(example.response_ids)].argmax(-1).cpu() == torch.tensor(example.response_ids)
             scores.append(float(hits.float().mean()))
     return scores
-
-
-def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[Any]:
-    """Return the context of a step's arithmetic.
-
-    The Trainer's own ``bf16`` is not used: it would round the prefills of a step too, and those are stored.
-    """
-    return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bfloat16" else nullcontext()

@@ -16,7 +16,7 @@ from c2c.fusers.base import AlignedEntries, load_fuser
 from c2c.model import C2CModel
 from c2c.training.config import Precision
 from c2c.training.examples import Example
-from c2c.training.losses import autocast, cross_entropy, soft_target_loss
+from c2c.training.losses import cross_entropy, soft_target_loss
 from c2c.training.prefill_store import PrefillStore
 
 # The sharer cache of the example itself, of another one, zeros, or none at all: the receiver alone.
@@ -45,6 +45,7 @@ class Objective(nn.Module, ABC):
         kind: name of what is trained, in summaries.
         has_sharer: whether there are messages of a sharer, so that a deranged one can be scored.
         precision: of the arithmetic, see :class:`~c2c.training.config.TrainConfig`.
+        soft_targets: share of the sharer's own answer in the target of multiple choice.
         accepts_loss_kwargs: read by the Trainer.
     """
 
@@ -52,6 +53,7 @@ class Objective(nn.Module, ABC):
     has_sharer: ClassVar[bool] = True
     accepts_loss_kwargs: ClassVar[bool] = False
     precision: Precision = "float32"
+    soft_targets: float = 0.0
 
     @property
     @abstractmethod
@@ -67,6 +69,10 @@ class Objective(nn.Module, ABC):
         """Compute the receiver's logits of the first ``width`` response tokens, ``[batch, response, vocab]``."""
 
     @abstractmethod
+    def summary(self) -> dict[str, Any]:
+        """Return facts for the summary of a run."""
+
+    @abstractmethod
     def save(self, folder: Path, record: dict[str, Any] | None = None) -> None:
         """Write what is trained, with the record of its training."""
 
@@ -76,8 +82,9 @@ class Objective(nn.Module, ABC):
 
     def forward(self, examples: Sequence[Any], share: float = 1.0) -> dict[str, Tensor]:
         """Compute the mean loss of examples, times their ``share`` of a batch."""
-        batch = self.collate(examples)  # may prefill, and what is stored must not depend on the run's precision
-        with autocast(self.precision, self.device):
+        batch = self.collate(examples)
+        # not the Trainer's own bf16, which would round the prefills of a step too, and those are stored
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
             return {"loss": share * self.loss(batch)}
 
     def loss(self, batch: Any) -> Tensor:
@@ -85,9 +92,17 @@ class Objective(nn.Module, ABC):
         return self.losses(batch, "matched").mean()
 
     def losses(self, batch: Any, message: Message) -> Tensor:
-        """Compute the weighted loss of each example's response, ``[batch]``."""
-        weighted: Tensor = cross_entropy(self.logits(batch, message), batch.responses) * batch.weights
+        """Compute the weighted loss of each example's response, with soft targets; ``[batch]``."""
+        logits = self.logits(batch, message)
+        losses = cross_entropy(logits, batch.responses)
+        if self.soft_targets > 0:
+            losses = soft_target_loss(losses, logits, batch.examples, self.soft_targets)
+        weighted: Tensor = losses * batch.weights
         return weighted.sum(-1)
+
+    def token_losses(self, batch: Any, message: Message) -> Tensor:
+        """Compute the loss of each response token in nats, 0 on padding; ``[batch, response]``."""
+        return cross_entropy(self.logits(batch, message), batch.responses)
 
     def micro_batches(self, examples: Sequence[Any]) -> list[Sequence[Any]]:
         """Split the examples of a step into parts that run at once; by default there is one part."""
@@ -126,25 +141,15 @@ class FuserObjective(Objective):
     ) -> None:
         super().__init__()
         self.fuser: Fuser = model.fusers[0]  # type: ignore[assignment]
-        # in a tuple, so that the frozen models are neither parameters nor saved
-        self._frozen = (model, receiver_store, sharer_store)
+        self._model = (model,)  # in a tuple, so that the frozen models are neither parameters nor saved
+        self.receiver_store, self.sharer_store = receiver_store, sharer_store
         self.guard_weight, self.soft_targets = guard_weight, soft_targets
         self.reconstruction_steps, self.reconstructing = reconstruction_steps, False
 
     @property
     def model(self) -> C2CModel:
         """The frozen pair with its fuser."""
-        return self._frozen[0]
-
-    @property
-    def receiver_store(self) -> PrefillStore:
-        """The receiver's prefills."""
-        return self._frozen[1]
-
-    @property
-    def sharer_store(self) -> PrefillStore:
-        """The sharer's prefills."""
-        return self._frozen[2]
+        return self._model[0]
 
     @property
     def device(self) -> torch.device:
@@ -176,18 +181,10 @@ class FuserObjective(Objective):
             loss = loss + self.guard_weight * guard
         return loss
 
-    def losses(self, batch: Any, message: Message) -> Tensor:
-        """Compute the weighted loss of each example's response, with soft targets; ``[batch]``."""
-        logits = self.logits(batch, message)
-        losses = cross_entropy(logits, batch.responses)
-        if self.soft_targets > 0:
-            losses = soft_target_loss(losses, logits, batch.examples, self.soft_targets)
-        weighted: Tensor = losses * batch.weights
-        return weighted.sum(-1)
-
-    def token_losses(self, batch: Any, message: Message) -> Tensor:
-        """Compute the loss of each response token in nats, 0 on padding; ``[batch, response]``."""
-        return cross_entropy(self.logits(batch, message), batch.responses)
+    def summary(self) -> dict[str, Any]:
+        """Return how many prompts were prefilled."""
+        stores = {"receiver": self.receiver_store, "sharer": self.sharer_store}
+        return {"prefilled": {name: store.computed for name, store in stores.items()}}
 
     def save(self, folder: Path, record: dict[str, Any] | None = None) -> None:
         """Write the fuser."""

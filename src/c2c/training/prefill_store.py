@@ -26,6 +26,8 @@ from c2c.prefill import prefill
 from c2c.tokens import left_pad
 from c2c.utils import save_atomically
 
+_RECORDS = 16  # prompts at a time
+
 
 @dataclass(frozen=True)
 class PromptCache:
@@ -208,17 +210,34 @@ class PromptRecords:
         self._path = None if store.folder is None else Path(store.folder) / f"{name}.json"
         self._records: dict[str, Any] = self._read()
 
-    def key(self, ids: Sequence[int], *settings: Any) -> str:
-        """Hash model, prompt, and the settings that the result depends on."""
-        return _digest(json.dumps([self._store.key(ids), *settings]))
+    def get(
+        self,
+        prompts: Sequence[Sequence[int]],
+        settings: Sequence[Any],
+        compute: Callable[[list[int]], Sequence[Any]],
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[Any]:
+        """Return the result of each prompt; missing ones are computed, short prompts first, and stored.
 
-    def __contains__(self, key: str) -> bool:
-        return key in self._records
+        Args:
+            prompts: token ids.
+            settings: what each result depends on besides; JSON.
+            compute: computes the results of some prompts, given by index.
+            progress: called with the number done and the number to do.
+        """
+        keys = [
+            _digest(json.dumps([self._store.key(ids), setting])) for ids, setting in zip(prompts, settings, strict=True)
+        ]
+        missing = {key: index for index, key in enumerate(keys) if key not in self._records}
+        order = sorted(missing.values(), key=lambda index: len(prompts[index]))  # little padding
+        for start in range(0, len(order), _RECORDS):
+            part = order[start : start + _RECORDS]
+            self._add({keys[index]: result for index, result in zip(part, compute(part), strict=True)})
+            if progress is not None:
+                progress(start + len(part), len(order))
+        return [self._records[key] for key in keys]
 
-    def __getitem__(self, key: str) -> Any:
-        return self._records[key]
-
-    def add(self, records: Mapping[str, Any]) -> None:
+    def _add(self, records: Mapping[str, Any]) -> None:
         """Store records, beside those that other processes have written meanwhile."""
         self._records = self._read() | self._records | dict(records)
         if self._path is not None:

@@ -15,10 +15,10 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from c2c import kv_cache
-from c2c.alignment import SpanAligner
+from c2c.alignment import Alignment, SpanAligner
 from c2c.errors import PromptError
 from c2c.fusers.base import AlignedEntries, Entries
-from c2c.language_model import LanguageModel
+from c2c.fusion import Source, aligned_entries
 from c2c.prefill import logits_after
 from c2c.prompting import Encoded, RenderOptions, encode, render, text_tokens
 from c2c.tokens import TokenBatch, left_pad
@@ -136,14 +136,13 @@ class PrivateContextObjective(FuserObjective):
         sharer, receiver = self.model.sharers[0], self.model.receiver
         messages = example.row.sharer_messages or []
         theirs, ours = (encode(m.tokenizer, render(m.tokenizer, messages, RenderOptions())) for m in (sharer, receiver))
-        pairs = _token_pairs(theirs, ours)
-        indices = self.fuser.config.source_layers
-        [entry] = self.sharer_store.get([example.sharer_ids])
-        own = kv_cache.layers(receiver.prefill(left_pad([ours.ids], 0)))
-        return AlignedEntries(
-            _entries(sharer, [entry.layers[index] for index in indices], indices, [column for column, _ in pairs]),
-            _entries(receiver, own, range(len(own)), [column for _, column in pairs]),
+        alignment = Alignment.from_pairs([(0, target, column) for column, target in _token_pairs(theirs, ours)])
+        tokens = left_pad([ours.ids], 0)
+        cache = stack(
+            self.sharer_store.get([example.sharer_ids]), sharer.geometry.layers, torch.float32, receiver.device
         )
+        source = Source(sharer, left_pad([example.sharer_ids], 0), cache, self.fuser)
+        return AlignedEntries(*aligned_entries(receiver.prefill(tokens), receiver, tokens, source, alignment))
 
 
 def _positions_after(mask: Tensor, new: Tensor) -> Tensor:
@@ -174,15 +173,3 @@ def _token_pairs(theirs: Encoded, ours: Encoded) -> list[tuple[int, int]]:
     if not found:
         raise PromptError(f"no text of {theirs.rendered.text!r} was found in {ours.rendered.text!r}.")
     return found
-
-
-def _entries(
-    model: LanguageModel, layers: Sequence[kv_cache.KeyValue], indices: Sequence[int], columns: Sequence[int]
-) -> Entries:
-    """Return the entries at some columns of a prompt of one row, of layers with these indices, in float32."""
-    tables = model.rotary(torch.tensor([list(columns)], device=model.device))
-    return Entries(
-        [keys[:, :, columns].to(model.device).float() for keys, _ in layers],
-        [values[:, :, columns].to(model.device).float() for _, values in layers],
-        None if tables is None else [tables[index] for index in indices],
-    )

@@ -22,7 +22,7 @@ from c2c.training.config import ADAPTER, TrainConfig
 from c2c.training.dev_set import DevScore, DevSet
 from c2c.training.drafts import with_drafts
 from c2c.training.examples import build_examples
-from c2c.training.lora import AdapterObjective, load_adapter_pair, make_adapter_objective
+from c2c.training.lora import load_adapter_pair, make_adapter_objective
 from c2c.training.objective import FuserObjective, Objective
 from c2c.training.prefill_store import PrefillStore
 from c2c.training.private_context import PrivateContextObjective
@@ -79,16 +79,10 @@ class Run:
 
     def summarise(self, seconds: float, facts: dict[str, Any]) -> dict[str, Any]:
         """Write ``summary.json``: the best folder, its dev scores, counts and seconds."""
-        objective = self.objective
-        if isinstance(objective, AdapterObjective):
-            more = {"rank": objective.rank, "parameters": objective.size, "matched": objective.matched}
-        else:
-            stores = {"receiver": objective.receiver_store, "sharer": objective.sharer_store}
-            more = {"prefilled": {name: store.computed for name, store in stores.items()}}
         summary = {
-            objective.kind: str(self.output / "best"),
+            self.objective.kind: str(self.output / "best"),
             **facts,
-            **more,
+            **self.objective.summary(),
             "train_examples": len(self.train),
             "dropped": dict(self.dropped),
             "train_seconds": round(seconds, 1),
@@ -120,7 +114,7 @@ def train(config: TrainConfig, *, resume: bool = True, progress: OnProgress | No
     fresh = checkpoint is None
     useful = fresh and (config.start_from is not None or initialise(run, progress))
     every = config.eval_steps or run.steps_per_epoch
-    selection = Selection(run.objective, run.dev, config.batch_size, every, run.output, run.keep)
+    selection = Selection(run.objective, DevSet(run.dev, config.batch_size), every, run.output, run.keep)
     trainer = make_trainer(run.objective, run.train, arguments, selection, progress)
     if first:
         record_run(config)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,8 +24,6 @@ from c2c.prompting import RenderOptions
 from c2c.tokens import TokenBatch, left_pad
 from c2c.training.prefill_store import PrefillStore, PromptRecords, stack
 from c2c.utils import OnProgress
-
-_BATCH = 16  # prompts at a time
 
 
 def with_soft_targets(
@@ -61,21 +60,18 @@ def _option_scores(
     examples: Sequence[Any], sharer: Sharer, store: PrefillStore, progress: OnProgress | None
 ) -> list[Tensor]:
     """Return the sharer's log-probability of each option among the options, ``[options]`` per example."""
-    records = PromptRecords(store, "answers")
     prompts: list[list[int]] = []
     for example in examples:
         options = RenderOptions(answer_prefix=example.row.answer_prefix + example.row.lead)
         prompts.append(sharer.encode([example.row.messages], options).ids[0].tolist())
-    keys = [records.key(ids, example.row.choices) for ids, example in zip(prompts, examples, strict=True)]
-    missing = [index for index, key in enumerate(keys) if key not in records]
-    missing.sort(key=lambda index: len(prompts[index]))  # little padding
-    for start in range(0, len(missing), _BATCH):
-        part = missing[start : start + _BATCH]
-        scores = _score(sharer, store, [prompts[i] for i in part], [examples[i].row.choices for i in part])
-        records.add({keys[index]: score for index, score in zip(part, scores, strict=True)})
-        if progress is not None:
-            progress("sharer's answers", start + len(part), len(missing))
-    return [torch.tensor(records[key]) for key in keys]
+    choices = [example.row.choices for example in examples]
+    scores = PromptRecords(store, "answers").get(
+        prompts,
+        choices,
+        lambda part: _score(sharer, store, [prompts[i] for i in part], [choices[i] for i in part]),
+        None if progress is None else partial(progress, "sharer's answers"),
+    )
+    return [torch.tensor(score) for score in scores]
 
 
 @torch.no_grad()

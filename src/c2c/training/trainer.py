@@ -106,8 +106,7 @@ class Selection(TrainerCallback):
 
     Args:
         objective: what is trained.
-        dev: dev examples.
-        batch_size: examples at a time.
+        dev: the dev set.
         every: steps between scores.
         folder: folder of ``dev.json``.
         keep: called with the record of the best step so far.
@@ -120,17 +119,15 @@ class Selection(TrainerCallback):
     def __init__(
         self,
         objective: Objective,
-        dev: list[Any],
-        batch_size: int,
+        dev: DevSet,
         every: int,
         folder: Path,
         keep: Callable[[dict[str, Any]], None],
     ) -> None:
-        self.objective, self.every, self.keep = objective, every, keep
+        self.objective, self.dev, self.every, self.keep = objective, dev, every, keep
         self.path = folder / "dev.json"
         self.scores: dict[str, dict[str, float]] = json.loads(self.path.read_text()) if self.path.exists() else {}
-        known = next((entry["receiver"] for entry in self.scores.values()), None)
-        self.dev = DevSet(dev, batch_size, known)
+        dev.receiver = next((entry["receiver"] for entry in self.scores.values()), None)
         self.log: Callable[[dict[str, float]], None] | None = None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

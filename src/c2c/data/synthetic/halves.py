@@ -10,21 +10,13 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
-from c2c.data.synthetic.base import NAMES, generate
+from c2c.data.synthetic.base import COLOURS, NAMES, generate, words
 
-_COLOURS = ("red", "blue", "green", "white", "black", "yellow", "purple", "orange", "brown", "grey")
 _THINGS = ("lamps", "chairs", "boxes", "cups", "bags", "books", "plates", "shirts")
-_STREETS = (
-    "Mill Road",
-    "High Street",
-    "Park Lane",
-    "Station Road",
-    "Church Street",
-    "Garden Way",
-    "Harbour Street",
-    "Hill Road",
-    "Market Square",
-    "River Lane",
+_STREETS = words(
+    "Mill Road, High Street, Park Lane, Station Road, Church Street, "
+    "Garden Way, Harbour Street, Hill Road, Market Square, River Lane",
+    ", ",
 )
 
 
@@ -46,7 +38,7 @@ def _row(draw: random.Random) -> dict[str, str]:
 
 def _label(draw: random.Random) -> dict[str, str]:
     name = draw.choice(NAMES)
-    what = f"{draw.randint(2, 9)} {draw.choice(_COLOURS)} {draw.choice(_THINGS)}"
+    what = f"{draw.randint(2, 9)} {draw.choice(COLOURS)} {draw.choice(_THINGS)}"
     where = f"{draw.randint(11, 99)} {draw.choice(_STREETS)}"
     return {
         "context": f"{name} lives at {where}.",

@@ -9,9 +9,9 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
-from c2c.data.synthetic.base import NAMES, NUMBERS, OBJECTS, TOWNS, generate
+from c2c.data.synthetic.base import COLOURS, NAMES, NUMBERS, OBJECTS, TOWNS, generate
 
-_COLOURS = ("red", "blue", "green", "white", "black", "yellow", "purple", "orange", "brown", "grey", "silver")
+_COLOURS = (*COLOURS, "silver")
 
 
 def relay(split: str, seed: int) -> Iterator[dict[str, Any]]:

@@ -11,45 +11,16 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
-from c2c.data.synthetic.base import generate
+from c2c.data.synthetic.base import generate, words
 
 _TOPICS = ("opening hours", "address", "prices", "contact", "history", "news", "team", "directions", "menu", "events")
 _TAGS = ("p", "div", "section", "li", "span", "article", "aside", "footer")
-_IDS = (
-    "amber",
-    "birch",
-    "cedar",
-    "delta",
-    "ember",
-    "fjord",
-    "grove",
-    "haven",
-    "inlet",
-    "jade",
-    "kiosk",
-    "lotus",
-    "maple",
-)
+_IDS = words("amber birch cedar delta ember fjord grove haven inlet jade kiosk lotus maple")
 _CLASSES = ("wide", "note", "small", "bold", "dark", "plain", "round", "left", "muted", "framed", "large", "quiet")
-_SUBJECTS = (
-    "The shop",
-    "Our kitchen",
-    "The museum",
-    "The harbour",
-    "My brother",
-    "The library",
-    "Everybody",
-    "The team",
-)
-_DOINGS = (
-    "opens",
-    "is closed",
-    "moves to the market square",
-    "sells tea",
-    "meets us",
-    "has a new door",
-    "rests",
-    "sings",
+_SUBJECTS = words("The shop, Our kitchen, The museum, The harbour, My brother, The library, Everybody, The team", ", ")
+_DOINGS = words(
+    "opens, is closed, moves to the market square, sells tea, meets us, has a new door, rests, sings",
+    ", ",
 )
 _TIMES = ("at nine", "on Mondays", "in summer", "after lunch", "every day", "until six", "in winter", "before noon")
 _ELEMENTS = 3  # in a page
