@@ -9,7 +9,6 @@ from c2c.data.formats import Row
 from c2c.data.sources import load_rows
 
 
-
 def rows(name: str, limit: int = 60, seed: int = 0) -> list[Row]:
     return load_rows([DataSource(synthetic=name, kind="private_question", limit=limit)], ".", seed)[0]
 
@@ -37,16 +36,3 @@ def test_what_the_sharer_reads_in_the_test_is_not_trained():
     assert not secrets(rows("halves", 400)) & secrets(rows("halves_test", 100))
     assert rows("halves") == rows("halves")
     assert rows("halves") != rows("halves", seed=1)
-
-
-def test_who_reads_what_in_an_evaluation():
-    """The receiver alone reads its half, the sharer alone the other, the ceiling both."""
-    [row] = rows("halves", 1)
-
-    def read(given) -> str:
-        return "\n".join(turn["content"] for turn in Reader(None, given)._conversation(row))
-
-    givens = ("prompt", "sharer", "passage")
-    knows = {given: (row.known in read(given), _passage(row) in read(given)) for given in givens}
-    assert knows == {"prompt": (True, False), "sharer": (False, True), "passage": (True, True)}
-    assert all(row.question in read(given) for given in givens)
