@@ -11,6 +11,7 @@ import typer
 from c2c.cli.options import Json, from_config
 from c2c.cli.output import err, out, print_json
 from c2c.evaluation.config import HarnessConfig
+from c2c.utils import command, file_hash, versions, write_json
 
 if TYPE_CHECKING:
     from c2c.model import C2CModel
@@ -71,8 +72,6 @@ def lm_eval(*, json_: Json = False, **options: Any) -> None:
     details = settings | {"tasks": tasks, "batch_size": config.batch_size, "max_length": config.max_length}
     data = {"systems": results, "provenance": _provenance(model, config.fuser, details)}
     if config.output is not None:
-        from c2c.utils import write_json
-
         write_json(Path(config.output), data)
     if json_:
         print_json({**data, "systems": {name: _without_samples(result) for name, result in results.items()}})
@@ -157,7 +156,6 @@ def _without_samples(result: dict[str, Any]) -> dict[str, Any]:
 def _provenance(model: C2CModel, fuser: str, settings: dict[str, Any]) -> dict[str, Any]:
     """Return all that is needed to repeat a run."""
     from c2c.fusers.base import resolve
-    from c2c.utils import command, file_hash, versions
 
     folder = resolve(fuser)
     return {

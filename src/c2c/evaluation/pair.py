@@ -14,9 +14,10 @@ from c2c.evaluation.config import EvalConfig, EvaluationError
 from c2c.evaluation.prefills import EvaluationPrefills, StoredSharer
 from c2c.fusers import Fuser
 from c2c.fusers.base import load_fuser
+from c2c.handoff import reading
 from c2c.language_model import Sharer
-from c2c.messages import Conversation
 from c2c.model import C2CModel
+from c2c.private_context import first_user_column
 from c2c.prompting import RenderOptions
 
 
@@ -92,10 +93,9 @@ class Pair:
         if not self.model.private:
             (prompt,) = self.model.align([row.messages], options)
             return prompt.receiver.length, prompt.sharers[0].length
-        context: Conversation | None = row.sharer_messages
-        if context is None:
-            raise PromptError(f"row {row.id} has no private context")
-        return self.receiver.encode([row.messages], options).length, self.sharer.encode([context]).length
+        first_user_column(self.receiver.tokenizer, row.messages, options)  # where the entries will stand
+        read = reading(self.sharer.tokenizer, row.sharer_messages or [], options)
+        return self.receiver.encode([row.messages], options).length, len(read.ids)
 
     def _sharer_of(self, fuser: Fuser, folder: str) -> StoredSharer:
         recorded = fuser.config.identity("sharer")

@@ -12,7 +12,7 @@ from c2c.alignment import Alignment
 from c2c.data.formats import Row
 from c2c.data.prompts import choice_tokens, passage_with_question, response_tokens
 from c2c.errors import PromptError
-from c2c.language_model import reading
+from c2c.handoff import reading
 from c2c.private_context import first_user_column
 from c2c.prompting import RenderOptions, encode, render
 

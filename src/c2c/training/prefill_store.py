@@ -150,7 +150,7 @@ class PrefillStore:
     def _compute(self, prompts: Sequence[Sequence[int]]) -> list[PromptCache]:
         self.computed += len(prompts)
         tokens = left_pad(prompts, 0)
-        cache = prefill(self.model.model, tokens.to(self.model.device), tokens.length)  # past the model's own stored ones
+        cache = prefill(self.model.model, tokens.to(self.model.device), tokens.length)
         entries = []
         for row, ids in enumerate(prompts):
             entries.append(self._extract(cache, row, tokens.length - len(ids), tokens.length))

@@ -1,6 +1,6 @@
 """AI2 Reasoning Challenge: grade-school science, an easy and a hard part (Clark et al. 2018, arXiv:1803.05457)."""
 
-from c2c.evaluation.tasks.task import Task
+from c2c.evaluation.tasks import Task
 
 TASKS = [
     Task("arc_challenge", "arc_challenge/test.jsonl", "allenai/ai2_arc", "ARC-Challenge"),
