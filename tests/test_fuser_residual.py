@@ -6,11 +6,11 @@ import warnings
 
 import pytest
 import torch
+from c2c.fusers.residual import ResidualBlock, draw_kept, residual
 from torch.nn import functional
 
 from c2c.errors import FuserError
 from c2c.fusers import C2CFuser
-from c2c.fusers.residual import ResidualBlock, draw_kept, residual
 from c2c.kv_cache import KVGeometry
 
 WIDTH, INNER = 8, 12
