@@ -9,7 +9,7 @@ import torch
 from transformers import Cache
 
 from c2c import kv_cache
-from c2c.evaluation.numbers import summarise
+from c2c.evaluation.statistics import summarise
 from c2c.prefill import continued_logits
 from c2c.training.shared_context import SharedBatch, SharedContextObjective
 
