@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from c2c import C2CModel
-from c2c.demo.choice import Choice, find_choices
+from c2c.demo.fusers import FuserChoice as Choice, find_fusers as find_choices
 from tiny import open_fusers, pair_folders
 
 

@@ -131,11 +131,11 @@ def _system_names(mode: str) -> tuple[str, ...]:
 def _load(config: RunConfig) -> C2CModel:
     from c2c.model import C2CModel
 
-    load = {"dtype": config.dtype, "device_map": config.device}
+    load: dict[str, Any] = {"dtype": config.dtype, "device_map": config.device}
     if config.fuser is None:
         return C2CModel.from_models(config.receiver or DEFAULT_RECEIVER, config.sharer or DEFAULT_SHARER, **load)
-    pair = {"receiver": config.receiver, "sharer": config.sharer}
-    return C2CModel.from_pretrained(config.fuser, **pair, allow_mismatch=config.allow_mismatch, **load)
+    load |= {"receiver": config.receiver, "sharer": config.sharer, "allow_mismatch": config.allow_mismatch}
+    return C2CModel.from_pretrained(config.fuser, **load)
 
 
 def _make_systems(names: tuple[str, ...], model: C2CModel, config: RunConfig) -> dict[str, System]:

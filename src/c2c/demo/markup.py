@@ -3,168 +3,155 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from html import escape
+from typing import TYPE_CHECKING
 
 from c2c.cli.output import human_bytes
-from c2c.demo.choice import Choice
-from c2c.demo.loader import Stage, Status
-from c2c.demo.pane import Pane, State, Way
+from c2c.demo.examples import example_of
+from c2c.demo.fusers import FuserChoice
+from c2c.demo.models import LoadStatus
+from c2c.demo.panes import Pane
 
-TITLES = {
-    Way.RECEIVER: "Receiver",
-    Way.SHARER: "Sharer",
-    Way.TEXT: "Text-to-text",
-    Way.C2C: "Cache-to-cache",
-}
-_STATES = {
-    State.IDLE: "",
-    State.WAITING: "waiting",
-    State.RUNNING: "running",
-    State.DONE: "done",
-    State.STOPPED: "stopped",
-    State.FAILED: "failed",
-}
+if TYPE_CHECKING:
+    from c2c.generation import GenerationResult
+
+TITLES = {"receiver": "Receiver", "sharer": "Sharer", "text": "Text-to-text", "c2c": "Cache-to-cache"}
 _DASH = "\u2013"
+_UNTRAINED = "The fuser is untrained: it adds nothing, and this is the receiver's own answer."
 
 
-def pane_html(pane: Pane, choice: Choice | None, private: bool = False) -> str:
-    """One pane."""
-    way, state = pane.way, pane.state
-    busy = "true" if state is State.RUNNING else "false"
+def pane_html(pane: Pane, choice: FuserChoice | None) -> str:
+    """Format one pane."""
+    title, busy = TITLES[pane.name], "true" if pane.state == "running" else "false"
+    report = pane.result.report if pane.result is not None else None
+    state = "" if pane.state == "idle" else pane.state
     parts = [
-        f'<section class="c2c-pane c2c-{way}" data-way="{way}" data-state="{state}" aria-busy="{busy}" '
-        f'aria-label="{TITLES[way]}">',
-        f'<header><h3>{TITLES[way]}</h3><span class="c2c-state">{_STATES[state]}</span></header>',
-        f'<p class="c2c-who">{_who(way, choice, private)}</p>',
-        _misled(pane, private),
-        _message(pane),
+        f'<section class="c2c-pane c2c-{pane.name}" data-state="{pane.state}" aria-busy="{busy}" aria-label="{title}">',
+        f'<header><h3>{title}</h3><span class="c2c-state">{state}</span></header>',
+        f'<p class="c2c-who">{_who(pane.name, choice)}</p>',
+        _wrong_message(pane),
+        _message(pane.result),
         _answer(pane),
         f'<p class="c2c-error" role="alert">{escape(sentence(pane.error))}</p>' if pane.error else "",
-        f'<p class="c2c-note">{escape(pane.note)}</p>' if pane.note else "",
+        f'<p class="c2c-note">{_UNTRAINED}</p>' if report is not None and not report.trained else "",
         _figures(pane),
         "</section>",
     ]
     return "".join(parts)
 
 
-def status_html(choice: Choice, status: Status) -> str:
-    """How far the models are."""
+def load_status_html(choice: FuserChoice, status: LoadStatus) -> str:
+    """Format the state of a pair."""
     receiver, sharer = _names(choice)
     pair = f"<b>{receiver}</b> (receiver) and <b>{sharer}</b> (sharer)"
-    if status.stage is Stage.READY:
-        return _status("ready", f"Ready: {pair}, loaded in {status.seconds:.0f} s.")
-    if status.stage is Stage.LOADING:
-        return _status("loading", f"Loading {pair} \u2026 {status.seconds:.0f} s. You can ask already.")
-    if status.stage is Stage.FAILED:
-        return _status("failed", f"{pair} could not be loaded: {escape(status.error)}")
-    return _status("waiting", f"{pair}: will be loaded when they are needed.")
+    text = {
+        "waiting": f"{pair}: will be loaded when they are needed.",
+        "loading": f"Loading {pair} \u2026 You can ask already.",
+        "ready": f"Ready: {pair}, loaded in {status.seconds:.0f} s.",
+        "failed": f"{pair} could not be loaded: {escape(status.error)}",
+    }
+    return _status(status.state, text[status.state])
 
 
-def remark_html(kind: str, text: str) -> str:
-    """A line of the page's own, with commands in backticks; ``kind`` is as in the style sheet, such as ``ready``."""
-    return _status(kind, re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text)))
+def status_html(state: str, text: str) -> str:
+    """Format a line of the page, with commands in backticks; ``state`` is as in :class:`LoadStatus`."""
+    return _status(state, re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text)))
 
 
 def sentence(error: object) -> str:
-    """An error's message as a sentence of its own."""
+    """Return an error's message as a sentence of its own."""
     text = str(error)
     return text[:1].upper() + text[1:]
 
 
-def _status(kind: str, inner: str) -> str:
-    return f'<p class="c2c-status" data-status="{kind}" role="status">{inner}</p>'
+def _status(state: str, inner: str) -> str:
+    return f'<p class="c2c-status" data-status="{state}" role="status">{inner}</p>'
 
 
-def _who(way: Way, choice: Choice | None, private: bool) -> str:
+def _who(name: str, choice: FuserChoice | None) -> str:
     receiver, sharer = _names(choice) if choice else ("receiver", "sharer")
+    private = choice is not None and choice.private
     return {
-        Way.RECEIVER: f"{receiver} alone" + (", without the document" if private else ""),
-        Way.SHARER: f"{sharer} alone" + (", with the document" if private else ""),
-        Way.TEXT: f"{sharer} writes, {receiver} reads and answers",
-        Way.C2C: f"{receiver} answers from its own cache and that of {sharer}",
-    }[way]
+        "receiver": f"{receiver} alone{', without the document' if private else ''}",
+        "sharer": f"{sharer} alone{', with the document' if private else ''}",
+        "text": f"{sharer} writes, {receiver} reads and answers",
+        "c2c": f"{receiver} answers from its own cache and that of {sharer}",
+    }[name]
 
 
-def _names(choice: Choice) -> tuple[str, str]:
-    """Receiver and sharer; of a folder or a hub id its last part."""
+def _names(choice: FuserChoice) -> tuple[str, str]:
+    """Return the names of receiver and sharer; of a folder or a hub id the last part."""
     receiver, sharer = (escape(name.rstrip("/").rpartition("/")[2]) for name in (choice.receiver, choice.sharer))
     return receiver, sharer
 
 
-def _misled(pane: Pane, private: bool) -> str:
-    if pane.misled is None:
+def _wrong_message(pane: Pane) -> str:
+    if pane.other is None or pane.question is None:
         return ""
-    what = "document" if private else "question"
-    text = escape(pane.misled.partition("\n\n")[2] or pane.misled)
+    what = "question" if pane.question.document is None else "document"
+    text = escape(pane.other.partition("\n\n")[2] or pane.other)
     return (
-        f'<div class="c2c-misled"><b>Wrong message.</b> The sharer was given this {what} instead:'
+        f'<div class="c2c-wrong-message"><b>Wrong message.</b> The sharer was given this {what} instead:'
         f"<blockquote>{text}</blockquote></div>"
     )
 
 
-def _message(pane: Pane) -> str:
-    if pane.message is None:
+def _message(result: GenerationResult | None) -> str:
+    if result is None or result.message is None:
         return ""
-    return (
-        '<div class="c2c-message"><b>The text that was passed</b>'
-        f"<blockquote>{escape(pane.message.strip())}</blockquote></div>"
-    )
+    text = escape(result.message.text.strip())
+    return f'<div class="c2c-message"><b>The text that was passed</b><blockquote>{text}</blockquote></div>'
 
 
 def _answer(pane: Pane) -> str:
-    before = f'<p class="c2c-before">before: {escape(_short(pane.before))}</p>' if pane.before is not None else ""
-    if pane.state in (State.IDLE, State.WAITING) or (not pane.text and pane.state is not State.DONE):
-        return f'<p class="c2c-answer c2c-empty">{_DASH}</p>{before}'
-    prefix = f'<span class="c2c-prefix">{escape(pane.prefix)}</span>' if pane.prefix else ""
+    previous = ""
+    if pane.previous is not None:
+        text = textwrap.shorten(pane.previous, 60, placeholder=" \u2026") or "(no text)"
+        previous = f'<p class="c2c-previous">before: {escape(text)}</p>'
+    if not pane.text and pane.state != "done":
+        return f'<p class="c2c-answer c2c-empty">{_DASH}</p>{previous}'
+    prefix = pane.question.answer_prefix if pane.question is not None else ""
+    prefix = f'<span class="c2c-prefix">{escape(prefix)}</span>' if prefix else ""
     text = escape(pane.text.rstrip()) or "(no text)"
-    return f'<p class="c2c-answer">{prefix}{text}{_verdict(pane)}</p>{before}'
+    return f'<p class="c2c-answer">{prefix}{text}{_verdict(pane)}</p>{previous}'
 
 
 def _verdict(pane: Pane) -> str:
-    if pane.right is None or pane.state is not State.DONE:
+    if pane.right_letter is None or pane.state != "done":
         return ""
-    if pane.letter == pane.right:
+    if pane.letter == pane.right_letter:
         return ' <span class="c2c-verdict c2c-right">\u2713 right</span>'
-    wrong = f' <span class="c2c-verdict c2c-wrong">\u2717 right is {pane.right}</span>'
-    if pane.misled is not None and pane.letter is not None and pane.letter == pane.misled_right:
+    wrong = f' <span class="c2c-verdict c2c-wrong">\u2717 right is {pane.right_letter}</span>'
+    other = example_of(pane.other or "")
+    if other is not None and pane.letter == other.letter:
         return f"{wrong}<br><small>{pane.letter} is right for the question that the sharer was given.</small>"
     return wrong
 
 
 def _figures(pane: Pane) -> str:
-    rows = (
-        ("first token", _seconds(pane.first)),
-        ("total", _seconds(pane.total)),
-        ("tokens read", _count(pane.read)),
-        ("tokens written", _written(pane)),
-        ("crossed", _crossed(pane)),
-    )
-    cells = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in rows)
+    """Format seconds, tokens and bytes; dashes before they are known."""
+    result = pane.result
+    total = pane.seconds if result is None else result.seconds_total
+    rows = {
+        "first token": _DASH if result is None else f"{result.seconds_to_first_token:.2f} s",
+        "total": _DASH if total is None else f"{total:.2f} s",
+        "tokens read": _DASH if result is None else f"{result.prompt_tokens:,}",
+        "tokens written": _DASH if result is None else _written(result),
+        "crossed": _crossed(pane.name, result),
+    }
+    cells = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in rows.items())
     return f'<dl class="c2c-figures">{cells}</dl>'
 
 
-def _seconds(value: float | None) -> str:
-    return _DASH if value is None else f"{value:.2f} s"
+def _written(result: GenerationResult) -> str:
+    message = "" if result.message is None else f"{result.message.new_tokens:,} + "
+    return f"{message}{result.new_tokens:,}"
 
 
-def _count(value: int | None) -> str:
-    return _DASH if value is None else f"{value:,}"
-
-
-def _written(pane: Pane) -> str:
-    if pane.message_written is None:
-        return _count(pane.written)
-    return f"{pane.message_written:,} + {_count(pane.written)}"
-
-
-def _crossed(pane: Pane) -> str:
-    if pane.way in (Way.RECEIVER, Way.SHARER):
+def _crossed(name: str, result: GenerationResult | None) -> str:
+    if name in ("receiver", "sharer"):
         return "nothing"
-    if pane.crossed is None:
-        return _DASH
-    return f"{human_bytes(pane.crossed)} of {'text' if pane.way is Way.TEXT else 'cache'}"
-
-
-def _short(text: str) -> str:
-    text = " ".join(text.split()) or "(no text)"
-    return text if len(text) <= 60 else text[:59] + "\u2026"
+    if result is not None and result.message is not None:
+        return f"{human_bytes(len(result.message.text.encode()))} of text"
+    return _DASH if result is None or result.report is None else f"{human_bytes(result.report.sharer_bytes)} of cache"

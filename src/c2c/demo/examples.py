@@ -1,10 +1,11 @@
-"""Questions that the page offers, in the form that the shipped fusers were trained on; and a document."""
+"""Questions that the page offers, in the form that the shipped fusers were trained on, and documents."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+SYSTEM = "You are a helpful assistant."  # the system message that the shipped fusers were trained with
 LETTERS = "ABCDEFGHIJ"
 _REQUEST = "Answer the following multiple choice question with the letter of the correct option."
 
@@ -27,18 +28,17 @@ class Example:
 
     @property
     def prompt(self) -> str:
-        """As training puts it, in the form ``letter``."""
+        """The question as in training, in the form ``letter``."""
         lines = "\n".join(f"{letter}. {choice}" for letter, choice in zip(LETTERS, self.choices, strict=False))
         return f"{_REQUEST}\n\nQuestion: {self.question}\n{lines}"
 
     @property
     def letter(self) -> str:
-        """Of the right option."""
+        """The letter of the right option."""
         return LETTERS[self.answer]
 
 
-# The shipped receiver alone says C to nearly all of these, so most have another right letter. The first two are also
-# what the sharer is given where it is to be misled.
+# The shipped receiver alone says C to nearly all of these, so most have another right letter.
 EXAMPLES = (
     Example(
         "A plant in the dark",
@@ -96,12 +96,11 @@ OTHER_DOCUMENT = (
 
 
 def example_of(prompt: str) -> Example | None:
-    """The example that a prompt is, None for any other text."""
+    """Return the example with this prompt; None for any other text."""
     return next((example for example in EXAMPLES if example.prompt == prompt.strip()), None)
 
 
-def wrong_question(prompt: str) -> str:
-    """Another question for the sharer, with another right letter where the prompt is an example."""
+def other_question(prompt: str) -> str:
+    """Return another question, with another right letter where the prompt is an example."""
     own = example_of(prompt)
-    others = [example for example in EXAMPLES if example is not own and (own is None or example.answer != own.answer)]
-    return others[0].prompt
+    return next(example.prompt for example in EXAMPLES if own is None or example.answer != own.answer)
