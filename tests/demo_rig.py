@@ -1,4 +1,4 @@
-"""A demo of tiny random models: one fuser that merges, one of private context."""
+"""Tiny random models for the demo: one fuser that merges, one of private context."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 
 from c2c import C2CModel
-from c2c.demo.fusers import FuserChoice as Choice, find_fusers as find_choices
 from tiny import open_fusers, pair_folders
 
 
@@ -26,9 +25,3 @@ def fuser_folders(make_folder) -> dict[str, str]:
         fuser.save_pretrained(home / name)
         folders[name] = str(home / name)
     return folders
-
-
-def choices(folders: dict[str, str]) -> dict[str, Choice]:
-    """Both fusers as the demo offers them."""
-    found = {choice.name: choice for choice in find_choices(list(folders.values()))}
-    return {name: found[name] for name in folders}

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-SYSTEM = "You are a helpful assistant."  # the system message that the shipped fusers were trained with
-LETTERS = "ABCDEFGHIJ"
-_REQUEST = "Answer the following multiple choice question with the letter of the correct option."
+from c2c.data.formats import Row, letter_form
 
 
 @dataclass(frozen=True)
@@ -28,14 +26,17 @@ class Example:
 
     @property
     def prompt(self) -> str:
-        """The question as in training, in the form ``letter``."""
-        lines = "\n".join(f"{letter}. {choice}" for letter, choice in zip(LETTERS, self.choices, strict=False))
-        return f"{_REQUEST}\n\nQuestion: {self.question}\n{lines}"
+        """The question as in training."""
+        return self._row.messages[-1]["content"]
 
     @property
     def letter(self) -> str:
         """The letter of the right option."""
-        return LETTERS[self.answer]
+        return self._row.response.strip()
+
+    @property
+    def _row(self) -> Row:
+        return letter_form(self.question, self.choices, self.answer)
 
 
 # The shipped receiver alone says C to nearly all of these, so most have another right letter.

@@ -5,30 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from threading import Lock
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from c2c.demo.fusers import FuserChoice
 from c2c.errors import C2CError, ModelLoadError
 
 if TYPE_CHECKING:
     from c2c.model import C2CModel
-
-
-@dataclass(frozen=True)
-class LoadStatus:
-    """State of a pair.
-
-    Attributes:
-        state: of loading.
-        seconds: that loading took.
-        error: why it failed.
-    """
-
-    state: Literal["waiting", "loading", "ready", "failed"] = "waiting"
-    seconds: float = 0.0
-    error: str = ""
 
 
 class ModelCache:
@@ -46,7 +30,7 @@ class ModelCache:
         self._lock = Lock()
         self._models: dict[tuple[str, str], Any] = {}
         self._pairs: dict[str, C2CModel] = {}
-        self._status: dict[str, LoadStatus] = {}
+        self._seconds: dict[str, float] = {}
 
     @contextmanager
     def use(self, choice: FuserChoice) -> Iterator[C2CModel]:
@@ -62,21 +46,19 @@ class ModelCache:
                 self._load(choice)
             yield self._pairs[choice.source]
 
-    def status(self, choice: FuserChoice) -> LoadStatus:
-        """Return the state of a pair."""
-        return self._status.get(choice.source, LoadStatus())
+    def seconds(self, choice: FuserChoice) -> float | None:
+        """Return how long a pair took to load; None where it is not loaded."""
+        return self._seconds.get(choice.source)
 
     def _load(self, choice: FuserChoice) -> None:
         began = time.perf_counter()
-        self._status[choice.source] = LoadStatus("loading")
         try:
             self._pairs[choice.source] = self._load_pair(choice)
-        except Exception as error:
-            known = isinstance(error, C2CError)
-            refusal = error if known else ModelLoadError(f"{type(error).__name__}: {error}")
-            self._status[choice.source] = LoadStatus("failed", error=str(refusal))
-            raise refusal from (None if known else error)
-        self._status[choice.source] = LoadStatus("ready", time.perf_counter() - began)
+        except C2CError:
+            raise
+        except Exception as error:  # whatever it is, the page must show it and go on
+            raise ModelLoadError(f"{type(error).__name__}: {error}") from error
+        self._seconds[choice.source] = time.perf_counter() - began
 
     def _load_pair(self, choice: FuserChoice) -> C2CModel:
         from c2c.language_model import Receiver, Sharer
@@ -86,7 +68,7 @@ class ModelCache:
         if set(self._models) - {ours, theirs}:  # two pairs may not fit into memory
             self._models = {key: model for key, model in self._models.items() if key in (ours, theirs)}
             self._pairs.clear()
-            self._status = {choice.source: LoadStatus("loading")}
+            self._seconds.clear()
         for (role, name), kind in ((ours, Receiver), (theirs, Sharer)):
             if (role, name) not in self._models:
                 self._models[role, name] = kind.from_pretrained(name, **self._load_options)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -65,26 +65,16 @@ class Question:
         """What the sharer reads instead, as :class:`~c2c.systems.SystemOptions` takes it."""
         return self.other if self.other is None or self.document is not None else self._conversation(self.other)
 
-    def check(self, choice: FuserChoice) -> None:
-        """Refuse what can't be answered with a fuser.
+    def check(self) -> None:
+        """Refuse a question without a prompt, or without its document.
 
         Raises:
-            PromptError: no prompt, no document, or a fuser for the other kind of question.
+            PromptError: says what to do.
         """
         if not self.prompt.strip():
             raise PromptError("there is no prompt. Write one above, or take an example.")
         if self.document is not None and not self.document.strip():
             raise PromptError("there is no document. Paste or upload a text that only the sharer shall read.")
-        if choice.private and self.document is None:
-            raise PromptError(
-                f"{choice.name} is a fuser of private context: what crosses is a document that only the sharer reads. "
-                "Use the tab 'Private context', or choose another fuser here."
-            )
-        if not choice.private and self.document is not None:
-            raise PromptError(
-                f"{choice.name} merges what both models have read, and can't hand over a document. Private context "
-                "needs a fuser of the family 'memory'."
-            )
 
     def _conversation(self, text: str) -> Conversation:
         system = [{"role": "system", "content": self.system.strip()}] if self.system.strip() else []
@@ -122,16 +112,20 @@ class Pane:
 
     @property
     def letter(self) -> str | None:
-        """The letter that a finished answer names; None where it names none."""
+        """The letter that the answer names; None where it names none."""
         found = re.match(r"([A-J])(?![A-Za-z])", self.text.strip())
-        return found[1] if found and self.state == "done" else None
+        return found[1] if found else None
 
     @property
     def right_letter(self) -> str | None:
         """The letter of the right answer; None where it is not known."""
-        example = None
-        if self.question is not None and self.question.document is None:
-            example = example_of(self.question.prompt)
+        example = example_of(self.question.prompt) if self.question is not None else None
+        return None if example is None else example.letter
+
+    @property
+    def other_letter(self) -> str | None:
+        """The letter that is right for what the sharer read in place of the prompt; None where it is not known."""
+        example = example_of(self.other or "")
         return None if example is None else example.letter
 
 
@@ -142,7 +136,7 @@ class Session:
     panes: dict[str, Pane] = field(default_factory=lambda: {name: Pane(name) for name in SYSTEMS})
     question: Question | None = None
 
-    def ask(self, models: ModelCache, choice: FuserChoice | None, question: Question) -> Iterator[Pane]:
+    def ask(self, models: ModelCache, choice: FuserChoice | None, question: Question) -> Generator[Pane]:
         """Answer a question with all systems, one after the other, so that none takes time from another.
 
         Yields:
@@ -152,7 +146,7 @@ class Session:
 
     def ask_again(
         self, models: ModelCache, choice: FuserChoice | None, *, blend: float, wrong_message: bool
-    ) -> Iterator[Pane]:
+    ) -> Generator[Pane]:
         """Answer the last question with cache-to-cache once more with one thing changed, and finish other panes.
 
         Nothing is done before a first question.
@@ -182,7 +176,7 @@ class Session:
         question: Question,
         names: Sequence[str],
         previous: str | None = None,
-    ) -> Iterator[Pane]:
+    ) -> Generator[Pane]:
         self.question = question
         panes = self.panes = dict(self.panes)  # a cancelled run that has not ended yet goes on with its own
         for name in names:
@@ -191,7 +185,7 @@ class Session:
         try:
             if choice is None:
                 raise PromptError("no fuser is chosen. Start the demo with --fuser FOLDER.")
-            question.check(choice)
+            question.check()
             with models.use(choice) as model:
                 for name in names:
                     for pane in answer(model, panes[name]):
@@ -203,7 +197,7 @@ class Session:
                 yield panes[name]
 
 
-def answer(model: C2CModel, pane: Pane) -> Iterator[Pane]:
+def answer(model: C2CModel, pane: Pane) -> Generator[Pane]:
     """Answer the question of a pane with its system. Closing the iterator stops the model.
 
     Yields:
