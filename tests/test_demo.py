@@ -23,7 +23,7 @@ from c2c.demo.panes import RUN_ORDER, SYSTEMS, Pane, Question, Session
 from c2c.errors import C2CError, FuserError, ModelLoadError
 from c2c.prompting import RenderOptions
 from c2c.systems import SystemOptions, make_system
-from demo_rig import fuser_folders
+from demo_rig import Visitor, fuser_folders
 
 PROMPT = EXAMPLES[0].prompt
 ASKED = Question(PROMPT, "You are a helpful assistant.", "The answer is", max_new_tokens=4, message_tokens=6)
@@ -343,21 +343,28 @@ def test_help_and_import_are_light():
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-def test_a_page_is_served_before_the_models_are_there(folders, choices):
+@pytest.fixture(scope="module")
+def address(folders, choices, models):
     pytest.importorskip("gradio")
-    httpx = pytest.importorskip("httpx")
     from c2c.demo.server import launch
 
-    models, addresses, ready = ModelCache(), [], threading.Event()
-    with models.use(choices["remembering"]):  # nobody else can load
-        page = launch(DemoConfig(fuser=list(folders.values()), port=0), models, addresses.append)
-        assert httpx.get(addresses[0]).status_code == 200
-        assert json.loads(httpx.get(f"{addresses[0]}config").text)["title"] == "c2c demo"
-        assert models.seconds(choices["merging"]) is None
-        ready.set()
-    for _ in range(200):
-        if models.seconds(choices["merging"]) is not None:
-            break
-        ready.wait(0.05) and threading.Event().wait(0.05)
+    addresses = []
+    with models.use(choices["remembering"]):  # the page does not wait for the models
+        page = launch(DemoConfig(fuser=list(folders.values()), port=0, max_new_tokens=4), models, addresses.append)
+        assert Visitor(addresses[0]).http.get("").status_code == 200
+    yield addresses[0]
     page.close(verbose=False)
-    assert models.seconds(choices["merging"]) > 0
+
+
+def test_a_visitor_asks_switches_and_changes_the_fuser(address):
+    visitor, other = Visitor(address), Visitor(address)
+    assert 'data-status="ready"' in visitor.trigger("None", "load")["ask-status"]
+    asked = visitor.trigger("ask-run", "click")
+    assert 'data-state="done"' in asked["ask-text"]
+    changed = visitor.trigger("ask-wrong", "input", ask_wrong=True)
+    assert "Wrong message" in changed["ask-c2c"]
+    panes = visitor.trigger("ask-stop", "click")
+    assert all('data-state="done"' in html for html in panes.values())
+    assert all('data-state="idle"' in html for html in other.trigger("ask-stop", "click").values())
+    assert 'data-status="ready"' in visitor.trigger("ask-fuser", "input")["ask-status"]
+    assert all('data-state="idle"' in html for html in visitor.trigger("ask-stop", "click").values())

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
 from dataclasses import dataclass
+from pathlib import Path
 
 from c2c.data.formats import Row, letter_form
 
@@ -21,7 +22,7 @@ class Example:
 
     title: str
     question: str
-    choices: Sequence[str]
+    choices: list[str]
     answer: int
 
     @property
@@ -39,61 +40,12 @@ class Example:
         return letter_form(self.question, self.choices, self.answer)
 
 
+_FILE = json.loads(Path(__file__).with_name("examples.json").read_text(encoding="utf-8"))
 # The shipped receiver alone says C to nearly all of these, so most have another right letter.
-EXAMPLES = (
-    Example(
-        "A plant in the dark",
-        "Which of these would help a plant in a dark cupboard to grow?",
-        ("a louder radio", "a lamp", "a heavier pot", "a locked door"),
-        1,
-    ),
-    Example(
-        "Chalk and vinegar",
-        "Vinegar is dropped on chalk and bubbles rise. What has happened?",
-        ("a new gas was made", "the chalk has frozen", "the vinegar has boiled", "the chalk has melted"),
-        0,
-    ),
-    Example(
-        "The moon",
-        "Why can people on Earth see the moon at night?",
-        ("it burns gas", "it is made of ice", "it is hotter than the sun", "it reflects the light of the sun"),
-        3,
-    ),
-    Example(
-        "A metal spoon",
-        "A metal spoon stands in hot soup, and its handle becomes hot as well. Metal is",
-        ("a good conductor of heat", "a magnet", "a source of light", "a liquid"),
-        0,
-    ),
-    Example(
-        "Ice in a drink",
-        "Ice is put into a warm drink and disappears after a while. What has it done?",
-        ("frozen", "melted", "burned", "rusted"),
-        1,
-    ),
-    Example(
-        "Day and night",
-        "What makes day and night on Earth?",
-        ("clouds cover the sun", "the moon hides the sun", "the sun goes out", "the Earth turns"),
-        3,
-    ),
-    Example(
-        "Wet road",
-        "Why does a bicycle need more room to stop on a wet road than on a dry one?",
-        ("the wheels get lighter", "the brakes get warmer", "there is less friction", "the air is thicker"),
-        2,
-    ),
-)
-
-DOCUMENT = (
-    "Notes from the harbour office. The key to the boat house hangs behind the clock. The ferry to the island leaves "
-    "at 7:40 and costs 12 crowns. Anna Lindqvist has the other key and lives at number 31."
-)
-DOCUMENT_QUESTION = "Where does the key to the boat house hang?"
-OTHER_DOCUMENT = (
-    "Minutes of the garden club. The spade was lent to Mr Okoro until Friday. Seeds are kept in the blue tin under the "
-    "stairs. The next meeting is on the 14th at the library."
-)
+EXAMPLES = [Example(**question) for question in _FILE["questions"]]
+DOCUMENT: str = _FILE["document"]
+DOCUMENT_QUESTION: str = _FILE["document_question"]
+OTHER_DOCUMENT: str = _FILE["other_document"]
 
 
 def example_of(prompt: str) -> Example | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Callable
 from threading import Thread
 from typing import TYPE_CHECKING
@@ -29,12 +28,14 @@ def launch(config: DemoConfig, models: ModelCache | None = None, on_start: Calla
 
     Raises:
         FuserError: no fuser, or a folder that is none.
-        C2CError: the port is taken.
+        ServerError: the port is taken.
     """
     choices = find_fusers(config.fuser or [])
-    port = _free_port(config.host, config.port)
     from c2c.demo.page import build, style, theme
+    from c2c.serving.http_server import listen
 
+    with listen(config.host, config.port) as probe:  # Gradio takes no port 0, and its error names no option
+        port = probe.getsockname()[1]
     models = models or ModelCache(config.dtype, config.device, config.allow_mismatch)
     page = build(models, choices, config)
     _, url, _ = page.launch(
@@ -63,20 +64,3 @@ def _preload(models: ModelCache, choice: FuserChoice) -> None:
             pass
     except C2CError:  # the page shows it, and the next question tries again
         pass
-
-
-def _free_port(host: str, port: int) -> int:
-    """Return the port, or a free one for 0.
-
-    Raises:
-        C2CError: it is taken, or there is no such address.
-    """
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise C2CError(
-                f"can't listen at {host}:{port}: {error.strerror or error}. Choose another --port, or 0 for a free one."
-            ) from error
-        return int(probe.getsockname()[1])
