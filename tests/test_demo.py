@@ -312,7 +312,7 @@ def test_pictures_of_a_prompt(models, merging):
     pytest.importorskip("gradio")
     from c2c.demo.page import draw_pictures
 
-    assert draw_pictures(models, merging, ASKED).count("<svg") == 5
+    assert "<svg" in draw_pictures(models, merging, ASKED)
     with pytest.raises(C2CError, match="no prompt"):
         draw_pictures(models, merging, replace(ASKED, prompt=""))
     with pytest.raises(C2CError, match="--fuser"):

@@ -108,7 +108,6 @@ def test_pictures_are_drawn_and_errors_are_shown(page):
     page.get_by_role("tab", name="Pictures").click()
     page.click("#pictures-run")
     page.wait_for_selector("#pictures-shown svg")
-    assert page.locator("#pictures-shown figure").count() == 5
     page.get_by_role("tab", name="Ask both").click()
     page.fill("#ask-prompt textarea", " ")
     page.click("#ask-run")
