@@ -7,13 +7,11 @@ import re
 import shutil
 import subprocess
 import sys
-import threading
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
-from c2c.cli import app
 from c2c.demo.config import DemoConfig
 from c2c.demo.examples import DOCUMENT, EXAMPLES, OTHER_DOCUMENT, other_question
 from c2c.demo.fusers import default_fuser, find_fusers
@@ -160,17 +158,14 @@ def test_a_wrong_message_runs_cache_to_cache_alone_and_shows_what_was_read(model
     assert session.panes["c2c"].text == first
 
 
-def test_blend_zero_is_the_receivers_answer(models, merging):
+def test_blend_zero_is_the_receivers_answer_whatever_the_sharer_reads(models, merging):
     session = Session()
+    assert list(session.ask_again(models, merging, blend=0.0, wrong_message=True)) == []  # nothing was asked yet
     list(session.ask(models, merging, replace(ASKED, blend=0.0)))
-    assert session.panes["c2c"].text == session.panes["receiver"].text
-    assert "0 B of cache" in pane_html(session.panes["c2c"], merging).replace("bytes", "B")
-    list(session.ask_again(models, merging, blend=0.0, wrong_message=True))
-    assert session.panes["c2c"].text == session.panes["receiver"].text
-
-
-def test_nothing_is_run_again_before_a_first_question(models, merging):
-    assert list(Session().ask_again(models, merging, blend=0.5, wrong_message=True)) == []
+    assert session.panes["c2c"].result.report.sharer_bytes == 0
+    for wrong_message in (False, True):
+        list(session.ask_again(models, merging, blend=0.0, wrong_message=wrong_message))
+        assert session.panes["c2c"].text == session.panes["receiver"].text
 
 
 def test_only_the_sharer_reads_a_document(models, choices):
@@ -308,17 +303,6 @@ def test_uploads_are_read_or_refused(tmp_path):
         assert (text == "A fox.") == (content == b"A fox.")
 
 
-def test_pictures_of_a_prompt(models, merging):
-    pytest.importorskip("gradio")
-    from c2c.demo.page import draw_pictures
-
-    assert "<svg" in draw_pictures(models, merging, ASKED)
-    with pytest.raises(C2CError, match="no prompt"):
-        draw_pictures(models, merging, replace(ASKED, prompt=""))
-    with pytest.raises(C2CError, match="--fuser"):
-        draw_pictures(models, None, ASKED)
-
-
 @pytest.mark.parametrize("names", [("merging", "remembering"), ("merging",)])
 def test_the_page_is_built_with_everything_on_it(models, choices, names):
     pytest.importorskip("gradio")
@@ -332,10 +316,7 @@ def test_the_page_is_built_with_everything_on_it(models, choices, names):
     assert ("c2c train configs/private.yaml" in shown["private-status"].value) == missing
 
 
-def test_help_and_import_are_light():
-    result = CliRunner().invoke(app, ["demo", "--help"])
-    assert result.exit_code == 0
-    assert "c2c demo --open" in result.output
+def test_what_the_page_waits_for_is_light():
     code = (
         "import sys, c2c.cli, c2c.demo.server; from c2c.demo.fusers import find_fusers; find_fusers([]); "
         "assert not {'torch', 'transformers', 'gradio', 'matplotlib'} & set(sys.modules)"
@@ -359,12 +340,31 @@ def address(folders, choices, models):
 def test_a_visitor_asks_switches_and_changes_the_fuser(address):
     visitor, other = Visitor(address), Visitor(address)
     assert 'data-status="ready"' in visitor.trigger("None", "load")["ask-status"]
-    asked = visitor.trigger("ask-run", "click")
-    assert 'data-state="done"' in asked["ask-text"]
-    changed = visitor.trigger("ask-wrong", "input", ask_wrong=True)
-    assert "Wrong message" in changed["ask-c2c"]
-    panes = visitor.trigger("ask-stop", "click")
-    assert all('data-state="done"' in html for html in panes.values())
+    for tab, wrong in (("ask", {"ask_wrong": True}), ("private", {"private_wrong": True})):
+        assert 'data-state="done"' in visitor.trigger(f"{tab}-run", "click")[f"{tab}-text"]
+        assert "Wrong message" in visitor.trigger(f"{tab}-wrong", "input", **wrong)[f"{tab}-c2c"]
+        shown = visitor.trigger(f"{tab}-stop", "click")
+        assert all('data-state="done"' in html for html in shown.values())
     assert all('data-state="idle"' in html for html in other.trigger("ask-stop", "click").values())
     assert 'data-status="ready"' in visitor.trigger("ask-fuser", "input")["ask-status"]
     assert all('data-state="idle"' in html for html in visitor.trigger("ask-stop", "click").values())
+
+
+def test_a_visitor_sees_pictures_and_errors(address):
+    visitor = Visitor(address)
+    assert "<svg" in visitor.trigger("pictures-run", "click")["pictures-shown"]
+    assert "There is no prompt" in visitor.trigger("pictures-run", "click", ask_prompt=" ")["pictures-status"]
+    assert "There is no document" in visitor.trigger("private-run", "click", private_document="")["private-text"]
+
+
+def test_a_pair_that_is_not_here_is_shown_on_the_page(folders, tmp_path):
+    pytest.importorskip("gradio")
+    from c2c.demo.server import launch
+
+    fuser = Path(shutil.copytree(folders["merging"], tmp_path / "fuser")) / "config.json"
+    config = json.loads(fuser.read_text())
+    config["receiver"]["name"] = str(tmp_path / "gone")
+    fuser.write_text(json.dumps(config))
+    page = launch(DemoConfig(fuser=[str(fuser.parent)], port=0), on_start=print)
+    assert "could not be loaded" in Visitor(page.local_url).trigger("None", "load")["ask-status"]
+    page.close(verbose=False)
