@@ -97,6 +97,24 @@ def read_json_object(path: Path, error: type[C2CError]) -> dict[str, Any]:
     return data
 
 
+def read_text(path: Path, what: str, error: type[C2CError]) -> str:
+    """Read a text file in UTF-8, with or without a byte order mark.
+
+    Args:
+        path: the file.
+        what: names it in errors.
+        error: raised where it can't be read, is no text in UTF-8, or holds nothing but white space.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as cause:
+        reason = cause.strerror if isinstance(cause, OSError) else cause
+        raise error(f"{what} can't be read as text: {reason}. Expected a text file in UTF-8.") from cause
+    if not text.strip():
+        raise error(f"{what} is empty; expected some text to read.")
+    return text
+
+
 def write_json(path: Path, data: Any) -> None:
     """Write JSON to a temporary file beside ``path`` and rename it."""
     write_text(path, json.dumps(data, indent=2) + "\n")
