@@ -191,9 +191,9 @@ class Desk:
             raise DemoError(_NO_SHARED)
         if not question.prompt.strip():
             raise DemoError("there is no prompt. Write one in the first tab, or take an example.")
-        from c2c.plots.album import check_matplotlib
+        from c2c.analysis.results import check_drawing
 
-        check_matplotlib()
+        check_drawing()
         return choice
 
 
@@ -207,10 +207,10 @@ def _other(question: Question) -> str:
 
 
 def _draw(model: C2CModel, question: Question) -> str:
-    from c2c.plots.album import figures_html
-    from c2c.plots.reading import read_prompt
+    from c2c.analysis.capture import capture_prompt
+    from c2c.analysis.plots import html_figures
+    from c2c.analysis.prompt_plots import prompt_plots
     from c2c.prompting import RenderOptions
 
-    reading = read_prompt(model, question.messages, RenderOptions(answer_prefix=question.prefix))
-    fuser = model.fusers[0]
-    return f'<div class="c2c-pictures">{figures_html(fuser, reading)}</div>'  # type: ignore[arg-type]
+    capture = capture_prompt(model, question.messages, RenderOptions(answer_prefix=question.prefix))
+    return f'<div class="c2c-pictures">{html_figures(prompt_plots(capture))}</div>'
