@@ -23,8 +23,8 @@ from c2c.analysis.progressive import FRACTIONS, measure_progressive, part_of, pa
 from c2c.analysis.rank import Grams, measure_ranks
 from c2c.analysis.scores import difference, right_answers
 from c2c.cli.app import app
+from c2c.config import ConfigError
 from c2c.prompting import RenderOptions
-from c2c.training.config import ConfigError
 from tiny import open_fusers, pair_folders
 
 
@@ -432,7 +432,7 @@ def test_answers_are_those_of_the_public_path(subject, batch):
     found = right_answers(subject.training, batch, subject.training.fused(batch, "matched"))
     model, agree = subject.model, 0
     for example, right in zip(batch.examples, found, strict=True):
-        fused = model.prepare(example.row.messages, options=RenderOptions(answer_prefix=example.row.answer_prefix))
+        fused = model.prefill(example.row.messages, options=RenderOptions(answer_prefix=example.row.answer_prefix))
         logits = model.receiver.next_logits(fused.tokens, fused.cache)
         agree += (int(logits[0, example.choice_ids].argmax()) == example.row.answer) == bool(right)
     assert agree >= len(found) - 1  # the store keeps bfloat16

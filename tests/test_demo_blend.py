@@ -50,7 +50,7 @@ def test_one_is_the_ordinary_run(model):
 
 def test_the_cache_moves_on_a_straight_line(model):
     def entries(blend):
-        return torch.stack([torch.stack(pair) for pair in kv_cache.layers(model.prepare(PROMPT, blend=blend).cache)])
+        return torch.stack([torch.stack(pair) for pair in kv_cache.layers(model.prefill(PROMPT, blend=blend).cache)])
 
     own, half, whole = entries(0.0), entries(0.5), entries(1.0)
     assert not torch.allclose(own, whole)

@@ -46,7 +46,7 @@ def test_closed_is_the_receiver_bit_for_bit(names, fuser, dtype):
     sharer = Sharer(build(names[1], 2), tokenizer("llama3"))
     model = C2CModel.from_models(receiver, sharer, fuser=fuser, fuser_options=OPTIONS[fuser])
     for prompts in (*PROMPTS, PROMPTS):
-        fused = model.prepare(prompts)
+        fused = model.prefill(prompts)
         own = receiver.prefill(fused.tokens, fused.tokens.length - 1)
         assert kv_cache.length(fused.cache) == fused.tokens.length - 1
         assert {entry.dtype for entry in entries(fused.cache)} == {dtype}
@@ -81,10 +81,10 @@ def test_open_changes_what_is_aligned_and_nothing_else(names, fuser):
 @cases
 def test_a_batch_is_its_rows_in_any_order(names, fuser):
     model = open_fusers(made(names, fuser))
-    together = model.prepare(PROMPTS)
+    together = model.prefill(PROMPTS)
     answers = ids(model.generate(PROMPTS, max_new_tokens=6))
     for row, prompt in enumerate(PROMPTS):
-        alone = model.prepare(prompt)
+        alone = model.prefill(prompt)
         n = kv_cache.length(alone.cache)
         for batched, single in zip(entries(together.cache), entries(alone.cache), strict=True):
             assert torch.allclose(batched[row, :, -n:], single[0], atol=2e-4 * max(1.0, float(single.abs().max())))
@@ -97,7 +97,7 @@ def test_a_batch_is_its_rows_in_any_order(names, fuser):
 @cases
 def test_the_same_call_gives_the_same_bits(names, fuser):
     model = open_fusers(made(names, fuser))
-    one, other = (entries(model.prepare(PROMPTS).cache) for _ in range(2))
+    one, other = (entries(model.prefill(PROMPTS).cache) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
     again = open_fusers(made(names, fuser)) if fuser == "bottleneck" else model
     assert ids(again.generate(PROMPTS, max_new_tokens=5)) == ids(model.generate(PROMPTS, max_new_tokens=5))
@@ -120,7 +120,7 @@ def test_types_of_the_two_models_may_differ(fuser):
     receiver = Receiver(build("llama", 1).to(torch.bfloat16), tokenizer("chatml"))
     sharer = Sharer(build("qwen2", 2).to(torch.float16), tokenizer("llama3"))
     model = open_fusers(C2CModel.from_models(receiver, sharer, fuser=fuser, fuser_options=OPTIONS[fuser]), 0.2)
-    fused = model.prepare(PROMPTS)
+    fused = model.prefill(PROMPTS)
     own = receiver.prefill(fused.tokens, fused.tokens.length - 1)
     assert {(e.dtype, e.device) for e in entries(fused.cache)} == {(torch.bfloat16, receiver.device)}
     assert not torch.equal(entries(fused.cache)[1], entries(own)[1])

@@ -109,7 +109,7 @@ def test_the_answer_is_bounded_by_default():
 
 def test_greedy_is_the_argmax_from_the_fused_cache(opened):
     """Step by step, without ``generate``."""
-    prepared = opened.prepare(PROMPTS[1])
+    prepared = opened.prefill(PROMPTS[1])
     tokens, cache = prepared.tokens, prepared.cache
     logits, expected = opened.receiver.next_logits(tokens, cache), []
     for step in range(6):
@@ -133,7 +133,7 @@ def test_beams_of_a_batch_are_those_of_its_rows(opened, kwargs):
 
 def test_beams_find_likelier_answers_than_greedy(opened):
     def log_likelihood(prompt, ids):
-        prepared = opened.prepare(prompt)
+        prepared = opened.prefill(prompt)
         tokens, cache = prepared.tokens, prepared.cache
         whole = torch.cat([tokens.ids[:, -1:], torch.tensor([ids])], dim=1)
         positions = torch.arange(tokens.length - 1, tokens.length + len(ids)).unsqueeze(0)
@@ -165,7 +165,7 @@ def test_logits_processors_decide_every_token(opened):
 
 
 def test_the_first_scores_come_from_the_fused_cache(opened):
-    seen, prepared = Scores(), opened.prepare(PROMPTS[0])
+    seen, prepared = Scores(), opened.prefill(PROMPTS[0])
     opened.generate(PROMPTS[0], max_new_tokens=1, logits_processor=[seen])
     assert torch.allclose(seen.seen[0], opened.receiver.next_logits(prepared.tokens, prepared.cache), atol=1e-4)
 
@@ -445,7 +445,7 @@ def test_a_turn_that_fails_is_not_remembered(opened):
 
 
 def test_a_prepared_prompt_can_be_decoded_by_hand(opened):
-    prepared = opened.prepare(PROMPTS)
+    prepared = opened.prefill(PROMPTS)
     assert kv_cache.length(prepared.cache) == prepared.tokens.length - 1
     ids = opened.receiver.generate(prepared.tokens, prepared.cache, max_new_tokens=5, do_sample=False)
     assert ids.tolist() == rows(opened.generate(PROMPTS, max_new_tokens=5, do_sample=False))

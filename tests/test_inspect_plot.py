@@ -48,7 +48,7 @@ def reading(model):
 
 
 def test_a_reading_holds_what_fusion_does(model, reading):
-    prepared = model.prepare(PROMPT, options=RenderOptions(answer_prefix="The answer is"))
+    prepared = model.prefill(PROMPT, options=RenderOptions(answer_prefix="The answer is"))
     assert len(reading.pairs) == prepared.report.fused_tokens
     assert [entries.layer for entries in reading.layers] == prepared.report.fused_layers
     columns = [token for token, _ in reading.pairs]

@@ -39,7 +39,7 @@ def opened(request):
 
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_untrained_fuser_changes_nothing_bit_for_bit(closed, prompt):
-    fused = closed.prepare(prompt)
+    fused = closed.prefill(prompt)
     own = closed.receiver.prefill(fused.tokens, fused.tokens.length - 1)
     for (keys, values), (own_keys, own_values) in zip(kv_cache.layers(fused.cache), kv_cache.layers(own), strict=True):
         assert torch.equal(keys, own_keys)
@@ -56,7 +56,7 @@ def test_untrained_fuser_changes_nothing_bit_for_bit(closed, prompt):
 @pytest.mark.parametrize("receiver", ["llama", "gemma3"])
 def test_closed_gates_of_the_published_fuser_change_nothing_bit_for_bit(receiver):
     model = pair(receiver, "qwen3", fuser="c2c", fuser_options={"hidden_dim": 16, "intermediate_dim": 16})
-    fused = model.prepare(PROMPTS[1])
+    fused = model.prefill(PROMPTS[1])
     own = model.receiver.prefill(fused.tokens, fused.tokens.length - 1)
     assert all(
         torch.equal(a, b)
@@ -65,10 +65,10 @@ def test_closed_gates_of_the_published_fuser_change_nothing_bit_for_bit(receiver
 
 
 def test_batch_equals_singles_and_permutes(opened):
-    together = opened.prepare(PROMPTS)
+    together = opened.prefill(PROMPTS)
     answers = [result.ids.tolist() for result in opened.generate(PROMPTS, max_new_tokens=8)]
     for row, prompt in enumerate(PROMPTS):
-        alone = opened.prepare(prompt)
+        alone = opened.prefill(prompt)
         n = kv_cache.length(alone.cache)
         for (keys, values), (one_keys, one_values) in zip(
             kv_cache.layers(together.cache), kv_cache.layers(alone.cache), strict=True
@@ -120,7 +120,7 @@ def test_the_content_of_the_message_matters(opened):
 def test_the_cache_keeps_the_receivers_dtype(dtype):
     receiver = Receiver(build("llama", 1).to(dtype), tokenizer("chatml"))
     model = open_fusers(C2CModel.from_models(receiver, Sharer(build("qwen2", 2), tokenizer("llama3"))), 0.1)
-    fused = model.prepare(PROMPTS)
+    fused = model.prefill(PROMPTS)
     assert {t.dtype for pair_ in kv_cache.layers(fused.cache) for t in pair_} == {dtype}
     assert len(model.generate(PROMPTS, max_new_tokens=3)) == 3
 
@@ -128,7 +128,7 @@ def test_the_cache_keeps_the_receivers_dtype(dtype):
 def test_gemma_keeps_every_token_beyond_its_window():
     model = pair("gemma3", "gemma3")
     prompt = "the quick brown fox " * 10
-    fused = model.prepare(prompt)
+    fused = model.prefill(prompt)
     assert fused.tokens.length > 3 * WINDOW
     assert {keys.shape[2] for keys, _ in kv_cache.layers(fused.cache)} == {fused.tokens.length - 1}
     plain = model.receiver.model.generate(
@@ -240,16 +240,16 @@ def test_two_sharers_with_their_own_tokenizers():
     models = {
         mode: open_fusers(C2CModel.from_models(receiver, sharers, mode=mode)) for mode in ("sequential", "parallel")
     }
-    caches = {mode: kv_cache.layer(model.prepare(PROMPTS).cache, 2)[1] for mode, model in models.items()}
+    caches = {mode: kv_cache.layer(model.prefill(PROMPTS).cache, 2)[1] for mode, model in models.items()}
     assert not torch.allclose(caches["sequential"], caches["parallel"])
     # in parallel the order of the sharers does not matter
     swapped = C2CModel(receiver, sharers[::-1], list(models["parallel"].fusers)[::-1], mode="parallel")
-    assert close(kv_cache.layer(swapped.prepare(PROMPTS).cache, 2)[1], caches["parallel"])
+    assert close(kv_cache.layer(swapped.prefill(PROMPTS).cache, 2)[1], caches["parallel"])
 
 
 def test_partial_layer_maps_leave_other_layers_alone():
     model = open_fusers(pair("llama", "qwen2", layer_map=[None, 0, None, 2, None]))
-    fused = model.prepare(PROMPTS[1])
+    fused = model.prefill(PROMPTS[1])
     own = model.receiver.prefill(fused.tokens, fused.tokens.length - 1)
     same = [torch.equal(a[0], b[0]) for a, b in zip(kv_cache.layers(fused.cache), kv_cache.layers(own), strict=True)]
     assert same == [True, False, True, False, True]

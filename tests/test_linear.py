@@ -109,7 +109,7 @@ def random_map(fuser):
 def test_unfitted_changes_nothing_bit_for_bit(names):
     model = pair(*names, fuser="linear")
     assert isinstance(model.fusers[0], family("linear"))
-    result = model.prepare(PROMPTS)
+    result = model.prefill(PROMPTS)
     own = model.receiver.prefill(result.tokens, result.tokens.length - 1)
     assert all(
         torch.equal(a, b)
@@ -144,7 +144,7 @@ def test_save_and_load(tmp_path, blend):
     assert again.trained
     assert again.fusers[0].config.blend == blend
     assert again.fusers[0].config.training["pairs"] > 50
-    one, other = (m.prepare(PROMPTS).cache for m in (model, again))
+    one, other = (m.prefill(PROMPTS).cache for m in (model, again))
     assert all(
         torch.equal(a, b) for a, b in zip(sum(kv_cache.layers(one), ()), sum(kv_cache.layers(other), ()), strict=True)
     )

@@ -225,7 +225,7 @@ def test_an_open_fuser_changes_the_answers_and_so_does_the_message(opened, manag
 
 def step_by_step(model, ask, prefix, continuation):
     """The likelihood of a continuation by ``prepare`` and one token at a time."""
-    fused = model.prepare(ask, options=RenderOptions(answer_prefix=prefix))
+    fused = model.prefill(ask, options=RenderOptions(answer_prefix=prefix))
     tokens, total, greedy = fused.tokens, 0.0, True
     for token in model.receiver.tokenizer.encode(continuation, add_special_tokens=False):
         scores = model.receiver.next_logits(tokens, fused.cache)[0].log_softmax(-1)

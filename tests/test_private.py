@@ -9,10 +9,10 @@ from c2c import C2CModel, kv_cache
 from c2c.errors import FuserError, MismatchError, PromptError
 from c2c.fusers import Entries, MemoryFuser
 from c2c.fusers.base import load_fuser
-from c2c.handoff import Handoff
-from c2c.language_model import Receiver, Sharer, reading
+from c2c.handoff import Handoff, reading
+from c2c.language_model import Receiver, Sharer
 from c2c.layer_map import layer_map
-from c2c.private_context import Memory, first_user_column, lay_down, place
+from c2c.private_context import PrivateEntries, first_user_column, place, prefill_entries, shared_part
 from c2c.prompting import RenderOptions
 from tiny import build, open_fusers, pair, tokenizer
 
@@ -34,7 +34,7 @@ def private(receiver="llama", **options) -> C2CModel:
 
 
 def logits(model: C2CModel, messages, given):
-    fused = model.prepare(messages, sharer_messages=given)
+    fused = model.prefill(messages, sharer_messages=given)
     return model.receiver.next_logits(fused.tokens, fused.cache)
 
 
@@ -71,10 +71,11 @@ def test_entries_that_are_the_receivers_own_are_the_text_itself(receiver):
         (tables[layer].undo(keys[:, :, column : column + slots]), values[:, :, column : column + slots])
         for layer, (keys, values) in enumerate(kv_cache.layers(cache))
     ]
-    prompt = model._own_prompt(QUESTION, RenderOptions())
-    placed = place(prompt, column, [Memory(own, 0)])
-    built = lay_down(kv_cache.empty_cache(), ours, placed)
-    tokens = placed.prompt.receiver
+    options = RenderOptions()
+    prompt = shared_part(model, QUESTION, options)
+    placed = place(prompt, ours.tokenizer, QUESTION, options, [PrivateEntries(own, 0)])
+    built = prefill_entries(kv_cache.empty_cache(), ours, placed)
+    tokens = placed.receiver
     assert tokens.positions.tolist() == whole.positions.tolist()
     ours.prefill(tokens, tokens.length - 1, built)
     expected = ours.next_logits(whole, cache)
@@ -83,7 +84,7 @@ def test_entries_that_are_the_receivers_own_are_the_text_itself(receiver):
 
 def test_the_receivers_own_entries_before_the_memory_are_untouched():
     model = private()
-    fused = model.prepare(QUESTION, sharer_messages=DOCUMENT)
+    fused = model.prefill(QUESTION, sharer_messages=DOCUMENT)
     column = first_user_column(model.receiver.tokenizer, QUESTION, RenderOptions())
     tokens = model.receiver.encode(QUESTION)
     alone = model.receiver.prefill(tokens, column)
@@ -122,7 +123,7 @@ def test_a_batch_equals_its_singles(receiver, slots):
 
 def test_slots_set_the_length():
     for slots in (1, 4):
-        fused = private(slots=slots).prepare(QUESTION, sharer_messages=LONGER)
+        fused = private(slots=slots).prefill(QUESTION, sharer_messages=LONGER)
         assert fused.report.memory_slots == slots
 
 
@@ -186,10 +187,10 @@ def test_several_sharers_each_with_a_document():
     torch.nn.init.normal_(second.weight, std=0.3)
     second.config.training = {"config": "random"}
     model = C2CModel(receiver, [sharer, other], [one.fusers[0], second])
-    both = model.prepare(QUESTION, sharer_messages=(DOCUMENT, LONGER))
+    both = model.prefill(QUESTION, sharer_messages=(DOCUMENT, LONGER))
     kept = [len(sharer.read(DOCUMENT).kept), len(other.read(LONGER).kept)]
     assert both.report.memory_slots == sum(kept)
-    swapped = model.prepare(QUESTION, sharer_messages=(LONGER, DOCUMENT))
+    swapped = model.prefill(QUESTION, sharer_messages=(LONGER, DOCUMENT))
     assert both.report.memory_slots != 0
     assert swapped.report.memory_slots != both.report.memory_slots
     with pytest.raises(PromptError, match="2 hand over private context"):
@@ -203,18 +204,18 @@ def test_shared_and_private_context_in_one_conversation():
     mapping = layer_map("depth", receiver.geometry.layers, sharer.geometry.layers)
     none = MemoryFuser.from_geometry(sharer.geometry, receiver.geometry, mapping, rank=8, slots=0)
     mixed = C2CModel(receiver, [sharer, sharer], [shared.fusers[0], none])
-    expected = shared.prepare(QUESTION)
-    fused = mixed.prepare(QUESTION, sharer_messages=DOCUMENT)
+    expected = shared.prefill(QUESTION)
+    fused = mixed.prefill(QUESTION, sharer_messages=DOCUMENT)
     assert torch.equal(
         receiver.next_logits(fused.tokens, fused.cache), receiver.next_logits(expected.tokens, expected.cache)
     )
     memory = private().fusers[0]
     both = C2CModel(receiver, [sharer, sharer], [shared.fusers[0], memory])
-    fused = both.prepare(QUESTION, sharer_messages=DOCUMENT)
+    fused = both.prefill(QUESTION, sharer_messages=DOCUMENT)
     assert fused.report.memory_slots > 0
     assert fused.report.fused_tokens == expected.report.fused_tokens
     # the receiver reads its prompt with the memory, and the fused entries lie behind it
-    alone = C2CModel(receiver, [sharer], [memory]).prepare(QUESTION, sharer_messages=DOCUMENT)
+    alone = C2CModel(receiver, [sharer], [memory]).prefill(QUESTION, sharer_messages=DOCUMENT)
     assert kv_cache.length(fused.cache) == kv_cache.length(alone.cache)
     column = first_user_column(receiver.tokenizer, QUESTION, RenderOptions())
     slots = alone.report.memory_slots

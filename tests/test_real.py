@@ -57,7 +57,7 @@ def pair(loaded):
 
 def test_untrained_equals_the_receiver_bit_for_bit(pair):
     for prompt in PROMPTS:
-        fused = pair.prepare(prompt)
+        fused = pair.prefill(prompt)
         own = pair.receiver.prefill(fused.tokens, kv_cache.length(fused.cache))
         for (keys, values), (own_keys, own_values) in zip(
             kv_cache.layers(fused.cache), kv_cache.layers(own), strict=True
@@ -77,7 +77,7 @@ def test_a_batch_equals_its_singles_with_an_open_fuser(pair):
         assert any(
             not torch.equal(a, b)
             for (a, _), (b, _) in zip(
-                kv_cache.layers(pair.prepare(PROMPTS[0]).cache),
+                kv_cache.layers(pair.prefill(PROMPTS[0]).cache),
                 kv_cache.layers(pair.receiver.prefill(pair.receiver.encode(PROMPTS[0]))),
                 strict=True,
             )
@@ -109,7 +109,7 @@ def test_text_to_text_reports_both_costs(pair):
 def test_bfloat16_and_device_map():
     need("smollm2-135m", "qwen2.5-coder-0.5b")
     model = C2CModel.from_models("smollm2-135m", "qwen2.5-coder-0.5b", dtype="bfloat16", device_map="cpu")
-    fused = model.prepare(PROMPTS[0])
+    fused = model.prefill(PROMPTS[0])
     assert kv_cache.layer(fused.cache, 0)[0].dtype == torch.bfloat16
     assert model.generate(PROMPTS[0], max_new_tokens=6).text == model.receiver.answer(PROMPTS[0], max_new_tokens=6).text
 
@@ -120,7 +120,7 @@ def test_gemma_beyond_its_sliding_window(receiver, sharer):
     need(receiver, sharer)
     model = C2CModel.from_models(receiver, sharer)
     prompt = "The river runs to the sea. " * 100 + "What does the river do?"
-    fused = model.prepare(prompt)
+    fused = model.prefill(prompt)
     assert {keys.shape[2] for keys, _ in kv_cache.layers(fused.cache)} == {fused.tokens.length - 1}
     plain = model.receiver.model.generate(
         input_ids=fused.tokens.ids, attention_mask=fused.tokens.mask.long(), max_new_tokens=8, do_sample=False

@@ -44,7 +44,7 @@ def remote(local, server):
 
 
 def fused(model, messages):
-    prepared = model.prepare(messages)
+    prepared = model.prefill(messages)
     return prepared, model.receiver.next_logits(prepared.tokens, kv_cache.copy(prepared.cache))
 
 
@@ -183,7 +183,7 @@ def test_only_mapped_layers_cross(local, server):
         assert columns < prompt.sharers[0].length  # the template before the message is not read
         before = sharer.traffic.received
         seen = len(server.log)
-        model.prepare(TEXTS[2])
+        model.prefill(TEXTS[2])
         used = {layer for layer in mapping if layer is not None}
         entry = server.logged(seen + 1)[-1]
         assert entry["layers"] == len(used)
@@ -426,7 +426,7 @@ def test_projection_happens_where_fewer_bytes_cross(slots, projected):
         assert kinds == ["hello", "hello", "project" if projected else "prefill", "prefill"]
         few, many = (model.sharers[0].traffic.received for model in (theirs, raw))
         assert (few < 0.9 * many) == projected
-        assert theirs.prepare(QUESTION, sharer_messages=LONGER).report.memory_slots == (
+        assert theirs.prefill(QUESTION, sharer_messages=LONGER).report.memory_slots == (
             slots or len(theirs.sharers[0].read(LONGER).kept)
         )
 
@@ -507,7 +507,7 @@ def test_it_only_shares(remote):
         with pytest.raises(RemoteError, match="only shares its cache"):
             use()
     with pytest.raises(PromptError, match="made for"):
-        remote.prepare("long " * 600)
+        remote.prefill("long " * 600)
 
 
 def test_a_fuser_for_another_sharer_is_refused_before_anything_crosses(local, server):
@@ -536,7 +536,7 @@ def test_layers_that_are_not_shared_are_known_before_asking(local):
     with serving(local.sharers[0], layers=[0]) as running:
         sharer = RemoteSharer(running.url)
         with pytest.raises(RemoteError, match=r"does not share layers \[1, 2\]"):
-            C2CModel(local.receiver, [sharer], list(local.fusers)).prepare("Hi")
+            C2CModel(local.receiver, [sharer], list(local.fusers)).prefill("Hi")
         assert sharer.traffic.requests == 1
         mapping = [0, None, None, None, None]
         ours = open_fusers(C2CModel.from_models(local.receiver, local.sharers[0], layer_map=mapping))
@@ -546,7 +546,7 @@ def test_layers_that_are_not_shared_are_known_before_asking(local):
 
 def test_the_log_tells_no_prompt(local):
     with serving(local.sharers[0]) as running:
-        C2CModel(local.receiver, [RemoteSharer(running.url)], list(local.fusers)).prepare("Attack at dawn, Zebulon.")
+        C2CModel(local.receiver, [RemoteSharer(running.url)], list(local.fusers)).prefill("Attack at dawn, Zebulon.")
         entry = running.logged(2)[1]
         text = running.stream.getvalue()
     assert {

@@ -272,7 +272,7 @@ def test_a_forged_answer_needs_the_key(local, server, signed, key_file):
     with Proxy(server.port) as between:
         model = through(local, between.url)
         between.spoil(change=lambda answer: forged(answer, zeroed))
-        open_cache, own = model.prepare(TEXT).cache, local.prepare(TEXT).cache
+        open_cache, own = model.prefill(TEXT).cache, local.prefill(TEXT).cache
         assert not all(torch.equal(a.keys, b.keys) for a, b in zip(open_cache.layers, own.layers, strict=True))
     with Proxy(signed.port) as between:
         model = through(local, between.url, key_file=key_file)
@@ -711,7 +711,7 @@ def test_receiver_only_is_the_receiver_alone_bit_for_bit_and_says_so(local, prox
     messages = [TEXT, "Hi"] if batch else TEXT
     model = through(local, proxy.url, on_failure="receiver_only", retries=0, timeout=2.0)
     proxy.spoil(**FAULTS[fault])
-    prepared = model.prepare(messages)
+    prepared = model.prefill(messages)
     tokens = local.receiver.encode(messages)
     own = local.receiver.prefill(tokens, tokens.length - 1)
     assert torch.equal(

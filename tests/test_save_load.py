@@ -43,7 +43,7 @@ def two_sharers(mode="parallel"):
 
 def assert_same(one, other):
     for a, b in zip(
-        kv_cache.layers(one.prepare(PROMPTS).cache), kv_cache.layers(other.prepare(PROMPTS).cache), strict=True
+        kv_cache.layers(one.prefill(PROMPTS).cache), kv_cache.layers(other.prefill(PROMPTS).cache), strict=True
     ):
         assert torch.equal(a[0], b[0])
         assert torch.equal(a[1], b[1])

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from c2c.language_model import FirstTokenClock
+from c2c.generation import FirstTokenTimer
 from c2c.prompting import RenderOptions
 from c2c.systems.text_to_text import text_to_text
 from c2c.tokens import left_pad
@@ -232,7 +232,7 @@ def test_several_answers_stream_side_by_side(server):
 
 
 def test_logprobs_are_those_of_the_model(server, pair):
-    fused = pair.prepare("hello there")
+    fused = pair.prefill("hello there")
     expected = torch.log_softmax(pair.receiver.next_logits(fused.tokens, fused.cache)[0].float(), -1)
     answer = server.client().chat.completions.create(
         model=NAME, messages=user("hello there"), max_tokens=4, temperature=0, logprobs=True, top_logprobs=3
@@ -280,7 +280,7 @@ def test_penalties_change_an_answer_as_they_should(server, pair):
 def raw(model_, text, tokens=6) -> str:
     """What a model says after a text, without any template."""
     batch = left_pad([model_.tokenizer(text)["input_ids"]], 0)
-    clock = FirstTokenClock()
+    clock = FirstTokenTimer()
     ids = model_.generate(
         batch, model_.prefill(batch, batch.length - 1), clock=clock, max_new_tokens=tokens, do_sample=False
     )

@@ -11,7 +11,8 @@ import pytest
 import remote_rig
 from c2c import C2CModel
 from c2c.remote import RemoteSharer
-from c2c.systems.text_to_text import passage_to_text, summary_request, with_passage
+from c2c.systems.base import with_passage
+from c2c.systems.text_to_text import passage_to_text, summary_request
 from serving_harness import NAME, PATIENCE, model, running, user
 from test_private import DOCUMENT, LONGER, private
 

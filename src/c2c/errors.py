@@ -24,6 +24,10 @@ class PromptError(C2CError, ValueError):
     """A prompt that cannot be encoded, aligned or run: empty, too long, right-padded, without a template."""
 
 
+class ContextLengthError(PromptError):
+    """A prompt that is longer than a model's context, or than a server takes."""
+
+
 class AlignmentError(PromptError):
     """The tokens of two models could not be aligned."""
 
@@ -49,9 +53,43 @@ class MismatchError(FuserError):
         super().__init__(f"this {what} does not fit these models:\n{lines}\n{advice}")
 
 
+class SystemUnavailableError(C2CError, ValueError):
+    """An unknown system, or one that can't answer with these models."""
+
+
 class HandoffError(C2CError, ValueError):
     """A handed-over cache that can't be used: damaged, foreign, expired, or made for something else."""
 
 
 class ModelLoadError(C2CError, OSError):
     """A model, tokenizer or file could not be found, read or downloaded."""
+
+
+# Codes of failures that concern one request: the sharer is up, and another request may succeed.
+_REQUEST_CODES = frozenset({"too_long", "tokens", "order", "layer", "precision", "fuser", "failed"})
+
+
+class RemoteError(C2CError, ConnectionError):
+    """A remote sharer that could not be reached, refused a request, or sent an invalid answer.
+
+    Attributes:
+        code: the reason in one word, such as ``unreachable``, ``timeout``, ``invalid_api_key``, ``damaged``.
+        status: the HTTP status, None where there was no answer.
+    """
+
+    def __init__(self, message: str, code: str = "failed", status: int | None = None) -> None:
+        super().__init__(message)
+        self.code, self.status = code, status
+
+    @property
+    def about_request(self) -> bool:
+        """Whether the failure concerns this request alone, and not the sharer."""
+        return self.code in _REQUEST_CODES
+
+
+class SharerLost(RemoteError):
+    """The same where ``on_failure="receiver_only"``: ``C2CModel`` lets the receiver answer alone."""
+
+
+class SharerChanged(MismatchError):
+    """Another model is served at the address than when the connection was made. No failure policy covers it."""

@@ -1,28 +1,31 @@
-"""What happened: a report on every fusion, and the result of every answer."""
+"""Generation: prefilled prompts, reports and results, decoding arguments, streams and chats."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from threading import Event, Thread
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+from transformers import Cache, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
 from c2c.errors import PromptError
 from c2c.messages import Conversation, conversations
 from c2c.prompting import require_tokenizer
+from c2c.tokens import TokenBatch
 
 if TYPE_CHECKING:
-    from c2c.model import C2CModel
+    from c2c.language_model import LanguageModel
+
+DEFAULT_NEW_TOKENS = 256
 
 
-class Stopwatch:
-    """Seconds per stage, without waiting for the device while the work is under way.
+class StageTimer:
+    """Measure seconds per stage without synchronising the device while the work runs.
 
     On CUDA events are recorded and read when the figures are asked for.
     """
@@ -61,8 +64,19 @@ class Stopwatch:
 
 
 @dataclass
+class RowCounts:
+    """Count what was fused in one conversation of a batch; fields as in :class:`FusionReport`."""
+
+    prompt_tokens: int = 0
+    fused_tokens: int = 0
+    skipped_tokens: dict[str, int] = field(default_factory=dict)
+    memory_slots: int = 0
+    sharer_bytes: int = 0
+
+
+@dataclass
 class FusionReport:
-    """What was fused and at what cost. One report per call, for the whole batch.
+    """Report what was fused and at what cost: one per call, for the whole batch.
 
     Attributes:
         prompt_tokens: real receiver tokens, summed over the batch.
@@ -73,7 +87,8 @@ class FusionReport:
         memory_slots: entries of private context in the receiver's cache, summed over the batch.
         sharer_bytes: bytes of the sharers' cache entries that the fusers read.
         trained: whether every fuser has been trained.
-        notes: accepted mismatches and other things to know.
+        notes: accepted mismatches and other remarks.
+        rows: the counts of each conversation.
     """
 
     prompt_tokens: int = 0
@@ -86,7 +101,22 @@ class FusionReport:
     trained: bool = True
     notes: list[str] = field(default_factory=list)
     gate_values: list[Tensor] = field(default_factory=list, repr=False)
-    stopwatch: Stopwatch | None = field(default=None, repr=False)
+    timer: StageTimer | None = field(default=None, repr=False)
+    rows: list[RowCounts] = field(default_factory=list, repr=False)
+
+    def add(self, counts: RowCounts) -> None:
+        """Count one more conversation."""
+        self.rows.append(counts)
+        self.prompt_tokens += counts.prompt_tokens
+        self.fused_tokens += counts.fused_tokens
+        self.memory_slots += counts.memory_slots
+        self.sharer_bytes += counts.sharer_bytes
+        for reason, count in counts.skipped_tokens.items():
+            self.skipped_tokens[reason] = self.skipped_tokens.get(reason, 0) + count
+
+    def row(self, index: int) -> FusionReport:
+        """Return the report of one conversation; times and gates are those of the batch."""
+        return replace(self, rows=[self.rows[index]], **vars(self.rows[index]))
 
     @property
     def gate_openness(self) -> float | None:
@@ -98,7 +128,7 @@ class FusionReport:
     @property
     def seconds(self) -> dict[str, float]:
         """Seconds per stage: ``sharer_prefill``, ``receiver_prefill``, ``fuse``, ``first_token``, ``decode``."""
-        return self.stopwatch.seconds if self.stopwatch else {}
+        return self.timer.seconds if self.timer else {}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -128,6 +158,7 @@ class GenerationResult:
         report: what was fused; shared by all answers of one call. None for a model that answered alone.
         seconds_to_first_token: from the start of the call to the first new token.
         seconds_total: of the whole call.
+        message: what the sharer wrote for the receiver to read, in text-to-text; its time is part of the two above.
     """
 
     text: str
@@ -136,6 +167,7 @@ class GenerationResult:
     report: FusionReport | None
     seconds_to_first_token: float
     seconds_total: float
+    message: GenerationResult | None = None
 
     @property
     def new_tokens(self) -> int:
@@ -146,8 +178,8 @@ class GenerationResult:
         return self.text
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
-        return {
+        """Return plain data for JSON."""
+        data: dict[str, Any] = {
             "text": self.text,
             "new_tokens": self.new_tokens,
             "prompt_tokens": self.prompt_tokens,
@@ -155,26 +187,148 @@ class GenerationResult:
             "seconds_total": round(self.seconds_total, 4),
             "report": self.report.to_dict() if self.report else None,
         }
+        if self.message is not None:
+            data |= {
+                "message": self.message.text,
+                "message_tokens": self.message.new_tokens,
+                "message_seconds": round(self.message.seconds_total, 4),
+            }
+        return data
+
+
+@dataclass
+class PrefilledPrompt:
+    """Hold a batch of prompts whose cache is ready to decode from.
+
+    Attributes:
+        model: the language model that decodes.
+        tokens: its tokens, left-padded, ``[batch, tokens]``.
+        cache: of the first columns of ``tokens``, at most all but the last. Decoding uses it up.
+        report: what was fused; None for a model alone.
+        slots: per row, how many columns of ``tokens`` are private context and no tokens; empty without any.
+        messages: per row, what the sharer wrote, in text-to-text; else empty.
+    """
+
+    model: LanguageModel
+    tokens: TokenBatch
+    cache: Cache
+    report: FusionReport | None = None
+    slots: tuple[int, ...] = ()
+    messages: tuple[GenerationResult, ...] = ()
+
+    def generate(self, timer: FirstTokenTimer | None = None, **kwargs: Any) -> list[GenerationResult]:
+        """Decode with the model's own ``generate``.
+
+        Args:
+            timer: started when the call began; by default now.
+            **kwargs: whatever ``generate`` takes.
+
+        Returns:
+            One result per row and return sequence.
+        """
+        timer = timer or FirstTokenTimer()
+        began = time.perf_counter()
+        ids = self.model.generate(self.tokens, self.cache, timer=timer, **kwargs)
+        ended = time.perf_counter()
+        if self.report is not None and self.report.timer is not None:
+            self.report.timer.add("first_token", (timer.first or ended) - began)
+            self.report.timer.add("decode", ended - (timer.first or ended))
+        return self._results(ids, timer, ended)
+
+    def _results(self, ids: Tensor, timer: FirstTokenTimer, ended: float) -> list[GenerationResult]:
+        sequences = ids.shape[0] // self.tokens.rows
+        read = self.tokens.mask.sum(-1).tolist()
+        slots, messages = self.slots or [0] * len(read), self.messages or [None] * len(read)
+        rows = timer.trim(ids)
+        return [
+            GenerationResult(
+                text=text,
+                ids=row,
+                prompt_tokens=read[index // sequences] - slots[index // sequences],
+                report=self.report,
+                seconds_to_first_token=(timer.first or ended) - timer.began,
+                seconds_total=ended - timer.began,
+                message=messages[index // sequences],
+            )
+            for index, (row, text) in enumerate(zip(rows, self.model.texts(rows), strict=True))
+        ]
+
+
+def unbatch(results: list[GenerationResult], messages: Any) -> Any:
+    """Return the only result where ``messages`` was a single conversation, else the list."""
+    return results[0] if len(results) == 1 and conversations(messages)[1] else results
+
+
+class FirstTokenTimer(StoppingCriteria):
+    """Measure the time of the first new token, and where rows end. Never stops anything.
+
+    Attributes:
+        began: when the call began.
+        first: when the first token was there.
+    """
+
+    def __init__(self) -> None:
+        self.began = time.perf_counter()
+        self.first: float | None = None
+        self._ends: list[int] = []
+        self._filler: int | None = None  # what fills rows that a stop string ended
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        """Called by ``generate`` after every token."""
+        if self.first is None:
+            self.first = time.perf_counter()
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+    def watch(self, kwargs: dict[str, Any], config: Any) -> None:
+        """Add this timer to the arguments of ``generate``, whose ``config`` holds the defaults."""
+        self._ends = as_list(kwargs.get("eos_token_id", config.eos_token_id))
+        if kwargs.get("stop_strings") or kwargs.get("stopping_criteria"):
+            filler = kwargs.get("pad_token_id", config.pad_token_id)
+            self._filler = filler if filler not in self._ends else None
+        kwargs["stopping_criteria"] = StoppingCriteriaList([self, *(kwargs.get("stopping_criteria") or [])])
+
+    def trim(self, ids: Tensor) -> list[Tensor]:
+        """Cut each row of new ids, ``[rows, new]``, after its first end token, or where its filling begins."""
+        rows = []
+        for row in ids.cpu():
+            tokens = row.tolist()
+            length = next((i + 1 for i, token in enumerate(tokens) if token in self._ends), len(tokens))
+            while length > 1 and tokens[length - 1] == self._filler:
+                length -= 1
+            rows.append(row[:length])
+        return rows
+
+
+def as_list(value: int | list[int] | None) -> list[int]:
+    """Return token ids of a generation config as a list."""
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list | tuple) else [value]
 
 
 class Chat:
-    """Keeps the messages of a conversation; each turn is fused from the receiver's clean cache.
+    """Hold a conversation of several turns; each turn is fused from the receiver's clean cache.
 
     Entries that were fused once are never fused again: that collapses within a few turns.
+
+    Args:
+        generate: answers a conversation, such as ``C2CModel.generate`` or that of a system.
+        system: the system message.
+        **generate_kwargs: for every turn.
 
     Attributes:
         messages: the conversation so far.
     """
 
-    def __init__(self, model: C2CModel, system: str | None = None, **generate_kwargs: Any) -> None:
-        self.model = model
+    def __init__(self, generate: Callable[..., Any], system: str | None = None, **generate_kwargs: Any) -> None:
+        self.generate = generate
         self.messages: Conversation = [{"role": "system", "content": system}] if system else []
         self.generate_kwargs = generate_kwargs
 
     def send(self, text: str, **generate_kwargs: Any) -> GenerationResult:
-        """Say something and get the answer; both join :attr:`messages`."""
+        """Send a user message and return the answer; both are appended to :attr:`messages`."""
         turn = [*self.messages, {"role": "user", "content": text}]
-        result = self.model.generate(turn, **(self.generate_kwargs | generate_kwargs))
+        result = self.generate(turn, **(self.generate_kwargs | generate_kwargs))
         if not isinstance(result, GenerationResult):
             raise TypeError("a chat needs one answer per turn; num_return_sequences must be 1")
         self.messages = [*turn, {"role": "assistant", "content": result.text}]

@@ -18,9 +18,11 @@ from torch import Tensor
 from transformers import Cache
 
 from c2c import kv_cache
-from c2c.errors import HandoffError
+from c2c.errors import HandoffError, PromptError
 from c2c.identity import ModelIdentity
 from c2c.kv_cache import KeyValue
+from c2c.messages import Conversation
+from c2c.prompting import RenderOptions, encode, render, require_tokenizer, text_tokens
 from c2c.tokens import TokenBatch, natural_positions
 from c2c.utils import save_atomically
 
@@ -66,6 +68,42 @@ class Packed:
     def nbytes(self) -> int:
         """Bytes of data and scale."""
         return self.data.nbytes + (self.scale.nbytes if self.scale is not None else 0)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a sharer reads for a handoff: its tokens, and the columns that are handed over."""
+
+    ids: list[int]
+    kept: list[int]
+
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """Ids and kept columns, each int64 on the host."""
+        return torch.tensor(self.ids), torch.tensor(self.kept)
+
+    def followed_by(self, draft: Sequence[int]) -> Reading:
+        """With what the sharer wrote after it; all of that is handed over."""
+        length = len(self.ids)
+        return Reading([*self.ids, *draft], [*self.kept, *range(length, length + len(draft))])
+
+
+def reading(tokenizer: Any, conversation: Conversation, options: RenderOptions) -> Reading:
+    """A conversation as a sharer reads it, and what of it is handed over.
+
+    Kept are the texts of the messages, and the template after the last one, whose positions have read everything; other
+    template tokens say nothing about the messages, and the first token of a prompt holds values out of all proportion.
+
+    Raises:
+        PromptError: no text of any message is found in the rendered prompt.
+    """
+    encoded = encode(require_tokenizer(tokenizer, "sharer"), render(tokenizer, conversation, options))
+    owners = text_tokens(encoded)
+    texts = [column for column, owner in enumerate(owners) if owner is not None]
+    if not texts:
+        raise PromptError(
+            f"nothing to hand over: no message text was found in the rendered prompt {encoded.rendered.text!r}."
+        )
+    return Reading(encoded.ids, [*texts, *range(texts[-1] + 1, len(encoded.ids))])
 
 
 @dataclass(frozen=True)
@@ -137,6 +175,11 @@ class Handoff:
             for keys, values in self.layers
         ]
         return replace(self, layers=packed, precision=precision)
+
+    def zeros_like(self) -> Handoff:
+        """Return the same handoff with zeros for keys and values, for a control."""
+        layers = [(Packed(torch.zeros_like(k.data)), Packed(torch.zeros_like(v.data))) for k, v in self.layers]
+        return replace(self, layers=layers)
 
     def projected(self, fuser: Any) -> list[KeyValue] | None:
         """Entries that the sharer's side has made with ``fuser`` already; None where they are made of the layers."""

@@ -2,52 +2,28 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+from transformers import Cache, PreTrainedModel
 
 from c2c import kv_cache, rope
-from c2c.errors import CacheError, MismatchError, PromptError
-from c2c.generation import GenerationResult
-from c2c.handoff import Handoff
+from c2c.errors import CacheError, ContextLengthError, MismatchError, PromptError
+from c2c.generation import DEFAULT_NEW_TOKENS, FirstTokenTimer, PrefilledPrompt, as_list, unbatch
+from c2c.handoff import Handoff, reading
 from c2c.identity import ModelIdentity, differences, identify
 from c2c.loading import load
-from c2c.messages import Conversation, conversations
+from c2c.messages import conversations
 from c2c.prefill import next_logits, prefill
-from c2c.prompting import RenderOptions, encode, render, require_tokenizer, text_tokens
+from c2c.prompting import RenderOptions, encode, render, require_tokenizer
 from c2c.tokens import TokenBatch, left_pad, require_left_padding
 
-DEFAULT_NEW_TOKENS = 256
-
-
-class FirstTokenClock(StoppingCriteria):
-    """Notes when the first new token is there, and how rows end. Never stops anything.
-
-    Attributes:
-        began: when the call began.
-        first: when the first token was there.
-        ends: the end tokens of this call.
-        filler: what rows that a stop string ended are filled with; None where only end tokens end a row.
-    """
-
-    def __init__(self) -> None:
-        self.began = time.perf_counter()
-        self.first: float | None = None
-        self.ends: list[int] = []
-        self.filler: int | None = None
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
-        """Called by ``generate`` after every token."""
-        if self.first is None:
-            self.first = time.perf_counter()
-        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+_PROBE_POSITIONS = torch.tensor([[0], [7]])
 
 
 def _contiguous(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -66,6 +42,14 @@ def _keep_head_whole(model: PreTrainedModel) -> None:
         head.register_forward_pre_hook(_contiguous)
 
 
+class StoredPrefills(Protocol):
+    """Prefills of one model that are kept, such as :class:`~c2c.training.prefill_store.PrefillStore`."""
+
+    def prefill(self, batch: TokenBatch, stop: int) -> Cache:
+        """The cache of the first ``stop`` columns of ``batch``, computed where it is not kept yet."""
+        ...
+
+
 class LanguageModel:
     """A causal language model, frozen and in ``eval()`` mode.
 
@@ -74,6 +58,7 @@ class LanguageModel:
     """
 
     role = "model"
+    generates = True  # whether it can write text here; a sharer on another machine only shares its cache
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any = None, name: str | None = None) -> None:
         kv_cache.check_model_layers(model.config)
@@ -82,6 +67,7 @@ class LanguageModel:
         self.tokenizer = tokenizer
         self.name = name or str(model.config._name_or_path or type(model).__name__)
         self.released = False
+        self.stored: StoredPrefills | None = None  # where prefills are taken from, if they are kept
 
     @classmethod
     def from_pretrained(cls, source: str | Path | PreTrainedModel, **kwargs: Any) -> Self:
@@ -119,7 +105,7 @@ class LanguageModel:
     def _probe(self) -> Cache:
         """The cache of one token at position 0 and at position 7."""
         ids = torch.ones(2, 1, dtype=torch.long, device=self.device)
-        positions = torch.tensor([[0], [7]], device=self.device)
+        positions = _PROBE_POSITIONS.to(self.device)
         mask = torch.ones_like(ids, dtype=torch.bool)
         return prefill(self.model, TokenBatch(ids, mask, positions, padded=False), stop=1)
 
@@ -133,27 +119,11 @@ class LanguageModel:
     def check_rotary(self) -> None:
         """Make sure that the rotation can be taken off this model's keys.
 
-        A token alone attends only to itself, so that its keys differ between positions by their rotation and by
-        nothing else.
-
         Raises:
             CacheError: keys at two positions do not agree without their rotation.
         """
-        tables = rope.tables(self.model, torch.tensor([[0], [7]], device=self.device))
-        for index, (keys, _) in enumerate(kv_cache.layers(self._probe)):
-            tolerance = 1e-3 if keys.dtype == torch.float32 else 0.05
-            if tables is None:
-                known = not _only_turned(keys.float(), tolerance)
-            else:
-                table = rope.Rotary(tables[index].cos.to(keys.device), tables[index].sin.to(keys.device))
-                bare = table.undo(keys.float())
-                known = torch.allclose(bare[0], bare[1], rtol=tolerance, atol=tolerance * float(bare.abs().max()))
-            if not known:
-                raise CacheError(
-                    f"{self.name}: the rotary embedding of layer {index} can't be taken off its keys (this model "
-                    "rotates them in another way than Llama, Qwen and Gemma do). Use the 'c2c' fuser, which reads "
-                    "keys as they are."
-                )
+        keys = [keys for keys, _ in kv_cache.layers(self._probe)]
+        rope.check(keys, rope.tables(self.model, _PROBE_POSITIONS.to(self.device)), self.name)
 
     def rotary(self, positions: Tensor) -> list[rope.Rotary] | None:
         """Rotary tables of every layer at ``positions``, ``[batch, tokens]``."""
@@ -183,7 +153,8 @@ class LanguageModel:
         """Refuse tokens that this model can't read.
 
         Raises:
-            PromptError: longer than the context, or ids that the model does not have.
+            ContextLengthError: longer than the context.
+            PromptError: ids that the model does not have.
         """
         words = self.model.get_input_embeddings().num_embeddings
         on_host = batch.ids.device.type == "cpu"  # a device is not asked
@@ -196,19 +167,33 @@ class LanguageModel:
             )
         limit = self.context_length
         if limit is not None and batch.length > limit:
-            raise PromptError(
+            raise ContextLengthError(
                 f"the prompt has {batch.length} tokens for the {self.role} {self.name}, which was made for {limit}. "
                 "Shorten the prompt, or use a model with a longer context."
             )
 
     def prefill(self, batch: TokenBatch, stop: int | None = None, cache: Cache | None = None) -> Cache:
         """The KV cache of the first ``stop`` columns (all by default); extends ``cache`` where one is given."""
+        stop = batch.length if stop is None else stop
+        if self.stored is not None and stop > 0 and not (cache and cache.layers):
+            return self.stored.prefill(batch, stop)
         if self.released:
             raise CacheError(
                 f"the weights of the {self.role} {self.name} were given back after its prefills were stored, and this "
                 "prompt is not among them. Load the model again."
             )
-        return prefill(self.model, batch.to(self.device), batch.length if stop is None else stop, cache)
+        return prefill(self.model, batch.to(self.device), stop, cache)
+
+    @torch.no_grad()
+    def prefill_messages(self, messages: Any, options: RenderOptions | None = None) -> PrefilledPrompt:
+        """Render and prefill messages for this model alone; what :meth:`answer` decodes from.
+
+        Raises:
+            PromptError: empty or too long.
+        """
+        batch = self.encode(messages, options)
+        self.check_prompt(batch)
+        return PrefilledPrompt(self, batch, self.prefill(batch, batch.length - 1))
 
     def answer(self, messages: Any, *, options: RenderOptions | None = None, **kwargs: Any) -> Any:
         """Answer alone, without any fusion.
@@ -221,21 +206,19 @@ class LanguageModel:
         Returns:
             A :class:`GenerationResult`, or a list of them for a batch or several return sequences.
         """
-        batch = self.encode(messages, options)
-        self.check_prompt(batch)
-        clock = FirstTokenClock()
-        cache = self.prefill(batch, batch.length - 1)
-        return self.results(batch, self.generate(batch, cache, clock=clock, **kwargs), clock, messages)
+        timer = FirstTokenTimer()
+        prompt = self.prefill_messages(messages, options)
+        return unbatch(prompt.generate(timer, **kwargs), messages)
 
     def generate(
-        self, batch: TokenBatch, cache: Cache, *, clock: FirstTokenClock | None = None, **kwargs: Any
+        self, batch: TokenBatch, cache: Cache, *, timer: FirstTokenTimer | None = None, **kwargs: Any
     ) -> Tensor:
-        """The model's own ``generate`` on a prepared cache.
+        """Decode with the model's own ``generate`` from a prefilled cache.
 
         Args:
             batch: the whole prompt, left-padded.
             cache: covers the first columns of ``batch``, at most all but the last. It grows while generating.
-            clock: notes the time of the first token.
+            timer: measures the time of the first token.
             **kwargs: whatever ``generate`` takes: sampling, beams, stop strings, streamers, logits processors.
 
         Returns:
@@ -249,10 +232,10 @@ class LanguageModel:
         batch = batch.to(self.device)
         self._check_cache(batch, cache)
         kwargs = self._with_defaults(kwargs)
-        kv_cache.repeat(cache, self._expansion(kwargs))
-        if clock is not None:
-            self._note_ends(clock, kwargs)
-            kwargs["stopping_criteria"] = StoppingCriteriaList([clock, *(kwargs.get("stopping_criteria") or [])])
+        config = kwargs.get("generation_config") or self.model.generation_config
+        kv_cache.repeat(cache, _expansion(kwargs, config))
+        if timer is not None:
+            timer.watch(kwargs, config)
         if not batch.natural:
             kwargs["position_ids"] = batch.positions
         out = self.model.generate(
@@ -270,50 +253,11 @@ class LanguageModel:
     @property
     def ends(self) -> list[int]:
         """Tokens that end what the model writes."""
-        return _as_list(self.model.generation_config.eos_token_id)
+        return as_list(self.model.generation_config.eos_token_id)
 
-    def texts(self, ids: Tensor) -> list[str]:
+    def texts(self, ids: Iterable[Tensor]) -> list[str]:
         """New ids, ``[batch, new]``, as texts without special tokens; empty texts without a tokenizer."""
         return [self._text(row) for row in ids]
-
-    def results(
-        self,
-        batch: TokenBatch,
-        ids: Tensor,
-        clock: FirstTokenClock,
-        messages: Any,
-        report: Any = None,
-        slots: Sequence[int] = (),
-    ) -> Any:
-        """Wrap new ids, ``[batch * num_return_sequences, new]``, as results with text and times.
-
-        ``slots`` says how many columns of each row are no tokens that the model has read.
-        """
-        ended = time.perf_counter()
-        per_row = ids.shape[0] // batch.rows
-        given = slots or [0] * batch.rows
-        prompt_tokens = [read - extra for read, extra in zip(batch.mask.sum(-1).tolist(), given, strict=True)]
-        results = [
-            GenerationResult(
-                text=self._text(row),
-                ids=row,
-                prompt_tokens=prompt_tokens[index // per_row],
-                report=report,
-                seconds_to_first_token=(clock.first or ended) - clock.began,
-                seconds_total=ended - clock.began,
-            )
-            for index, row in enumerate(_trim(ids, clock))
-        ]
-        single = conversations(messages)[1]
-        return results[0] if single and len(results) == 1 else results
-
-    def _note_ends(self, clock: FirstTokenClock, kwargs: dict[str, Any]) -> None:
-        """What ends the rows of this call, and what fills them afterwards."""
-        config = kwargs.get("generation_config") or self.model.generation_config
-        clock.ends = _as_list(kwargs.get("eos_token_id", config.eos_token_id))
-        if kwargs.get("stop_strings") or kwargs.get("stopping_criteria"):
-            filler = kwargs.get("pad_token_id", config.pad_token_id)
-            clock.filler = filler if filler not in clock.ends else None
 
     def _text(self, ids: Tensor) -> str:
         return "" if self.tokenizer is None else str(self.tokenizer.decode(ids, skip_special_tokens=True))
@@ -339,40 +283,16 @@ class LanguageModel:
         if kwargs.get("stop_strings"):
             kwargs.setdefault("tokenizer", require_tokenizer(self.tokenizer, self.role))
         if config.pad_token_id is None and "pad_token_id" not in kwargs:
-            ends = _as_list(config.eos_token_id)
+            ends = as_list(config.eos_token_id)
             kwargs["pad_token_id"] = ends[0] if ends else 0
         return kwargs
 
-    def _expansion(self, kwargs: dict[str, Any]) -> int:
-        """How often ``generate`` repeats each row: it repeats ids and mask, but not a cache given to it."""
-        config = kwargs.get("generation_config") or self.model.generation_config
-        beams = kwargs.get("num_beams") or config.num_beams or 1
-        sequences = kwargs.get("num_return_sequences") or config.num_return_sequences or 1
-        return max(beams, sequences)
 
-
-def _only_turned(keys: Tensor, tolerance: float) -> bool:
-    """Whether the keys of two positions differ, but not in length: a rotation that the model does not show us."""
-    same = torch.allclose(keys[0], keys[1], rtol=tolerance, atol=tolerance)
-    return not same and torch.allclose(keys[0].norm(dim=-1), keys[1].norm(dim=-1), rtol=tolerance)
-
-
-def _trim(ids: Tensor, clock: FirstTokenClock) -> list[Tensor]:
-    """Cut each row after its first end token, or where the filler begins."""
-    rows = []
-    for row in ids.cpu():
-        tokens = row.tolist()
-        length = next((i + 1 for i, token in enumerate(tokens) if token in clock.ends), len(tokens))
-        while length > 1 and tokens[length - 1] == clock.filler:
-            length -= 1
-        rows.append(row[:length])
-    return rows
-
-
-def _as_list(value: int | list[int] | None) -> list[int]:
-    if value is None:
-        return []
-    return list(value) if isinstance(value, list | tuple) else [value]
+def _expansion(kwargs: dict[str, Any], config: Any) -> int:
+    """Return how often ``generate`` repeats each row: it repeats ids and mask, but not a cache given to it."""
+    beams = kwargs.get("num_beams") or config.num_beams or 1
+    sequences = kwargs.get("num_return_sequences") or config.num_return_sequences or 1
+    return max(beams, sequences)
 
 
 class Receiver(LanguageModel):
@@ -399,23 +319,6 @@ class Wanted:
     def stop(self) -> int:
         """How many columns must be read to have them all."""
         return 1 + int(self.columns.max())
-
-
-@dataclass(frozen=True)
-class Reading:
-    """What a sharer reads for a handoff: its tokens, and the columns that are handed over."""
-
-    ids: list[int]
-    kept: list[int]
-
-    def tensors(self) -> tuple[Tensor, Tensor]:
-        """Ids and kept columns, each int64 on the host."""
-        return torch.tensor(self.ids), torch.tensor(self.kept)
-
-    def followed_by(self, draft: Sequence[int]) -> Reading:
-        """With what the sharer wrote after it; all of that is handed over."""
-        length = len(self.ids)
-        return Reading([*self.ids, *draft], [*self.kept, *range(length, length + len(draft))])
 
 
 class Sharer(LanguageModel):
@@ -479,22 +382,3 @@ class Sharer(LanguageModel):
         drafted = self.generate(tokens, cache, max_new_tokens=count, do_sample=False)[0].tolist()
         ids = [*tokens.ids[0].tolist(), *drafted]
         return ids, self.prefill(left_pad([ids], 0), cache=cache)  # the last drafted token is not in the cache yet
-
-
-def reading(tokenizer: Any, conversation: Conversation, options: RenderOptions) -> Reading:
-    """A conversation as a sharer reads it, and what of it is handed over.
-
-    Kept are the texts of the messages, and the template after the last one, whose positions have read everything; other
-    template tokens say nothing about the messages, and the first token of a prompt holds values out of all proportion.
-
-    Raises:
-        PromptError: no text of any message is found in the rendered prompt.
-    """
-    encoded = encode(require_tokenizer(tokenizer, "sharer"), render(tokenizer, conversation, options))
-    owners = text_tokens(encoded)
-    texts = [column for column, owner in enumerate(owners) if owner is not None]
-    if not texts:
-        raise PromptError(
-            f"nothing to hand over: no message text was found in the rendered prompt {encoded.rendered.text!r}."
-        )
-    return Reading(encoded.ids, [*texts, *range(texts[-1] + 1, len(encoded.ids))])

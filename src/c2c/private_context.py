@@ -1,4 +1,4 @@
-"""Private context: entries made of what a sharer has read, put into the cache of a receiver that has not read it.
+"""Private context: entries made of what a sharer has read, in the cache of a receiver that has not read it.
 
 They stand before the text of the first user message, where a document would stand: the receiver reads its template and
 system message as always, then these entries lie in its cache, and everything after them attends to them. Positions
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import Cache
@@ -25,46 +25,57 @@ from c2c.language_model import LanguageModel, Sharer
 from c2c.messages import Conversation, conversations
 from c2c.prompting import RenderOptions, encode, render
 
+if TYPE_CHECKING:
+    from c2c.model import C2CModel
+
 
 @dataclass(frozen=True)
-class Memory:
+class PrivateEntries:
     """Entries for a receiver's cache, not yet at a position.
 
     Attributes:
-        entries: keys without rotation and values per receiver layer, ``[1, kv_heads, slots, head_dim]``.
-        read: bytes of the sharer's entries that they were made of.
+        layers: keys without rotation and values per receiver layer, ``[1, kv_heads, slots, head_dim]``.
+        sharer_bytes: bytes of the sharer's entries that they were made of.
     """
 
-    entries: list[KeyValue]
-    read: int
+    layers: list[KeyValue]
+    sharer_bytes: int
 
     @property
     def slots(self) -> int:
         """How many entries each layer gets."""
-        return self.entries[0][0].shape[2]
+        return self.layers[0][0].shape[2]
 
 
 @dataclass(frozen=True)
-class Placed:
-    """One prompt with the entries that go into it.
+class PrivatePrompt(Prompt):
+    """A prompt of one row with the entries that are put into the receiver's cache.
+
+    Its receiver's tokens have columns for the entries, and its fusion plan is moved accordingly.
 
     Attributes:
-        prompt: one row; its receiver's tokens have columns for the entries, and its plan is moved accordingly.
         column: where the entries begin.
-        memories: the entries, one after the other.
+        entries: the entries, one after the other.
     """
 
-    prompt: Prompt
-    column: int
-    memories: list[Memory]
+    column: int = 0
+    entries: tuple[PrivateEntries, ...] = ()
+
+    @property
+    def slots(self) -> int:
+        """Columns that are entries and no tokens."""
+        return sum(entries.slots for entries in self.entries)
 
 
-def project(handoff: Handoff, sharer: Sharer, fuser: Fuser) -> Memory:
-    """A handoff through a memory fuser; an untrained one makes no entries, and so leaves the receiver as it is.
+def project(handoff: Handoff, sharer: Sharer, fuser: Fuser) -> PrivateEntries:
+    """Project a handoff with a memory fuser; an untrained one makes no entries, and so leaves the receiver as it is.
 
     Raises:
         MismatchError: the handoff is another model's than the fuser's sharer.
     """
+    made = handoff.projected(fuser)
+    if made is not None:
+        return PrivateEntries(made, handoff.nbytes)
     identity.check([("handoff", sharer.identity, handoff.sharer)], allow_mismatch=False)
     device, layers = fuser.device, fuser.config.source_layers
     kept = handoff.kept
@@ -75,49 +86,90 @@ def project(handoff: Handoff, sharer: Sharer, fuser: Fuser) -> Memory:
     entries: list[KeyValue] = fuser(Entries(keys, values, rotary))
     if not fuser.trained:  # zeros are no entries: each would take its share of the receiver's attention
         entries = [(keys[:, :, :0], values[:, :, :0]) for keys, values in entries]
-    used = dict.fromkeys(layers, 0)  # several receiver layers may read one sharer layer
-    per_token = {layer: sum(part.nbytes for part in handoff.layers[layer]) // len(handoff.ids) for layer in used}
-    return Memory(entries, sum(per_token.values()) * len(kept))
+    per_token = sum(sum(part.nbytes for part in handoff.layers[layer]) // len(handoff.ids) for layer in set(layers))
+    return PrivateEntries(entries, per_token * len(kept))
 
 
-def place(prompt: Prompt, column: int, memories: Sequence[Memory]) -> Placed:
-    """Make room for entries in a prompt of one row.
+def project_all(
+    handoffs: Sequence[Sequence[Handoff]], pairs: Sequence[tuple[Sharer, Fuser]]
+) -> list[list[PrivateEntries]]:
+    """Project the handoffs of a batch, one per conversation and pair; one that many rows share only once."""
+    projected: dict[tuple[int, int], PrivateEntries] = {}
+    for row in handoffs:
+        for index, handoff in enumerate(row):
+            if (index, id(handoff)) not in projected:
+                projected[index, id(handoff)] = project(handoff, *pairs[index])
+    return [[projected[index, id(handoff)] for index, handoff in enumerate(row)] for row in handoffs]
+
+
+def shared_part(model: C2CModel, conversation: Conversation, options: RenderOptions) -> Prompt:
+    """Align one conversation for the receiver and those sharers that read it too, beside those of private context."""
+    shared = [index for index in range(len(model.sharers)) if index not in model.private]
+    if not shared:
+        tokens = model.receiver.encode([conversation], options)
+        return Prompt(tokens, (tokens,) * len(model.sharers), ())
+    tokenizers = [model.sharers[index].tokenizer for index in shared]
+    (prompt,) = model.aligner.align(model.receiver.tokenizer, tokenizers, [conversation], options)
+    sharers = [prompt.receiver] * len(model.sharers)
+    for index, tokens in zip(shared, prompt.sharers, strict=True):
+        sharers[index] = tokens
+    chunks = []
+    for chunk in prompt.chunks:
+        alignments: list[Alignment | None] = [None] * len(model.sharers)
+        for index, alignment in zip(shared, chunk.alignments, strict=True):
+            alignments[index] = alignment
+        chunks.append(Chunk(chunk.stop, tuple(alignments)))
+    return replace(prompt, sharers=tuple(sharers), chunks=tuple(chunks))
+
+
+def place(
+    prompt: Prompt,
+    tokenizer: Any,
+    conversation: Conversation,
+    options: RenderOptions,
+    entries: Sequence[PrivateEntries],
+) -> PrivatePrompt:
+    """Make room for entries before the first user message of a prompt of one row.
 
     Args:
         prompt: the prompt without them.
-        column: before which token they stand.
-        memories: the entries.
+        tokenizer: the receiver's.
+        conversation: the messages of the prompt.
+        options: how it was rendered.
+        entries: in the order in which they stand in the cache.
     """
-    slots = sum(memory.slots for memory in memories)
+    column = first_user_column(tokenizer, conversation, options)
+    slots = sum(part.slots for part in entries)
     if slots == 0:
-        return Placed(prompt, column, [])
-    moved = [
+        return PrivatePrompt(prompt.receiver, prompt.sharers, prompt.chunks, prompt.skipped, column, tuple(entries))
+    chunks = tuple(
         Chunk(
             chunk.stop + slots * (chunk.stop > column),
             tuple(None if alignment is None else _moved(alignment, column, slots) for alignment in chunk.alignments),
         )
         for chunk in prompt.chunks
-    ]
-    tokens = prompt.receiver.with_slots(column, slots)
-    return Placed(replace(prompt, receiver=tokens, chunks=tuple(moved)), column, list(memories))
+    )
+    receiver = prompt.receiver.with_slots(column, slots)
+    return PrivatePrompt(receiver, prompt.sharers, chunks, prompt.skipped, column, tuple(entries))
 
 
-def lay_down(cache: Cache, receiver: LanguageModel, placed: Placed) -> Cache:
-    """Prefill the prompt up to where the entries stand and add them; the cache is changed and returned."""
-    tokens = placed.prompt.receiver
-    if placed.column > 0:
-        receiver.prefill(tokens, placed.column, cache)
-    column = placed.column
-    for memory in placed.memories:
-        stop = column + memory.slots
+def prefill_entries(cache: Cache, receiver: LanguageModel, prompt: PrivatePrompt) -> Cache:
+    """Prefill a prompt up to where its entries stand and add them; the cache is changed and returned."""
+    if prompt.slots == 0:
+        return cache
+    tokens, column = prompt.receiver, prompt.column
+    if column > 0:
+        cache = receiver.prefill(tokens, column, cache)
+    for entries in prompt.entries:
+        stop = column + entries.slots
         tables = receiver.rotary(tokens.positions[:, column:stop])
-        kv_cache.append(cache, [_rotated(entry, tables, layer) for layer, entry in enumerate(memory.entries)])
+        kv_cache.append(cache, [_rotated(entry, tables, layer) for layer, entry in enumerate(entries.layers)])
         column = stop
     return cache
 
 
 def first_user_column(tokenizer: Any, conversation: Conversation, options: RenderOptions) -> int:
-    """The receiver's first token of the first user message.
+    """Find the receiver's first token of the first user message.
 
     Raises:
         PromptError: there is no user message, or the template left it out.
@@ -131,7 +183,7 @@ def first_user_column(tokenizer: Any, conversation: Conversation, options: Rende
 
 
 def handoffs_of(given: Any, sharers: Sequence[Sharer], rows: int, options: RenderOptions) -> list[list[Handoff]]:
-    """What each sharer hands over to each conversation of a batch.
+    """Read or take what each sharer hands over to each conversation of a batch.
 
     Args:
         given: messages or a :class:`Handoff`; a list with one for each conversation; for several sharers a tuple with

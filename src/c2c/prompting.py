@@ -28,11 +28,13 @@ class Rendered:
         contents: the text of each message, as given.
         spans: for each message, where it lies in ``text`` as ``(start, end)`` and where that piece begins in the
             message (templates may trim), or None if the template left it out or it is empty.
+        add_special_tokens: whether the tokenizer adds the special tokens that a text begins with.
     """
 
     text: str
     contents: tuple[str, ...]
     spans: tuple[tuple[Span, int] | None, ...]
+    add_special_tokens: bool = False
 
 
 @dataclass(frozen=True)
@@ -51,12 +53,15 @@ class RenderOptions:
     Attributes:
         add_generation_prompt: end with the opening of the assistant's turn.
         answer_prefix: text appended after it, which the answer continues ("The answer is").
-        enable_thinking: passed to templates that know it (Qwen3).
+        enable_thinking: passed to templates that have such a switch (Qwen3).
+        chat_template: render through the chat template; False for text that a model continues: the messages' texts
+            as they are, with the special tokens that a text begins with.
     """
 
     add_generation_prompt: bool = True
     answer_prefix: str = ""
     enable_thinking: bool = False
+    chat_template: bool = True
 
 
 def require_tokenizer(tokenizer: Any, whose: str) -> Any:
@@ -76,6 +81,8 @@ def render_text(tokenizer: Any, conversation: Conversation, options: RenderOptio
     Raises:
         PromptError: the chat template refuses the conversation, for instance a system message.
     """
+    if not options.chat_template:
+        return "".join(message["content"] for message in conversation) + options.answer_prefix
     template = None if getattr(tokenizer, "chat_template", None) else PLAIN_TEMPLATE
     try:
         text = tokenizer.apply_chat_template(
@@ -102,12 +109,14 @@ def render(tokenizer: Any, conversation: Conversation, options: RenderOptions) -
     """
     text = render_text(tokenizer, conversation, options)
     contents = tuple(message["content"] for message in conversation)
-    return Rendered(text, contents, tuple(_find_spans(tokenizer, conversation, options, text)))
+    spans = tuple(_find_spans(tokenizer, conversation, options, text))
+    special = not options.chat_template and not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))
+    return Rendered(text, contents, spans, special)
 
 
 def encode(tokenizer: Any, rendered: Rendered) -> Encoded:
-    """Tokenise a rendered prompt; special tokens come from the template alone."""
-    out = tokenizer(rendered.text, add_special_tokens=False, return_offsets_mapping=True)
+    """Tokenise a rendered prompt; special tokens come from the template where there is one."""
+    out = tokenizer(rendered.text, add_special_tokens=rendered.add_special_tokens, return_offsets_mapping=True)
     return Encoded(rendered, list(out["input_ids"]), [(int(a), int(b)) for a, b in out["offset_mapping"]])
 
 

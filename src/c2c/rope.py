@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from c2c.errors import CacheError
+
 
 @dataclass(frozen=True)
 class Rotary:
@@ -69,3 +71,38 @@ def tables(model: PreTrainedModel, positions: Tensor) -> list[Rotary] | None:
         return [table] * config.num_hidden_layers
     by_type = {name: Rotary(*embedding(probe, positions, name)) for name in set(config.layer_types)}
     return [by_type[name] for name in config.layer_types]
+
+
+def check(keys: Sequence[Tensor], tables: Sequence[Rotary] | None, name: str) -> None:
+    """Make sure that ``tables`` describe how a model rotates its keys.
+
+    A token alone attends only to itself, so that its keys differ between positions by their rotation and by nothing
+    else.
+
+    Args:
+        keys: per layer the cached keys of one token at two positions, ``[2, kv_heads, 1, head_dim]``.
+        tables: per layer at these positions; None where the model shows no rotary embedding.
+        name: of the model, for the error.
+
+    Raises:
+        CacheError: keys at the two positions do not agree without their rotation.
+    """
+    for index, layer in enumerate(keys):
+        tolerance = 1e-3 if layer.dtype == torch.float32 else 0.05
+        if tables is None:
+            matches = not _rotated(layer.float(), tolerance)
+        else:
+            table = Rotary(tables[index].cos.to(layer.device), tables[index].sin.to(layer.device))
+            bare = table.undo(layer.float())
+            matches = torch.allclose(bare[0], bare[1], rtol=tolerance, atol=tolerance * float(bare.abs().max()))
+        if not matches:
+            raise CacheError(
+                f"{name}: the rotary embedding of layer {index} can't be taken off its keys (this model rotates them "
+                "in another way than Llama, Qwen and Gemma do). Use the 'c2c' fuser, which reads keys as they are."
+            )
+
+
+def _rotated(keys: Tensor, tolerance: float) -> bool:
+    """Whether the keys of two positions differ, but not in length: a rotation without a table."""
+    same = torch.allclose(keys[0], keys[1], rtol=tolerance, atol=tolerance)
+    return not same and torch.allclose(keys[0].norm(dim=-1), keys[1].norm(dim=-1), rtol=tolerance)

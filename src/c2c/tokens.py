@@ -105,3 +105,19 @@ def require_left_padding(mask: Tensor, whose: str) -> None:
             f"right-padded batch: rows {rows} of the {whose} end in padding (mask 0 in the last column), so the next "
             "token would be predicted from a pad. Pad on the left: tokenizer.padding_side = 'left'."
         )
+
+
+def concatenate(batches: Sequence[TokenBatch]) -> TokenBatch:
+    """Left-pad batches to one width and stack their rows; positions are kept."""
+    width = max(batch.length for batch in batches)
+
+    def stack(tensors: Sequence[Tensor]) -> Tensor:
+        return torch.cat([torch.nn.functional.pad(x, (width - x.shape[1], 0)) for x in tensors])
+
+    return TokenBatch(
+        stack([batch.ids for batch in batches]),
+        stack([batch.mask for batch in batches]),
+        stack([batch.positions for batch in batches]),
+        any(batch.padded or batch.length < width for batch in batches),
+        natural=all(batch.natural for batch in batches),
+    )

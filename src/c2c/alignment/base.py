@@ -239,6 +239,8 @@ def _borrow(own: Alignment, other: Alignment) -> Alignment:
 def _simple(prompt: Prompt) -> bool:
     return (
         len(prompt.chunks) == 1
+        and prompt.receiver.rows == 1
+        and prompt.receiver.natural
         and prompt.chunks[0].stop == prompt.receiver.length - 1
         and not any(batch.padded for batch in (prompt.receiver, *prompt.sharers))
     )

@@ -22,7 +22,7 @@ from c2c.tokens import left_pad
 
 
 @dataclass(frozen=True)
-class SpanAligner:
+class CharSpanAligner:
     """Aligns by characters.
 
     Attributes:

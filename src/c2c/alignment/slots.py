@@ -19,7 +19,7 @@ from torch import Tensor
 from c2c.alignment.base import Alignment, Chunk, Prompt
 from c2c.errors import AlignmentError, PromptError
 from c2c.messages import Conversation
-from c2c.prompting import Rendered, RenderOptions, Span, render, render_text, require_tokenizer
+from c2c.prompting import Rendered, RenderOptions, Span, encode, render, require_tokenizer
 from c2c.tokens import TokenBatch
 
 Strategy = Literal["first", "longest"]
@@ -84,8 +84,8 @@ class PublishedAligner:
     Attributes:
         strategy: which of several sharer tokens stands for a receiver token: the ``first``, or the one with the
             ``longest`` text.
-        enabled: off means what the published code does by default: the sharer is fed the receiver's ids.
-        recipe: with ``enabled`` off, fuse all prompt tokens but the last.
+        enabled: off means what the published code does by default: the sharer is fed the receiver's ids, and all
+            prompt tokens but the last are fused.
     """
 
     strategy: Strategy = "first"
@@ -105,7 +105,7 @@ class PublishedAligner:
         return [self._same_ids(receiver, len(sharers), conversation, options) for conversation in batch]
 
     def _same_ids(self, receiver: Any, sharers: int, conversation: Conversation, options: RenderOptions) -> Prompt:
-        ids = torch.tensor([receiver(render_text(receiver, conversation, options), add_special_tokens=False).input_ids])
+        ids = torch.tensor([encode(receiver, render(receiver, conversation, options)).ids])
         if ids.shape[1] < 2:
             raise AlignmentError(
                 f"the prompt has {ids.shape[1]} token, and the last token is never fused: nothing is left to fuse. "
@@ -183,8 +183,8 @@ def align_conversation(
     their_spans = _published_spans(sharer, theirs)
     if {i for i, _ in our_spans} != {i for i, _ in their_spans}:
         our_spans, their_spans = _common_spans(ours, theirs)
-    our_ids, our_runs = _token_runs(receiver, ours.text, [span for _, span in our_spans])
-    their_ids, their_runs = _token_runs(sharer, theirs.text, [span for _, span in their_spans])
+    our_ids, our_runs = _token_runs(receiver, ours, [span for _, span in our_spans])
+    their_ids, their_runs = _token_runs(sharer, theirs, [span for _, span in their_spans])
     our_pad, their_pad = _pad_id(receiver), _pad_id(sharer)
     slots = AlignedSlots()
     cursor, their_cursor = 0, 0
@@ -278,16 +278,16 @@ def _common_spans(ours: Rendered, theirs: Rendered) -> tuple[list[tuple[int, Spa
     )
 
 
-def _token_runs(tokenizer: Any, text: str, spans: Sequence[Span]) -> tuple[list[int], list[Span]]:
+def _token_runs(tokenizer: Any, rendered: Rendered, spans: Sequence[Span]) -> tuple[list[int], list[Span]]:
     """Token ids of a text, and for each character span its run of tokens; a straddling token is message."""
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    offsets = encoded["offset_mapping"]
+    encoded = encode(tokenizer, rendered)
+    offsets = encoded.offsets
     runs: list[Span] = []
     for start, end in spans:
         first = next((i for i, (_, stop) in enumerate(offsets) if stop > start), len(offsets))
         last = next((i for i, (begin, _) in enumerate(offsets) if begin >= end), len(offsets))
         runs.append((first, last))
-    return list(encoded["input_ids"]), runs
+    return encoded.ids, runs
 
 
 def slot_positions(mask: Tensor, others: Sequence[Tensor]) -> Tensor:

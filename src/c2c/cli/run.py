@@ -186,7 +186,8 @@ def _private_ways(
 ) -> dict[Mode, Callable[[], Any]]:
     """The same ways where only the sharer has the passage; its draft answers the question, so it reads that as well."""
     from c2c.prompting import RenderOptions
-    from c2c.systems.text_to_text import passage_to_text, summary_request, with_passage
+    from c2c.systems.base import with_passage
+    from c2c.systems.text_to_text import passage_to_text, summary_request
 
     kwargs["options"] = RenderOptions(answer_prefix=answer_prefix)
     sharer, request = model.sharers[0], summary_request(passage, message_tokens)

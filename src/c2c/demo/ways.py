@@ -14,12 +14,13 @@ from c2c.alignment.base import derange
 from c2c.demo.pane import Pane, State, Way
 from c2c.demo.question import Question
 from c2c.demo.ticking import ticking
-from c2c.generation import GenerationResult, TextStream
-from c2c.language_model import FirstTokenClock, LanguageModel
+from c2c.generation import FirstTokenTimer, GenerationResult, TextStream, unbatch
+from c2c.language_model import LanguageModel
 from c2c.messages import Conversation
 from c2c.model import C2CModel
 from c2c.prompting import RenderOptions
-from c2c.systems.text_to_text import hand_over, request, summary_request, with_passage
+from c2c.systems.base import with_passage
+from c2c.systems.text_to_text import hand_over, request, summary_request
 
 TICK = 0.2  # seconds between two looks at a stopwatch
 
@@ -118,11 +119,11 @@ def _misled(
     **kwargs: Any,
 ) -> Any:
     """As ``C2CModel.generate``, with the sharer's cache of another conversation laid over this one."""
-    clock = FirstTokenClock()
+    clock = FirstTokenTimer()
     tokenizers = [sharer.tokenizer for sharer in model.sharers]
     (own,) = model.aligner.align(model.receiver.tokenizer, tokenizers, [messages], options)
     (theirs,) = model.aligner.align(model.receiver.tokenizer, tokenizers, [other], options)
-    return model.decode(model.fuse_prompts([derange(own, theirs)], blend=blend), messages, clock, **kwargs)
+    return unbatch(model.fuse_prompts([derange(own, theirs)], blend=blend).generate(clock, **kwargs), messages)
 
 
 def _stream(

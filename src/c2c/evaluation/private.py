@@ -15,12 +15,13 @@ from c2c.evaluation.costs import Cost, arguments, cost_of, text_cost
 from c2c.evaluation.messages import Messages
 from c2c.evaluation.pair import Pair
 from c2c.evaluation.systems import Answers, System, decoding, read_answers
-from c2c.handoff import Handoff, Packed
-from c2c.language_model import LanguageModel, Reading, reading
+from c2c.handoff import Handoff, Packed, Reading, reading
+from c2c.language_model import LanguageModel
 from c2c.messages import Conversation
 from c2c.model import C2CModel
 from c2c.prompting import RenderOptions
-from c2c.systems.text_to_text import passage_to_text, summary_request, with_passage
+from c2c.systems.base import with_passage
+from c2c.systems.text_to_text import passage_to_text, summary_request
 from c2c.training.objective import Message
 from c2c.training.private import PrivateExample, asked
 

@@ -153,6 +153,19 @@ class Fuser(PreTrainedModel):
         """Whether the fuser has been trained. An untrained one leaves the receiver as it is."""
         return self.config.training is not None
 
+    def expected_identity(self, role: str, given: ModelIdentity) -> ModelIdentity:
+        """The identity that this fuser was made for: the recorded one, or at least its cache geometry.
+
+        Args:
+            role: ``sharer`` or ``receiver``.
+            given: the model at hand, whose architecture stands in where none is recorded.
+        """
+        recorded: ModelIdentity | None = self.config.identity(role)
+        if recorded is not None:
+            return recorded
+        geometry = getattr(self.config, f"{role}_kv")
+        return ModelIdentity("unrecorded", None, given.architecture, geometry, None, None, None, None)
+
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
         """Write config and weights. Files are complete or absent: each is renamed into place when it is written."""
         save_atomically(Path(save_directory), lambda folder: super(Fuser, self).save_pretrained(folder, **kwargs))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from c2c.remote.errors import RemoteError, SharerLost
+from c2c.errors import RemoteError, SharerLost
 
 if TYPE_CHECKING:
     from c2c.remote.sharer import RemoteSharer

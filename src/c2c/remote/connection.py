@@ -13,8 +13,8 @@ from typing import Any, Never, TypeVar
 import httpx
 from torch import Tensor
 
+from c2c.errors import RemoteError, SharerChanged
 from c2c.identity import ModelIdentity, differences
-from c2c.remote.errors import RemoteError, SharerChanged
 from c2c.remote.frame import MEDIA_TYPE, CutOffError, Frame, FrameError, FrameReader, body_of, encode
 from c2c.remote.freshness import WINDOW, Freshness, StaleError
 from c2c.remote.retry import STATUSES, Backoff, TransientError

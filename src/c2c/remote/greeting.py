@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
+from c2c.errors import RemoteError
 from c2c.identity import ModelIdentity
 from c2c.kv_cache import KVGeometry
-from c2c.remote.errors import RemoteError
 from c2c.remote.frame import Frame
 from c2c.remote.packing import PRECISIONS
 

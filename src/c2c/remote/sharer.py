@@ -17,18 +17,17 @@ from torch import Tensor
 from transformers import Cache
 
 from c2c import kv_cache
-from c2c.errors import CacheError, MismatchError, PromptError
+from c2c.errors import CacheError, MismatchError, PromptError, RemoteError, SharerChanged, SharerLost
 from c2c.fusers import Fuser
-from c2c.handoff import Handoff, Packed, Precision
+from c2c.handoff import Handoff, Packed, Precision, Reading, reading
 from c2c.identity import ModelIdentity, differences, identify
 from c2c.kv_cache import KeyValue, KVGeometry
-from c2c.language_model import Reading, Sharer, Wanted, reading
+from c2c.language_model import Sharer, Wanted
 from c2c.messages import conversations
 from c2c.prompting import RenderOptions
 from c2c.remote import skeleton
 from c2c.remote.address import is_local
 from c2c.remote.connection import Connection, Traffic
-from c2c.remote.errors import RemoteError, SharerChanged, SharerLost
 from c2c.remote.frame import Frame, FrameError
 from c2c.remote.fuser_hash import fuser_hash
 from c2c.remote.greeting import Greeting

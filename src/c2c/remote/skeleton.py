@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from c2c import rope
-from c2c.remote.errors import RemoteError
+from c2c.errors import RemoteError
 
 _LEFT_OUT = ("auto_map", "quantization_config", "transformers_version", "_name_or_path", "dtype", "torch_dtype")
 _PROBE = torch.tensor([[1, 100, 1000]])

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from c2c.remote.errors import RemoteError, SharerChanged
+from c2c.errors import RemoteError, SharerChanged
 
 _COSTLY = frozenset({"unreachable", "timeout", "busy", "rate"})  # found out only after attempts or a long wait
 

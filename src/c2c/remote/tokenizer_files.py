@@ -10,8 +10,8 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from c2c import pull
+from c2c.errors import RemoteError
 from c2c.pull.aliases import ALIASES
-from c2c.remote.errors import RemoteError
 
 _NAMES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 

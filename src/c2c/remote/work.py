@@ -133,7 +133,7 @@ class Work:
             ids = order.tokens.ids[0].tolist()
             layers = kv_cache.layers(self._prefill(lambda *_: self._check()))
         handoff = Handoff.from_cache(self._sharer.identity, torch.tensor(ids), self._with_draft(ids), layers)
-        entries = project(handoff, self._sharer, fuser).entries
+        entries = project(handoff, self._sharer, fuser).layers
         self._put(Begin(ids[order.tokens.length :]))
         for index, entry in enumerate(entries):
             self._put(Layer("entries", index, entry, (torch.arange(entry[0].shape[2]),)))

@@ -8,9 +8,9 @@ from typing import Any
 
 from c2c.alignment import Prompt
 from c2c.alignment.base import merge
+from c2c.errors import RemoteError, SharerChanged, SharerLost
 from c2c.generation import FusionReport
 from c2c.model import C2CModel
-from c2c.remote.errors import RemoteError, SharerChanged, SharerLost
 from c2c.serving.batch import Prefilled, join
 from c2c.serving.engine import Ask
 from c2c.serving.failures import log_if_lost, refusing, tell
@@ -65,7 +65,7 @@ class Fused:
         for one, prompt in aligned:
             one.crossed = self._read_bytes(prompt)
             one.report = replace(
-                fused.report,
+                fused.report or FusionReport(),
                 prompt_tokens=one.prompt_tokens,
                 fused_tokens=prompt.fused_tokens,
                 skipped_tokens=dict(prompt.skipped),
@@ -122,10 +122,11 @@ class Fused:
 
     def _with_private(self, job: Job) -> Batch:
         ask, receiver = ask_of(job), self._model.receiver
-        fused = self._model.prepare([ask.prompt], sharer_messages=ask.private, options=options_of(ask))
-        one = with_room(job, receiver, fused.tokens.length, fused.report.prompt_tokens)
-        one.report, one.crossed = fused.report, fused.report.sharer_bytes
-        one.fallback = next((note for note in fused.report.notes if note.startswith(_LOST)), None)
+        fused = self._model.prefill([ask.prompt], sharer_messages=ask.private, options=options_of(ask))
+        report = fused.report or FusionReport()
+        one = with_room(job, receiver, fused.tokens.length, report.prompt_tokens)
+        one.report, one.crossed = report, report.sharer_bytes
+        one.fallback = next((note for note in report.notes if note.startswith(_LOST)), None)
         cache = receiver.prefill(fused.tokens, fused.tokens.length - 1, fused.cache)
         return Batch(receiver, [one], Prefilled(fused.tokens, cache))
 

@@ -8,7 +8,7 @@ from threading import Thread
 
 import torch
 
-from c2c.language_model import DEFAULT_NEW_TOKENS
+from c2c.generation import DEFAULT_NEW_TOKENS
 from c2c.model import C2CModel
 from c2c.serving.answers import Answers
 from c2c.serving.batch import write

@@ -14,7 +14,7 @@ from c2c.serving.fused import Fused
 from c2c.serving.queue import Job
 from c2c.serving.reading import Batch, ask_of, read_alone
 from c2c.serving.written import Written, passage_of
-from c2c.systems.text_to_text import with_passage
+from c2c.systems.base import with_passage
 
 
 class Ways:

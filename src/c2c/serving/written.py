@@ -14,7 +14,8 @@ from c2c.serving.raw_text import as_message
 from c2c.serving.reading import Batch, ask_of, read_alone
 from c2c.serving.sampling import Sampling
 from c2c.serving.writer import Writer
-from c2c.systems.text_to_text import hand_over, request, summary_request, with_passage
+from c2c.systems.base import with_passage
+from c2c.systems.text_to_text import hand_over, request, summary_request
 
 
 class Written:

@@ -1,1 +1,63 @@
-"""What cache-to-cache is compared with."""
+"""Systems: the ways in which a receiver and a sharer answer, one class per file, found by name.
+
+A third party adds one with the entry point group ``c2c.systems``: ``name = "module:SystemClass"``.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from importlib import import_module
+from importlib.metadata import entry_points
+from pkgutil import iter_modules
+from typing import TYPE_CHECKING, Any
+
+from c2c.errors import SystemUnavailableError, did_you_mean
+from c2c.systems.base import System, SystemOptions
+
+if TYPE_CHECKING:
+    from c2c.model import C2CModel
+
+
+@cache
+def systems() -> dict[str, type[System]]:
+    """Return all system classes by name, those of other packages included."""
+    for module in iter_modules(__path__):
+        import_module(f"{__name__}.{module.name}")
+    found = {kind.name: kind for kind in _subclasses(System) if "name" in vars(kind)}
+    for entry in entry_points(group="c2c.systems"):
+        found.setdefault(entry.name, entry.load())
+    return found
+
+
+def make_system(name: str, model: C2CModel, options: SystemOptions | None = None) -> System:
+    """Make the system of a name.
+
+    Args:
+        name: ``receiver``, ``reader``, ``sharer``, ``text``, ``c2c`` and others, see :func:`systems`; ``summary_N`` is
+            ``summary`` with at most N tokens.
+        model: the receiver with its sharers and fusers.
+        options: of all systems; each takes what concerns it.
+
+    Raises:
+        SystemUnavailableError: no such system, or these models can't answer in this way.
+    """
+    options = options or SystemOptions()
+    if match := re.fullmatch(r"(\w+?)_(\d+)", name):
+        name, options = match[1], options.replace(message_tokens=int(match[2]))
+    known = systems()
+    if name not in known:
+        raise SystemUnavailableError(
+            f"unknown system {name!r}.{did_you_mean(name, known)} Known: {', '.join(sorted(known))}."
+        )
+    reason = known[name].unavailable(model, options)
+    if reason is not None:
+        raise SystemUnavailableError(f"system {name!r} can't answer here: {reason}")
+    return known[name](model, options)
+
+
+def _subclasses(kind: Any) -> list[type[System]]:
+    return [found for child in kind.__subclasses__() for found in (child, *_subclasses(child))]
+
+
+__all__ = ["System", "SystemOptions", "make_system", "systems"]

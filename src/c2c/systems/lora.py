@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors import SafetensorError
@@ -22,8 +22,12 @@ from transformers import PreTrainedModel
 
 from c2c import identity
 from c2c.errors import C2CError
+from c2c.generation import PrefilledPrompt
 from c2c.identity import ModelIdentity
 from c2c.language_model import LanguageModel, Receiver
+from c2c.model import C2CModel
+from c2c.prompting import RenderOptions
+from c2c.systems.base import System, SystemOptions
 from c2c.utils import file_hash, install_command, read_json_object, save_atomically
 from c2c.version import __version__
 
@@ -225,3 +229,30 @@ def _peft() -> Any:
     except ImportError as error:
         raise AdapterError(f"adapters need the peft library ({error}): {install_command('adapter')}.") from error
     return peft
+
+
+class Lora(System):
+    """Answer with the receiver that carries a LoRA adapter: what training gains without any sharer."""
+
+    name: ClassVar[str] = "adapter"
+    title: ClassVar[str] = "receiver with a LoRA adapter"
+
+    def __init__(self, model: C2CModel, options: SystemOptions | None = None) -> None:
+        super().__init__(model, options)
+        self.language_model = load_adapter(self.options.adapter or "", model.receiver)
+
+    @classmethod
+    def unavailable(cls, model: C2CModel, options: SystemOptions) -> str | None:
+        """An adapter's folder must be named."""
+        return None if options.adapter else "no adapter is named; give its folder (adapter=..., --adapter)."
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer of the model that answers."""
+        return self.language_model.tokenizer
+
+    def prefill(
+        self, messages: Any, sharer_messages: Any = None, *, options: RenderOptions | None = None
+    ) -> PrefilledPrompt:
+        """Prefill the adapted receiver's own prompt; see :meth:`System.prefill`."""
+        return self.language_model.prefill_messages(messages, options)

@@ -3,13 +3,118 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from c2c.errors import PromptError
-from c2c.generation import GenerationResult
+from c2c.generation import GenerationResult, PrefilledPrompt
 from c2c.language_model import LanguageModel
 from c2c.messages import Conversation, conversations
+from c2c.model import C2CModel
+from c2c.prompting import RenderOptions
+from c2c.systems.base import System, SystemOptions, context_texts, with_passage
+
+
+class TextToText(System):
+    """Let the sharer answer with a reason, and the receiver answer after reading that.
+
+    The receiver reads three turns, as published: the request, the sharer's text, and the prompt. Where only the sharer
+    has the context it summarises it without the question, and the receiver reads the summary in the place of the
+    passage.
+    """
+
+    name: ClassVar[str] = "text"
+    title: ClassVar[str] = "text-to-text"
+    request: ClassVar[str] = "Answer the question briefly, and say why in one sentence: {question}"
+
+    @classmethod
+    def unavailable(cls, model: C2CModel, options: SystemOptions) -> str | None:
+        """A sharer on another machine hands over its cache and does not generate."""
+        return None if model.sharers[0].generates else "the sharer is on another machine and only shares its cache."
+
+    def prefill(
+        self, messages: Any, sharer_messages: Any = None, *, options: RenderOptions | None = None
+    ) -> PrefilledPrompt:
+        """Let the sharer write and prefill the receiver on the result; see :meth:`System.prefill`.
+
+        Raises:
+            PromptError: a conversation that does not end with a user message.
+        """
+        batch, _ = conversations(messages)
+        if any(conversation[-1]["role"] != "user" for conversation in batch):
+            raise PromptError("text-to-text needs conversations that end with a user message.")
+        passages = None if sharer_messages is None else context_texts(sharer_messages, len(batch))
+        written = self.write(self.requests(batch, passages))
+        texts = [result.text for result in written]
+        prompt = self.model.receiver.prefill_messages(self.replies(batch, passages, texts), options)
+        prompt.messages = tuple(written)
+        return prompt
+
+    def write(self, requests: Sequence[Conversation]) -> list[GenerationResult]:
+        """Generate the sharer's texts, greedily."""
+        sharer, longest = self.model.sharers[0], self.options.message_tokens
+        results: list[GenerationResult] = sharer.answer(list(requests), max_new_tokens=longest, do_sample=False)
+        return results
+
+    def requests(self, batch: Sequence[Conversation], passages: Sequence[str] | None) -> list[Conversation]:
+        """Return the sharer's prompts."""
+        if passages is not None:
+            return [summary_request(passage, self.options.message_tokens) for passage in passages]
+        return [self._with_request(conversation) for conversation in batch]
+
+    def replies(
+        self, batch: Sequence[Conversation], passages: Sequence[str] | None, texts: Sequence[str]
+    ) -> list[Conversation]:
+        """Return the receiver's prompts, given what the sharer wrote."""
+        if passages is not None:
+            return [with_passage(*pair) for pair in zip(batch, texts, strict=True)]
+        return [
+            [*self._with_request(conversation), {"role": "assistant", "content": text}, conversation[-1]]
+            for conversation, text in zip(batch, texts, strict=True)
+        ]
+
+    def _with_request(self, conversation: Conversation) -> Conversation:
+        content = self.request.format(question=conversation[-1]["content"])
+        return [*conversation[:-1], {"role": "user", "content": content}]
+
+
+class PublishedTextToText(TextToText):
+    """Text-to-text as published: the answer is forbidden, so that the receiver can only gain background knowledge."""
+
+    name: ClassVar[str] = "text_published"
+    title: ClassVar[str] = "text-to-text as published"
+    request: ClassVar[str] = (
+        "In one clear sentence, describe the most essential background knowledge needed to answer the question: "
+        "{question} Do NOT directly solve or give answer to the question."
+    )
+
+
+class Summary(TextToText):
+    """Private context as text: the sharer summarises it without the question."""
+
+    name: ClassVar[str] = "summary"
+    title: ClassVar[str] = "summary"
+
+
+class DraftText(TextToText):
+    """Private context as text: the sharer reads context and question, and its draft of an answer is handed over."""
+
+    name: ClassVar[str] = "draft_text"
+    title: ClassVar[str] = "draft as text"
+
+    def requests(self, batch: Sequence[Conversation], passages: Sequence[str] | None) -> list[Conversation]:
+        """Return the sharer's prompts: passage and question."""
+        if passages is None:
+            raise PromptError("a draft as text needs what only the sharer has read: pass sharer_messages=....")
+        return [with_passage(*pair) for pair in zip(batch, passages, strict=True)]
+
+
+def summary_request(passage: str, tokens: int) -> Conversation:
+    """Return the request for a summary; in words fewer than ``tokens``, so that the summary comes to its end."""
+    request = f"Summarise the following text in at most {tokens * 2 // 3} words, with all names and numbers."
+    return [{"role": "user", "content": f"{request}\n\n{passage}"}]
+
 
 Variant = Literal["published", "fair"]
 
@@ -95,18 +200,6 @@ def hand_over(conversation: Conversation, variant: Variant, message: str) -> Con
 
 def _user(text: str) -> dict[str, str]:
     return {"role": "user", "content": text}
-
-
-def summary_request(passage: str, tokens: int) -> Conversation:
-    """What the sharer is asked; in words fewer than ``tokens``, so that the summary comes to its end."""
-    request = f"Summarise the following text in at most {tokens * 2 // 3} words, with all names and numbers."
-    return [{"role": "user", "content": f"{request}\n\n{passage}"}]
-
-
-def with_passage(messages: Conversation, passage: str) -> Conversation:
-    """A conversation whose last message asks about a passage, with the passage before it."""
-    content = f"Answer the question briefly, from the passage.\n\nPassage: {passage}\n\n{messages[-1]['content']}"
-    return [*messages[:-1], {"role": "user", "content": content}]
 
 
 def passage_to_text(

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from c2c.language_model import Reading, Sharer
+from c2c.handoff import Reading
+from c2c.language_model import Sharer
 from c2c.tokens import TokenBatch, left_pad, natural_positions
 from c2c.training.notes import Notes
 from c2c.training.objective import Objective

@@ -19,13 +19,13 @@ from c2c import kv_cache
 from c2c.data.formats import Row
 from c2c.errors import PromptError
 from c2c.fusers.base import Entries
-from c2c.language_model import reading
+from c2c.handoff import reading
 from c2c.messages import Conversation
 from c2c.model import C2CModel
 from c2c.prefill import logits_after
 from c2c.private_context import first_user_column
 from c2c.prompting import RenderOptions, encode, render
-from c2c.systems.text_to_text import with_passage
+from c2c.systems.base import with_passage
 from c2c.tokens import TokenBatch, left_pad
 from c2c.training.examples import choice_tokens, response_tokens, response_weights
 from c2c.training.objective import Message, Objective, right_pad

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import torch
 
+from c2c.generation import DEFAULT_NEW_TOKENS
 from c2c.integrations.vllm.answer import Answering, write
 from c2c.integrations.vllm.background import Background
 from c2c.integrations.vllm.errors import LoadError, SnapshotError, UnsupportedError, as_api_error
@@ -27,7 +28,7 @@ from c2c.integrations.vllm.settings import check_own_settings
 from c2c.integrations.vllm.store import SnapshotStore
 from c2c.integrations.vllm.versions import check_version, installed
 from c2c.integrations.vllm.ways import HostedWays
-from c2c.language_model import DEFAULT_NEW_TOKENS, LanguageModel
+from c2c.language_model import LanguageModel
 from c2c.model import C2CModel
 from c2c.remote.sharer import RemoteSharer
 from c2c.serving.answers import Answers

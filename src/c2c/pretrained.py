@@ -1,0 +1,223 @@
+"""How a C2CModel is made and saved: from models, from stored fusers, from published checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import nn
+
+from c2c.alignment import Aligner, CharSpanAligner, make_aligner
+from c2c.errors import FuserError, PromptError
+from c2c.fusers import Fuser, family
+from c2c.fusers.base import load_fuser, resolve
+from c2c.fusion import FusionMode
+from c2c.identity import ModelIdentity
+from c2c.language_model import Receiver, Sharer
+from c2c.layer_map import layer_map as make_layer_map
+from c2c.published import import_published, published_names, read_names
+from c2c.utils import read_json_object, save_atomically, write_json
+
+_MANIFEST = "c2c.json"
+
+
+class Pretrained:
+    """Constructors of :class:`~c2c.model.C2CModel`, and :meth:`save_pretrained`."""
+
+    fusers: nn.ModuleList
+    aligner: Aligner
+    mode: FusionMode
+
+    if TYPE_CHECKING:
+
+        def __init__(
+            self,
+            receiver: Receiver,
+            sharers: Sequence[Sharer],
+            fusers: Sequence[Fuser],
+            *,
+            aligner: Aligner | None = None,
+            mode: FusionMode = "sequential",
+            allow_mismatch: bool = False,
+        ) -> None: ...
+
+    @classmethod
+    def from_models(
+        cls,
+        receiver: Any,
+        sharer: Any,
+        *,
+        fuser: str = "bottleneck",
+        layer_map: str | Sequence[int | None] = "depth",
+        aligner: Aligner | None = None,
+        mode: FusionMode = "sequential",
+        fuser_options: dict[str, Any] | None = None,
+        **load_kwargs: Any,
+    ) -> Self:
+        """Make a new pair with an untrained fuser.
+
+        Args:
+            receiver: alias, hub id, folder, GGUF file, loaded model, or :class:`Receiver`.
+            sharer: the same, the URL of ``c2c share`` or a :class:`~c2c.remote.RemoteSharer`; a list for several.
+            fuser: fuser family.
+            layer_map: ``depth``, ``terminal``, or one sharer layer (or None) per receiver layer.
+            aligner: by default :class:`~c2c.alignment.CharSpanAligner`.
+            mode: how several sharers are combined.
+            fuser_options: passed to the family's config, for instance ``{"rank": 64}``.
+            **load_kwargs: ``dtype``, ``sharer_dtype`` (by default the same), ``device_map`` and others, see
+                :func:`c2c.loading.load`.
+        """
+        ours, theirs = _load_models(receiver, sharer, load_kwargs)
+        aligner = aligner or CharSpanAligner()
+        fusers = []
+        for model in theirs:
+            layers = make_layer_map(layer_map, ours.geometry.layers, model.geometry.layers)
+            new = family(fuser).from_geometry(model.geometry, ours.geometry, layers, **(fuser_options or {}))
+            new.config.sharer, new.config.receiver = model.identity.to_dict(), ours.identity.to_dict()
+            new.config.alignment = aligner.to_dict()
+            fusers.append(_place(new, ours.device))
+        return cls(ours, theirs, fusers, aligner=aligner, mode=mode)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path | Sequence[str | Path],
+        *,
+        receiver: Any = None,
+        sharer: Any = None,
+        mode: FusionMode | None = None,
+        aligner: Aligner | None = None,
+        allow_mismatch: bool = False,
+        fuser_dtype: Any = torch.float32,
+        **load_kwargs: Any,
+    ) -> Self:
+        """Load a fuser (or several) with the models that it names.
+
+        Args:
+            source: folder or hub id of a fuser, of a model saved by :meth:`save_pretrained`, or a list of fusers.
+            receiver: in place of the recorded receiver: alias, id, folder, GGUF file or loaded model.
+            sharer: in place of the recorded sharer: the same, the URL of ``c2c share`` or a
+                :class:`~c2c.remote.RemoteSharer`; a list for several.
+            mode: how several sharers are combined.
+            aligner: in place of the recorded one.
+            allow_mismatch: accept other weights, tokenizers or templates of the same structure.
+            fuser_dtype: type of the fuser's weights.
+            **load_kwargs: ``dtype``, ``sharer_dtype`` (by default the same), ``device_map`` and others, see
+                :func:`c2c.loading.load`.
+        """
+        folders, manifest = _fuser_folders(source)
+        fusers = [load_fuser(folder, dtype=fuser_dtype) for folder in folders]
+        receiver = receiver if receiver is not None else _recorded(fusers[0], "receiver")
+        sharer = sharer if sharer is not None else [_recorded(fuser, "sharer") for fuser in fusers]
+        ours, theirs = _load_models(receiver, sharer, load_kwargs)
+        chosen = mode or manifest.get("mode", "sequential")
+        if aligner is None and "aligner" in manifest:
+            aligner = make_aligner(manifest["aligner"])
+        fusers = [_place(fuser, ours.device) for fuser in fusers]
+        return cls(ours, theirs, fusers, aligner=aligner, mode=chosen, allow_mismatch=allow_mismatch)
+
+    @classmethod
+    def from_published(
+        cls,
+        folder: str | Path | Sequence[str | Path],
+        *,
+        receiver: Any = None,
+        sharer: Any = None,
+        mode: FusionMode | None = None,
+        aligner: Aligner | None = None,
+        dtype: Any = None,
+        **load_kwargs: Any,
+    ) -> Self:
+        """Load published checkpoints (``projector_*.pt``).
+
+        Args:
+            folder: a checkpoint folder, or a list of them with one sharer each.
+            receiver: alias, id, folder or loaded model; by default the ``base_model`` of the checkpoint.
+            sharer: the same for ``teacher_model``; a list for several.
+            mode: how several sharers are combined; by default what the checkpoint says, else ``sequential``.
+            aligner: by default what the checkpoint was trained with.
+            dtype: type of the models and the fuser.
+            **load_kwargs: see :func:`c2c.loading.load`.
+        """
+        folders = [Path(f) for f in ([folder] if isinstance(folder, str | Path) else folder)]
+        names = [read_names(f) for f in folders]
+        receiver = receiver if receiver is not None else names[0].receiver
+        sharer = sharer if sharer is not None else [name.sharer for name in names]
+        if receiver is None or sharer is None or sharer == [None]:
+            raise FuserError(f"{folders[0]} does not name its models; pass receiver=... and sharer=....")
+        ours, theirs = _load_models(receiver, sharer, load_kwargs | {"dtype": dtype})
+        if len(theirs) != len(folders):
+            raise FuserError(
+                f"got {len(folders)} checkpoints and {len(theirs)} sharers; give one sharer per checkpoint."
+            )
+        fusers = [
+            _place(
+                import_published(f, receiver=ours.geometry, sharer=model.geometry, dtype=dtype or ours.dtype),
+                ours.device,
+            )
+            for f, model in zip(folders, theirs, strict=True)
+        ]
+        for fuser, model in zip(fusers, theirs, strict=True):
+            fuser.config.sharer, fuser.config.receiver = model.identity.to_dict(), ours.identity.to_dict()
+        chosen: Any = mode or names[0].mode
+        return cls(ours, theirs, fusers, aligner=aligner, mode=chosen)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the fusers; the models are named, not copied. A single fuser lies in the folder itself."""
+        names = [""] if len(self.fusers) == 1 else [f"fuser_{i + 1}" for i in range(len(self.fusers))]
+        manifest = {"fusers": names, "mode": self.mode, "aligner": self.aligner.to_dict()}
+
+        def write(temporary: str) -> None:
+            for name, fuser in zip(names, self.fusers, strict=True):
+                fuser.save_pretrained(Path(temporary) / name)  # type: ignore[operator]
+            write_json(Path(temporary) / _MANIFEST, manifest)
+
+        save_atomically(Path(folder), write)
+
+
+def _place(fuser: Fuser, device: torch.device) -> Fuser:
+    nn.Module.to(fuser, device)
+    fuser.eval()
+    return fuser
+
+
+def _load_models(receiver: Any, sharer: Any, load_kwargs: dict[str, Any]) -> tuple[Receiver, list[Sharer]]:
+    if "tokenizer" in load_kwargs:
+        raise PromptError(
+            "tokenizer=... would go to both models; pass Receiver.from_pretrained(source, tokenizer=...) and "
+            "Sharer.from_pretrained(source, tokenizer=...) as receiver and sharer."
+        )
+    ours_kwargs = {name: value for name, value in load_kwargs.items() if name != "sharer_dtype"}
+    their_kwargs = ours_kwargs | {"dtype": load_kwargs.get("sharer_dtype") or load_kwargs.get("dtype")}
+    ours = receiver if isinstance(receiver, Receiver) else Receiver.from_pretrained(receiver, **ours_kwargs)
+    several = list(sharer) if isinstance(sharer, list | tuple) else [sharer]
+    return ours, [s if isinstance(s, Sharer) else _load_sharer(s, their_kwargs) for s in several]
+
+
+def _load_sharer(source: Any, load_kwargs: dict[str, Any]) -> Sharer:
+    """A sharer here, or at a URL on another machine."""
+    if isinstance(source, str) and source.startswith(("http://", "https://")):
+        from c2c.remote import RemoteSharer  # brings an HTTP client along
+
+        return RemoteSharer(source)
+    return Sharer.from_pretrained(source, **load_kwargs)
+
+
+def _fuser_folders(source: str | Path | Sequence[str | Path]) -> tuple[list[str | Path], dict[str, Any]]:
+    if not isinstance(source, str | Path):
+        return list(source), {}
+    folder = resolve(source)
+    path = folder / _MANIFEST
+    manifest: dict[str, Any] = read_json_object(path, FuserError) if path.exists() else {"fusers": [""]}
+    return [folder / name for name in manifest["fusers"]], manifest
+
+
+def _recorded(fuser: Fuser, role: str) -> str:
+    recorded: ModelIdentity | None = fuser.config.identity(role)
+    if recorded is None and role in (names := published_names(fuser.config.training)):
+        return names[role]
+    if recorded is None:
+        raise FuserError(f"this fuser does not say which {role} it was made for; pass {role}=....")
+    return recorded.name

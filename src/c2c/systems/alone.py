@@ -1,0 +1,66 @@
+"""One model alone: the receiver, the receiver that reads the context as text, or the sharer."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from c2c.generation import PrefilledPrompt
+from c2c.language_model import LanguageModel
+from c2c.messages import conversations
+from c2c.model import C2CModel
+from c2c.prompting import RenderOptions
+from c2c.systems.base import System, SystemOptions, context_texts, with_passage
+
+
+class ReceiverAlone(System):
+    """Answer with the receiver, without what only the sharer has read."""
+
+    name: ClassVar[str] = "receiver"
+    title: ClassVar[str] = "receiver alone"
+    reads_context: ClassVar[bool] = False
+
+    @property
+    def language_model(self) -> LanguageModel:
+        """The model that answers."""
+        return self.model.receiver
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer of the model that answers."""
+        return self.language_model.tokenizer
+
+    def prefill(
+        self, messages: Any, sharer_messages: Any = None, *, options: RenderOptions | None = None
+    ) -> PrefilledPrompt:
+        """Prefill the model's own prompt; see :meth:`System.prefill`."""
+        batch, _ = conversations(messages)
+        if sharer_messages is not None and self.reads_context:
+            texts = context_texts(sharer_messages, len(batch))
+            batch = [with_passage(*pair) for pair in zip(batch, texts, strict=True)]
+        return self.language_model.prefill_messages(batch, options)
+
+
+class Reader(ReceiverAlone):
+    """Answer with the receiver, which reads the context itself: what private context is measured against."""
+
+    name: ClassVar[str] = "reader"
+    title: ClassVar[str] = "receiver that reads the text"
+    reads_context: ClassVar[bool] = True
+
+
+class SharerAlone(ReceiverAlone):
+    """Answer with the first sharer, which reads its context and the question."""
+
+    name: ClassVar[str] = "sharer"
+    title: ClassVar[str] = "sharer alone"
+    reads_context: ClassVar[bool] = True
+
+    @classmethod
+    def unavailable(cls, model: C2CModel, options: SystemOptions) -> str | None:
+        """A sharer on another machine hands over its cache and does not generate."""
+        return None if model.sharers[0].generates else "the sharer is on another machine and only shares its cache."
+
+    @property
+    def language_model(self) -> LanguageModel:
+        """The model that answers."""
+        return self.model.sharers[0]

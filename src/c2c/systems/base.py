@@ -1,0 +1,142 @@
+"""System: one way of answering with a receiver and a sharer, behind one interface."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from c2c.errors import PromptError
+from c2c.generation import Chat, FirstTokenTimer, PrefilledPrompt, TextStream, unbatch
+from c2c.messages import Conversation, conversations
+from c2c.prompting import RenderOptions
+
+if TYPE_CHECKING:
+    from c2c.model import C2CModel
+
+
+@dataclass(frozen=True)
+class SystemOptions:
+    """Options of all systems; each takes what concerns it.
+
+    Attributes:
+        message_tokens: longest text that a sharer writes for the receiver to read.
+        draft_tokens: longest draft of an answer that a sharer writes and hands over with what it has read.
+        blend: how much of what the fusers add is taken, from 0 to 1.
+        adapter: folder of a LoRA adapter of the receiver.
+        other: what the sharers read in place of their own part, for ``deranged`` with a single conversation.
+        seed: of an untrained fuser's weights.
+    """
+
+    message_tokens: int = 128
+    draft_tokens: int = 0
+    blend: float = 1.0
+    adapter: str | None = None
+    other: Any = None
+    seed: int = 0
+
+    def replace(self, **changes: Any) -> Self:
+        """Return the same options with some changed."""
+        return dataclasses.replace(self, **changes)
+
+
+class System(ABC):
+    """A way of answering with a receiver and a sharer.
+
+    A subclass sets ``name``, ``title`` and implements :meth:`prefill`; everything else follows.
+
+    Args:
+        model: the receiver with its sharers and fusers.
+        options: of all systems.
+
+    Attributes:
+        name: by which it is chosen, and under which results are filed.
+        title: for people.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+
+    def __init__(self, model: C2CModel, options: SystemOptions | None = None) -> None:
+        self.model, self.options = model, options or SystemOptions()
+
+    @classmethod
+    def unavailable(cls, model: C2CModel, options: SystemOptions) -> str | None:
+        """Return why these models can't answer in this way; None where they can."""
+        return None
+
+    @abstractmethod
+    def prefill(
+        self, messages: Any, sharer_messages: Any = None, *, options: RenderOptions | None = None
+    ) -> PrefilledPrompt:
+        """Prefill what :meth:`generate` decodes from.
+
+        Args:
+            messages: a text, a conversation, or a list of several of either.
+            sharer_messages: what only the sharer has read (private context): messages, or a handoff where the system
+                takes one; a list with one for each conversation; None where both read ``messages``.
+            options: how to render the prompts.
+
+        Raises:
+            PromptError: can't be read by these models.
+        """
+
+    def generate(
+        self, messages: Any, sharer_messages: Any = None, *, options: RenderOptions | None = None, **kwargs: Any
+    ) -> Any:
+        """Answer.
+
+        Args:
+            messages: a text, a conversation, or a list of several of either.
+            sharer_messages: what only the sharer has read, see :meth:`prefill`.
+            options: how to render the prompts.
+            **kwargs: whatever the answering model's ``generate`` takes.
+
+        Returns:
+            A :class:`~c2c.generation.GenerationResult`, or a list for a batch or several return sequences.
+        """
+        timer = FirstTokenTimer()
+        prompt = self.prefill(messages, sharer_messages, options=options)
+        return unbatch(prompt.generate(timer, **kwargs), messages)
+
+    def stream(self, messages: Any, sharer_messages: Any = None, **kwargs: Any) -> TextStream:
+        """Answer one conversation piece by piece; arguments as in :meth:`generate`."""
+        return TextStream(self.tokenizer, self.generate, messages, sharer_messages=sharer_messages, **kwargs)
+
+    def chat(self, system: str | None = None, **kwargs: Any) -> Chat:
+        """Start a conversation of several turns; ``kwargs`` go to every :meth:`generate`."""
+        return Chat(self.generate, system, **kwargs)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer of the model that answers."""
+        return self.model.receiver.tokenizer
+
+
+def context_texts(sharer_messages: Any, rows: int) -> list[str]:
+    """Return private context as one text per conversation, for systems that hand over text.
+
+    Raises:
+        PromptError: a handoff, whose text is not known, or another number than ``rows``.
+    """
+    from c2c.handoff import Handoff
+
+    items = [sharer_messages] if isinstance(sharer_messages, Handoff) else sharer_messages
+    if isinstance(items, tuple) or (isinstance(items, Sequence) and any(isinstance(item, Handoff) for item in items)):
+        raise PromptError(
+            "this system hands over text, and was given a handoff or the contexts of several sharers: pass the text or "
+            "messages that one sharer is to read."
+        )
+    batch, single = conversations(items)
+    texts = [conversation[-1]["content"] for conversation in batch]
+    if not single and len(texts) != rows:
+        raise PromptError(f"got {len(texts)} private contexts for {rows} conversations; give one for each, or one.")
+    return texts * rows if single else texts
+
+
+def with_passage(messages: Conversation, passage: str) -> Conversation:
+    """Put a passage before the last message of a conversation, which asks about it."""
+    content = f"Answer the question briefly, from the passage.\n\nPassage: {passage}\n\n{messages[-1]['content']}"
+    return [*messages[:-1], {"role": "user", "content": content}]

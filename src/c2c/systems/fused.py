@@ -1,0 +1,171 @@
+"""Cache-to-cache: the receiver with the sharer's cache of the same prompt or context, and its controls."""
+
+from __future__ import annotations
+
+import copy
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from transformers import Cache
+
+from c2c import kv_cache
+from c2c.alignment import Prompt
+from c2c.alignment.base import derange
+from c2c.errors import PromptError
+from c2c.fusers import Fuser
+from c2c.generation import PrefilledPrompt
+from c2c.handoff import Handoff
+from c2c.messages import Conversation, conversations
+from c2c.model import C2CModel
+from c2c.private_context import handoffs_of
+from c2c.prompting import RenderOptions
+from c2c.systems.base import System, SystemOptions, context_texts, with_passage
+
+
+class CacheToCache(System):
+    """Answer with the receiver from a cache fused with what the sharers have read."""
+
+    name: ClassVar[str] = "c2c"
+    title: ClassVar[str] = "cache-to-cache"
+    drafts: ClassVar[bool] = True  # whether ``options.draft_tokens`` is heeded
+
+    def prefill(
+        self, messages: Any, sharer_messages: Any = None, *, options: RenderOptions | None = None
+    ) -> PrefilledPrompt:
+        """Prefill all models and fuse; see :meth:`System.prefill`."""
+        if self.drafts and self.options.draft_tokens and sharer_messages is not None:
+            sharer_messages = self._draft(messages, sharer_messages)
+        return self.model.prefill(messages, sharer_messages=sharer_messages, options=options, blend=self.options.blend)
+
+    def _draft(self, messages: Any, sharer_messages: Any) -> list[Handoff]:
+        """Let the sharer read context and question and draft an answer; all of that is handed over."""
+        batch, _ = conversations(messages)
+        sharer, tokens = self.model.sharers[self.model.private[0]], self.options.draft_tokens
+        texts = context_texts(sharer_messages, len(batch))
+        return [sharer.read(with_passage(*pair), draft_tokens=tokens) for pair in zip(batch, texts, strict=True)]
+
+
+class Matched(CacheToCache):
+    """Cache-to-cache, under its name in results."""
+
+    name: ClassVar[str] = "matched"
+    drafts: ClassVar[bool] = False
+
+
+class Draft(CacheToCache):
+    """Cache-to-cache with a draft of the answer, under its name in results."""
+
+    name: ClassVar[str] = "draft"
+    title: ClassVar[str] = "cache-to-cache with a draft"
+
+
+class Control(CacheToCache):
+    """Cache-to-cache whose sharers' caches are exchanged before they are fused."""
+
+    drafts: ClassVar[bool] = False
+
+    def prefill(
+        self, messages: Any, sharer_messages: Any = None, *, options: RenderOptions | None = None
+    ) -> PrefilledPrompt:
+        """Prefill all models, exchange the sharers' caches and fuse; see :meth:`System.prefill`."""
+        batch, _ = conversations(messages)
+        options = options or RenderOptions()
+        if not self.model.private:
+            return self.fuse(batch, options)
+        if self.drafts and self.options.draft_tokens:
+            sharer_messages = self._draft(messages, sharer_messages)
+        sharers = [self.model.sharers[index] for index in self.model.private]
+        rows = self.exchange_handoffs(handoffs_of(sharer_messages, sharers, len(batch), options), options)
+        columns = tuple(list(column) for column in zip(*rows, strict=True))
+        return self.model.prefill(batch, sharer_messages=columns, options=options, blend=self.options.blend)
+
+    @abstractmethod
+    def fuse(self, batch: list[Conversation], options: RenderOptions) -> PrefilledPrompt:
+        """Fuse prompts that both models read with other caches than their own."""
+
+    @abstractmethod
+    def exchange_handoffs(self, rows: list[list[Handoff]], options: RenderOptions) -> list[list[Handoff]]:
+        """Return other handoffs than their own, per conversation one for each sharer."""
+
+
+class Deranged(Control):
+    """Control: each conversation gets the sharer's cache of the next one of the batch, or of ``options.other``."""
+
+    name: ClassVar[str] = "deranged"
+    title: ClassVar[str] = "deranged (another prompt's cache)"
+
+    def fuse(self, batch: list[Conversation], options: RenderOptions) -> PrefilledPrompt:
+        """Fuse with the caches of other prompts."""
+        own = self.model.align(batch, options)
+        if self.options.other is not None:
+            others: Sequence[Prompt] = self.model.align(conversations(self.options.other)[0], options) * len(own)
+        else:
+            others = _rotate(own)
+        prompts = [derange(*pair) for pair in zip(own, others, strict=False)]
+        return self.model.fuse_prompts(prompts, blend=self.options.blend)
+
+    def exchange_handoffs(self, rows: list[list[Handoff]], options: RenderOptions) -> list[list[Handoff]]:
+        """Return the handoffs of other conversations."""
+        if self.options.other is None:
+            return _rotate(rows)
+        sharers = [self.model.sharers[index] for index in self.model.private]
+        return handoffs_of(self.options.other, sharers, 1, options) * len(rows)
+
+
+class DraftDeranged(Deranged):
+    """Control of a draft: another conversation's context and draft."""
+
+    name: ClassVar[str] = "draft_deranged"
+    title: ClassVar[str] = "draft, deranged"
+    drafts: ClassVar[bool] = True
+
+
+class Zero(Control):
+    """Control: the sharers' caches are zeros."""
+
+    name: ClassVar[str] = "zero"
+    title: ClassVar[str] = "zero (an empty cache)"
+
+    def fuse(self, batch: list[Conversation], options: RenderOptions) -> PrefilledPrompt:
+        """Fuse with zeros."""
+
+        def zeros(cache: Cache) -> Cache:
+            return kv_cache.zeros_like(cache)
+
+        return self.model.fuse_prompts(self.model.align(batch, options), blend=self.options.blend, edit=zeros)
+
+    def exchange_handoffs(self, rows: list[list[Handoff]], options: RenderOptions) -> list[list[Handoff]]:
+        """Return handoffs of zeros."""
+        return [[handoff.zeros_like() for handoff in row] for row in rows]
+
+
+class Untrained(CacheToCache):
+    """Control: a new fuser of the same shape, which leaves the receiver as it is."""
+
+    name: ClassVar[str] = "untrained"
+    title: ClassVar[str] = "untrained fuser"
+
+    def __init__(self, model: C2CModel, options: SystemOptions | None = None) -> None:
+        super().__init__(untrained(model, (options or SystemOptions()).seed), options)
+
+
+def untrained(model: C2CModel, seed: int = 0) -> C2CModel:
+    """Return the same models with new fusers of the same shapes."""
+    fusers: list[Fuser] = []
+    for fuser in model.fusers:
+        config = copy.deepcopy(fuser.config)
+        config.training = None  # type: ignore[union-attr]
+        torch.manual_seed(seed)
+        fusers.append(type(fuser)(config).to(model.receiver.device).eval())  # type: ignore[arg-type]
+    return C2CModel(model.receiver, model.sharers, fusers, aligner=model.aligner, mode=model.mode)
+
+
+def _rotate(items: list[Any]) -> list[Any]:
+    if len(items) < 2:
+        raise PromptError(
+            "deranged gives each conversation the cache of another one: pass at least two, or one with "
+            "SystemOptions(other=...)."
+        )
+    return [*items[1:], items[0]]

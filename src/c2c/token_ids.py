@@ -1,0 +1,204 @@
+"""Calls with token ids that are aligned one to one, as the published code has them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from c2c import kv_cache
+from c2c.alignment import Prompt
+from c2c.alignment.slots import check_sections, plan_sections, slot_positions
+from c2c.errors import AlignmentError, PromptError, SharerLost
+from c2c.generation import FusionReport, PrefilledPrompt
+from c2c.tokens import TokenBatch
+
+if TYPE_CHECKING:
+    from c2c.language_model import Receiver, Sharer
+
+
+@dataclass
+class FusedIds:
+    """What :meth:`TokenIds.fuse_ids` returns.
+
+    Attributes:
+        keys: one tensor per receiver layer, ``[batch, kv_heads, tokens, head_dim]``, after the rotary embedding.
+        values: the same shapes.
+        last_logits: after the last token, ``[batch, vocab]``.
+        report: what was fused.
+    """
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    last_logits: Tensor
+    report: FusionReport | None
+
+
+class TokenIds:
+    """The calls of :class:`~c2c.model.C2CModel` that take token ids in place of messages."""
+
+    receiver: Receiver
+    sharers: list[Sharer]
+    fuse_prompts: Callable[..., PrefilledPrompt]
+    prefill_receiver: Callable[..., PrefilledPrompt]
+
+    @torch.no_grad()
+    def generate_ids(
+        self,
+        receiver_ids: Any,
+        sharer_ids: Any,
+        *,
+        fuse_mask: Any,
+        receiver_mask: Any = None,
+        sharer_mask: Any = None,
+        sections: Sequence[int] | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Answer from token ids that are aligned one to one, as the published code does.
+
+        Args:
+            receiver_ids: ``[batch, tokens]``.
+            sharer_ids: ``[batch, tokens]``, or one per sharer.
+            fuse_mask: ``[batch, tokens]`` or ``[tokens]``, the receiver positions to fuse; True fuses all sharers, an
+                integer is a bit mask (1 the first sharer, 2 the second, 3 both). Its runs are the published sections:
+                later ones are read on top of fused earlier ones, and the last is never fused.
+            receiver_mask: False on padding, ``[batch, tokens]``; kept while decoding.
+            sharer_mask: the same for the sharer, or one per sharer.
+            sections: lengths of the sections, where two fused ones stand side by side.
+            **kwargs: passed to the receiver's ``generate``.
+
+        Returns:
+            The new ids, ``[batch, new]``.
+
+        Raises:
+            PromptError: shapes that do not agree, or right padding.
+        """
+        fused = self._fuse_ids(receiver_ids, sharer_ids, fuse_mask, receiver_mask, sharer_mask, sections)
+        return self.receiver.generate(fused.tokens, fused.cache, **kwargs)
+
+    @torch.no_grad()
+    def fuse_ids(
+        self,
+        receiver_ids: Any,
+        sharer_ids: Any,
+        *,
+        fuse_mask: Any,
+        receiver_mask: Any = None,
+        sharer_mask: Any = None,
+        sections: Sequence[int] | None = None,
+    ) -> FusedIds:
+        """The fused cache of the whole prompt and the logits after it; arguments as in :meth:`generate_ids`."""
+        fused = self._fuse_ids(receiver_ids, sharer_ids, fuse_mask, receiver_mask, sharer_mask, sections)
+        logits = self.receiver.next_logits(fused.tokens, fused.cache)
+        keys, values = zip(*kv_cache.layers(fused.cache), strict=True)
+        return FusedIds(list(keys), list(values), logits, fused.report)
+
+    def _fuse_ids(
+        self,
+        receiver_ids: Any,
+        sharer_ids: Any,
+        fuse_mask: Any,
+        receiver_mask: Any,
+        sharer_mask: Any,
+        sections: Any,
+    ) -> PrefilledPrompt:
+        ids = _ids(receiver_ids, "receiver_ids")
+        others = [_ids(entry, "sharer_ids") for entry in _per_sharer(sharer_ids, len(self.sharers))]
+        mask = _mask(receiver_mask, ids, "receiver_mask")
+        other_masks = [
+            _mask(entry, other, "sharer_mask")
+            for entry, other in zip(_per_sharer(sharer_mask, len(self.sharers)), others, strict=True)
+        ]
+        selection = self._selection(fuse_mask, ids)
+        for other in others:
+            if other.shape != ids.shape:
+                raise AlignmentError(
+                    f"unaligned prompt: receiver_ids are {tuple(ids.shape)}, sharer_ids {tuple(other.shape)}. Ids "
+                    "must be aligned one to one; for text use generate(messages), which aligns."
+                )
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for row, values in enumerate(selection.tolist()):
+            groups.setdefault(tuple(values), []).append(row)
+        if sections is not None:
+            check_sections(selection, sections)
+        positions = slot_positions(mask, other_masks)
+        tokens = TokenBatch(ids, mask, positions, bool((~mask).any()), natural=False)
+        sharers = [
+            TokenBatch(other, m, positions, bool((~m).any())) for other, m in zip(others, other_masks, strict=True)
+        ]
+        prompts = []
+        for rows in groups.values():
+            chunks, skipped = plan_sections(selection[rows[0]], mask[rows], len(self.sharers), sections)
+            prompts.append(Prompt(tokens.select(rows), tuple(s.select(rows) for s in sharers), chunks, skipped))
+        if bool(selection.any()) and not any(prompt.chunks for prompt in prompts):
+            warnings.warn(
+                "fuse_mask selects positions of the last section only, which is never fused: the answer is the "
+                "receiver's alone. Leave at least the last token out of the mask.",
+                stacklevel=3,
+            )
+        try:
+            fused = self.fuse_prompts(prompts)
+        except SharerLost as lost:
+            return self.prefill_receiver(tokens, lost)
+        if len(prompts) > 1:  # rows were grouped by their sections: back to the caller's order
+            order = torch.tensor([row for rows in groups.values() for row in rows]).argsort()
+            fused = replace(
+                fused, tokens=fused.tokens.select(order.tolist()), cache=kv_cache.select_rows(fused.cache, order)
+            )
+        return fused
+
+    def _selection(self, fuse_mask: Any, ids: Tensor) -> Tensor:
+        """The fuse mask as bit masks of sharers, ``[batch, tokens]``."""
+        mask: Tensor = torch.as_tensor(fuse_mask).cpu()
+        if mask.dim() == 1:
+            mask = mask.expand(ids.shape[0], -1)
+        if mask.shape != ids.shape:
+            raise PromptError(f"fuse_mask is {tuple(mask.shape)}, expected {tuple(ids.shape)} like receiver_ids.")
+        everyone = 2 ** len(self.sharers) - 1
+        if mask.dtype == torch.bool:
+            chosen: Tensor = mask.long() * everyone
+            return chosen
+        bits = mask.long().clamp_min(0)
+        if int(bits.max()) > everyone:
+            raise PromptError(
+                f"fuse_mask selects sharers by bit mask {int(bits.max())}; the largest here is {everyone}."
+            )
+        return bits
+
+
+def _ids(value: Any, name: str) -> Tensor:
+    ids = torch.as_tensor(value).cpu()
+    ids = ids.unsqueeze(0) if ids.dim() == 1 else ids
+    if ids.dim() != 2 or ids.numel() == 0 or ids.is_floating_point():
+        raise PromptError(
+            f"{name} has shape {tuple(ids.shape)} and type {ids.dtype}; expected integers [batch, tokens]."
+        )
+    return ids.long()
+
+
+def _mask(value: Any, ids: Tensor, name: str) -> Tensor:
+    if value is None:
+        return torch.ones_like(ids, dtype=torch.bool)
+    mask = torch.as_tensor(value).cpu().bool()
+    mask = mask.unsqueeze(0) if mask.dim() == 1 else mask
+    if mask.shape != ids.shape:
+        raise PromptError(f"{name} is {tuple(mask.shape)}, expected {tuple(ids.shape)} like the ids.")
+    return mask
+
+
+def _depth(value: Any) -> int:
+    """How deep lists are nested: 2 for ids of a batch, 3 for those of several sharers."""
+    return 1 + _depth(value[0]) if isinstance(value, list | tuple) and value else 0
+
+
+def _per_sharer(value: Any, count: int) -> list[Any]:
+    """One value per sharer; a single tensor is meant for all of them."""
+    if isinstance(value, list | tuple) and value and (isinstance(value[0], Tensor) or _depth(value) == 3):
+        if len(value) != count:
+            raise PromptError(f"got {len(value)} tensors for {count} sharers; give one for each, or one for all.")
+        return list(value)
+    return [value] * count
