@@ -84,7 +84,10 @@ def measure_layers(config: AnalysisConfig, progress: OnProgress | None = None) -
     experiment = Experiment(config, progress)
     fused_layers = experiment.fuser.config.fused_layers
     thirds = split_in_thirds(fused_layers)
-    mixtures: dict[str, tuple[Sequence[int], Sequence[int]]] = {"keys only": (fused_layers, []), "values only": ([], fused_layers)}
+    mixtures: dict[str, tuple[Sequence[int], Sequence[int]]] = {
+        "keys only": (fused_layers, []),
+        "values only": ([], fused_layers),
+    }
     for name, third in thirds.items():
         rest = [layer for layer in fused_layers if layer not in third]
         mixtures[f"without {name} third"] = (rest, rest)
@@ -220,4 +223,3 @@ def _controls(experiment: Experiment, batch: Batch) -> Iterator[tuple[str, Cache
 
 def _part_name(part: Part, fraction: float) -> str:
     return {0.0: "receiver", 1.0: "matched"}.get(fraction, f"{part} {fraction}")
-

@@ -15,12 +15,13 @@ from transformers import Cache, DynamicCache
 
 from c2c import kv_cache
 from c2c.alignment import Alignment
-from c2c.analysis.config import AnalysisConfig, AnalysisError, check_data
+from c2c.analysis.config import AnalysisConfig, AnalysisError
 from c2c.analysis.results import provenance
+from c2c.data.config import DataSource
 from c2c.data.formats import load_rows
 from c2c.fusers import Fuser
 from c2c.fusers.base import Entries, fuser_hash, training_facts
-from c2c.fusion import Picker, Source, aligned_entries, fuse
+from c2c.fusion import Picker, Source, aligned_entries
 from c2c.language_model import LanguageModel
 from c2c.messages import conversations
 from c2c.model import C2CModel
@@ -28,7 +29,6 @@ from c2c.prefill import continued_logits
 from c2c.prompting import RenderOptions
 from c2c.rope import Rotary
 from c2c.tokens import TokenBatch
-from c2c.training.config import DataSource
 from c2c.training.examples import build_examples
 from c2c.training.step import Batch, FuserTraining
 from c2c.training.store import PrefillStore
@@ -48,10 +48,9 @@ class LayerCapture:
     Attributes:
         layer: receiver layer.
         source: sharer layer that it reads.
-        entries: ``sharer``, ``receiver`` (its own) and ``fused`` to ``keys`` (as they lie in the cache),
-            ``keys_unrotated`` (without their rotary embedding) and ``values``: ``[pairs, kv_heads * head_dim]``, heads
-            side by side, float32 on the CPU. Several receiver positions may read the same sharer entry.
-        unique: True where a sharer entry is read for the first time, ``[pairs]``.
+        entries: by side and kind ``[pairs, kv_heads * head_dim]``, float32 on the CPU. Kinds: ``keys`` (as they lie in
+            the cache), ``keys_unrotated`` (without their rotary embedding) and ``values``.
+        unique: True where a sharer entry is read for the first time, ``[pairs]``; several positions may read one.
     """
 
     layer: int
@@ -64,16 +63,7 @@ class LayerCapture:
 def capture_layers(
     receiver: LanguageModel, tokens: TokenBatch, source: Source, alignment: Alignment, clean: Cache, fused: Cache
 ) -> Iterator[LayerCapture]:
-    """Yield the aligned entries of each fused layer.
-
-    Args:
-        receiver: the receiver.
-        tokens: the receiver's tokens.
-        source: the sharer, its tokens and cache, and the fuser.
-        alignment: which entries belong together.
-        clean: the receiver's cache before fusion.
-        fused: the receiver's cache after fusion.
-    """
+    """Yield the aligned entries of each fused layer; ``clean`` and ``fused`` are the receiver's caches."""
     theirs, ours = aligned_entries(clean, receiver, tokens, source, alignment)
     _, merged = aligned_entries(fused, receiver, tokens, source, alignment)
     device, config = source.fuser.device, source.fuser.config
@@ -127,46 +117,36 @@ class PromptCapture:
 def capture_prompt(model: C2CModel, messages: Any, options: RenderOptions | None = None) -> PromptCapture:
     """Prefill one prompt with both models, fuse, and capture the aligned entries.
 
-    Args:
-        model: a pair whose fuser is for shared context.
-        messages: a text or a conversation.
-        options: how to render it.
-
     Raises:
         AnalysisError: several sharers or prompts, a fuser of private context, or a prompt that is fused in steps.
         PromptError: a prompt that one of the models can't read.
     """
     fuser = only_fuser(model, "this model")
-    batch, _ = conversations(messages)
-    receiver, sharer = model.receiver, model.sharers[0]
-    prompts = model.aligner.align(receiver.tokenizer, [sharer.tokenizer], batch, options or RenderOptions())
-    chunks = [(prompt, chunk, chunk.alignments[0]) for prompt in prompts for chunk in prompt.chunks]
-    if len(batch) != 1 or len(chunks) != 1 or chunks[0][2] is None:
+    prompts = model.align(conversations(messages)[0], options or RenderOptions())
+    alignments = [chunk.alignments[0] for prompt in prompts for chunk in prompt.chunks]
+    if len(prompts) != 1 or len(alignments) != 1 or (alignment := alignments[0]) is None:
         raise AnalysisError(
-            f"expected one prompt that is fused in one step, got {len(batch)} with {len(chunks)} steps. Give a single "
-            "user message, or use a fuser aligned by spans."
+            f"expected one prompt that is fused in one step, got {len(prompts)} with {len(alignments)} steps. Give a "
+            "single user message, or use a fuser aligned by spans."
         )
-    prompt, chunk, alignment = chunks[0]
-    receiver.check_prompt(prompt.receiver)
-    sharer.check_tokens(prompt.sharers[0])
-    ours, theirs = prompt.receiver.to(receiver.device), prompt.sharers[0].to(sharer.device)
-    source = Source(sharer, theirs, sharer.prefill(theirs), fuser)
-    clean = receiver.prefill(ours, chunk.stop)
-    fused = kv_cache.copy(clean)
-    fuse(fused, receiver, ours, [source], chunk)
+    shared: list[Cache] = []
+
+    def keep(cache: Cache) -> Cache:
+        shared.append(cache)
+        return cache
+
+    fused = model.fuse_prompts(prompts, edit=keep)
+    receiver, sharer = model.receiver, model.sharers[0]
+    source = Source(sharer, prompts[0].sharers[0].to(sharer.device), shared[0], fuser)
+    clean = receiver.prefill(fused.tokens, kv_cache.length(fused.cache))
     return PromptCapture(
         fuser,
         (receiver.name, sharer.name),
-        _decode_each(receiver, ours),
-        _decode_each(sharer, theirs),
+        [str(receiver.tokenizer.decode([token])) for token in fused.tokens.ids[0].tolist()],
+        [str(sharer.tokenizer.decode([token])) for token in source.tokens.ids[0].tolist()],
         list(zip(alignment.receiver.tolist(), alignment.sharer.tolist(), strict=True)),
-        list(capture_layers(receiver, ours, source, alignment, clean, fused)),
+        list(capture_layers(receiver, fused.tokens, source, alignment, clean, fused.cache)),
     )
-
-
-def _decode_each(model: LanguageModel, tokens: TokenBatch) -> list[str]:
-    """Return the text of each token; a part of a character becomes a replacement character."""
-    return [str(model.tokenizer.decode([token])) for token in tokens.ids[0].tolist()]
 
 
 def only_fuser(model: C2CModel, name: str) -> Fuser:
@@ -183,14 +163,14 @@ def only_fuser(model: C2CModel, name: str) -> Fuser:
 
 
 def check_shared(fuser: Fuser, name: str) -> Fuser:
-    """Refuse a fuser that is not for shared context.
+    """Return a fuser of shared context.
 
     Raises:
         AnalysisError: it adds entries and merges none.
     """
     if fuser.context != "shared":
         raise AnalysisError(
-            f"{name} is for {fuser.context} context (family {fuser.family!r}): it adds entries and merges none, so that "
+            f"{name} is for {fuser.context} context (family {fuser.family!r}): it adds entries and merges none, so "
             "nothing can be compared before and after. Use a fuser of shared context, such as 'bottleneck'."
         )
     return fuser
@@ -199,13 +179,9 @@ def check_shared(fuser: Fuser, name: str) -> Fuser:
 class Experiment:
     """Load a fuser with its models, and the items that it is analysed on.
 
-    Args:
-        config: what to analyse.
-        progress: called with (stage, items done, items).
-        needs_sharer: keep the sharer's weights also where all its prefills are stored.
+    The sharer's weights are given back where all its prefills are stored, except with ``needs_sharer``.
 
     Attributes:
-        config: what to analyse.
         model: the pair.
         fuser: its fuser.
         examples: the items as both models' tokens, at least two.
@@ -219,7 +195,7 @@ class Experiment:
     def __init__(
         self, config: AnalysisConfig, progress: OnProgress | None = None, *, needs_sharer: bool = False
     ) -> None:
-        items = DataSource(str(check_data(config.data)), form=config.form, limit=config.limit)
+        items = data_source(config.data, config.form, config.limit)
         models = {name: getattr(config, name) for name in ("receiver", "sharer", "dtype", "device_map")}
         self.config, self._progress = config, progress
         self.model = C2CModel.from_pretrained(config.fuser, **models)
@@ -249,12 +225,10 @@ class Experiment:
 
     @torch.no_grad()
     def fuse(self, batch: Batch, message: Any = "matched", **changes: Any) -> DynamicCache:
-        """Return the receiver's fused cache of all prompt tokens but the last; ``batch`` stays clean.
+        """Return the receiver's cache of all prompt tokens but the last, fused with a message of the sharer.
 
-        Args:
-            batch: items with their prefills.
-            message: ``matched``, ``deranged`` (another item's sharer cache) or ``zero``.
-            **changes: fields of the batch to replace, such as ``sharer_cache``.
+        Messages: ``matched``, ``deranged`` (another item's), ``zero``, ``none``. ``changes`` are fields of the batch,
+        such as ``sharer_cache``, that are replaced; ``batch`` stays as it is.
         """
         return self._training.fused(replace(batch, **changes), message)
 
@@ -269,11 +243,7 @@ class Experiment:
                     yield capture
 
     def score(self, variants: Callable[[Batch], Iterable[tuple[str, Cache]]]) -> dict[str, list[float]]:
-        """Answer all items from several variants of the receiver's cache, which ``variants`` yields by name.
-
-        Returns:
-            For each variant and item 1 for a right answer, else 0.
-        """
+        """Answer all items from each cache that ``variants`` yields for a batch: 1 for a right answer, else 0."""
         scores: dict[str, list[float]] = {}
         for batch in self.batches("answering"):
             for name, cache in variants(batch):
@@ -284,9 +254,7 @@ class Experiment:
     def answer(self, batch: Batch, cache: Cache) -> list[float]:
         """Return 1 for each item whose right option has the largest logit where the answer names it, else 0.
 
-        Args:
-            batch: the items.
-            cache: of all prompt tokens but the last; stays as it is.
+        ``cache`` is of all prompt tokens but the last, and stays as it is.
         """
         read = batch.responses[:, : max(example.decisive for example in batch.examples)]
         own = kv_cache.from_layers(kv_cache.layers(cache))  # decoding replaces its tensors, not those of ``cache``
@@ -297,7 +265,7 @@ class Experiment:
         ]
 
     def facts(self, **options: Any) -> dict[str, Any]:
-        """Return ``n``, ``dropped`` and ``provenance``; ``options`` are those of the analysis in place of the config's."""
+        """Return ``n``, ``dropped`` and ``provenance``, with ``options`` in place of those in the config."""
         config = asdict(self.config)
         own = sorted(config.keys() - {one.name for one in fields(AnalysisConfig)})
         facts = {
@@ -315,6 +283,21 @@ def _prefill_store(model: LanguageModel, layers: Sequence[int], config: Analysis
     folder = Path(config.store_dir).expanduser() if config.store_dir is not None else None
     budget = int(config.store_budget_gb * 5e8) if folder is not None else 0
     return PrefillStore(model, layers, folder=folder, budget=budget, batch=4)
+
+
+def data_source(path: str, form: str, limit: int | None) -> DataSource:
+    """Describe a file of items.
+
+    Raises:
+        AnalysisError: there is no such file.
+    """
+    file = Path(path).expanduser().absolute()
+    if not file.is_file():
+        raise AnalysisError(
+            f'no such data file: {path}. Expected JSON lines with "question", "choices" and "answer" (the index of '
+            "the right choice)."
+        )
+    return DataSource(str(file), form=form, limit=limit)
 
 
 def check_items(count: int, data: str, dropped: Counter[str]) -> None:

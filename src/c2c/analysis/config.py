@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal, get_args
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
 
 from c2c.errors import C2CError
 
-Method = Literal["pca", "tsne"]
+METHODS = ("pca", "tsne")
 
 
 class AnalysisError(C2CError, ValueError):
@@ -26,12 +25,10 @@ class ItemsConfig:
     """Settings of every analysis of items.
 
     Raises:
-        AnalysisError: fewer than two items.
+        AnalysisError: a number below its minimum.
     """
 
-    data: str = field(
-        metadata={"help": 'JSONL file of multiple-choice items: "question", "choices", "answer" (index of the right one).'}
-    )
+    data: str = field(metadata={"help": "JSONL file of items: question, choices, answer (index of the right choice)."})
     limit: int | None = _option(200, "At most this many items, drawn with the seed.", min=2)
     seed: int = _option(0, "Seed of the draw and of the bootstrap.")
     form: str = _option("letter", "Prompt form of the items: letter, published or sentence.")
@@ -40,17 +37,15 @@ class ItemsConfig:
     device_map: str | None = _option(None, "Device or device map of the models.")
 
     def __post_init__(self) -> None:
-        if self.limit is not None and self.limit < 2:
-            raise AnalysisError(f"limit is {self.limit}; give at least 2 items, or None for all of them.")
+        for one in fields(self):
+            value, least = getattr(self, one.name), one.metadata.get("min")
+            if value is not None and least is not None and value < least:
+                raise AnalysisError(f"{one.name} is {value}; give at least {least}.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class AnalysisConfig(ItemsConfig):
-    """Settings of an analysis of one fuser.
-
-    Raises:
-        AnalysisError: fewer than two items, in all or per batch.
-    """
+    """Settings of an analysis of one fuser."""
 
     fuser: str = field(metadata={"help": "Folder or hub id of the fuser."})
     batch_size: int = _option(8, "Items per batch; at least 2, because deranged needs another item's cache.", min=2)
@@ -59,57 +54,45 @@ class AnalysisConfig(ItemsConfig):
     receiver: str | None = _option(None, "Receiver in place of the recorded one.")
     sharer: str | None = _option(None, "Sharer in place of the recorded one.")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.batch_size < 2:
-            raise AnalysisError(f"batch_size is {self.batch_size}; give at least 2: deranged needs another item's cache.")
-
 
 @dataclass(frozen=True, kw_only=True)
 class CacheMapConfig(AnalysisConfig):
     """Settings of the cache map.
 
     Raises:
-        AnalysisError: layers that are no numbers, an unknown method, or fewer than three points.
+        AnalysisError: a number below its minimum, layers that are no numbers, or an unknown method.
     """
 
     layers: str | None = _option(None, "Receiver layers, with commas (14,29); else the middle and the last fused one.")
-    method: Method = _option("pca", "Projection of the picture.")
-    points: int = _option(400, "At most this many positions in the picture.", min=3)
+    method: Literal["pca", "tsne"] = _option("pca", "Projection of the plot.")
+    points: int = _option(400, "At most this many positions in the plot.", min=3)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.layers is not None and not all(part.strip().isdecimal() for part in self.layers.split(",")):
             raise AnalysisError(f"layers is {self.layers!r}; expected layer numbers with commas, for instance 14,29.")
-        if self.method not in get_args(Method):
-            raise AnalysisError(f"unknown method {self.method!r}. Known: {', '.join(get_args(Method))}.")
-        if self.points < 3:
-            raise AnalysisError(f"points is {self.points}; give at least 3.")
+        if self.method not in METHODS:
+            raise AnalysisError(f"method is {self.method!r}; expected one of {', '.join(METHODS)}.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrecisionConfig(AnalysisConfig):
     """Settings of the precision analysis."""
 
-    unrounded: bool = _option(False, "Measure entries in the sharer's own dtype too; it prefills every prompt again.")
+    unrounded: bool = _option(
+        False, "Measure entries in the sharer's own dtype too; it prefills every prompt again.", flag="--unrounded"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class EnrichmentConfig(ItemsConfig):
-    """Settings of the cache-enrichment oracle, which needs one model and no fuser.
-
-    Raises:
-        AnalysisError: fewer than two items, or a negative number of exemplars.
-    """
+    """Settings of the cache-enrichment oracle, which needs one model and no fuser."""
 
     model: str = field(metadata={"help": "Alias, hub id, folder or GGUF file of the model."})
-    shots_data: str = field(metadata={"help": "JSONL file of the exemplars; questions that are in --data are left out."})
+    shots_data: str = field(
+        metadata={"help": "JSONL file of the exemplars; questions of --data are left out."}
+    )
     shots: int = _option(5, "Exemplars, drawn with the seed, the same for all items.", min=0)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.shots < 0:
-            raise AnalysisError(f"shots is {self.shots}; give 0 or more.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,20 +106,5 @@ class ScalingConfig:
     """
 
     results: Sequence[str]
-    parameters: Mapping[str, float] | None = None
+    parameters: Mapping[str, float] = field(default_factory=dict)
     output_dir: str | None = None
-
-
-def check_data(path: str) -> Path:
-    """Return the absolute path of a file of items.
-
-    Raises:
-        AnalysisError: there is no such file.
-    """
-    file = Path(path).expanduser().absolute()
-    if not file.is_file():
-        raise AnalysisError(
-            f'no such data file: {path}. Expected JSON lines with "question", "choices" and "answer" (the index of '
-            "the right choice)."
-        )
-    return file

@@ -20,8 +20,8 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 
 from c2c import kv_cache
-from c2c.analysis.capture import check_items
-from c2c.analysis.config import AnalysisError, EnrichmentConfig, check_data
+from c2c.analysis.capture import check_items, data_source
+from c2c.analysis.config import AnalysisError, EnrichmentConfig
 from c2c.analysis.results import accuracies, analysis, difference, provenance
 from c2c.data.formats import Row, load_rows, questions
 from c2c.errors import CacheError
@@ -30,7 +30,6 @@ from c2c.messages import Conversation
 from c2c.prompting import RenderOptions
 from c2c.rope import Rotary
 from c2c.tokens import TokenBatch
-from c2c.training.config import DataSource
 from c2c.training.examples import choice_tokens
 from c2c.utils import OnProgress
 
@@ -197,10 +196,10 @@ def _answers(model: LanguageModel, row: Row, prompts: Prompts) -> dict[str, floa
 
 def _load_rows(config: EnrichmentConfig) -> tuple[list[Row], list[Row]]:
     """Return exemplars and items; no item is an exemplar."""
-    data, shots_data = check_data(config.data), check_data(config.shots_data)
-    rows, _ = load_rows([DataSource(str(data), form=config.form, limit=config.limit)], Path(), config.seed)
-    source = DataSource(str(shots_data), form=config.form, limit=config.shots)
-    shots, _ = load_rows([source], Path(), config.seed, questions([data]))
+    items = data_source(config.data, config.form, config.limit)
+    exemplars = data_source(config.shots_data, config.form, config.shots)
+    rows, _ = load_rows([items], Path(), config.seed)
+    shots, _ = load_rows([exemplars], Path(), config.seed, questions([Path(items.name)]))
     if len(shots) < config.shots:
         raise AnalysisError(
             f"{config.shots_data} has {len(shots)} questions that are not in {config.data}, and {config.shots} "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import matplotlib
 import torch
@@ -41,19 +41,12 @@ def prompt_plots(capture: PromptCapture) -> list[Plot]:
 
 
 def fusion_strength(capture: PromptCapture) -> Tensor:
-    """Return the norm of what is added to each aligned token over its own, mean of keys and values: ``[layers, pairs]``."""
-    return torch.stack(
-        [
-            torch.stack(
-                [
-                    (one.entries["fused"][kind] - own).norm(dim=-1) / own.norm(dim=-1).clamp_min(1e-12)
-                    for kind in KINDS
-                    for own in [one.entries["receiver"][kind]]
-                ]
-            ).mean(0)
-            for one in capture.layers
-        ]
-    )
+    """Return the norm of what is added to each token over its own, mean of keys and values: ``[layers, pairs]``."""
+    layers = []
+    for one in capture.layers:
+        own, fused = (torch.stack([one.entries[side][kind] for kind in KINDS]) for side in ("receiver", "fused"))
+        layers.append(((fused - own).norm(dim=-1) / own.norm(dim=-1).clamp_min(1e-12)).mean(0))
+    return torch.stack(layers)
 
 
 def plot_strength(capture: PromptCapture) -> Plot:
@@ -61,22 +54,22 @@ def plot_strength(capture: PromptCapture) -> Plot:
     strength = fusion_strength(capture)
     tokens = [token for token, _ in capture.pairs]
     mean = dict(zip(tokens, strength.mean(0).tolist(), strict=True))
+    highest = max(mean.values()) or 1.0
     boxes = list(layout(capture.receiver_tokens))
     lines = 1 + boxes[-1].line
-    colours = matplotlib.colormaps["viridis"].resampled(256)
-    highest = max(mean.values()) or 1.0
 
     def draw(figure: Figure | SubFigure) -> None:
         text, heat = figure.subplots(2, 1, height_ratios=[lines, 8])
-        _prepare(text, "Mean over layers", lines)
+        _set_up(text, "Mean over layers", lines)
         for box in boxes:
-            share = mean.get(box.token, -1.0) / highest
-            style = {} if share < 0 else {"bbox": {"facecolor": colours(share), "lw": 0, "pad": 1}}
-            _write(text, box, box.line + 0.5, "gray" if share < 0 else "black" if share > 0.45 else "white", **style)
-        plot_heat_map(figure, heat, strength.tolist(), "norm added / own norm")
-        layers = [one.layer for one in capture.layers]
-        step = max(1, len(layers) // 6)
-        heat.set_yticks(range(0, len(layers), step), layers[::step])
+            share = mean.get(box.token, -1) / highest
+            if share >= 0:
+                colour = matplotlib.colormaps["viridis"](share)
+                text.barh(box.line + 0.5, box.width, left=box.start, height=0.9, color=colour)
+            _write(text, box, 0.5, "gray" if share < 0 else "white" if share < 0.45 else "black")
+        plot_heat_map(heat, strength.tolist(), "norm added / own norm")
+        heat.set_yticks(range(len(capture.layers)), [str(one.layer) for one in capture.layers])
+        heat.locator_params(axis="y", nbins=6)
         name_columns(heat, [str(token) for token in tokens])
         heat.set(title="By layer", xlabel="fused token", ylabel="receiver layer")
 
@@ -84,7 +77,7 @@ def plot_strength(capture: PromptCapture) -> Plot:
         "Norm of what fusion adds to a token's entries over the norm of its own, mean of keys and values. Grey tokens "
         "are not fused: the template before the message, and the last token, which reads the fused cache."
     )
-    return Plot("strength", "Fusion strength over the prompt", caption, 2.6 + 0.22 * lines, draw)
+    return Plot("Fusion strength over the prompt", caption, 2.6 + 0.22 * lines, draw)
 
 
 def plot_alignment(capture: PromptCapture) -> Plot:
@@ -96,26 +89,41 @@ def plot_alignment(capture: PromptCapture) -> Plot:
     def draw(figure: Figure | SubFigure) -> None:
         axes = figure.subplots()
         receiver, sharer = (name.rstrip("/").rpartition("/")[2] for name in capture.names)
-        _prepare(axes, f"{receiver} above, {sharer} below", lines)
-        for line in range(lines):
-            _draw_line(axes, [box for box in boxes if box.line == line], reads, capture.sharer_tokens)
+        _set_up(axes, f"{receiver} above, {sharer} below", lines)
+        readers: dict[tuple[int, int], list[Box]] = {}  # by line and sharer token
+        for box in boxes:
+            _write(axes, box, 0.2, "black" if box.token in reads else "gray")
+            if box.token in reads:
+                readers.setdefault((box.line, reads[box.token]), []).append(box)
+        ends = [0] * lines
+        for (line, token), above in readers.items():
+            text = visible(capture.sharer_tokens[token])
+            start = round(sum(box.middle for box in above) / len(above) - width(text) / 2)
+            below = Box(token, text, line, max(ends[line], start))
+            ends[line] = below.start + below.width
+            _write(axes, below, 0.75, "tab:orange")
+            for box in above:
+                axes.plot([box.middle, below.middle], [line + 0.36, line + 0.58], c="tab:blue", lw=0.8)
 
     caption = (
-        "A token of the message reads the sharer's token that covers its last character; the template after it reads the "
-        "sharer's last token, which has read everything. Grey tokens read none. \u00b7 is a space, \u21b5 a new line."
+        "A token of the message reads the sharer's token that covers its last character; the template after it reads "
+        "the sharer's last token, which has read everything. Grey tokens read none. \u00b7: space, \u21b5: new line."
     )
-    return Plot("tokens", "Token alignment", caption, 0.6 + 0.65 * lines, draw)
+    return Plot("Token alignment", caption, 0.6 + 0.65 * lines, draw)
 
 
-@dataclass(frozen=True)
-class Box:
-    """Place of a token in lines of equally wide characters: its index, visible text, line, first column and width."""
+class Box(NamedTuple):
+    """Place of a token in lines of equally wide characters: its index, visible text, line and first column."""
 
     token: int
     text: str
     line: int
     start: int
-    width: int
+
+    @property
+    def width(self) -> int:
+        """Columns of the text."""
+        return width(self.text)
 
     @property
     def middle(self) -> float:
@@ -127,10 +135,10 @@ def layout(texts: Sequence[str]) -> Iterator[Box]:
     """Place tokens from the left, on the next line where one is full."""
     line = start = 0
     for token, text in enumerate(map(visible, texts)):
-        if start > 0 and start + columns(text) > COLUMNS:
+        if start > 0 and start + width(text) > COLUMNS:
             line, start = line + 1, 0
-        yield Box(token, text, line, start, columns(text))
-        start += columns(text)
+        yield Box(token, text, line, start)
+        start += width(text)
 
 
 def visible(text: str) -> str:
@@ -139,34 +147,16 @@ def visible(text: str) -> str:
     return ("\u00b7" + text[1:] if text.startswith(" ") else text) or "\u2205"
 
 
-def columns(text: str) -> int:
+def width(text: str) -> int:
     """Count the columns of a text: East Asian wide characters take two."""
     return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)
 
 
-def _prepare(axes: Axes, title: str, lines: int) -> None:
+def _set_up(axes: Axes, title: str, lines: int) -> None:
     axes.set(title=title, xlim=(0, COLUMNS), ylim=(lines, 0))
     axes.axis("off")
 
 
-def _write(axes: Axes, box: Box, height: float, colour: str, **style: object) -> None:
-    place = {"ha": "center", "va": "center", "family": "monospace", "fontsize": 8}
-    axes.text(box.middle, height, box.text, color=colour, **place | style)
-
-
-def _draw_line(axes: Axes, boxes: Sequence[Box], reads: dict[int, int], sharer_tokens: Sequence[str]) -> None:
-    """Draw one line of receiver tokens, and below it the sharer's tokens that they read."""
-    readers: dict[int, list[Box]] = {}
-    for box in boxes:
-        _write(axes, box, box.line + 0.2, "black" if box.token in reads else "gray")
-        if box.token in reads:
-            readers.setdefault(reads[box.token], []).append(box)
-    end = 0
-    for token, above in readers.items():
-        text = visible(sharer_tokens[token])
-        middle = sum(box.middle for box in above) / len(above)
-        below = Box(token, text, above[0].line, max(end, round(middle - columns(text) / 2)), columns(text))
-        end = below.start + below.width
-        _write(axes, below, below.line + 0.75, "tab:orange")
-        for box in above:
-            axes.plot([box.middle, below.middle], [box.line + 0.36, below.line + 0.58], color="tab:blue", lw=0.8)
+def _write(axes: Axes, box: Box, height: float, colour: str) -> None:
+    style = {"color": colour, "ha": "center", "va": "center", "family": "monospace", "fontsize": 8}
+    axes.text(box.middle, box.line + height, box.text, style)

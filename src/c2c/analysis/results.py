@@ -37,7 +37,9 @@ def analysis(name: str) -> Callable[[Measure], Measure]:
                 _check_output(config.output_dir)
             numbers = measure(config, progress)
             result = {"analysis": name} | {key: value for key, value in numbers.items() if not key.startswith("_")}
-            return result if config.output_dir is None else _write(result, numbers, Path(config.output_dir).expanduser())
+            return (
+                result if config.output_dir is None else _write(result, numbers, Path(config.output_dir).expanduser())
+            )
 
         return run
 

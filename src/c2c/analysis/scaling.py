@@ -43,10 +43,10 @@ def measure_scaling(config: ScalingConfig, progress: OnProgress | None = None) -
     for path, other in others:
         if differing := [name for name, value in _compared(other).items() if value != compared[name]]:
             raise AnalysisError(
-                f"{first_path} and {path} differ in {', '.join(differing)}; compare results of one receiver on the same "
-                "items."
+                f"{first_path} and {path} differ in {', '.join(differing)}; compare results of one receiver on the "
+                "same items."
             )
-    rows = [_row(result, config.parameters or {}) for result in found.values()]
+    rows = [_row(result, config.parameters) for result in found.values()]
     return {
         "receiver": _short_name(first["provenance"]["receiver"]["name"]),
         "n": first["n"],

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
-from c2c import analysis
-from c2c.analysis import AnalysisConfig, CacheMapConfig, EnrichmentConfig, PrecisionConfig, ScalingConfig
+from c2c.analysis.config import AnalysisConfig, CacheMapConfig, EnrichmentConfig, PrecisionConfig, ScalingConfig
 from c2c.cli.options import Json, from_config
 from c2c.cli.output import err, out, print_json, progress_bars
 
@@ -31,7 +31,10 @@ def register(app: typer.Typer) -> None:
 
 
 def _command(
-    name: str, config: type, measure: str, example: str = "--fuser zoo/NAME --data questions.jsonl --output-dir analysis"
+    name: str,
+    config: type,
+    measure: str,
+    example: str = "--fuser zoo/NAME --data questions.jsonl --output-dir analysis",
 ) -> Callable[[Callable[[Result], None]], None]:
     """Make a command of the function that shows its result: the docstring is the help, the config has the options."""
 
@@ -39,14 +42,16 @@ def _command(
         @group.command(name, help=show.__doc__, epilog=f"Examples:\n\nc2c analyze {name} {example}")
         @from_config(config)
         def command(*, json_: Json = False, **options: Any) -> None:
-            _run(getattr(analysis, measure), config(**options), show, json_)
+            _run(measure, config(**options), show, json_)
 
     return decorate
 
 
-def _run(measure: Callable[..., Result], config: Any, show: Callable[[Result], None], as_json: bool) -> None:
+def _run(measure: str, config: Any, show: Callable[[Result], None], as_json: bool) -> None:
+    module, _, function = measure.partition(".")
+    run = getattr(import_module(f"c2c.analysis.{module}"), function)  # only here, because it imports torch
     with progress_bars() as report:
-        result = measure(config, report)
+        result = run(config, report)
     if as_json:
         print_json(result)
     else:
@@ -57,7 +62,7 @@ def _run(measure: Callable[..., Result], config: Any, show: Callable[[Result], N
         err.print(f"wrote {Path(config.output_dir) / name}", highlight=False)
 
 
-@_command("effective-rank", AnalysisConfig, "measure_effective_rank")
+@_command("effective-rank", AnalysisConfig, "measures.measure_effective_rank")
 def _effective_rank(result: Result) -> None:
     """Effective rank of sharer, receiver and fused cache, layer by layer."""
     mean = {"layer": "mean"} | result["mean"]
@@ -72,7 +77,7 @@ def _effective_rank(result: Result) -> None:
     out.print(f"keys without their rotary embedding, mean: {unrotated}")
 
 
-@_command("cache-map", CacheMapConfig, "measure_cache_map")
+@_command("cache-map", CacheMapConfig, "measures.measure_cache_map")
 def _cache_map(result: Result) -> None:
     """Where receiver and fused entries lie, with the sharer's beside them, in two dimensions and in numbers."""
     parts = [(layer, kind) for layer in result["layers"] for kind in ("keys", "values")]
@@ -85,7 +90,7 @@ def _cache_map(result: Result) -> None:
     out.print(table)
 
 
-@_command("gates", AnalysisConfig, "measure_gates")
+@_command("gates", AnalysisConfig, "measures.measure_gates")
 def _gates(result: Result) -> None:
     """Gate openness by layer, and how much is added to each layer and head."""
     openness = "soft gates" if result["open"] is None else f"{result['open']:.1f} % of the gates are open"
@@ -98,7 +103,7 @@ def _gates(result: Result) -> None:
     out.print(table)
 
 
-@_command("progressive", AnalysisConfig, "measure_progressive")
+@_command("progressive", AnalysisConfig, "ablations.measure_progressive")
 def _progressive(result: Result) -> None:
     """Accuracy when only the first, or the last, part of the positions is fused."""
     table = Table("fused", "former part", "latter part", title=f"accuracy in percent, n {result['n']}")
@@ -108,7 +113,7 @@ def _progressive(result: Result) -> None:
     out.print(f"deranged {_score(result['deranged'])}, zero {_score(result['zero'])}")
 
 
-@_command("precision", PrecisionConfig, "measure_precision")
+@_command("precision", PrecisionConfig, "ablations.measure_precision")
 def _precision(result: Result) -> None:
     """Accuracy and bytes when the sharer's entries are sent in fewer bits."""
     table = Table("precision", "kB a question", "accuracy", "cost", "differ", title=f"in percent, n {result['n']}")
@@ -119,7 +124,7 @@ def _precision(result: Result) -> None:
     out.print(f"receiver alone {_score(result['receiver'])}, deranged {_score(result['deranged'])}")
 
 
-@_command("layers", AnalysisConfig, "measure_layers")
+@_command("layers", AnalysisConfig, "ablations.measure_layers")
 def _layers(result: Result) -> None:
     """Accuracy with single layers, only keys, only values, or all but a third of the layers fused."""
     table = Table("fused", "accuracy", title=f"accuracy in percent, n {result['n']}")
@@ -133,7 +138,7 @@ def _layers(result: Result) -> None:
 @_command(
     "enrichment",
     EnrichmentConfig,
-    "measure_enrichment",
+    "enrichment.measure_enrichment",
     "--model smollm2-135m --data test.jsonl --shots-data train.jsonl --shots 5",
 )
 def _enrichment(result: Result) -> None:
@@ -158,11 +163,11 @@ def scaling(
     json_: Json = False,
 ) -> None:
     """Accuracy by the size of the sharer, from the results of several evaluations."""
-    config = ScalingConfig(results=results, parameters=_counts(parameters or ()), output_dir=output_dir)
-    _run(analysis.measure_scaling, config, _scaling, json_)
+    config = ScalingConfig(results=results, parameters=_counts(parameters or []), output_dir=output_dir)
+    _run("scaling.measure_scaling", config, _scaling, json_)
 
 
-def _counts(pairs: list[str] | tuple[()]) -> dict[str, float]:
+def _counts(pairs: list[str]) -> dict[str, float]:
     counts = {}
     for pair in pairs:
         name, _, count = pair.rpartition("=")

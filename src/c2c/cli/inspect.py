@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from c2c.analysis import AnalysisError
+from c2c.analysis.config import AnalysisError
 from c2c.cli.options import Json
 from c2c.cli.output import err, human_bytes, out, print_json
 
 if TYPE_CHECKING:
-    from c2c.fusers import Fuser
     from c2c.analysis.plots import Plot
+    from c2c.fusers import Fuser
 
 _EPILOG = """Examples:
 
