@@ -55,7 +55,7 @@ def check_drawing() -> None:
     modules = {"matplotlib": "matplotlib", "scikit-learn": "sklearn"}
     if missing := [name for name, module in modules.items() if find_spec(module) is None]:
         raise AnalysisError(
-            f"plots need {' and '.join(missing)}: {install_command('report')}. Numbers alone (c2c analyze without "
+            f"plots need {' and '.join(missing)}: {install_command('analysis')}. Numbers alone (c2c analyze without "
             "--output-dir, c2c inspect without --plot) do not."
         )
 
