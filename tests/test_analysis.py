@@ -19,7 +19,6 @@ from c2c.analysis.ablations import (
     mix,
     part_of,
     quantize,
-    split_in_thirds,
 )
 from c2c.analysis.capture import Experiment
 from c2c.analysis.config import AnalysisConfig, AnalysisError, CacheMapConfig, PrecisionConfig
@@ -190,19 +189,25 @@ def test_effective_rank():
     assert effective_rank(x) == pytest.approx(float((-(p * p.log()).sum()).exp()), rel=1e-6)
 
 
-def test_ranks_are_those_of_all_batches_together(config, experiment):
-    result = measure_effective_rank(config)
+def test_ranks_and_norms_are_those_of_all_batches_together(config, experiment):
+    ranks, gates = measure_effective_rank(config), measure_gates(config)
     captures = list(experiment.captures("reading", [2]))
-    for side, seen in (
-        ("receiver", [one.entries["receiver"]["values"] for one in captures]),
-        ("fused", [one.entries["fused"]["values"] for one in captures]),
-        ("sharer", [one.entries["sharer"]["values"][one.unique] for one in captures]),
-    ):
-        assert result["layers"][2]["values"][side] == pytest.approx(effective_rank(torch.cat(seen)), abs=0.01)
-        assert len(torch.cat(seen)) == result["sharer_tokens" if side == "sharer" else "tokens"]
-    assert [layer["layer"] for layer in result["layers"]] == LAYERS
-    mean = sum(layer["values"]["receiver"] for layer in result["layers"]) / 5
-    assert result["mean"]["values"]["receiver"] == pytest.approx(mean, abs=0.01)
+    own, fused = (torch.cat([one.entries[side]["values"] for one in captures]) for side in ("receiver", "fused"))
+    read = torch.cat([one.entries["sharer"]["values"][one.unique] for one in captures])
+    for side, entries in (("receiver", own), ("fused", fused), ("sharer", read)):
+        assert ranks["layers"][2]["values"][side] == pytest.approx(effective_rank(entries), abs=0.01)
+    assert (ranks["tokens"], ranks["sharer_tokens"], gates["tokens"]) == (len(own), len(read), len(own))
+    assert [layer["layer"] for layer in ranks["layers"]] == [layer["layer"] for layer in gates["layers"]] == LAYERS
+    mean = sum(layer["values"]["receiver"] for layer in ranks["layers"]) / 5
+    assert ranks["mean"]["values"]["receiver"] == pytest.approx(mean, abs=0.01)
+    added, length = (
+        (fused - own).view(-1, 3, 8)[:, 1].norm(dim=-1).mean(),
+        own.view(-1, 3, 8)[:, 1].norm(dim=-1).mean(),
+    )
+    assert gates["layers"][2]["added"]["values"][1] == pytest.approx(float(added), rel=1e-3)
+    assert gates["layers"][2]["relative"]["values"][1] == pytest.approx(float(added / length), rel=1e-3)
+    found = [[layer["gate"][kind] for kind in KINDS] for layer in gates["layers"]]
+    assert torch.allclose(torch.tensor(found), experiment.fuser.gates(), atol=1e-4)
 
 
 def test_an_untrained_fuser_changes_nothing(untrained):
@@ -214,21 +219,6 @@ def test_an_untrained_fuser_changes_nothing(untrained):
     assert gates["mean_relative"] == {"keys": 0, "values": 0}
     assert gates["mean_gate"] == {"keys": 0.5, "values": 0.5}
     assert gates["open"] is None  # soft gates
-
-
-def test_norms_are_those_of_the_entries(config, experiment):
-    result = measure_gates(config)
-    sides = {"receiver": [], "fused": []}
-    for capture in experiment.captures("reading", [1]):
-        for side, seen in sides.items():
-            seen.append(capture.entries[side]["values"].view(-1, 3, 8)[:, 2])
-    own, fused = (torch.cat(seen) for seen in sides.values())
-    added, own = (fused - own).norm(dim=-1).mean(), own.norm(dim=-1).mean()
-    layer = result["layers"][1]
-    assert layer["added"]["values"][2] == pytest.approx(float(added), rel=1e-3)
-    assert layer["relative"]["values"][2] == pytest.approx(float(added / own), rel=1e-3)
-    gates = [[layer["gate"][kind] for kind in KINDS] for layer in result["layers"]]
-    assert torch.allclose(torch.tensor(gates), experiment.fuser.gates(), atol=1e-4)
 
 
 def test_hard_gates_are_counted(make, data):
@@ -247,20 +237,15 @@ def test_hard_gates_are_counted(make, data):
 # -- cache map -------------------------------------------------------------------------------------------------------
 
 
-def test_shared_variance_of_known_subspaces():
-    x = normal(300, 2)
+def test_shared_variance_and_cka_of_known_subspaces():
+    x, turn, still = normal(400, 2), torch.linalg.qr(normal(2, 2, seed=1))[0], torch.ones(400, 4, dtype=torch.float64)
     inside, outside = torch.nn.functional.pad(x, (0, 2)), torch.nn.functional.pad(x, (2, 0))
     assert shared_variance(inside, inside) == pytest.approx(1)
     assert shared_variance(inside, outside) == pytest.approx(0, abs=1e-9)
     assert shared_variance(torch.cat([x, x], 1), inside) == pytest.approx(0.5)
-    assert shared_variance(inside, torch.ones(300, 4, dtype=torch.float64)) is None
-
-
-def test_cka_does_not_depend_on_rotation_and_width():
-    x, turn = normal(400, 3), torch.linalg.qr(normal(3, 3, seed=1))[0]
     assert linear_cka(x, torch.nn.functional.pad(5 * x @ turn, (0, 4))) == pytest.approx(1)
     assert linear_cka(x, normal(400, 5, seed=2)) < 0.1
-    assert linear_cka(x, torch.zeros(400, 2, dtype=torch.float64)) is None
+    assert shared_variance(inside, still) is linear_cka(x, still) is None
 
 
 def test_compare_measures_what_was_added():
@@ -382,11 +367,6 @@ def test_mixing_caches_is_fusing_these_layers_only(config, experiment, batch):
     assert_equal_caches(mix(clean, fused, [3], [3]), alone.fuse(batch))
 
 
-def test_thirds():
-    assert split_in_thirds(range(7)) == {"early": [0, 1, 2], "middle": [3, 4], "late": [5, 6]}
-    assert split_in_thirds([4, 6]) == {"early": [4], "middle": [6]}
-
-
 def test_what_is_sent_is_rounded_and_other_columns_are_zero(experiment, batch):
     cache, read, layers = batch.sharer_cache, batch.matched, experiment.fuser.config.source_layers
     exact, exact_bytes = quantize(cache, read, "bfloat16", layers)  # as it is stored
@@ -429,13 +409,6 @@ def test_the_key_tells_analyses_apart(fuser, data, tmp_path):
     results = [measure_gates(AnalysisConfig(fuser=fuser, data=data, **change)) for change in changes]
     one, again, other = (result["provenance"]["key"] for result in results)
     assert one == again != other
-
-
-@pytest.mark.parametrize("command", [*COMMANDS, "enrichment", "scaling"])
-def test_help_shows_an_example(command):
-    result = CliRunner().invoke(app, ["analyze", command, "--help"])
-    assert result.exit_code == 0
-    assert f"c2c analyze {command}" in " ".join(result.output.split())
 
 
 @pytest.mark.parametrize("package", ["matplotlib", "sklearn"])

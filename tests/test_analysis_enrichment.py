@@ -113,7 +113,7 @@ def test_a_template_that_changes_the_question_is_refused(model, shots):
     other.tokenizer.chat_template = (
         "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}{{ 'turn %d' % (messages | length) }}"
     )
-    with pytest.raises(AnalysisError, match="template .* question differently"):
+    with pytest.raises(AnalysisError, match="question differently"):
         encode_prompts(other, replace(ROW, answer_prefix=""), shots)
 
 

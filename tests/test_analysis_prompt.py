@@ -96,7 +96,7 @@ def test_lines_of_tokens():
 
 
 def test_what_can_not_be_captured_is_refused(model):
-    with pytest.raises(AnalysisError, match="one prompt .* got 2"):
+    with pytest.raises(AnalysisError, match="got 2"):
         capture_prompt(model, ["a", "b"])
     with pytest.raises(AnalysisError, match="private context"):
         capture_prompt(pair(fuser="memory"), PROMPT)
