@@ -23,7 +23,6 @@ Part = Literal["former", "latter"]
 PARTS: tuple[Part, ...] = get_args(Part)
 FRACTIONS = (0.0, 0.125, 0.25, 0.5, 0.75, 1.0)
 STORED: Precision = "bfloat16"  # precision of a prefill store, so of what fusers are trained and evaluated on
-THIRDS = ("early", "middle", "late")
 
 
 @analysis("progressive")
@@ -127,8 +126,8 @@ def mix(clean: Cache, fused: Cache, keys: Sequence[int], values: Sequence[int]) 
 
 def split_in_thirds(layers: Sequence[int]) -> dict[str, list[int]]:
     """Split fused layers into ``early``, ``middle`` and ``late``; fewer where there are fewer than three layers."""
-    chunks = torch.tensor(list(layers)).tensor_split(len(THIRDS))
-    return {name: chunk.tolist() for name, chunk in zip(THIRDS, chunks, strict=True) if len(chunk)}
+    chunks = torch.tensor(list(layers)).tensor_split(3)
+    return {name: chunk.tolist() for name, chunk in zip(("early", "middle", "late"), chunks, strict=True) if len(chunk)}
 
 
 @analysis("precision")
@@ -153,9 +152,7 @@ def measure_precision(config: PrecisionConfig, progress: OnProgress | None = Non
 
     def caches(batch: Batch) -> Iterator[tuple[str, Cache]]:
         yield "receiver", batch.receiver_cache
-        cache = batch.sharer_cache
-        if config.unrounded:
-            cache = kv_cache.from_layers(kv_cache.layers(sharer.prefill(batch.sharer)))
+        cache = sharer.prefill(batch.sharer) if config.unrounded else batch.sharer_cache
         yield "deranged", experiment.fuse(batch, "deranged", sharer_cache=cache)
         for precision in precisions:
             sent, nbytes = quantize(cache, batch.matched, precision, experiment.fuser.config.source_layers)

@@ -89,9 +89,7 @@ class EnrichmentConfig(ItemsConfig):
     """Settings of the cache-enrichment oracle, which needs one model and no fuser."""
 
     model: str = field(metadata={"help": "Alias, hub id, folder or GGUF file of the model."})
-    shots_data: str = field(
-        metadata={"help": "JSONL file of the exemplars; questions of --data are left out."}
-    )
+    shots_data: str = field(metadata={"help": "JSONL file of the exemplars; questions of --data are left out."})
     shots: int = _option(5, "Exemplars, drawn with the seed, the same for all items.", min=0)
 
 

@@ -68,9 +68,16 @@ class Plot:
 
     def svg(self) -> str:
         """Return the plot as an SVG document, the same for the same numbers."""
-        figure, file = self.figure(), io.StringIO()
-        with _style(self.title):  # ids of several plots on one page must differ
-            figure.savefig(file, format="svg", metadata={"Date": None})
+        return self._render("svg", metadata={"Date": None}).decode()
+
+    def _repr_png_(self) -> bytes:
+        """Return the plot as a PNG file, which notebooks show."""
+        return self._render("png", dpi=110)
+
+    def _render(self, kind: str, **options: Any) -> bytes:
+        figure, file = self.figure(), io.BytesIO()
+        with _style(self.title):  # the ids of several SVG plots on one page must differ
+            figure.savefig(file, format=kind, **options)
         return file.getvalue()
 
 
@@ -149,6 +156,8 @@ def plot_gates(layers: Sequence[Mapping[str, Any]]) -> Plot:
     """Plot gates by layer, and norms by layer and head where ``layers`` has them."""
     heads = range(len(layers[0]["relative"]["keys"])) if "relative" in layers[0] else ()
     norms = [[layer["relative"][kind][head] for layer in layers] for kind in KINDS for head in heads]
+    names = [str(layer["layer"]) for layer in layers]
+    step = max(1, len(names) // 10)
 
     def draw(figure: Figure | SubFigure) -> None:
         above, *below = figure.subplots(2 if norms else 1, 1, squeeze=False)[:, 0]
@@ -158,11 +167,13 @@ def plot_gates(layers: Sequence[Mapping[str, Any]]) -> Plot:
         above.set(title="Gates", ylabel="openness", ylim=(-0.04, 1.04), xlim=(-0.5, len(layers) - 0.5))
         above.legend(ncols=2)
         for axes in below:
-            plot_heat_map(axes, norms, "norm added / own norm")
+            image = axes.imshow(norms, aspect="auto", vmin=0, interpolation="nearest")
+            axes.figure.colorbar(image, ax=axes, label="norm added / own norm")
+            axes.grid(visible=False)
             axes.set_yticks(range(len(norms)), [f"{letter} {head}" for letter in "KV" for head in heads])
             axes.set_title("What is added, by KV head")
         for axes in (above, *below):
-            name_columns(axes, [str(layer["layer"]) for layer in layers])
+            axes.set_xticks(range(0, len(names), step), names[::step])
         axes.set_xlabel("receiver layer")
 
     caption = "How open each layer is to the sharer, keys and values; a gate says nothing of what stands behind it."
@@ -239,19 +250,6 @@ def plot_curves(
         axes.legend()
 
     return Plot(title, f"{caption} Shaded: 95 % intervals.", 3.6, draw)
-
-
-def plot_heat_map(axes: Axes, values: Sequence[Sequence[float]], label: str) -> None:
-    """Draw a heat map with its scale; the first row is at the top."""
-    image = axes.imshow(values, aspect="auto", vmin=0, interpolation="nearest")
-    axes.grid(visible=False)
-    axes.figure.colorbar(image, ax=axes, label=label)
-
-
-def name_columns(axes: Axes, names: Sequence[str]) -> None:
-    """Name about ten of the columns 0, 1, 2, ..."""
-    step = max(1, len(names) // 10)
-    axes.set_xticks(range(0, len(names), step), names[::step])
 
 
 # -- plots of the analyses --------------------------------------------------------------------------------------------

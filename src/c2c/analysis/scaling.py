@@ -68,8 +68,7 @@ def count_parameters(identity: Mapping[str, Any], given: Mapping[str, float]) ->
         given: counts by name, which come first.
 
     Returns:
-        The count and its source: ``given``, ``identity``, ``config`` (of a model that lies on this machine) or ``name``
-        ("1.5b").
+        The count and its source: ``given``, ``config`` (of a model that lies on this machine) or ``name`` ("1.5b").
 
     Raises:
         AnalysisError: none of them has the count.
@@ -77,8 +76,6 @@ def count_parameters(identity: Mapping[str, Any], given: Mapping[str, float]) ->
     name = str(identity.get("name"))
     if (known := given.get(name, given.get(Path(name).name))) is not None:
         return int(known), "given"
-    if isinstance(identity.get("parameters"), int):
-        return int(identity["parameters"]), "identity"
     if (counted := _count_from_config(name)) is not None:
         return counted, "config"
     if (match := _SIZE.search(Path(name).name.replace("_", "-"))) is not None:
