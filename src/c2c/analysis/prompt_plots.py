@@ -51,18 +51,19 @@ def plot_strength(capture: PromptCapture) -> Plot:
     names = ["mean", *(str(one.layer) for one in capture.layers)]
     tokens = [visible(capture.receiver_tokens[token]) for token, _ in capture.pairs]
     parts = rows.split(LINE, dim=1)
+    highest = float(rows.quantile(0.99)) or 1.0  # single entries that stand out would darken all others
 
     def draw(figure: Figure | SubFigure) -> None:
         lines = figure.subplots(len(parts), 1, squeeze=False)[:, 0]
         for index, (axes, part) in enumerate(zip(lines, parts, strict=True)):
-            image = axes.imshow(part, aspect="auto", vmin=0, vmax=float(rows.max()) or 1, interpolation="nearest")
+            image = axes.imshow(part, aspect="auto", vmin=0, vmax=highest, interpolation="nearest")
             axes.grid(visible=False)
             axes.set_xlim(-0.5, LINE - 0.5)  # columns of all lines are equally wide
             axes.set_xticks(range(part.shape[1]), tokens[index * LINE :][:LINE], rotation=90, fontsize=6)
             step = max(1, len(names) // 8)
             axes.set_yticks(range(0, len(names), step), names[::step])
             axes.set_ylabel("receiver layer")
-        figure.colorbar(image, ax=lines, label="norm added / own norm")
+        figure.colorbar(image, ax=lines, label="norm added / own norm", extend="max")
 
     caption = (
         "Norm of what fusion adds to a token's entries over the norm of its own, mean of keys and values; first row: "

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+from c2c.errors import C2CError
 from c2c.reporting.names import CONTROLS
-from c2c.reporting.results import ReportError
 from c2c.utils import install_command
 
 if TYPE_CHECKING:
@@ -91,12 +91,12 @@ def drawing() -> Iterator[None]:
     """Draw in here: matplotlib's own settings and not the user's, so that the same results give the same file.
 
     Raises:
-        ReportError: matplotlib is not installed.
+        C2CError: matplotlib is not installed.
     """
     try:
         import matplotlib
     except ImportError as missing:
-        raise ReportError(
+        raise C2CError(
             f"plots need matplotlib: {install_command('report')}. Markdown without --plots does without it."
         ) from missing
     with matplotlib.rc_context(), warnings.catch_warnings():
