@@ -16,7 +16,8 @@ from c2c import C2CModel
 from c2c.cli.app import app
 from c2c.config import ConfigError
 from c2c.data.config import DataSource
-from c2c.data.formats import letter_form, load_rows
+from c2c.data.formats import letter_form
+from c2c.data.sources import load_rows
 from c2c.evaluation import EvalConfig, derived, evaluate, load_eval_config
 from c2c.evaluation.answers import read_letter
 from c2c.evaluation.config import EvaluationError

@@ -9,16 +9,16 @@ from typing import Any
 import pytest
 import torch
 
-import c2c.training.drafts
 from c2c import C2CModel
 from c2c.data.config import DataSource
-from c2c.data.formats import load_rows
+from c2c.data.sources import load_rows
 from c2c.evaluation import EvalConfig, evaluate
 from c2c.evaluation.config import EvaluationError
 from c2c.evaluation.costs import STAGES
 from c2c.evaluation.text_scores import exact, f1, holds
 from c2c.language_model import Sharer
 from c2c.systems.base import with_passage
+from c2c.training.drafts import Drafts
 from tiny import open_fusers, pair_folders
 
 PASSAGES = ["The fox sleeps in a red house by the sea.", "A dog and a cat went to the market.", "Rain fell for a week."]
@@ -134,13 +134,13 @@ def test_a_deranged_draft_is_another_items(fuser, data, monkeypatch):
 
 def test_a_draft_is_written_once_for_the_systems_that_need_it(fuser, data, monkeypatch):
     written = []
-    original = c2c.training.drafts.write_drafts
+    original = Drafts.generate
 
-    def count(store, sharer, prompts, longest):
+    def count(self, prompts, longest):
         written.extend(tuple(prompt) for prompt in prompts)
-        return original(store, sharer, prompts, longest)
+        return original(self, prompts, longest)
 
-    monkeypatch.setattr("c2c.training.drafts.write_drafts", count)
+    monkeypatch.setattr(Drafts, "generate", count)
     evaluate(config(fuser, data, systems=("draft", "draft_deranged")))
     assert len(written) == len(set(written)) == 7
 

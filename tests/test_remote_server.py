@@ -239,13 +239,6 @@ def test_the_command_serves_and_ends(local, tmp_path_factory, tmp_path):
     assert "sesame" not in log
 
 
-def test_what_it_frees_goes_back_to_the_system(local, monkeypatch):
-    told = []
-    monkeypatch.setattr("c2c.remote.app.map_blocks", lambda: told.append(1))
-    with serving(local.sharers[0]):
-        assert told == [1]
-
-
 # -- binding and TLS ---------------------------------------------------------------------------------------------------
 
 

@@ -16,7 +16,7 @@ from c2c.analysis.capture import Experiment
 from c2c.analysis.config import AnalysisConfig, PrecisionConfig
 from c2c.analysis.results import accuracies, analysis, difference, gains
 from c2c.handoff import Packed, Precision
-from c2c.training.step import Batch
+from c2c.training.shared_context import SharedBatch
 from c2c.utils import OnProgress
 
 Part = Literal["former", "latter"]
@@ -39,7 +39,7 @@ def measure_progressive(config: AnalysisConfig, progress: OnProgress | None = No
     """
     experiment = Experiment(config, progress)
 
-    def caches(batch: Batch) -> Iterator[tuple[str, Cache]]:
+    def caches(batch: SharedBatch) -> Iterator[tuple[str, Cache]]:
         yield from _controls(experiment, batch)
         for part in PARTS:
             for fraction in FRACTIONS[1:-1]:
@@ -93,7 +93,7 @@ def measure_layers(config: AnalysisConfig, progress: OnProgress | None = None) -
     singles = {layer: f"layer {layer}" for layer in fused_layers}
     mixtures |= {name: ([layer], [layer]) for layer, name in singles.items()}
 
-    def caches(batch: Batch) -> Iterator[tuple[str, Cache]]:
+    def caches(batch: SharedBatch) -> Iterator[tuple[str, Cache]]:
         yield from _controls(experiment, batch)
         fused = experiment.fuse(batch)
         for name, chosen in mixtures.items():
@@ -150,7 +150,7 @@ def measure_precision(config: PrecisionConfig, progress: OnProgress | None = Non
         precisions = list(dict.fromkeys([own if own in get_args(Precision) else "float32", *precisions]))
     sizes: dict[str, int] = dict.fromkeys(precisions, 0)
 
-    def caches(batch: Batch) -> Iterator[tuple[str, Cache]]:
+    def caches(batch: SharedBatch) -> Iterator[tuple[str, Cache]]:
         yield "receiver", batch.receiver_cache
         cache = sharer.prefill(batch.sharer) if config.unrounded else batch.sharer_cache
         yield "deranged", experiment.fuse(batch, "deranged", sharer_cache=cache)
@@ -210,7 +210,7 @@ def quantize(
     return kv_cache.from_layers(arrived), nbytes
 
 
-def _controls(experiment: Experiment, batch: Batch) -> Iterator[tuple[str, Cache]]:
+def _controls(experiment: Experiment, batch: SharedBatch) -> Iterator[tuple[str, Cache]]:
     """Yield the clean cache, the whole fused one, and those of another item's message and of zeros."""
     yield "receiver", batch.receiver_cache
     yield "matched", experiment.fuse(batch)

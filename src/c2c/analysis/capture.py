@@ -18,7 +18,7 @@ from c2c.alignment import Alignment
 from c2c.analysis.config import AnalysisConfig, AnalysisError
 from c2c.analysis.results import provenance
 from c2c.data.config import DataSource
-from c2c.data.formats import load_rows
+from c2c.data.sources import load_rows
 from c2c.fusers import Fuser
 from c2c.fusers.base import Entries, fuser_hash, training_facts
 from c2c.fusion import Picker, Source, aligned_entries
@@ -30,8 +30,8 @@ from c2c.prompting import RenderOptions
 from c2c.rope import Rotary
 from c2c.tokens import TokenBatch
 from c2c.training.examples import build_examples
-from c2c.training.step import Batch, FuserTraining
-from c2c.training.store import PrefillStore
+from c2c.training.prefill_store import PrefillStore
+from c2c.training.shared_context import SharedBatch, SharedContextObjective
 from c2c.utils import OnProgress
 
 Side = Literal["sharer", "receiver", "fused"]
@@ -207,30 +207,30 @@ class Experiment:
         check_items(len(self.examples), config.data, self.dropped)
         ours = _prefill_store(receiver, range(receiver.geometry.layers), config)
         theirs = _prefill_store(sharer, self.fuser.config.source_layers, config)
-        self._training = FuserTraining(self.model, ours, theirs).eval()
+        self._objective = SharedContextObjective(self.model, ours, theirs).eval()
         stored = theirs.folder is not None and all(example.sharer_ids in theirs for example in self.examples)
         if stored and not needs_sharer:
             sharer.release()
 
-    def batches(self, stage: str) -> Iterator[Batch]:
+    def batches(self, stage: str) -> Iterator[SharedBatch]:
         """Yield the items with their prefills, at least two at a time: deranged needs another item's cache."""
         total = len(self.examples)
         starts = list(range(0, total, self.config.batch_size))
         if total - starts[-1] == 1:
             starts.pop()
         for start, stop in zip(starts, [*starts[1:], total], strict=True):
-            yield self._training.collate(self.examples[start:stop])
+            yield self._objective.collate(self.examples[start:stop])
             if self._progress is not None:
                 self._progress(stage, stop, total)
 
     @torch.no_grad()
-    def fuse(self, batch: Batch, message: Any = "matched", **changes: Any) -> DynamicCache:
+    def fuse(self, batch: SharedBatch, message: Any = "matched", **changes: Any) -> DynamicCache:
         """Return the receiver's cache of all prompt tokens but the last, fused with a message of the sharer.
 
         Messages: ``matched``, ``deranged`` (another item's), ``zero``, ``none``. ``changes`` are fields of the batch,
         such as ``sharer_cache``, that are replaced; ``batch`` stays as it is.
         """
-        return self._training.fused(replace(batch, **changes), message)
+        return self._objective.fused(replace(batch, **changes), message)
 
     def captures(self, stage: str, layers: Sequence[int] | None = None) -> Iterator[LayerCapture]:
         """Yield the captures of each batch, all fused layers of one batch after the other; ``layers`` selects some."""
@@ -242,7 +242,7 @@ class Experiment:
                 if layers is None or capture.layer in layers:
                     yield capture
 
-    def score(self, variants: Callable[[Batch], Iterable[tuple[str, Cache]]]) -> dict[str, list[float]]:
+    def score(self, variants: Callable[[SharedBatch], Iterable[tuple[str, Cache]]]) -> dict[str, list[float]]:
         """Answer all items from each cache that ``variants`` yields for a batch: 1 for a right answer, else 0."""
         scores: dict[str, list[float]] = {}
         for batch in self.batches("answering"):
@@ -251,7 +251,7 @@ class Experiment:
         return scores
 
     @torch.no_grad()
-    def answer(self, batch: Batch, cache: Cache) -> list[float]:
+    def answer(self, batch: SharedBatch, cache: Cache) -> list[float]:
         """Return 1 for each item whose right option has the largest logit where the answer names it, else 0.
 
         ``cache`` is of all prompt tokens but the last, and stays as it is.

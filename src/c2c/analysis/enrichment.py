@@ -23,14 +23,15 @@ from c2c import kv_cache
 from c2c.analysis.capture import check_items, data_source
 from c2c.analysis.config import AnalysisError, EnrichmentConfig
 from c2c.analysis.results import accuracies, analysis, difference, provenance
-from c2c.data.formats import Row, load_rows, questions
+from c2c.data.formats import Row
+from c2c.data.prompts import choice_tokens
+from c2c.data.sources import load_rows, questions
 from c2c.errors import CacheError
 from c2c.language_model import LanguageModel
 from c2c.messages import Conversation
 from c2c.prompting import RenderOptions
 from c2c.rope import Rotary
 from c2c.tokens import TokenBatch
-from c2c.training.examples import choice_tokens
 from c2c.utils import OnProgress
 
 SYSTEMS = ("direct", "few_shot", "oracle")

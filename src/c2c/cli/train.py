@@ -66,6 +66,7 @@ def train(
     json_: Json = False,
 ) -> None:
     """Train a fuser between two frozen models, or the control of one."""
+    from c2c.fusers import family as family_of
     from c2c.training import load_config
     from c2c.training import train as run_training
 
@@ -95,7 +96,7 @@ def train(
     elif "adapter" in summary:
         _show_adapter(summary)
     else:
-        _show(summary, private=loaded.family == "memory")
+        _show(summary, private=family_of(loaded.family).context == "private")
 
 
 def prefill(
@@ -110,7 +111,7 @@ def prefill(
     from c2c.errors import C2CError
     from c2c.training import load_config
     from c2c.training.config import ADAPTER
-    from c2c.training.prepared import fill, prepare
+    from c2c.training.run import fill, prepare
 
     loaded = load_config(config, receiver=receiver, sharer=sharer, data_dir=data_dir, store_dir=store_dir)
     if loaded.store_dir is None:
@@ -120,7 +121,7 @@ def prefill(
     prepared = prepare(loaded)
     with progress_bars() as report:
         fill(prepared, report)
-    stores = {"receiver": prepared.receiver_store, "sharer": prepared.sharer_store}
+    stores = {"receiver": prepared.objective.receiver_store, "sharer": prepared.objective.sharer_store}
     data: dict[str, Any] = {
         "prompts": len(prepared.train) + len(prepared.dev),
         "computed": {name: store.computed for name, store in stores.items()},

@@ -9,7 +9,7 @@ import torch
 from c2c.evaluation.pair import Pair
 from c2c.language_model import LanguageModel
 from c2c.messages import Conversation
-from c2c.training.notes import Notes
+from c2c.training.prefill_store import PromptRecords
 
 
 class Messages:
@@ -21,17 +21,18 @@ class Messages:
 
     def __init__(self, pair: Pair) -> None:
         self.sharer: LanguageModel = pair.sharer
-        self.notes = Notes(pair.stores[1], "messages")
+        self.records = PromptRecords(pair.stores[1], "messages")
 
     @torch.no_grad()
     def write(self, requests: Sequence[Conversation], longest: int) -> list[str]:
         """One text for each request, at most ``longest`` tokens each; equal requests are answered once."""
         prompts = [self.sharer.encode([request]).ids[0].tolist() for request in requests]
-        names = [self.notes.name(ids, longest) for ids in prompts]
-        missing = {name: request for name, request in zip(names, requests, strict=True) if name not in self.notes}
-        if missing:
-            tokens = self.sharer.encode(list(missing.values()))
+
+        def generate(part: list[int]) -> list[str]:
+            tokens = self.sharer.encode([requests[index] for index in part])
             cache = self.sharer.prefill(tokens, tokens.length - 1)
             ids = self.sharer.generate(tokens, cache, max_new_tokens=longest, do_sample=False)
-            self.notes.add(dict(zip(missing, self.sharer.texts(ids), strict=True)))
-        return [self.notes[name] for name in names]
+            return self.sharer.texts(ids)
+
+        texts: list[str] = self.records.get(prompts, [longest] * len(prompts), generate)
+        return texts

@@ -18,10 +18,10 @@ from c2c.language_model import LanguageModel, Sharer
 from c2c.model import C2CModel
 from c2c.training.drafts import Drafts
 from c2c.training.examples import build_examples
-from c2c.training.objective import Objective
-from c2c.training.private import PrivateTraining, build_private_examples
-from c2c.training.step import FuserTraining
-from c2c.training.store import PrefillStore
+from c2c.training.objective import FuserObjective
+from c2c.training.prefill_store import PrefillStore
+from c2c.training.private_context import PrivateContextObjective
+from c2c.training.shared_context import SharedContextObjective
 
 _UNLIMITED = 10**9
 
@@ -65,8 +65,6 @@ class Pair:
     def examples(self, rows: Sequence[Row]) -> tuple[Sequence[Any], Counter[str]]:
         """Rows as this pair reads them, and how many do not fit, by reason."""
         longest = self.model.receiver.context_length or _UNLIMITED
-        if self.model.private:
-            return build_private_examples(self.model, rows, longest, _UNLIMITED)
         return build_examples(self.model, rows, longest, _UNLIMITED)
 
     def batch(self, rows: Sequence[Row]) -> Any:
@@ -82,7 +80,7 @@ class Pair:
             self._last = (list(rows), self.training.collate(examples))
         return self._last[1]
 
-    def untrained(self) -> Objective:
+    def untrained(self) -> FuserObjective:
         """The same pair with a new fuser of the same shape."""
         fuser: Fuser = self.model.fusers[0]  # type: ignore[assignment]
         torch.manual_seed(self.config.seed)
@@ -90,7 +88,7 @@ class Pair:
         config.training = None
         return self._through(C2CModel(self.model.receiver, [self.sharer], [type(fuser)(config)]))
 
-    def with_fuser(self, folder: str) -> tuple[Pair, Objective]:
+    def with_fuser(self, folder: str) -> tuple[Pair, FuserObjective]:
         """The same receiver through another fuser, and the pair whose batches that fuser reads.
 
         That is this pair where the fuser has the same sharer and token alignment. The sharer may be the receiver
@@ -116,9 +114,9 @@ class Pair:
         dtype = self.config.sharer_dtype or self.config.dtype
         return Sharer.from_pretrained(recorded.name, dtype=dtype, device_map=self.config.device_map)
 
-    def _through(self, model: C2CModel) -> Objective:
+    def _through(self, model: C2CModel) -> FuserObjective:
         model.fusers.to(model.receiver.device).eval()
-        kind = PrivateTraining if model.private else FuserTraining
+        kind = PrivateContextObjective if model.private else SharedContextObjective
         return kind(model, *self.stores).eval()
 
 

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 
 from c2c.data.formats import Row
+from c2c.data.prompts import passage_with_question
 from c2c.evaluation.config import EvalConfig
 from c2c.evaluation.costs import Cost, arguments, cost_of, text_cost
 from c2c.evaluation.messages import Messages
@@ -22,8 +23,8 @@ from c2c.model import C2CModel
 from c2c.prompting import RenderOptions
 from c2c.systems.base import with_passage
 from c2c.systems.text_to_text import passage_to_text, summary_request
+from c2c.training.examples import PrivateExample
 from c2c.training.objective import Message
-from c2c.training.private import PrivateExample, asked
 
 Given = Literal["prompt", "passage", "sharer"]
 SUMMARIES = (50, 100, 200)
@@ -69,9 +70,9 @@ class HandedOver(System):
     def _draft_cost(self, row: Row, config: EvalConfig) -> Cost:
         """The same, after the sharer has read the question too and drafted its answer."""
         sharer, began = self.pair.sharer, time.perf_counter()
-        read = sharer.read(asked(row))
+        read = sharer.read(passage_with_question(row))
         prefilled = time.perf_counter()
-        drafted = sharer.read(asked(row), draft_tokens=self.draft, reuse=read)
+        drafted = sharer.read(passage_with_question(row), draft_tokens=self.draft, reuse=read)
         written = time.perf_counter()
         cost = cost_of(self.model.generate(row.messages, sharer_messages=drafted, **arguments(row, config)))
         before = {
@@ -116,7 +117,7 @@ class Reader(System):
     def _conversation(self, row: Row) -> Conversation:
         if self.given == "prompt":
             return row.messages
-        return asked(row) if self.given == "sharer" else with_passage(_bare(row), _passage(row))
+        return passage_with_question(row) if self.given == "sharer" else with_passage(_bare(row), _passage(row))
 
 
 class Told(System):
@@ -157,7 +158,7 @@ class Told(System):
         return text_cost(result)
 
     def _request(self, row: Row) -> Conversation:
-        return asked(row) if self.draft else summary_request(_passage(row), self.tokens)
+        return passage_with_question(row) if self.draft else summary_request(_passage(row), self.tokens)
 
 
 def make_private_system(name: str, pair: Pair, config: EvalConfig) -> System:
@@ -184,7 +185,7 @@ def make_private_system(name: str, pair: Pair, config: EvalConfig) -> System:
 
 def drafts(pair: Pair, rows: Sequence[Row], tokens: int) -> list[Reading]:
     """What the asked sharer reads and writes, ``tokens`` of it at most; its cache is then in the store."""
-    plans = [reading(pair.sharer.tokenizer, asked(row), RenderOptions()) for row in rows]
+    plans = [reading(pair.sharer.tokenizer, passage_with_question(row), RenderOptions()) for row in rows]
     written = pair.drafts.write([plan.ids for plan in plans], tokens)
     return [plan.followed_by(draft) for plan, draft in zip(plans, written, strict=True)]
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from c2c.data.config import DataSource
-from c2c.data.formats import Row, load_rows
+from c2c.data.formats import Row
+from c2c.data.sources import load_rows
 from c2c.evaluation.config import DERIVED, PRIVATE_SYSTEMS, SHARED_SYSTEMS, EvalConfig, EvaluationError
 from c2c.evaluation.costs import with_memory
 from c2c.evaluation.derived import abstain, route

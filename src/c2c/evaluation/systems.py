@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import Cache
 
 from c2c.data.formats import Row
+from c2c.data.prompts import choice_tokens
 from c2c.evaluation.answers import read_letter
 from c2c.evaluation.config import EvalConfig, EvaluationError
 from c2c.evaluation.costs import Cost, arguments, cost_of, text_cost
@@ -23,10 +24,9 @@ from c2c.messages import Conversation
 from c2c.prompting import RenderOptions
 from c2c.systems.text_to_text import Variant, hand_over, request, text_to_text
 from c2c.tokens import TokenBatch
-from c2c.training.examples import choice_tokens
-from c2c.training.objective import Message, Objective
-from c2c.training.step import FuserTraining
-from c2c.training.store import PrefillStore, stack
+from c2c.training.objective import FuserObjective, Message
+from c2c.training.prefill_store import PrefillStore, stack
+from c2c.training.shared_context import SharedContextObjective
 
 
 @dataclass
@@ -78,7 +78,7 @@ class Fused(System):
         message: what the fuser gets.
     """
 
-    def __init__(self, pair: Pair, training: Objective, message: Message) -> None:
+    def __init__(self, pair: Pair, training: FuserObjective, message: Message) -> None:
         self.pair, self.training, self.message = pair, training, message
 
     @torch.no_grad()
@@ -189,9 +189,9 @@ def make_system(name: str, pair: Pair, config: EvalConfig) -> System:
     return Fused(*pair.with_fuser(config.fusers[name]), "matched")
 
 
-def _shared(training: Objective) -> FuserTraining:
+def _shared(training: FuserObjective) -> SharedContextObjective:
     """Generation from stored caches is for shared context; private context goes through the public path."""
-    assert isinstance(training, FuserTraining)
+    assert isinstance(training, SharedContextObjective)
     return training
 
 

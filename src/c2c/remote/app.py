@@ -13,7 +13,6 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from c2c.heap import map_blocks
 from c2c.remote.desk import Desk
 from c2c.remote.frame import MEDIA_TYPE, Frame
 from c2c.remote.log import Log
@@ -56,7 +55,6 @@ def build_app(stall: Stall, desk: Desk, log: Log) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        map_blocks()
         yield
         stall.close()
 

@@ -10,8 +10,10 @@ from torch.utils.data import Sampler
 _POOL = 16  # batches that are sorted among themselves
 
 
-class GroupedOrder(Sampler[int]):
+class LengthGroupedSampler(Sampler[int]):
     """Indices of all examples, batch after batch; a function of seed and epoch alone, so that a resumed run repeats it.
+
+    The sampler of transformers draws from the global generator, and so depends on what ran before.
 
     Args:
         lengths: length of each example's response.
