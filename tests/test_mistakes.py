@@ -305,7 +305,7 @@ def test_a_port_that_is_taken(refused):
         ("lm-eval --fuser fuser --tasks arc_easy", "lm_eval", "lm-eval"),
         ("eval --fuser fuser --data openbookqa", "datasets", "datasets"),
         ("train good.yaml --family adapter", "peft", "adapter"),
-        ("inspect fuser --plot x.png", "matplotlib", "report"),
+        ("inspect fuser --plot x.png", "matplotlib", "analysis"),
     ],
 )
 def test_an_extra_that_is_not_installed(refused, monkeypatch, line, package, extra):
