@@ -213,7 +213,7 @@ def test_training_loss_gradients_and_one_step():
     with torch.no_grad():
         assert float(training.loss()) == pytest.approx(expected["train.eval_mode_loss"], abs=TOLERANCE)
     fuser.train()
-    fuser.set_step(expected["train.temperature_step"])
+    fuser.on_step(expected["train.temperature_step"])
     assert fuser.temperature == pytest.approx(expected["train.gate_temperature"])
     loss = training.loss()
     loss.backward()

@@ -17,10 +17,10 @@ from typer.testing import CliRunner
 
 from c2c import C2CModel
 from c2c.cli.app import app
+from c2c.data.config import DataSource
 from c2c.evaluation import EvalConfig, evaluate
 from c2c.report import Evaluation, ReportError, group_runs, load_results, make_files, report_markdown, summary_markdown
 from c2c.report.names import short_command, task_titles
-from c2c.training.config import DataSource
 from tiny import open_fusers, pair_folders
 
 PERCENT, F1, NATS = "percent", "percent f1", "nats per token"

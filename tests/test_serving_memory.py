@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import gc
 from collections import Counter
 from contextlib import contextmanager
@@ -13,8 +12,6 @@ import pytest
 from c2c.generation import FusionReport
 from c2c.handoff import Handoff
 from c2c.remote.handoff import PartialHandoff
-from c2c.serving import app as serving_app
-from c2c.serving import memory
 from c2c.serving.answers import Answers
 from c2c.serving.engine import Ask, AskToRead
 from c2c.serving.queue import Job
@@ -129,38 +126,3 @@ def test_a_handoff_that_was_deleted_is_gone():
         assert kept()["Handoff"] == 1
         httpx.delete(f"{server.url}/v1/c2c/handoffs/{made['id']}", timeout=PATIENCE)
         until_nothing_is_kept(server)
-
-
-# -- freed memory ------------------------------------------------------------------------------------------------------
-
-
-def test_memory_is_handed_back_only_after_requests(monkeypatch):
-    ended, calls = 0, []
-    monkeypatch.setattr(memory, "hand_back", lambda: calls.append(ended))
-
-    async def watch():
-        nonlocal ended
-        task = asyncio.create_task(memory.hand_back_now_and_then(lambda: ended, every=0.01))
-        await asyncio.sleep(0.1)
-        assert calls == []
-        ended = 1
-        await asyncio.sleep(0.3)
-        task.cancel()
-
-    asyncio.run(watch())
-    assert calls == [1]
-
-
-def test_a_server_hands_back_after_it_has_answered(pair, monkeypatch):
-    async def often(ended):
-        await memory.hand_back_now_and_then(ended, every=0.01)
-
-    calls, told = [], []
-    monkeypatch.setattr(memory, "hand_back", lambda: calls.append(1))
-    monkeypatch.setattr(serving_app, "map_blocks", lambda: told.append(1))
-    monkeypatch.setattr(serving_app, "hand_back_now_and_then", often)
-    with running(pair) as server:
-        server.get("/health")
-        assert (told, calls) == ([1], [])
-        assert ask(server).status_code == 200
-        server.until(lambda: calls == [1])

@@ -10,14 +10,12 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
-from c2c.heap import map_blocks
 from c2c.serving.answering import answer
 from c2c.serving.body import read_body, watched
 from c2c.serving.engine import AskToRead, Engine
 from c2c.serving.errors import ApiError
 from c2c.serving.events import Read
 from c2c.serving.frame import Frame, error_response
-from c2c.serving.memory import hand_back_now_and_then
 from c2c.serving.metrics import CONTENT_TYPE
 from c2c.serving.requests import ChatRequest, CompletionRequest, HandoffRequest, parse, parse_messages
 from c2c.serving.responses import ChatShape, CompletionShape
@@ -32,11 +30,8 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        map_blocks()
         engine.start()
-        tidying = asyncio.create_task(hand_back_now_and_then(lambda: service.ended))
         yield
-        tidying.cancel()
         await asyncio.to_thread(engine.close)
 
     app = FastAPI(lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)

@@ -1,1 +1,0 @@
-"""Drawing for the pictures of analysis and demo."""
