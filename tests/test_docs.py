@@ -22,7 +22,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-import c2c
+import c2c.systems
 from c2c.cli import app
 from docs_rig import (
     COMMAND,
@@ -202,6 +202,13 @@ def test_the_site_has_every_page():
     assert there - {target.partition("#")[0] for target in links("docs/index.md")} == {"index.md"}
 
 
+def test_tests_that_pages_name_exist():
+    tests = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("*.py")}
+    known = {*tests, *re.findall(r"^def (test_\w+)", "\n".join(tests.values()), re.MULTILINE)}
+    named = {name for page in PAGES for name in re.findall(r"\btest_\w+(?:\.py\b)?", read(page))}
+    assert named - known - {"test_ok"} == set()  # the last is a data file
+
+
 def test_documented_modules_exist():
     page = read("docs/api.md")
     named = re.findall(r"^\| `(c2c[\w.]*)` \|", page, re.MULTILINE)
@@ -222,7 +229,7 @@ def test_the_site_builds_without_warnings(tmp_path):
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert 'src="flow.svg"' in (tmp_path / "concepts.html").read_text(encoding="utf-8")
-    assert "from_pretrained" in (tmp_path / "api" / "c2c.model.html").read_text(encoding="utf-8")
+    assert "from_pretrained" in (tmp_path / "api" / "c2c.pretrained.html").read_text(encoding="utf-8")
 
 
 # -- formats -----------------------------------------------------------------------------------------------------------
@@ -320,6 +327,7 @@ def run_page(page: str, leave_out=(), replace=str) -> None:
 
 def install_entry_points(pyproject: str) -> None:
     """Install the entry points of a package that lies in this folder."""
+    c2c.systems.systems.cache_clear()
     groups = tomllib.loads(pyproject)["project"]["entry-points"]
     folder = Path(f"{'_'.join(groups).replace('.', '_')}-0.dist-info")
     folder.mkdir(exist_ok=True)
