@@ -24,6 +24,10 @@ class PromptError(C2CError, ValueError):
     """A prompt that cannot be encoded, aligned or run: empty, too long, right-padded, without a template."""
 
 
+class ContextLengthError(PromptError):
+    """A prompt that is longer than a model's context, or than a server takes."""
+
+
 class AlignmentError(PromptError):
     """The tokens of two models could not be aligned."""
 
@@ -61,14 +65,15 @@ class ModelLoadError(C2CError, OSError):
     """A model, tokenizer or file could not be found, read or downloaded."""
 
 
-_ABOUT_REQUEST = frozenset({"too_long", "tokens", "order", "layer", "precision", "fuser", "failed"})
+# Codes of failures that concern one request: the sharer is up, and another request may succeed.
+_REQUEST_CODES = frozenset({"too_long", "tokens", "order", "layer", "precision", "fuser", "failed"})
 
 
 class RemoteError(C2CError, ConnectionError):
-    """A remote sharer could not be reached, refused, or sent something that must not be used.
+    """A remote sharer that could not be reached, refused a request, or sent an invalid answer.
 
     Attributes:
-        code: the reason in one word, such as ``unreachable``, ``timeout``, ``unauthorized``, ``signature``.
+        code: the reason in one word, such as ``unreachable``, ``timeout``, ``invalid_api_key``, ``damaged``.
         status: the HTTP status, None where there was no answer.
     """
 
@@ -78,13 +83,13 @@ class RemoteError(C2CError, ConnectionError):
 
     @property
     def about_request(self) -> bool:
-        """Whether the sharer is there and did not answer this request; another one it may answer."""
-        return self.code in _ABOUT_REQUEST
+        """Whether the failure concerns this request alone, and not the sharer."""
+        return self.code in _REQUEST_CODES
 
 
 class SharerLost(RemoteError):
-    """The same where the sharer's policy is ``receiver_only``: ``C2CModel`` lets the receiver answer alone."""
+    """The same where ``on_failure="receiver_only"``: ``C2CModel`` lets the receiver answer alone."""
 
 
 class SharerChanged(MismatchError):
-    """Another model is served at the address than when the connection was made. No policy covers it."""
+    """Another model is served at the address than when the connection was made. No failure policy covers it."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from c2c import kv_cache, rope
-from c2c.errors import CacheError, MismatchError, PromptError
+from c2c.errors import CacheError, ContextLengthError, MismatchError, PromptError
 from c2c.generation import DEFAULT_NEW_TOKENS, FirstTokenTimer, PrefilledPrompt, as_list, unbatch
 from c2c.handoff import Handoff, reading
 from c2c.identity import ModelIdentity, differences, identify
@@ -153,7 +153,8 @@ class LanguageModel:
         """Refuse tokens that this model can't read.
 
         Raises:
-            PromptError: longer than the context, or ids that the model does not have.
+            ContextLengthError: longer than the context.
+            PromptError: ids that the model does not have.
         """
         words = self.model.get_input_embeddings().num_embeddings
         on_host = batch.ids.device.type == "cpu"  # a device is not asked
@@ -166,7 +167,7 @@ class LanguageModel:
             )
         limit = self.context_length
         if limit is not None and batch.length > limit:
-            raise PromptError(
+            raise ContextLengthError(
                 f"the prompt has {batch.length} tokens for the {self.role} {self.name}, which was made for {limit}. "
                 "Shorten the prompt, or use a model with a longer context."
             )

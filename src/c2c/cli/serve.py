@@ -134,8 +134,10 @@ def serve(
 ) -> None:
     """Serve a pair over HTTP, as the OpenAI API does: chat completions, completions, models."""
     _check_packages()
+    from c2c.serving.http_config import HTTPConfig
     from c2c.serving.server import listen
 
+    HTTPConfig(host=host, api_key=_keys(api_key)).keys()  # refuses an open address without keys, before models load
     fuser = _one_fuser(fuser, fuser_option)
     extra = _engine_options(engine, sharer_engine, engine_option)
     sock = listen(host, port)

@@ -1,10 +1,13 @@
-"""What a server answers in place of a result: a status, and an error in the shape of the OpenAI API."""
+"""Errors of an HTTP server in the shape of the OpenAI API; the status follows from the class of an exception."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from c2c.errors import C2CError
+from c2c.errors import C2CError, ContextLengthError, RemoteError, SharerChanged
+
+_TYPES = {401: "authentication_error", 429: "rate_limit_error", 504: "timeout_error"}
 
 
 class MissingServerError(C2CError, ImportError):
@@ -12,18 +15,19 @@ class MissingServerError(C2CError, ImportError):
 
 
 class ServerError(C2CError):
-    """The server can't run as asked."""
+    """A server that can't start with the given options."""
 
 
 class ApiError(C2CError):
-    """A request that is not answered.
+    """A request that is refused or failed.
 
     Attributes:
         status: HTTP status.
-        type: kind of error, as the OpenAI API names them.
+        message: for the client; never any text of a prompt.
         code: which error, for programs.
-        param: which field of the request it is about.
+        param: the field of the request that is wrong.
         headers: response headers.
+        details: further fields of the error object.
     """
 
     def __init__(
@@ -34,68 +38,97 @@ class ApiError(C2CError):
         code: str | None = None,
         param: str | None = None,
         headers: dict[str, str] | None = None,
+        details: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(message)
         self.status, self.message, self.code, self.param = status, message, code, param
-        self.headers = headers or {}
+        self.headers, self.details = headers or {}, details or {}
 
     @property
     def type(self) -> str:
-        """``invalid_request_error`` where the request is wrong, else who or what failed."""
-        named = {401: "authentication_error", 429: "rate_limit_error", 504: "timeout_error"}
-        return named.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
+        """Kind of error, as the OpenAI API names them."""
+        return _TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
 
     def to_dict(self) -> dict[str, Any]:
-        """The body of the response."""
-        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+        """Return the JSON body of the response."""
+        error = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
+        return {"error": error | self.details}
+
+
+def to_api_error(error: C2CError, param: str | None = None) -> ApiError:
+    """Convert an error of the library by its class; ``param`` is the field of the request that is wrong, if it is."""
+    message = str(error)
+    match error:
+        case ApiError():
+            return error
+        case RemoteError(code="too_long") | ContextLengthError():
+            return too_long(message, param)
+        case RemoteError():
+            status, code = (504, "sharer_timeout") if error.code == "timeout" else (502, "sharer_lost")
+            return ApiError(status, f"the sharer could not be asked: {message}", code=code)
+        case SharerChanged():
+            return ApiError(502, f"the sharer could not be asked: {message}", code="sharer_mismatch")
+    return invalid(message, param)
 
 
 def invalid(message: str, param: str | None = None, code: str | None = "invalid_value") -> ApiError:
-    """A request with something wrong in it: 400."""
+    """Return the error of an invalid request: 400."""
     return ApiError(400, message, code=code, param=param)
 
 
+def validation_error(first: Mapping[str, Any]) -> ApiError:
+    """Convert the first error of pydantic: which field, and what is wrong, but not its value, which may be a text."""
+    param = ".".join(str(part) for part in first.get("loc", ()))
+    match first.get("type"):
+        case "extra_forbidden":
+            return invalid(f"unknown parameter {param}: leave it out.", param, "unknown_parameter")
+        case "missing" if param:
+            return invalid(f"{param} is missing.", param, "missing_parameter")
+        case "json_invalid":
+            return invalid("the body is not valid JSON.", code="invalid_json")
+        case "missing" | "model_attributes_type" if not param:
+            return invalid("send a JSON object as body, with Content-Type: application/json.", code="invalid_json")
+    message = str(first.get("msg", "it is not valid")).removeprefix("Value error, ")
+    return invalid(f"{param or 'the body'}: {message}.", param or None)
+
+
 def too_long(message: str, param: str | None = "messages") -> ApiError:
-    """A prompt for which a model has no room: 400, with the code that clients look for."""
+    """Return the error of a prompt that exceeds a model's context: 400, with the code that clients look for."""
     return ApiError(400, message, code="context_length_exceeded", param=param)
 
 
+def unauthorized(message: str) -> ApiError:
+    """Return the error of a missing or unknown API key: 401."""
+    return ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+
+
 def queue_full(waiting: int, retry_after: int) -> ApiError:
-    """As many requests wait as may: 429."""
-    return ApiError(
-        429,
-        f"{waiting} requests wait already, which is the limit (--max-queue). Try again in {retry_after} s.",
-        code="queue_full",
-        headers={"Retry-After": str(retry_after)},
-    )
+    """Return the error of a full queue: 429."""
+    message = f"{waiting} requests wait already, which is the limit (--max-queue). Try again in {retry_after} s."
+    return ApiError(429, message, code="queue_full", headers={"Retry-After": str(retry_after)})
 
 
 def shutting_down() -> ApiError:
-    """The server finishes what it has accepted and takes nothing new: 503."""
-    return ApiError(
-        503,
-        "the server is shutting down and takes no new requests.",
-        code="shutting_down",
-        headers={"Retry-After": "5"},
-    )
+    """Return the error of a server that drains: 503."""
+    message = "the server is shutting down and takes no new requests."
+    return ApiError(503, message, code="shutting_down", headers={"Retry-After": "5"})
 
 
 def timed_out(seconds: float) -> ApiError:
-    """A request that took longer than the server allows, waiting included: 504."""
-    return ApiError(
-        504,
+    """Return the error of a request that took longer than the server allows, waiting included: 504."""
+    message = (
         f"the request took longer than {seconds:g} s, waiting in the queue included. Ask for fewer tokens, send fewer "
-        "requests at a time, or raise --timeout.",
-        code="timeout",
+        "requests at a time, or raise --timeout."
     )
+    return ApiError(504, message, code="timeout")
 
 
 def internal(request_id: str | None = None) -> ApiError:
-    """Something of ours broke: 500; the log says what."""
+    """Return the error of a fault of the server: 500; the log has the details."""
     named = f" Request {request_id}." if request_id else ""
     return ApiError(500, f"the server could not answer this request; its log says why.{named}", code="internal_error")
 
 
 def client_gone() -> ApiError:
-    """Nobody is there any more to read an answer; never sent, only counted."""
+    """Return the error of a closed connection; never sent, only logged and counted."""
     return ApiError(499, "the client closed the connection.", code="client_closed_request")

@@ -7,25 +7,9 @@ from contextlib import contextmanager
 
 from c2c.errors import C2CError, RemoteError, SharerChanged
 from c2c.serving.engine import Ask
-from c2c.serving.errors import ApiError, internal, invalid, too_long
+from c2c.serving.errors import internal, to_api_error
 from c2c.serving.logs import log_failure, warn
 from c2c.serving.queue import Job
-
-
-def as_api_error(error: C2CError, param: str | None = None) -> ApiError:
-    """What a client is told. ``param`` is the field of its request that is wrong, if it is one."""
-    if isinstance(error, ApiError):
-        return error
-    message = str(error)
-    if isinstance(error, RemoteError):
-        if error.code == "too_long":
-            return too_long(message, param)
-        status, code = (504, "sharer_timeout") if error.code == "timeout" else (502, "sharer_lost")
-        return ApiError(status, f"the sharer could not be asked: {message}", code=code)
-    if isinstance(error, SharerChanged):
-        return ApiError(502, f"the sharer could not be asked: {message}", code="sharer_mismatch")
-    # said by LanguageModel.check_tokens alone, which has no type of its own for it
-    return too_long(message, param) if "which was made for" in message else invalid(message, param)
 
 
 @contextmanager
@@ -44,7 +28,7 @@ def refusing(job: Job) -> Iterator[None]:
 def tell(job: Job, error: C2CError) -> None:
     """End a request with an error of the library."""
     raw = isinstance(job.ask, Ask) and isinstance(job.ask.prompt, str)
-    job.ticket.fail(as_api_error(error, "prompt" if raw else "messages"))
+    job.ticket.fail(to_api_error(error, "prompt" if raw else "messages"))
 
 
 def log_if_lost(error: C2CError) -> None:

@@ -1,4 +1,4 @@
-"""Logs: one JSON object per line on stderr. Texts of prompts and answers never get there."""
+"""Logs of the servers: one JSON object per line on stderr. Texts of prompts and answers are never logged."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _FRAMES = 12
 
 
 class JsonFormatter(logging.Formatter):
-    """A record as one JSON object: time, level, event and its facts."""
+    """Format a record as one JSON object: time, level, event and its facts."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """One line."""
+        """Return one line."""
         line: dict[str, Any] = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
@@ -27,7 +27,7 @@ class JsonFormatter(logging.Formatter):
 
 
 def log_to_stderr() -> None:
-    """Show what the server says, and the warnings of the HTTP server below it."""
+    """Send the server's records, and the warnings of uvicorn, to stderr."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter())
     for name, level in (("c2c.serving", logging.INFO), ("uvicorn", logging.WARNING)):
@@ -37,16 +37,16 @@ def log_to_stderr() -> None:
 
 
 def log(event: str, **facts: Any) -> None:
-    """Say what happened."""
+    """Log an event."""
     _LOG.info(event, extra={"facts": facts})
 
 
 def warn(event: str, **facts: Any) -> None:
-    """Say what went wrong outside."""
+    """Log a failure outside of this process."""
     _LOG.warning(event, extra={"facts": facts})
 
 
 def log_failure(event: str, error: BaseException, **facts: Any) -> None:
-    """Say what broke and where, without the error's message, which may quote a prompt."""
+    """Log a fault with its stack, without the message of the exception, which may quote a prompt."""
     frames = [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in traceback.extract_tb(error.__traceback__)]
     _LOG.error(event, extra={"facts": facts | {"error": type(error).__name__, "frames": frames[-_FRAMES:]}})

@@ -1,0 +1,267 @@
+"""The application of ``c2c serve`` and ``c2c share``: factory, middleware, error responses, health."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import re
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from cachetools import TTLCache
+from fastapi import APIRouter, FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Lifespan, Message, Receive, Scope, Send
+
+from c2c.errors import C2CError
+from c2c.serving.errors import ApiError, client_gone, internal, shutting_down, to_api_error, validation_error
+from c2c.serving.http_config import HTTPConfig
+from c2c.serving.logs import log, log_failure
+
+OPEN_PATHS = frozenset({"/health", "/ready", "/metrics"})  # without key, log line and limits
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_DISCARDED = 4  # times the body limit that are read, so that clients that send first and read then get the 413
+
+
+@dataclass
+class RequestRecord:
+    """One request as logs and metrics see it; ``request.state.record`` in an endpoint. No texts.
+
+    Attributes:
+        request_id: the client's ``x-request-id`` if it can stand in a header, else a new one.
+        owner: id of the API key, empty without keys.
+        status: HTTP status, even where a stream that began with 200 failed later.
+        code: which error.
+        facts: further facts for the log, set by endpoints.
+        began: ``time.monotonic()``.
+    """
+
+    request_id: str
+    method: str
+    path: str
+    owner: str = ""
+    status: int | None = None
+    code: str | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+    began: float = field(default_factory=time.monotonic)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the request came in."""
+        return time.monotonic() - self.began
+
+    def fail(self, error: ApiError) -> None:
+        """Record an error."""
+        self.status, self.code = error.status, error.code
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what is logged."""
+        known = {name: getattr(self, name) for name in ("request_id", "method", "path", "owner", "status", "code")}
+        return (
+            {name: value for name, value in known.items() if value} | {"seconds": round(self.seconds, 4)} | self.facts
+        )
+
+
+@dataclass
+class ServerState:
+    """Counters of one server, and its callbacks; ``app.state.server``.
+
+    Attributes:
+        active: requests under way.
+        ended: requests that have ended.
+        draining: new requests are refused, because the server is about to end.
+        health: returns facts for ``/health``; a ``status`` other than "ok" means 503.
+        on_request: called with each request that has ended, for metrics.
+        abort: called when a second signal gives up what is under way.
+    """
+
+    health: Callable[[], dict[str, Any]] = dict
+    on_request: Callable[[RequestRecord], None] = lambda record: None
+    abort: Callable[[], None] = lambda: None
+    active: int = 0
+    ended: int = 0
+    draining: bool = False
+
+
+def create_app(
+    config: HTTPConfig, routers: Sequence[APIRouter], state: ServerState, lifespan: Lifespan[FastAPI] | None = None
+) -> FastAPI:
+    """Make an application with keys, limits, error responses, logs, ``/health`` and ``/ready`` around some routes.
+
+    Raises:
+        ServerError: keys that can't be used, or none and an address that others can reach.
+    """
+    app = FastAPI(lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app.state.server = state
+    app.add_middleware(RequestMiddleware, config=config, state=state)
+    app.add_exception_handler(C2CError, _on_error)
+    app.add_exception_handler(HTTPException, _on_http_error)
+    app.add_exception_handler(RequestValidationError, _on_validation_error)
+    for router in routers:
+        app.include_router(router)
+
+    def health() -> tuple[int, dict[str, Any]]:
+        facts = {"status": "draining" if state.draining else "ok"} | state.health()
+        return (200 if facts["status"] == "ok" else 503), facts
+
+    @app.get("/health")
+    async def _health() -> JSONResponse:
+        status, facts = health()
+        return JSONResponse(facts, status)
+
+    @app.get("/ready")
+    async def _ready() -> JSONResponse:
+        status, facts = health()
+        return JSONResponse({"status": facts["status"]}, status)
+
+    config.keys()
+    return app
+
+
+class RequestMiddleware:
+    """The outermost middleware: request id, key, rate, body limit, faults, log."""
+
+    def __init__(self, app: ASGIApp, config: HTTPConfig, state: ServerState) -> None:
+        self._app, self._config, self._state, self._keys = app, config, state, config.keys()
+        self._counts: TTLCache[str, list[float]] = TTLCache(10_000, ttl=60)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one request."""
+        if scope["type"] != "http" or scope["path"] in OPEN_PATHS:
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        given = headers.get("x-request-id", "")
+        request_id = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(16)
+        record = RequestRecord(request_id, scope["method"], scope["path"])
+        scope.setdefault("state", {})["record"] = record
+        self._state.active += 1
+        try:
+            await self._respond(scope, receive, _Sender(send, record), headers)
+        finally:
+            self._state.active -= 1
+            self._state.ended += 1
+            self._state.on_request(record)
+            log("request", **record.to_dict())
+
+    async def _respond(self, scope: Scope, receive: Receive, send: _Sender, headers: Headers) -> None:
+        record = send.record
+        try:
+            record.owner = self._keys.owner(headers.get("authorization"))
+            self._check_rate(record.owner or str((scope.get("client") or ("unknown",))[0]))
+            if self._state.draining and scope["method"] == "POST":
+                raise shutting_down()
+            await self._app(scope, await self._buffered(receive), send)
+        except ApiError as error:
+            record.fail(error)
+            if not send.started and error.status != client_gone().status:
+                await error_response(error)(scope, receive, send)
+        except Exception as error:
+            log_failure("request_failed", error, request_id=record.request_id)
+            record.fail(internal())
+            if not send.started:
+                await error_response(internal(record.request_id))(scope, receive, send)
+
+    def _check_rate(self, caller: str) -> None:
+        if not self._config.rate:
+            return
+        now = time.monotonic()
+        times = [then for then in self._counts.get(caller, ()) if then > now - 60]
+        if len(times) >= self._config.rate:
+            wait = max(1, math.ceil(times[0] + 60 - now))
+            message = f"more than {self._config.rate} requests in a minute (--rate); try again in {wait} seconds."
+            raise ApiError(429, message, code="rate", headers={"Retry-After": str(wait)})
+        self._counts[caller] = [*times, now]
+
+    async def _buffered(self, receive: Receive) -> Receive:
+        """Read the whole body, within size and time, and return what replays it."""
+        try:
+            async with asyncio.timeout(self._config.timeout):
+                body = await self._read(receive)
+        except TimeoutError:
+            message = f"the body did not arrive within {self._config.timeout:g} s."
+            raise ApiError(408, message, code="timeout", headers={"Connection": "close"}) from None
+        messages = iter([{"type": "http.request", "body": body, "more_body": False}])
+
+        async def replay() -> Message:
+            return next(messages, None) or await receive()
+
+        return replay
+
+    async def _read(self, receive: Receive) -> bytes:
+        parts, size, limit, more = [], 0, self._config.max_body, True
+        while more and size <= limit * _DISCARDED:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise client_gone()
+            size += len(message.get("body", b""))
+            parts.append(message.get("body", b"") if size <= limit else b"")
+            more = message.get("more_body", False)
+        if size > limit:
+            reason = f"the body has more than {limit} bytes, the limit of this server (--max-body-mb or --max-body-kb)."
+            raise ApiError(413, reason, code="request_too_large", headers={"Connection": "close"})
+        return b"".join(parts)
+
+
+class _Sender:
+    """Sends with the request id in the headers, and records the status."""
+
+    def __init__(self, send: Send, record: RequestRecord) -> None:
+        self._send, self.record, self.started = send, record, False
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.started = True
+            self.record.status = self.record.status or message["status"]
+            MutableHeaders(scope=message)["x-request-id"] = self.record.request_id
+        await self._send(message)
+
+
+def error_response(error: ApiError) -> JSONResponse:
+    """Return an error as a response."""
+    return JSONResponse(error.to_dict(), error.status, error.headers)
+
+
+async def _on_error(request: Request, error: Exception) -> JSONResponse:
+    known = to_api_error(error) if isinstance(error, C2CError) else internal()
+    if isinstance(record := getattr(request.state, "record", None), RequestRecord):
+        record.fail(known)
+    return error_response(known)
+
+
+async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
+    status, headers = getattr(error, "status_code", 500), dict(getattr(error, "headers", None) or {})
+    messages = {404: f"there is nothing at {request.url.path}.", 405: f"{request.url.path} takes no {request.method}."}
+    code = {404: "not_found", 405: "method_not_allowed"}.get(status)
+    return await _on_error(request, ApiError(status, messages.get(status, "refused."), code=code, headers=headers))
+
+
+async def _on_validation_error(request: Request, error: Exception) -> JSONResponse:
+    first = error.errors()[0] if isinstance(error, RequestValidationError) else {}
+    return await _on_error(request, validation_error({**first, "loc": first.get("loc", ())[1:]}))
+
+
+@asynccontextmanager
+async def on_disconnect(request: Request, cancel: Callable[[], None]) -> AsyncIterator[None]:
+    """Call ``cancel`` when the client goes away meanwhile, or when the enclosed work fails. Read the body first."""
+
+    async def watch() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        cancel()
+
+    watcher = asyncio.create_task(watch())
+    try:
+        yield
+    except BaseException:
+        cancel()
+        raise
+    finally:
+        watcher.cancel()

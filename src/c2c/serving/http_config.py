@@ -1,0 +1,126 @@
+"""Options and keys of an HTTP server. Imports neither torch nor a web framework, so that ``--help`` stays fast."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import ipaddress
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from c2c.serving.errors import ServerError, unauthorized
+
+
+@dataclass(frozen=True, kw_only=True)
+class HTTPConfig:
+    """Options of one HTTP server; ``c2c serve`` and ``c2c share`` add their own.
+
+    Attributes:
+        connections: open connections at most; None for no limit.
+    """
+
+    host: str = field(default="127.0.0.1", metadata={"help": "Address to listen at; 0.0.0.0 for all."})
+    port: int = field(default=8000, metadata={"help": "Port to listen at; 0 for a free one.", "min": 0, "max": 65535})
+    api_key: Sequence[str] | None = field(
+        default=None, repr=False, metadata={"help": "Bearer key that clients must send; may be repeated."}
+    )
+    key_file: Path | None = field(default=None, metadata={"help": "File with such keys, one a line."})
+    insecure: bool = field(
+        default=False, metadata={"help": "Listen on an address that others can reach without any key."}
+    )
+    tls_cert: Path | None = field(default=None, metadata={"help": "Certificate file for TLS."})
+    tls_key: Path | None = field(default=None, metadata={"help": "Its private key."})
+    tls_client_ca: Path | None = field(
+        default=None, metadata={"help": "Certificate authority that client certificates must be signed by."}
+    )
+    timeout: float = field(
+        default=300.0, metadata={"help": "Seconds that a request may take, waiting included.", "min": 0.1}
+    )
+    max_body_mb: float = field(default=4.0, metadata={"help": "Megabytes of a request at most.", "min": 0.001})
+    rate: int = field(
+        default=0, metadata={"help": "Requests per minute and key (or address) at most; 0 for no limit.", "min": 0}
+    )
+    connections: int | None = field(default=None, metadata={"cli": False})
+
+    key_variable = "C2C_API_KEY"  # environment variable with keys, separated by commas or spaces
+
+    @property
+    def max_body(self) -> int:
+        """Bytes of a request at most."""
+        return int(self.max_body_mb * 1e6)
+
+    def keys(self) -> KeyRing:
+        """Collect the keys of options and key file, else of the environment.
+
+        Raises:
+            ServerError: an empty key, an unreadable key file, or no key and an address that others can reach.
+        """
+        given = list(self.api_key or ())
+        if any(not key.strip() for key in given):
+            raise ServerError("an empty API key was given: give some characters, or leave the option out.")
+        if self.key_file is not None:
+            given += read_keys(self.key_file)
+        ring = KeyRing(given or os.environ.get(self.key_variable, "").replace(",", " ").split())
+        if not ring and not self.insecure and not is_loopback(self.host):
+            raise ServerError(
+                f"{self.host} can be reached by others, who could use this server without a key. Set "
+                f"{self.key_variable}, or pass --insecure if that is what you want."
+            )
+        return ring
+
+
+class KeyRing:
+    """Bearer keys, kept as hashes; an empty one admits everybody.
+
+    Args:
+        keys: the keys in plain text.
+    """
+
+    def __init__(self, keys: Iterable[str]) -> None:
+        self._digests = [hashlib.sha256(key.strip().encode()).hexdigest() for key in keys]
+
+    def __bool__(self) -> bool:
+        return bool(self._digests)
+
+    def owner(self, authorization: str | None) -> str:
+        """Return an id of the key in an ``Authorization`` header: part of its hash; empty without keys.
+
+        Raises:
+            ApiError: no key, or an unknown one (401).
+        """
+        if not self:
+            return ""
+        scheme, _, given = (authorization or "").partition(" ")
+        if scheme.lower() != "bearer" or not given.strip():
+            raise unauthorized("no API key was given: send the header 'Authorization: Bearer KEY'.")
+        digest = hashlib.sha256(given.strip().encode()).hexdigest()
+        # Every hash is compared, each in constant time: the time reveals neither a key nor its place.
+        if not sum(hmac.compare_digest(digest, known) for known in self._digests):
+            raise unauthorized("the API key is not one of this server's.")
+        return digest[:16]
+
+
+def read_keys(path: str | Path) -> list[str]:
+    """Read keys from a file, one a line.
+
+    Raises:
+        ServerError: the file can't be read, or a key is shorter than 16 characters.
+    """
+    advice = f"Make one with: python -c 'import secrets; print(secrets.token_urlsafe(32))' > {path}"
+    try:
+        keys = Path(path).expanduser().read_text(encoding="utf-8").split()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ServerError(f"the key file {path} can't be read: {error}. {advice}") from error
+    if not keys or min(map(len, keys)) < 16:
+        raise ServerError(f"the key file {path} must have keys of at least 16 characters, one a line. {advice}")
+    return keys
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether only this machine can reach ``host``, a name or an address."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -1,0 +1,156 @@
+"""The HTTP server of ``c2c serve`` and ``c2c share``: binding, TLS, and a graceful end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import socket
+import ssl
+import time
+from collections.abc import Iterator
+from threading import current_thread, main_thread
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+
+from c2c.serving.errors import ServerError
+from c2c.serving.http_config import HTTPConfig
+from c2c.serving.logs import log
+
+_KEEP_ALIVE = 75  # seconds; longer than clients keep idle connections, so that none is closed under a request
+_GRACE = 5.0  # seconds after the longest request, for sending
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Bind a socket, so that a port that is taken is found out before models are loaded.
+
+    Raises:
+        ServerError: it is taken, or there is no such address.
+    """
+    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind((host, port))
+    except OSError as error:
+        bound.close()
+        reason = error.strerror or error
+        raise ServerError(f"can't listen at {host}:{port}: {reason}. Choose another --host or --port.") from error
+    return bound
+
+
+def url_of(sock: socket.socket, config: HTTPConfig) -> str:
+    """Return the address of a server, such as ``https://127.0.0.1:8650``."""
+    host, port = sock.getsockname()[:2]
+    return f"{'https' if config.tls_cert else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+class Server(uvicorn.Server):
+    """An HTTP server that finishes what it has accepted before it ends.
+
+    At SIGTERM or SIGINT new requests are refused while those under way are answered; a second signal gives them up, a
+    third waits for nothing.
+
+    Attributes:
+        forced: whether requests were given up.
+
+    Raises:
+        ServerError: TLS files that can't be used.
+    """
+
+    def __init__(self, app: FastAPI, config: HTTPConfig) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                log_config=None,
+                access_log=False,
+                lifespan="on",
+                ws="none",
+                backlog=2048,
+                server_header=False,
+                limit_concurrency=config.connections,
+                timeout_keep_alive=_KEEP_ALIVE,
+                timeout_graceful_shutdown=int(_GRACE),
+                **_tls_options(config),
+            )
+        )
+        try:
+            self.config.load()
+        except OSError as error:
+            raise ServerError(f"the TLS files {config.tls_cert} and {config.tls_key} can't be used: {error}") from error
+        self._http, self._state = config, app.state.server
+        self._draining: asyncio.Task[None] | None = None
+        self.forced = False
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Let signals call :meth:`stop`; outside the main thread there are none."""
+        if current_thread() is not main_thread():
+            yield
+            return
+        loop, wanted = asyncio.get_running_loop(), (signal.SIGTERM, signal.SIGINT)
+        for number in wanted:
+            loop.add_signal_handler(number, self.stop)
+        try:
+            yield
+        finally:
+            for number in wanted:
+                loop.remove_signal_handler(number)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to listen, and log where."""
+        await super().startup(sockets)
+        if self.started and sockets:
+            log("ready", url=url_of(sockets[0], self._http))
+
+    def stop(self) -> None:
+        """Finish what was accepted and end; called again, give it up. On the event loop."""
+        if self._draining is None:
+            self._draining = asyncio.get_running_loop().create_task(self._drain())
+        elif not self.forced:
+            self.forced = True
+            log("giving_up", active=self._state.active)
+            self._state.abort()
+        else:
+            self.force_exit = self.should_exit = True
+
+    async def _drain(self) -> None:
+        self._state.draining = True
+        log("draining", active=self._state.active)
+        until = time.monotonic() + self._http.timeout + _GRACE
+        while self._state.active and time.monotonic() < until and not self.should_exit:
+            if self.forced:
+                until = min(until, time.monotonic() + _GRACE)
+            await asyncio.sleep(0.05)
+        self.should_exit = True
+
+
+def serve(app: FastAPI, sock: socket.socket, config: HTTPConfig) -> bool:
+    """Serve until SIGTERM or SIGINT.
+
+    Returns:
+        Whether everything that was accepted was answered.
+
+    Raises:
+        ServerError: the application did not start.
+    """
+    server = Server(app, config)
+    server.run([sock])
+    if not server.started:
+        raise ServerError("the server did not start; see above.")
+    log("stopped", forced=server.forced)
+    return not server.forced
+
+
+def _tls_options(config: HTTPConfig) -> dict[str, Any]:
+    if (config.tls_cert is None) != (config.tls_key is None):
+        raise ServerError("TLS needs both --tls-cert and --tls-key.")
+    if config.tls_cert is None:
+        if config.tls_client_ca is not None:
+            raise ServerError("--tls-client-ca needs --tls-cert and --tls-key: without TLS there are no certificates.")
+        return {}
+    options: dict[str, Any] = {"ssl_certfile": str(config.tls_cert), "ssl_keyfile": str(config.tls_key)}
+    if config.tls_client_ca is not None:
+        options |= {"ssl_ca_certs": str(config.tls_client_ca), "ssl_cert_reqs": ssl.CERT_REQUIRED}
+    return options
