@@ -1,19 +1,30 @@
-# make demo   install, fetch a pair of models, ask one question in every mode with a trained fuser
-# make test   install, run the tests
-# make lint   formatting, lint, strict types
+# make demo       install, fetch a pair of models, answer one question with every system
+# make test       install, run the tests (about 5 minutes on two cores)
+# make test-slow  the long ones: processes, soak, notebooks, browser
+# make lint       formatting, lint, strict types
 
 PYTHON ?= python3
 VENV ?= .venv
+# tests run in so many processes with one thread each: two with two threads each wait for each other
+WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
+# uv installs in a tenth of pip's time; pip is used where there is no uv
+UV := $(shell command -v uv 2>/dev/null)
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-real test-vllm lint format results bench docs docs-serve notebooks pictures install clean
+.PHONY: demo test test-slow test-real test-vllm lint format results bench docs docs-serve notebooks pictures install clean
 
 install: $(STAMP)
 
+# $(call make-environment,FOLDER,REQUIREMENTS)
+ifdef UV
+make-environment = uv venv --quiet --allow-existing --python $(PYTHON) $(1) && uv pip install --quiet --python $(1)/bin/python $(2)
+else
+make-environment = $(PYTHON) -m venv $(1) && $(1)/bin/python -m pip install --quiet --disable-pip-version-check $(2)
+endif
+
 $(STAMP): pyproject.toml constraints.txt src/c2c/version.py
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(call make-environment,$(VENV),-c constraints.txt -e '.[dev]')
 	@touch $@
 
 FUSER := zoo/smollm2-135m_from_qwen2.5-coder-1.5b
@@ -34,7 +45,10 @@ demo: $(STAMP)
 		--answer-prefix "The answer is" --max-new-tokens 2
 
 test: $(STAMP)
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+
+test-slow: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 
 # the tests on real models, fetched first
 test-real: $(STAMP)
@@ -45,12 +59,10 @@ test-real: $(STAMP)
 # with (5.19), and brings builds of three packages for CUDA, which it does not start with on a CPU and does not need
 VLLM := .venv-vllm
 VLLM_STAMP := $(VLLM)/.installed
-VLLM_PIP := $(VLLM)/bin/python -m pip --quiet --disable-pip-version-check
 
 $(VLLM_STAMP): pyproject.toml src/c2c/version.py
-	$(PYTHON) -m venv $(VLLM)
-	$(VLLM_PIP) install -e '.[vllm]' pytest
-	$(VLLM_PIP) uninstall --yes torchvision torchaudio torchcodec
+	$(call make-environment,$(VLLM),-e '.[vllm]' pytest pip)
+	$(VLLM)/bin/python -m pip --quiet --disable-pip-version-check uninstall --yes torchvision torchaudio torchcodec
 	@touch $@
 
 test-vllm: $(VLLM_STAMP)

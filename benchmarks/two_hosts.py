@@ -252,8 +252,8 @@ def _text(arguments: argparse.Namespace, url: str) -> dict[str, Any]:
 
 def _measure(arguments: argparse.Namespace, answer: Callable[[Any], str]) -> dict[str, Any]:
     """Medians per question, after one question to warm up."""
+    from c2c.data.config import DataSource
     from c2c.data.formats import load_rows
-    from c2c.training.config import DataSource
 
     rows = load_rows([DataSource(arguments.data, limit=arguments.limit + 1)], Path(), 0)[0]
     answer(rows[0])

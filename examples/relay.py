@@ -14,10 +14,10 @@ from itertools import islice
 from pathlib import Path
 
 from c2c import C2CModel
+from c2c.data.config import DataSource
 from c2c.data.formats import private_question
 from c2c.data.synthetic.relay import relay
 from c2c.evaluation.text_scores import exact
-from c2c.training.config import DataSource
 
 FUSER = Path(__file__).parent.parent / "zoo" / "memory_smollm2-135m_from_qwen2.5-coder-0.5b"
 

@@ -11,6 +11,8 @@ from typer.testing import CliRunner
 
 from c2c import kv_cache
 from c2c.cli.app import app
+from c2c.config import ConfigError
+from c2c.data.config import DataSource
 from c2c.errors import MismatchError
 from c2c.language_model import Receiver
 from c2c.prompting import RenderOptions
@@ -28,7 +30,7 @@ from c2c.systems.lora import (
 )
 from c2c.training import adapter as adapters
 from c2c.training.adapter import AdapterTraining, Tokenizers, pieces, prepare_adapter, score
-from c2c.training.config import ConfigError, DataSource, TrainConfig, load_config
+from c2c.training.config import TrainConfig, load_config
 from c2c.training.prepared import prepare
 from c2c.training.run import train
 from c2c.training.step import FuserTraining

@@ -23,8 +23,8 @@ from c2c.analysis.progressive import FRACTIONS, measure_progressive, part_of, pa
 from c2c.analysis.rank import Grams, measure_ranks
 from c2c.analysis.scores import difference, right_answers
 from c2c.cli.app import app
+from c2c.config import ConfigError
 from c2c.prompting import RenderOptions
-from c2c.training.config import ConfigError
 from tiny import open_fusers, pair_folders
 
 

@@ -14,6 +14,8 @@ from typer.testing import CliRunner
 
 from c2c import C2CModel
 from c2c.cli.app import app
+from c2c.config import ConfigError
+from c2c.data.config import DataSource
 from c2c.data.formats import letter_form, load_rows
 from c2c.evaluation import EvalConfig, derived, evaluate, load_eval_config
 from c2c.evaluation.answers import read_letter
@@ -25,7 +27,6 @@ from c2c.evaluation.numbers import mcnemar, summarise
 from c2c.language_model import Sharer
 from c2c.prompting import RenderOptions
 from c2c.systems.text_to_text import text_to_text
-from c2c.training.config import ConfigError, DataSource
 from tiny import open_fusers, pair_folders
 
 

@@ -11,6 +11,7 @@ import torch
 
 import c2c.training.drafts
 from c2c import C2CModel
+from c2c.data.config import DataSource
 from c2c.data.formats import load_rows
 from c2c.evaluation import EvalConfig, evaluate
 from c2c.evaluation.config import EvaluationError
@@ -18,7 +19,6 @@ from c2c.evaluation.costs import STAGES
 from c2c.evaluation.text_scores import exact, f1, holds
 from c2c.language_model import Sharer
 from c2c.systems.base import with_passage
-from c2c.training.config import DataSource
 from tiny import open_fusers, pair_folders
 
 PASSAGES = ["The fox sleeps in a red house by the sea.", "A dog and a cat went to the market.", "Rain fell for a week."]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from itertools import islice
 
+from c2c.data.config import DataSource
 from c2c.data.formats import load_rows
 from c2c.data.synthetic.facts import _KINDS, facts
-from c2c.training.config import DataSource
 
 
 def pages(split: str, count: int, seed: int = 0) -> list[dict[str, str]]:

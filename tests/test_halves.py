@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 
+from c2c.data.config import DataSource
 from c2c.data.formats import Row, load_rows
 from c2c.evaluation.private import Reader, _passage
-from c2c.training.config import DataSource
 
 
 def rows(name: str, limit: int = 60, seed: int = 0) -> list[Row]:

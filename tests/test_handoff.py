@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 
@@ -111,6 +112,25 @@ def test_foreign_files_are_refused(handoff, tmp_path):
     save_file({"x": torch.zeros(2)}, path, metadata={"manifest": "[]", "digest": ""})
     with pytest.raises(HandoffError, match="no handoff"):
         Handoff.load(path)
+
+
+def test_a_whole_file_with_missing_parts_is_refused(handoff, tmp_path):
+    """The digest is right, and what it covers is not a handoff."""
+    path = tmp_path / "a.safetensors"
+    short = dataclasses.replace(handoff, layers=handoff.layers[:-1])
+    far = dataclasses.replace(handoff, kept=handoff.kept + len(handoff.ids))
+    nameless = dataclasses.replace(handoff, sharer=dataclasses.replace(handoff.sharer, kv={}))
+    cut = dataclasses.replace(handoff, ids=handoff.ids[:-1], kept=handoff.kept[:1])
+    for broken in (short, far, nameless, cut):
+        broken.save(path)
+        with pytest.raises(HandoffError, match="no whole handoff"):
+            Handoff.load(path)
+
+
+def test_a_file_is_readable_by_its_owner_alone(handoff, tmp_path):
+    handoff.save(tmp_path / "new" / "a.safetensors")
+    assert (tmp_path / "new" / "a.safetensors").stat().st_mode & 0o077 == 0
+    assert (tmp_path / "new").stat().st_mode & 0o077 == 0
 
 
 def test_a_handoff_is_not_replayed(handoff, tmp_path):

@@ -10,9 +10,11 @@ import torch
 from safetensors.torch import load_file
 
 from c2c import kv_cache
+from c2c.config import ConfigError
+from c2c.data.config import DataSource
 from c2c.fusers.base import load_fuser
 from c2c.training.adapter import prepare_adapter
-from c2c.training.config import ADAPTER, ConfigError, DataSource, TrainConfig, load_config
+from c2c.training.config import ADAPTER, TrainConfig, load_config
 from c2c.training.prepared import calibrate, fill, prepare
 from c2c.training.run import train
 from c2c.training.selection import DevSet

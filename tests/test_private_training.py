@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from c2c import C2CModel
+from c2c.config import ConfigError
+from c2c.data.config import DataSource
 from c2c.data.formats import load_rows, private_question
 from c2c.data.synthetic.relay import relay
 from c2c.data.synthetic.skeleton import skeleton
@@ -17,7 +19,7 @@ from c2c.fusers import MemoryFuser
 from c2c.fusers.base import load_fuser
 from c2c.language_model import Receiver, Sharer
 from c2c.training import TrainConfig, train
-from c2c.training.config import ConfigError, DataSource, load_config
+from c2c.training.config import load_config
 from c2c.training.drafts import with_drafts
 from c2c.training.prepared import fill, prepare
 from c2c.training.private import PrivateTraining, asked, build_private_examples

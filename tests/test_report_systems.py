@@ -9,6 +9,7 @@ import pytest
 from markdown_it import MarkdownIt
 
 from c2c import C2CModel
+from c2c.data.config import DataSource
 from c2c.evaluation import EvalConfig, evaluate
 from c2c.reporting import ReportError, draw, group, overview_markdown, read_results, to_html, to_markdown
 from c2c.reporting.canvas import COLOURS, legend_lines
@@ -16,7 +17,6 @@ from c2c.reporting.findings import GAIN, LOSS
 from c2c.reporting.losses import marked
 from c2c.reporting.names import POOLED, STAGES
 from c2c.reporting.text import cost
-from c2c.training.config import DataSource
 from test_report import GOOD, Page, found, numbers, report, result, save, section, sections
 from tiny import open_fusers, pair_folders
 

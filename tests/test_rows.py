@@ -7,8 +7,9 @@ from collections import Counter
 
 import pytest
 
+from c2c.config import ConfigError
+from c2c.data.config import DataSource
 from c2c.data.formats import LETTERS, load_rows, multiple_choice, normalise, questions, vary_options
-from c2c.training.config import ConfigError, DataSource
 from c2c.training.examples import build_examples, choice_tokens
 from tiny import pair, tokenizer
 

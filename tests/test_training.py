@@ -10,12 +10,14 @@ import torch
 
 from c2c import C2CModel, kv_cache
 from c2c.alignment.base import derange_columns
+from c2c.config import ConfigError
+from c2c.data.config import DataSource
 from c2c.data.formats import load_rows, multiple_choice, questions
 from c2c.errors import CacheError, FuserError, ModelLoadError
 from c2c.fusers.base import fuser_hash
 from c2c.language_model import Receiver
 from c2c.prompting import RenderOptions
-from c2c.training.config import ConfigError, DataSource, TrainConfig, load_config
+from c2c.training.config import TrainConfig, load_config
 from c2c.training.examples import build_examples
 from c2c.training.order import GroupedOrder
 from c2c.training.prepared import fill, prepare

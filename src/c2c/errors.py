@@ -1,4 +1,4 @@
-"""Everything a user can get wrong, as one family of exceptions.
+"""Errors: everything that a user can get wrong, as one family of exceptions.
 
 Each message says what was given, what was expected, and what to do. The second base class lets code that
 catches the built-in type keep working.
@@ -15,7 +15,7 @@ class C2CError(Exception):
 
 
 def did_you_mean(given: object, known: Iterable[str]) -> str:
-    """A question to append to an error: the known name that is nearest to what was given; nothing if none is near."""
+    """Return a question to append to an error, naming the nearest known name; empty if none is near."""
     near = difflib.get_close_matches(str(given).lower(), list(known), n=1, cutoff=0.6)
     return f" Did you mean {near[0]!r}?" if near else ""
 

@@ -1,4 +1,4 @@
-"""Fusion: sharer entries and receiver entries through the fusers, into the receiver's cache."""
+"""Fusion: gather aligned entries of both caches, run the fuser, scatter the result into the receiver's cache."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 from transformers import Cache
 
@@ -23,7 +22,7 @@ FusionMode = Literal["sequential", "parallel"]
 
 @dataclass(frozen=True)
 class Source:
-    """One sharer's side of a fusion: who it is, what it read, its cache, and the fuser made for it."""
+    """Hold one sharer's side of a fusion: the model, its tokens, its cache, and the fuser made for it."""
 
     sharer: LanguageModel
     tokens: TokenBatch
@@ -39,24 +38,21 @@ def fuse(
     chunk: Chunk,
     mode: FusionMode = "sequential",
     blend: float = 1.0,
-) -> int:
+) -> None:
     """Fuse the entries of one chunk into the receiver's cache, in place of its own.
 
     The cache must be clean at these positions: a fused entry is never fused again. With gradients on, new tensors take
     the place of the cache's, so that they flow to the fusers.
 
     Args:
-        cache: the receiver's cache, at least ``chunk.stop`` tokens long.
+        cache: the receiver's cache, at least ``chunk.stop`` tokens long; changed.
         receiver: the receiver.
         tokens: the receiver's tokens.
         sources: one per sharer; None where it has no part in this chunk.
-        chunk: which entries take which.
+        chunk: which entries are fused with which.
         mode: ``sequential``: each sharer's fuser reads what the one before wrote; ``parallel``: all read the clean
             cache and their differences are added up.
         blend: how much of what a fuser adds is taken: 0 leaves the receiver's entries, 1 takes the fuser's.
-
-    Returns:
-        Bytes of the sharers' entries that were read.
     """
     active = [
         (source, alignment)
@@ -64,32 +60,20 @@ def fuse(
         if source is not None and alignment is not None
     ]
     if mode == "parallel" and len(active) > 1:
-        outcomes = [_run(cache, receiver, tokens, *part, blend) for part in active]  # all on the clean cache
-        for (source, _), outcome in zip(active, [_difference(outcome) for outcome in outcomes], strict=True):
-            _write(cache, source, outcome, add=True)
-        return sum(outcome.read for outcome in outcomes)
-    read = 0
+        # all differences are taken before anything is written, since entries may be views
+        added = [_difference(*_run(cache, receiver, tokens, *pair, blend)) for pair in active]
+        for (source, alignment), difference in zip(active, added, strict=True):
+            _write(cache, source, alignment, difference, add=True)
+        return
     for source, alignment in active:
-        outcome = _run(cache, receiver, tokens, source, alignment, blend)
-        _write(cache, source, outcome)
-        read += outcome.read
-    return read
-
-
-@dataclass(frozen=True)
-class _Outcome:
-    """What a fuser made of aligned entries, and where it goes."""
-
-    picker: Picker
-    ours: Entries
-    fused: list[KeyValue]
-    read: int
+        fused, _ = _run(cache, receiver, tokens, source, alignment, blend)
+        _write(cache, source, alignment, fused)
 
 
 def aligned_entries(
     cache: Cache, receiver: LanguageModel, tokens: TokenBatch, source: Source, alignment: Alignment
 ) -> tuple[Entries, Entries]:
-    """What a fuser reads: the sharer's and the receiver's entries at aligned positions, one item per fused layer.
+    """Gather a fuser's input: the sharer's and the receiver's entries at aligned positions.
 
     Args:
         cache: the receiver's cache.
@@ -97,71 +81,36 @@ def aligned_entries(
         tokens: the receiver's tokens.
         source: the sharer's side.
         alignment: which entries belong together.
+
+    Returns:
+        Entries of the sharer and of the receiver, one item per fused layer, on the fuser's device.
     """
-    fuser, config, device = source.fuser, source.fuser.config, source.fuser.device
-    pick_ours, pick_theirs = Picker(alignment, alignment.receiver, 0), Picker(alignment, alignment.sharer, 1)
-    ours = _entries(
-        [kv_cache.layer(cache, i) for i in config.fused_layers],
-        pick_ours,
-        device,
-        _rotary(receiver, tokens, pick_ours, fuser, config.fused_layers),
-    )
+    fuser, config = source.fuser, source.fuser.config
+    ours = _entries(cache, receiver, tokens, config.fused_layers, Picker(alignment, alignment.receiver, 0), fuser)
     theirs = _entries(
-        [kv_cache.layer(source.cache, i) for i in config.source_layers],
-        pick_theirs,
-        device,
-        _rotary(source.sharer, source.tokens, pick_theirs, fuser, config.source_layers),
+        source.cache, source.sharer, source.tokens, config.source_layers, Picker(alignment, alignment.sharer, 1), fuser
     )
     return theirs, ours
 
 
-def _run(
-    cache: Cache, receiver: LanguageModel, tokens: TokenBatch, source: Source, alignment: Alignment, blend: float
-) -> _Outcome:
-    """Run one fuser on the cache as it is now; nothing is written."""
-    theirs, ours = aligned_entries(cache, receiver, tokens, source, alignment)
-    read = sum(entry.nbytes for entry in (*theirs.keys, *theirs.values))
-    fused: list[KeyValue] = source.fuser(theirs, ours)
-    if blend != 1:  # at 1 the fuser's own tensors are taken, bit for bit
-        pairs = zip(fused, ours.keys, ours.values, strict=True)
-        fused = [(_between(keys, new[0], blend), _between(values, new[1], blend)) for new, keys, values in pairs]
-    return _Outcome(Picker(alignment, alignment.receiver, 0), ours, fused, read)
-
-
-def _between(own: Tensor, fused: Tensor, blend: float) -> Tensor:
-    """A point on the line from the receiver's entries to the fused ones."""
-    return own + blend * (fused - own)
-
-
-def _difference(outcome: _Outcome) -> _Outcome:
-    """What was added to the clean entries. Taken before anything is written, since entries may be views."""
-    pairs = zip(outcome.fused, outcome.ours.keys, outcome.ours.values, strict=True)
-    added = [(fused[0] - keys, fused[1] - values) for fused, keys, values in pairs]
-    return _Outcome(outcome.picker, outcome.ours, added, outcome.read)
-
-
-def _write(cache: Cache, source: Source, outcome: _Outcome, add: bool = False) -> None:
-    """Put fused entries in the place of the receiver's, or add differences to them."""
-    for layer, (new_keys, new_values) in zip(source.fuser.config.fused_layers, outcome.fused, strict=True):
-        keys, values = kv_cache.layer(cache, layer)
-        if add:
-            new_keys = outcome.picker.take(keys).to(new_keys.device) + new_keys
-            new_values = outcome.picker.take(values).to(new_values.device) + new_values
-        kv_cache.set_layer(cache, layer, outcome.picker.put(keys, new_keys), outcome.picker.put(values, new_values))
-
-
 class Picker:
-    """Takes aligned positions out of a cache tensor and puts new ones back."""
+    """Gather aligned positions from a cache tensor, and scatter new entries to them.
+
+    Args:
+        alignment: pairs of positions.
+        columns: of the side in question, ``[pairs]``.
+        side: 0 for the receiver, 1 for the sharer; selects the start of an aligned block.
+    """
 
     def __init__(self, alignment: Alignment, columns: Tensor, side: int) -> None:
         self.rows, self.columns = alignment.rows, columns
-        self.block = None
+        self.block: slice | None = None
         if alignment.block is not None:
             start, length = alignment.block[side], alignment.block[2]
             self.block = slice(start, start + length)
 
     def take(self, x: Tensor) -> Tensor:
-        """``[batch, heads, tokens, dim]`` to the aligned ``[batch or 1, heads, pairs, dim]``."""
+        """Gather ``[batch, heads, tokens, dim]`` to the aligned ``[batch or 1, heads, pairs, dim]``."""
         if self.block is not None:
             return x[:, :, self.block]
         if x.shape[0] == 1:
@@ -169,13 +118,13 @@ class Picker:
         return x[self.rows.to(x.device), :, self.columns.to(x.device)].transpose(0, 1).unsqueeze(0)
 
     def take_positions(self, positions: Tensor) -> Tensor:
-        """``[batch, tokens]`` to the aligned ``[batch or 1, pairs]``."""
+        """Gather ``[batch, tokens]`` to the aligned ``[batch or 1, pairs]``."""
         if self.block is not None:
             return positions[:, self.block]
         return positions[self.rows.to(positions.device), self.columns.to(positions.device)].unsqueeze(0)
 
     def put(self, x: Tensor, new: Tensor) -> Tensor:
-        """``x`` with the aligned positions replaced; written in place unless gradients must flow."""
+        """Scatter ``new`` to the aligned positions of ``x``; in place unless gradients must flow."""
         new = new.to(device=x.device, dtype=x.dtype)
         target = x.clone() if new.requires_grad else x
         if self.block is not None:
@@ -186,18 +135,48 @@ class Picker:
         return target
 
 
+def _run(
+    cache: Cache, receiver: LanguageModel, tokens: TokenBatch, source: Source, alignment: Alignment, blend: float
+) -> tuple[list[KeyValue], Entries]:
+    """Run one fuser on the cache as it is now, without writing: the fused entries and the receiver's own."""
+    theirs, ours = aligned_entries(cache, receiver, tokens, source, alignment)
+    fused: list[KeyValue] = source.fuser(theirs, ours)
+    if blend != 1:  # at 1 the fuser's own tensors are taken, bit for bit
+        own = zip(ours.keys, ours.values, strict=True)
+        fused = [
+            (keys + blend * (new_keys - keys), values + blend * (new_values - values))
+            for (new_keys, new_values), (keys, values) in zip(fused, own, strict=True)
+        ]
+    return fused, ours
+
+
+def _difference(fused: list[KeyValue], own: Entries) -> list[KeyValue]:
+    return [
+        (new_keys - keys, new_values - values)
+        for (new_keys, new_values), keys, values in zip(fused, own.keys, own.values, strict=True)
+    ]
+
+
+def _write(cache: Cache, source: Source, alignment: Alignment, entries: list[KeyValue], add: bool = False) -> None:
+    """Write fused entries in the place of the receiver's, or add differences to them."""
+    picker = Picker(alignment, alignment.receiver, 0)
+    for layer, (new_keys, new_values) in zip(source.fuser.config.fused_layers, entries, strict=True):
+        keys, values = kv_cache.layer(cache, layer)
+        if add:
+            new_keys = picker.take(keys).to(new_keys.device) + new_keys
+            new_values = picker.take(values).to(new_values.device) + new_values
+        kv_cache.set_layer(cache, layer, picker.put(keys, new_keys), picker.put(values, new_values))
+
+
 def _entries(
-    layers: Sequence[KeyValue], picker: Picker, device: torch.device, rotary: Sequence[Rotary] | None
+    cache: Cache, model: LanguageModel, tokens: TokenBatch, layers: Sequence[int], picker: Picker, fuser: Fuser
 ) -> Entries:
-    keys = [picker.take(keys).to(device) for keys, _ in layers]
-    values = [picker.take(values).to(device) for _, values in layers]
+    """Gather one model's entries in ``layers``, with their rotary tables where the fuser reads bare keys."""
+    pairs = [kv_cache.layer(cache, layer) for layer in layers]
+    keys = [picker.take(keys).to(fuser.device) for keys, _ in pairs]
+    values = [picker.take(values).to(fuser.device) for _, values in pairs]
+    rotary: list[Rotary] | None = None
+    if fuser.needs_rotary:
+        tables = model.rotary(picker.take_positions(tokens.positions).to(fuser.device))
+        rotary = None if tables is None else [tables[layer] for layer in layers]
     return Entries(keys, values, rotary)
-
-
-def _rotary(
-    model: LanguageModel, tokens: TokenBatch, picker: Picker, fuser: Fuser, layers: Sequence[int]
-) -> list[Rotary] | None:
-    if not fuser.needs_rotary:
-        return None
-    tables = model.rotary(picker.take_positions(tokens.positions).to(fuser.device))
-    return None if tables is None else [tables[layer] for layer in layers]

@@ -131,7 +131,7 @@ class FusionReport:
         return self.timer.seconds if self.timer else {}
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
+        """Return plain data for JSON."""
         return {
             "prompt_tokens": self.prompt_tokens,
             "fused_tokens": self.fused_tokens,
@@ -149,7 +149,7 @@ class FusionReport:
 
 @dataclass
 class GenerationResult:
-    """One answer.
+    """Hold one answer.
 
     Attributes:
         text: the answer, special tokens removed.
@@ -274,7 +274,7 @@ class FirstTokenTimer(StoppingCriteria):
         self._filler: int | None = None  # what fills rows that a stop string ended
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
-        """Called by ``generate`` after every token."""
+        """Record the time of the first call, which ``generate`` makes after every token."""
         if self.first is None:
             self.first = time.perf_counter()
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
@@ -336,7 +336,7 @@ class Chat:
 
 
 class _Cancelled(StoppingCriteria):
-    """Stops the generation when the reader has gone."""
+    """Stop the generation when the reader has gone."""
 
     def __init__(self, event: Event) -> None:
         self.event = event

@@ -1,4 +1,4 @@
-"""A handoff: what a sharer has read, as a value. It can be kept, saved, made smaller, extended, and used many times."""
+"""Handoff: a sharer's cache of what it has read, as a value that is saved, quantized, extended and used many times."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _LARGEST = {"int8": 127.0, "float8": 448.0}
 
 @dataclass(frozen=True)
 class Packed:
-    """A tensor of keys or values, perhaps in fewer bits.
+    """Hold a tensor of keys or values, perhaps quantized.
 
     Attributes:
         data: ``[1, kv_heads, tokens, head_dim]``.
@@ -61,7 +61,7 @@ class Packed:
         return cls((scaled.round() if precision == "int8" else scaled).to(_TYPES[precision]).contiguous(), scale)
 
     def unpack(self, dtype: torch.dtype) -> Tensor:
-        """The tensor in ``dtype``."""
+        """Return the tensor in ``dtype``."""
         return self.data.to(dtype) if self.scale is None else (self.data.float() * self.scale).to(dtype)
 
     @property
@@ -72,23 +72,23 @@ class Packed:
 
 @dataclass(frozen=True)
 class Reading:
-    """What a sharer reads for a handoff: its tokens, and the columns that are handed over."""
+    """Hold a sharer's prompt tokens and the columns that are handed over."""
 
     ids: list[int]
     kept: list[int]
 
     def tensors(self) -> tuple[Tensor, Tensor]:
-        """Ids and kept columns, each int64 on the host."""
+        """Return ids and kept columns, each int64 on the host."""
         return torch.tensor(self.ids), torch.tensor(self.kept)
 
     def followed_by(self, draft: Sequence[int]) -> Reading:
-        """With what the sharer wrote after it; all of that is handed over."""
+        """Append what the sharer wrote after it; all of that is handed over."""
         length = len(self.ids)
         return Reading([*self.ids, *draft], [*self.kept, *range(length, length + len(draft))])
 
 
 def reading(tokenizer: Any, conversation: Conversation, options: RenderOptions) -> Reading:
-    """A conversation as a sharer reads it, and what of it is handed over.
+    """Tokenise a conversation for a sharer and select what is handed over.
 
     Kept are the texts of the messages, and the template after the last one, whose positions have read everything; other
     template tokens say nothing about the messages, and the first token of a prompt holds values out of all proportion.
@@ -127,7 +127,7 @@ class Handoff:
 
     @classmethod
     def from_cache(cls, sharer: ModelIdentity, ids: Tensor, kept: Tensor, layers: Sequence[KeyValue]) -> Self:
-        """From keys and values as they lie in the cache, each ``[1, kv_heads, tokens, head_dim]``."""
+        """Make a handoff of keys and values as they lie in the cache, each ``[1, kv_heads, tokens, head_dim]``."""
         precision: Any = str(layers[0][0].dtype).removeprefix("torch.")
         packed = [(Packed(keys.contiguous()), Packed(values.contiguous())) for keys, values in layers]
         return cls(sharer, ids.cpu().long(), kept.cpu().long(), packed, precision)
@@ -152,13 +152,13 @@ class Handoff:
         return hashlib.sha256(known.encode()).hexdigest()
 
     def cache(self, dtype: torch.dtype, device: torch.device) -> Cache:
-        """The sharer's cache of all tokens, in ``dtype``."""
+        """Return the sharer's cache of all tokens, in ``dtype``."""
         return kv_cache.from_layers(
             (keys.unpack(dtype).to(device), values.unpack(dtype).to(device)) for keys, values in self.layers
         )
 
     def to(self, precision: Precision) -> Handoff:
-        """The same handoff in another precision; 8 bits take a quarter of float32.
+        """Convert to another precision; 8 bits take a quarter of float32.
 
         Raises:
             HandoffError: an unknown precision.
@@ -182,11 +182,11 @@ class Handoff:
         return replace(self, layers=layers)
 
     def projected(self, fuser: Any) -> list[KeyValue] | None:
-        """Entries that the sharer's side has made with ``fuser`` already; None where they are made of the layers."""
+        """Return entries that the sharer's side has projected with ``fuser`` already; else None."""
         return None
 
     def shared_prefix(self, ids: Sequence[int]) -> int:
-        """How many of the first tokens of ``ids`` this handoff has read already."""
+        """Count the first tokens of ``ids`` that this handoff begins with."""
         count = 0
         for ours, theirs in zip(self.ids.tolist(), ids, strict=False):
             if ours != theirs:
@@ -225,7 +225,7 @@ class Handoff:
 
     @classmethod
     def load(cls, path: str | Path, *, bound_to: str | None = None, key: bytes | None = None) -> Self:
-        """Read what :meth:`save` wrote.
+        """Load what :meth:`save` wrote.
 
         Args:
             path: the file.
@@ -235,7 +235,8 @@ class Handoff:
         Raises:
             HandoffError: missing, cut off, damaged, forged, no handoff at all, expired, or made for something else.
         """
-        header, tensors = _read(Path(path))
+        path = Path(path)
+        header, tensors = _read(path)
         manifest = json.loads(header["manifest"])
         if not hmac.compare_digest(header["digest"], _digest(header["manifest"], tensors, key)):
             signed = " or was signed with another key" if key is not None else " (or was signed: pass its key)"
@@ -245,8 +246,20 @@ class Handoff:
                 f"{path} was handed over for {manifest.get('bound_to')!r}, and is to be used for {bound_to!r}. A "
                 "handoff is not taken from one conversation to another."
             )
-        if manifest.get("expires") is not None and time.time() > manifest["expires"]:
-            raise HandoffError(f"{path} has expired: let the sharer read again.")
+        try:
+            if manifest.get("expires") is not None and time.time() > manifest["expires"]:
+                raise HandoffError(f"{path} has expired: let the sharer read again.")
+            return cls._from_tensors(manifest, tensors)
+        except (KeyError, TypeError, ValueError) as error:
+            if isinstance(error, HandoffError):
+                raise
+            raise HandoffError(
+                f"{path} is no whole handoff: {type(error).__name__} {error}. Let the sharer read again and save it."
+            ) from error
+
+    @classmethod
+    def _from_tensors(cls, manifest: dict[str, Any], tensors: dict[str, Tensor]) -> Self:
+        """Make a handoff of a file's content; ValueError or KeyError where parts are missing or do not fit."""
         layers = [
             (
                 Packed(tensors[f"{index}.key"], tensors.get(f"{index}.key.scale")),
@@ -254,8 +267,13 @@ class Handoff:
             )
             for index in range(manifest["layers"])
         ]
-        identity = ModelIdentity.from_dict(manifest["sharer"])
-        return cls(identity, tensors["ids"], tensors["kept"], layers, manifest["precision"])
+        identity, ids, kept = ModelIdentity.from_dict(manifest["sharer"]), tensors["ids"], tensors["kept"]
+        if ids.dim() != 1 or kept.dim() != 1 or not (0 <= int(kept.min()) and int(kept.max()) < len(ids)):
+            raise ValueError(f"{tuple(ids.shape)} token ids, of which columns {kept.tolist()[:8]} are handed over")
+        expected = (1, identity.kv["kv_heads"], len(ids), identity.kv["head_dim"])
+        if len(layers) != identity.kv["layers"] or any(part.data.shape != expected for pair in layers for part in pair):
+            raise ValueError(f"{len(layers)} layers; expected {identity.kv['layers']}, each of shape {expected}")
+        return cls(identity, ids, kept, layers, manifest["precision"])
 
     def _tensors(self) -> dict[str, Tensor]:
         tensors = {"ids": self.ids, "kept": self.kept}
@@ -286,7 +304,7 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
 
 
 def _digest(manifest: str, tensors: dict[str, Tensor], key: bytes | None) -> str:
-    """Over manifest, names, shapes, types and bytes."""
+    """Hash manifest, names, shapes, dtypes and bytes."""
     sum_ = hmac.new(key, digestmod=hashlib.sha256) if key is not None else hashlib.sha256()
     sum_.update(manifest.encode())
     for name in sorted(tensors):

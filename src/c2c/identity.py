@@ -1,4 +1,4 @@
-"""Who a model is: what a fuser was trained for, and what it is compared with before it is used."""
+"""Model identity: what a fuser was trained for, compared with the models at hand before it is used."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _STRUCTURE = ("architecture", "kv", "rope")
 
 @dataclass(frozen=True)
 class ModelIdentity:
-    """Everything about a model that changes what its KV cache means.
+    """Record everything about a model that changes what its KV cache means.
 
     Attributes:
         name: id or path that it was loaded from; informative, never compared.
@@ -42,18 +42,18 @@ class ModelIdentity:
     template: str | None
 
     def to_dict(self) -> dict[str, Any]:
-        """As a plain dict, for the fuser's config."""
+        """Return a plain dict, for the fuser's config."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> ModelIdentity:
-        """Read what :meth:`to_dict` wrote; unknown keys of a newer version are ignored."""
+        """Make an identity of what :meth:`to_dict` returned; unknown keys of a newer version are ignored."""
         known = {field.name for field in fields(cls)}
         return cls(**{key: value for key, value in data.items() if key in known})
 
 
 def identify(model: PreTrainedModel, tokenizer: Any, name: str, geometry: KVGeometry) -> ModelIdentity:
-    """The identity of a loaded model."""
+    """Return the identity of a loaded model."""
     rope = getattr(model.config.get_text_config(decoder=True), "rope_parameters", None)
     template = getattr(tokenizer, "chat_template", None)
     return ModelIdentity(
@@ -69,7 +69,7 @@ def identify(model: PreTrainedModel, tokenizer: Any, name: str, geometry: KVGeom
 
 
 def weights_fingerprint(model: PreTrainedModel) -> str | None:
-    """Hash of names, shapes and some values of all weights: milliseconds, where a full hash takes many seconds.
+    """Hash names, shapes and samples of all weights: milliseconds, where a full hash takes many seconds.
 
     Values are compared as bfloat16, so that a model loaded in float32 and in bfloat16 is the same model.
     """
@@ -86,7 +86,7 @@ def weights_fingerprint(model: PreTrainedModel) -> str | None:
 
 
 def tokenizer_hash(tokenizer: Any) -> str | None:
-    """Hash of a fast tokenizer's vocabulary and rules; padding and truncation state is left out."""
+    """Hash a fast tokenizer's vocabulary and rules, without its padding and truncation state."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return None
@@ -121,7 +121,7 @@ def differences(
 def check(
     pairs: list[tuple[str, ModelIdentity | None, ModelIdentity]], allow_mismatch: bool, what: str = "fuser"
 ) -> list[str]:
-    """Compare what a fuser expects with the models given, all of them, before complaining.
+    """Compare all expected identities with those of the models given.
 
     Args:
         pairs: (role, expected or None if the fuser does not say, given).

@@ -1,4 +1,4 @@
-"""KV caches. The only module that touches the layers of a ``transformers`` cache.
+"""KV caches: the only module that touches the layers of a ``transformers`` cache.
 
 Keys and values of a layer have shape ``[batch, kv_heads, tokens, head_dim]``; keys lie in the cache after the
 rotary embedding (and after q/k norm where the model has one).
@@ -24,7 +24,7 @@ _ADVICE = "Use a model with plain full or sliding-window attention, and a Dynami
 
 @dataclass(frozen=True)
 class KVGeometry:
-    """Shape of a model's KV cache.
+    """Hold the shape of a model's KV cache.
 
     Attributes:
         layers: number of layers with a cache.
@@ -42,12 +42,12 @@ class KVGeometry:
         return self.kv_heads * self.head_dim
 
     def to_dict(self) -> dict[str, int]:
-        """As a plain dict, for configs and manifests."""
+        """Return a plain dict, for configs and manifests."""
         return asdict(self)
 
 
 def empty_cache() -> DynamicCache:
-    """A cache in which every layer keeps all tokens, sliding-window layers too.
+    """Make a cache in which every layer keeps all tokens, sliding-window layers too.
 
     A sliding layer of the usual cache drops the tokens outside its window, and what is not there can't be fused.
     The attention mask still applies the window, so the model computes the same.
@@ -56,7 +56,7 @@ def empty_cache() -> DynamicCache:
 
 
 def from_layers(layers: Iterable[KeyValue]) -> DynamicCache:
-    """A cache with these keys and values, layer by layer, without copying them."""
+    """Make a cache of keys and values, layer by layer, without copying them."""
     cache = empty_cache()
     for keys, values in layers:
         layer = DynamicLayer()
@@ -98,18 +98,18 @@ def check_model_layers(config: Any) -> None:
 
 
 def length(cache: Cache) -> int:
-    """Number of tokens in the cache."""
+    """Count the tokens in the cache."""
     return int(cache.get_seq_length())
 
 
 def layer(cache: Cache, index: int) -> KeyValue:
-    """Keys and values of one layer, each ``[batch, kv_heads, tokens, head_dim]``; not copied."""
+    """Return keys and values of one layer, each ``[batch, kv_heads, tokens, head_dim]``; not copied."""
     entry: Any = cache.layers[index]
     return entry.keys, entry.values
 
 
 def layers(cache: Cache) -> list[KeyValue]:
-    """Keys and values of all layers; not copied."""
+    """Return keys and values of all layers; not copied."""
     return [layer(cache, index) for index in range(len(cache.layers))]
 
 
@@ -129,7 +129,7 @@ def set_layer(cache: Cache, index: int, keys: Tensor, values: Tensor) -> None:
 
 
 def geometry(cache: Cache) -> KVGeometry:
-    """The geometry of a filled cache.
+    """Read the geometry of a filled cache.
 
     Raises:
         CacheError: layers differ in shape, or keys and values do.
@@ -145,12 +145,12 @@ def geometry(cache: Cache) -> KVGeometry:
 
 
 def copy(cache: Cache) -> DynamicCache:
-    """An independent copy: writing to it leaves the original alone."""
+    """Copy a cache; writing to the copy leaves the original alone."""
     return from_layers((keys.clone(), values.clone()) for keys, values in layers(cache))
 
 
 def zeros_like(cache: Cache) -> DynamicCache:
-    """A cache of the same shapes, all entries zero."""
+    """Make a cache of the same shapes with zeros."""
     return from_layers((torch.zeros_like(keys), torch.zeros_like(values)) for keys, values in layers(cache))
 
 
@@ -162,7 +162,7 @@ def repeat(cache: Cache, times: int) -> Cache:
 
 
 def crop(cache: Cache, tokens: int) -> DynamicCache:
-    """The first ``tokens`` tokens of a cache, as views."""
+    """Crop a cache to its first ``tokens`` tokens, as views."""
     return from_layers((keys[:, :, :tokens], values[:, :, :tokens]) for keys, values in layers(cache))
 
 
@@ -205,12 +205,12 @@ def stack(caches: Sequence[Cache]) -> DynamicCache:
 
 
 def select_rows(cache: Cache, rows: Tensor) -> DynamicCache:
-    """The cache of these rows, in this order."""
+    """Select rows of a cache, in this order."""
     return from_layers((keys[rows.to(keys.device)], values[rows.to(values.device)]) for keys, values in layers(cache))
 
 
 def nbytes(cache: Cache) -> int:
-    """Bytes that the keys and values take."""
+    """Count the bytes of all keys and values."""
     return sum(keys.nbytes + values.nbytes for keys, values in layers(cache))
 
 

@@ -1,4 +1,4 @@
-"""A frozen language model with its tokenizer: what Sharer and Receiver have in common."""
+"""A frozen language model with its tokenizer, and its two roles, sharer and receiver."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _PROBE_POSITIONS = torch.tensor([[0], [7]])
 
 
 def _contiguous(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """A hook: the same input, row after row in memory."""
+    """Make a module's input contiguous (a forward pre-hook)."""
     return (inputs[0].contiguous(), *inputs[1:])
 
 
@@ -43,15 +43,15 @@ def _keep_head_whole(model: PreTrainedModel) -> None:
 
 
 class StoredPrefills(Protocol):
-    """Prefills of one model that are kept, such as :class:`~c2c.training.prefill_store.PrefillStore`."""
+    """Provide stored prefills of one model, such as :class:`~c2c.training.prefill_store.PrefillStore`."""
 
     def prefill(self, batch: TokenBatch, stop: int) -> Cache:
-        """The cache of the first ``stop`` columns of ``batch``, computed where it is not kept yet."""
+        """Return the cache of the first ``stop`` columns, ``[batch, kv_heads, stop, head_dim]`` per layer."""
         ...
 
 
 class LanguageModel:
-    """A causal language model, frozen and in ``eval()`` mode.
+    """Run a causal language model, frozen and in ``eval()`` mode.
 
     Raises:
         CacheError: the model has layers without a fusable KV cache, or rotates its keys in an unknown way.
@@ -110,7 +110,7 @@ class LanguageModel:
         return prefill(self.model, TokenBatch(ids, mask, positions, padded=False), stop=1)
 
     def release(self) -> None:
-        """Give the weights back, when every prefill that will be asked for is stored. The model can't run any more."""
+        """Free the weights, when every prefill that is needed is stored; the model can't run any more."""
         _ = self.identity, self.geometry  # read from the weights
         for parameter in self.model.parameters():
             parameter.data = parameter.data.new_empty(0)
@@ -126,11 +126,11 @@ class LanguageModel:
         rope.check(keys, rope.tables(self.model, _PROBE_POSITIONS.to(self.device)), self.name)
 
     def rotary(self, positions: Tensor) -> list[rope.Rotary] | None:
-        """Rotary tables of every layer at ``positions``, ``[batch, tokens]``."""
+        """Return the rotary tables of every layer at ``positions``, ``[batch, tokens]``."""
         return rope.tables(self.model, positions)
 
     def encode(self, messages: Any, options: RenderOptions | None = None) -> TokenBatch:
-        """Messages to a left-padded batch of this model's own tokens."""
+        """Tokenise messages to a left-padded batch of this model's own tokens."""
         tokenizer = require_tokenizer(self.tokenizer, self.role)
         batch, _ = conversations(messages)
         options = options or RenderOptions()
@@ -173,7 +173,7 @@ class LanguageModel:
             )
 
     def prefill(self, batch: TokenBatch, stop: int | None = None, cache: Cache | None = None) -> Cache:
-        """The KV cache of the first ``stop`` columns (all by default); extends ``cache`` where one is given."""
+        """Prefill the first ``stop`` columns (all by default), on ``cache`` where one is given; return the cache."""
         stop = batch.length if stop is None else stop
         if self.stored is not None and stop > 0 and not (cache and cache.layers):
             return self.stored.prefill(batch, stop)
@@ -246,7 +246,7 @@ class LanguageModel:
 
     @torch.no_grad()
     def next_logits(self, batch: TokenBatch, cache: Cache) -> Tensor:
-        """Read the rest of the prompt on ``cache``, which grows; logits after the last token, ``[batch, vocab]``."""
+        """Run the rest of the prompt on ``cache``, which grows; return the logits after it, ``[batch, vocab]``."""
         self._check_cache(batch, cache)
         return next_logits(self.model, batch.to(self.device), cache)
 
@@ -256,7 +256,7 @@ class LanguageModel:
         return as_list(self.model.generation_config.eos_token_id)
 
     def texts(self, ids: Iterable[Tensor]) -> list[str]:
-        """New ids, ``[batch, new]``, as texts without special tokens; empty texts without a tokenizer."""
+        """Decode rows of new ids to texts without special tokens; to empty texts without a tokenizer."""
         return [self._text(row) for row in ids]
 
     def _text(self, ids: Tensor) -> str:
@@ -296,14 +296,14 @@ def _expansion(kwargs: dict[str, Any], config: Any) -> int:
 
 
 class Receiver(LanguageModel):
-    """A frozen model that decodes from a fused cache, by its own ``generate``."""
+    """Decode from a fused cache with the model's own ``generate``."""
 
     role = "receiver"
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """Which entries of a sharer's cache fusion reads: in these layers, column ``columns[i]`` of row ``rows[i]``.
+    """Select the entries of a sharer's cache that fusion reads: column ``columns[i]`` of row ``rows[i]`` in ``layers``.
 
     Attributes:
         layers: sharer layers; one that several receiver layers read may stand there several times.
@@ -322,16 +322,16 @@ class Wanted:
 
 
 class Sharer(LanguageModel):
-    """A frozen model whose cache is shared. Fusion asks ``share`` of it, and ``for_fuser`` and ``read``."""
+    """Prefill what is shared: the cache of a common prompt (``share``), or a handoff of private context (``read``)."""
 
     role = "sharer"
 
     def share(self, batch: TokenBatch, wanted: Wanted) -> Cache:
-        """The cache of ``batch``, filled at least where ``wanted`` says; other entries must not be read."""
+        """Return the cache of ``batch``, filled at least where ``wanted`` says; other entries must not be read."""
         return self.prefill(batch, wanted.stop)
 
     def for_fuser(self, fuser: Any) -> Self:
-        """Who reads for this fuser: the sharer itself. One on another machine sends what the fuser needs, no more."""
+        """Return the sharer to read with for this fuser; a remote one sends what the fuser needs and no more."""
         return self
 
     @torch.no_grad()
@@ -343,7 +343,7 @@ class Sharer(LanguageModel):
         options: RenderOptions | None = None,
         reuse: Handoff | None = None,
     ) -> Handoff:
-        """Read messages, to be handed over to a receiver that has not read them.
+        """Prefill messages and return them as a handoff for a receiver that has not read them.
 
         Args:
             messages: one text or conversation.
@@ -377,7 +377,7 @@ class Sharer(LanguageModel):
         return Handoff.from_cache(self.identity, *plan.tensors(), kv_cache.layers(cache))
 
     def draft(self, tokens: TokenBatch, cache: Cache, count: int) -> tuple[list[int], Cache]:
-        """Write at most ``count`` tokens after a prompt of one row, greedily: all ids, and the cache of them all."""
+        """Generate at most ``count`` tokens greedily after a prompt of one row; return all ids and their cache."""
         cache = self.prefill(tokens, tokens.length - 1, cache)
         drafted = self.generate(tokens, cache, max_new_tokens=count, do_sample=False)[0].tolist()
         ids = [*tokens.ids[0].tolist(), *drafted]

@@ -14,7 +14,7 @@ LayerMap = list[int | None]
 
 
 def terminal(receiver_layers: int, sharer_layers: int) -> LayerMap:
-    """Last reads last, the one before the one before, and so on; the paper's choice (Cache-to-Cache, section 3.3).
+    """Map the last layer to the last and so on; the paper's choice (Cache-to-Cache, section 3.3).
 
     With a shallower sharer the first receiver layers all read its layer 0.
     """
@@ -23,7 +23,7 @@ def terminal(receiver_layers: int, sharer_layers: int) -> LayerMap:
 
 
 def depth_normalised(receiver_layers: int, sharer_layers: int) -> LayerMap:
-    """Each receiver layer reads the sharer layer nearest in relative depth; the lower one where two are as near.
+    """Map each receiver layer to the sharer layer nearest in relative depth; to the lower one where two are as near.
 
     Layers lie at ``i / (n - 1)`` in [0, 1]. Called ``k_nearest`` in the published code; ties are decided by the
     rounding of these floats, as there.
@@ -49,7 +49,7 @@ NAMED: dict[str, Callable[[int, int], LayerMap]] = {
 
 
 def layer_map(spec: str | Sequence[int | None], receiver_layers: int, sharer_layers: int) -> LayerMap:
-    """A layer map from its name (``terminal``, ``depth``) or an explicit list.
+    """Make a layer map from its name (``terminal``, ``depth``) or an explicit list.
 
     Raises:
         FuserError: unknown name, wrong length, or a sharer layer that does not exist.

@@ -1,4 +1,4 @@
-"""Conversations: what users pass, brought to one form."""
+"""Messages: what users pass, normalised to conversations."""
 
 from __future__ import annotations
 

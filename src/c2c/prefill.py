@@ -1,4 +1,4 @@
-"""Prefill: run a frozen model over prompt tokens and keep its KV cache. The only module that passes positions."""
+"""Prefill: run a frozen model over prompt tokens and keep its KV cache; the only module that passes positions."""
 
 from __future__ import annotations
 

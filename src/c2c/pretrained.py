@@ -1,4 +1,4 @@
-"""How a C2CModel is made and saved: from models, from stored fusers, from published checkpoints."""
+"""Construction and storage of a C2CModel: from models, stored fusers, or published checkpoints."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _MANIFEST = "c2c.json"
 
 
 class Pretrained:
-    """Constructors of :class:`~c2c.model.C2CModel`, and :meth:`save_pretrained`."""
+    """Construct a :class:`~c2c.model.C2CModel`, and save it."""
 
     fusers: nn.ModuleList
     aligner: Aligner
@@ -197,7 +197,7 @@ def _load_models(receiver: Any, sharer: Any, load_kwargs: dict[str, Any]) -> tup
 
 
 def _load_sharer(source: Any, load_kwargs: dict[str, Any]) -> Sharer:
-    """A sharer here, or at a URL on another machine."""
+    """Load a sharer here, or connect to one at a URL."""
     if isinstance(source, str) and source.startswith(("http://", "https://")):
         from c2c.remote import RemoteSharer  # brings an HTTP client along
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PrivateEntries:
-    """Entries for a receiver's cache, not yet at a position.
+    """Hold entries for a receiver's cache, not yet at a position.
 
     Attributes:
         layers: keys without rotation and values per receiver layer, ``[1, kv_heads, slots, head_dim]``.
@@ -49,7 +49,7 @@ class PrivateEntries:
 
 @dataclass(frozen=True)
 class PrivatePrompt(Prompt):
-    """A prompt of one row with the entries that are put into the receiver's cache.
+    """Hold a prompt of one row with the entries that are put into the receiver's cache.
 
     Its receiver's tokens have columns for the entries, and its fusion plan is moved accordingly.
 
@@ -183,7 +183,7 @@ def first_user_column(tokenizer: Any, conversation: Conversation, options: Rende
 
 
 def handoffs_of(given: Any, sharers: Sequence[Sharer], rows: int, options: RenderOptions) -> list[list[Handoff]]:
-    """Read or take what each sharer hands over to each conversation of a batch.
+    """Read (or take, where handoffs are given) the private context of each conversation and sharer.
 
     Args:
         given: messages or a :class:`Handoff`; a list with one for each conversation; for several sharers a tuple with

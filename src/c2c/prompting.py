@@ -1,4 +1,4 @@
-"""Prompt rendering: messages to text through a model's own chat template, with the span of every message."""
+"""Prompting: messages to text through a model's own chat template, with the span of every message."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True)
 class Rendered:
-    """One conversation as the text that one model reads.
+    """Hold one conversation as the text of one model's prompt.
 
     Attributes:
         text: the whole prompt.
@@ -39,7 +39,7 @@ class Rendered:
 
 @dataclass(frozen=True)
 class Encoded:
-    """A rendered prompt as tokens: ids, and the characters of ``rendered.text`` that each covers."""
+    """Hold a rendered prompt as token ids, with the characters of ``rendered.text`` that each covers."""
 
     rendered: Rendered
     ids: list[int]
@@ -48,7 +48,7 @@ class Encoded:
 
 @dataclass(frozen=True)
 class RenderOptions:
-    """How a conversation is rendered, the same for all models.
+    """Set how a conversation is rendered, the same for all models.
 
     Attributes:
         add_generation_prompt: end with the opening of the assistant's turn.
@@ -65,7 +65,7 @@ class RenderOptions:
 
 
 def require_tokenizer(tokenizer: Any, whose: str) -> Any:
-    """The tokenizer, or a clear error where a model came without one."""
+    """Return the tokenizer; raise where a model was loaded without one."""
     if tokenizer is None:
         raise PromptError(
             f"the {whose} was loaded without a tokenizer, so text can't be encoded. Load it with one, "
@@ -76,7 +76,7 @@ def require_tokenizer(tokenizer: Any, whose: str) -> Any:
 
 
 def render_text(tokenizer: Any, conversation: Conversation, options: RenderOptions) -> str:
-    """The prompt text of a conversation.
+    """Render the prompt text of a conversation.
 
     Raises:
         PromptError: the chat template refuses the conversation, for instance a system message.
@@ -164,7 +164,7 @@ def _locate(text: str, content: str, before: str, after: str, start: int) -> tup
 
 
 def text_tokens(encoded: Encoded) -> Sequence[int | None]:
-    """For each token, the index of the message whose text it touches, or None for a template token."""
+    """Return for each token the index of the message whose text it touches, or None for a template token."""
     owner: list[int | None] = [None] * len(encoded.ids)
     for index, found in enumerate(encoded.rendered.spans):
         if found is not None:

@@ -1,4 +1,4 @@
-"""Import of published checkpoints: ``projector_*.pt`` and ``projector_*.json`` to one fuser.
+"""Published checkpoints: ``projector_*.pt`` and ``projector_*.json`` to one fuser.
 
 The format is described in ``docs/formats.md``. Weights are read with ``weights_only=True``: nothing in them is run.
 """
@@ -33,7 +33,7 @@ _OPTIONS = (
 
 @dataclass(frozen=True)
 class PublishedNames:
-    """What a checkpoint's ``config.json`` says about its models."""
+    """Hold what a checkpoint's ``config.json`` says about its models."""
 
     receiver: str | None
     sharer: str | None
@@ -41,7 +41,7 @@ class PublishedNames:
 
 
 def read_names(folder: str | Path) -> PublishedNames:
-    """The model names of a checkpoint, for loading them by id."""
+    """Read the model names of a checkpoint, for loading them by id."""
     model = _training_config(_weights_folder(Path(folder))).get("model", {})
     return PublishedNames(
         model.get("base_model"),
@@ -51,7 +51,7 @@ def read_names(folder: str | Path) -> PublishedNames:
 
 
 def published_names(training: dict[str, Any] | None) -> dict[str, str]:
-    """The model names that an imported fuser carries from its checkpoint, by role."""
+    """Return the model names that an imported fuser keeps from its checkpoint, by role."""
     model = ((training or {}).get("config") or {}).get("model") or {}
     found = {"receiver": model.get("base_model"), "sharer": model.get("teacher_model")}
     return {role: name for role, name in found.items() if name}
@@ -64,7 +64,7 @@ def import_published(
     sharer: KVGeometry | None = None,
     dtype: Any = None,
 ) -> C2CFuser:
-    """Read a published checkpoint.
+    """Import a published checkpoint.
 
     Args:
         folder: the output folder of the published training script, its ``final`` or ``checkpoint-<step>`` subfolder,
@@ -128,7 +128,7 @@ def _step(path: Path) -> int:
 
 
 def _mapping(weights: Path) -> dict[int, tuple[int, int]]:
-    """Receiver layer to (sharer layer, projector number)."""
+    """Read the map from receiver layer to (sharer layer, projector number)."""
     path = weights / "projector_config.json"
     table = read_json_object(path, FuserError)
     try:
@@ -148,7 +148,7 @@ def _mapping(weights: Path) -> dict[int, tuple[int, int]]:
 
 
 def _arguments(weights: Path, projectors: list[int]) -> dict[str, Any]:
-    """The constructor arguments that all projectors share."""
+    """Read the constructor arguments that all projectors share."""
     found: dict[str, Any] = {}
     for number in projectors:
         path = weights / f"projector_{number}.json"

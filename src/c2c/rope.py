@@ -19,7 +19,7 @@ from c2c.errors import CacheError
 
 @dataclass(frozen=True)
 class Rotary:
-    """Cosines and sines of some positions, each ``[batch, tokens, rotary_dim]`` in float32.
+    """Rotate keys with the cosines and sines of their positions, each ``[batch, tokens, rotary_dim]`` in float32.
 
     ``rotary_dim`` may be smaller than the head: the remaining channels are not rotated.
     """
@@ -32,7 +32,7 @@ class Rotary:
         return self._turn(x, self.sin)
 
     def undo(self, x: Tensor) -> Tensor:
-        """The inverse of :meth:`apply`, also where the model scales its rotation (YaRN)."""
+        """Invert :meth:`apply`, also where the model scales its rotation (YaRN)."""
         scale = (self.cos[..., :1].square() + self.sin[..., :1].square()).unsqueeze(-3)
         turned, rest = self._split(self._turn(x, -self.sin))
         return torch.cat([turned / scale.to(x.dtype), rest], dim=-1)
@@ -49,7 +49,7 @@ class Rotary:
 
 
 def stack(tables: Sequence[Rotary]) -> Rotary:
-    """One table for many layers, ``[layers, batch, tokens, rotary_dim]``."""
+    """Stack the tables of many layers, ``[layers, batch, tokens, rotary_dim]``."""
     first = tables[0]
     if all(table is first for table in tables):
         return Rotary(first.cos.unsqueeze(0), first.sin.unsqueeze(0))
@@ -57,7 +57,7 @@ def stack(tables: Sequence[Rotary]) -> Rotary:
 
 
 def tables(model: PreTrainedModel, positions: Tensor) -> list[Rotary] | None:
-    """The rotary tables of every layer at ``positions`` (``[batch, tokens]``), from the model's own embedding.
+    """Compute the rotary tables of every layer at ``positions`` (``[batch, tokens]``), from the model's own embedding.
 
     Layers that rotate alike share one table. None for a model without rotary embedding.
     """
@@ -74,7 +74,7 @@ def tables(model: PreTrainedModel, positions: Tensor) -> list[Rotary] | None:
 
 
 def check(keys: Sequence[Tensor], tables: Sequence[Rotary] | None, name: str) -> None:
-    """Make sure that ``tables`` describe how a model rotates its keys.
+    """Check that ``tables`` describe how a model rotates its keys.
 
     A token alone attends only to itself, so that its keys differ between positions by their rotation and by nothing
     else.

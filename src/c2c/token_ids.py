@@ -1,4 +1,4 @@
-"""Calls with token ids that are aligned one to one, as the published code has them."""
+"""Token ids: calls with ids that are aligned one to one, as in the published code."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class FusedIds:
-    """What :meth:`TokenIds.fuse_ids` returns.
+    """Hold a fused cache and the logits after it.
 
     Attributes:
         keys: one tensor per receiver layer, ``[batch, kv_heads, tokens, head_dim]``, after the rotary embedding.
@@ -39,7 +39,7 @@ class FusedIds:
 
 
 class TokenIds:
-    """The calls of :class:`~c2c.model.C2CModel` that take token ids in place of messages."""
+    """Answer from token ids in place of messages (part of :class:`~c2c.model.C2CModel`)."""
 
     receiver: Receiver
     sharers: list[Sharer]
@@ -91,7 +91,7 @@ class TokenIds:
         sharer_mask: Any = None,
         sections: Sequence[int] | None = None,
     ) -> FusedIds:
-        """The fused cache of the whole prompt and the logits after it; arguments as in :meth:`generate_ids`."""
+        """Return the fused cache of the whole prompt and the logits after it; arguments as in :meth:`generate_ids`."""
         fused = self._fuse_ids(receiver_ids, sharer_ids, fuse_mask, receiver_mask, sharer_mask, sections)
         logits = self.receiver.next_logits(fused.tokens, fused.cache)
         keys, values = zip(*kv_cache.layers(fused.cache), strict=True)
@@ -152,7 +152,7 @@ class TokenIds:
         return fused
 
     def _selection(self, fuse_mask: Any, ids: Tensor) -> Tensor:
-        """The fuse mask as bit masks of sharers, ``[batch, tokens]``."""
+        """Convert the fuse mask to bit masks of sharers, ``[batch, tokens]``."""
         mask: Tensor = torch.as_tensor(fuse_mask).cpu()
         if mask.dim() == 1:
             mask = mask.expand(ids.shape[0], -1)
@@ -191,12 +191,12 @@ def _mask(value: Any, ids: Tensor, name: str) -> Tensor:
 
 
 def _depth(value: Any) -> int:
-    """How deep lists are nested: 2 for ids of a batch, 3 for those of several sharers."""
+    """Return how deep lists are nested: 2 for ids of a batch, 3 for those of several sharers."""
     return 1 + _depth(value[0]) if isinstance(value, list | tuple) and value else 0
 
 
 def _per_sharer(value: Any, count: int) -> list[Any]:
-    """One value per sharer; a single tensor is meant for all of them."""
+    """Return one value per sharer; a single tensor is meant for all of them."""
     if isinstance(value, list | tuple) and value and (isinstance(value[0], Tensor) or _depth(value) == 3):
         if len(value) != count:
             raise PromptError(f"got {len(value)} tensors for {count} sharers; give one for each, or one for all.")

@@ -1,4 +1,4 @@
-"""A batch of token ids for one model, with its mask and positions: the only form in which tokens travel."""
+"""Tokens: a batch of token ids for one model, with its mask and positions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from c2c.errors import PromptError
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """Token ids of one model.
+    """Hold token ids of one model, with mask and positions.
 
     Attributes:
         ids: token ids, ``[batch, tokens]``, int64.
@@ -40,18 +40,18 @@ class TokenBatch:
         return self.ids.shape[0]
 
     def to(self, device: torch.device) -> TokenBatch:
-        """The same batch on another device."""
+        """Move the batch to a device."""
         return TokenBatch(
             self.ids.to(device), self.mask.to(device), self.positions.to(device), self.padded, self.natural
         )
 
     def select(self, rows: Sequence[int]) -> TokenBatch:
-        """The batch of these rows only."""
+        """Select rows."""
         index = torch.tensor(list(rows), device=self.ids.device)
         return TokenBatch(self.ids[index], self.mask[index], self.positions[index], self.padded, self.natural)
 
     def with_slots(self, column: int, slots: int) -> TokenBatch:
-        """The same batch with columns that no token stands for, real and counted; for entries put into the cache.
+        """Insert columns that hold no token but count as read; for entries put into the cache.
 
         Args:
             column: where they are inserted, the same in all rows.
@@ -63,7 +63,7 @@ class TokenBatch:
         return TokenBatch(ids, mask, natural_positions(mask), self.padded)
 
     def mask_until(self, stop: int) -> Tensor | None:
-        """The attention mask of the first ``stop`` columns, or None where nothing is padded.
+        """Return the attention mask of the first ``stop`` columns, or None where nothing is padded.
 
         None lets attention kernels take their causal fast path without looking at the mask on the device.
         """
@@ -71,7 +71,7 @@ class TokenBatch:
 
 
 def natural_positions(mask: Tensor) -> Tensor:
-    """Positions that count the unmasked tokens of each row, 0 on padding. ``[batch, tokens]``.
+    """Count the unmasked tokens of each row, from 0; 0 on padding. ``[batch, tokens]``, int64.
 
     A forward pass without them numbers padding as well, which rotates a left-padded row wrongly.
     """

@@ -60,7 +60,7 @@ def _umask() -> int:
 
 
 def _system_error(error: Exception) -> int | None:
-    """The system's number of what went wrong; safetensors has it in its message only."""
+    """Return the errno of an error; safetensors has it in its message only."""
     if isinstance(error, OSError):
         return error.errno
     found = re.search(r"\(os error (\d+)\)", str(error))
@@ -68,7 +68,7 @@ def _system_error(error: Exception) -> int | None:
 
 
 def check_writable(folder: str | Path, what: str, error: type[C2CError]) -> None:
-    """Refuse a folder that can't be written to before the work whose result would go there. Makes nothing.
+    """Check that a folder can be written to, before the work whose result goes there. Makes nothing.
 
     Args:
         folder: where files are to go; it need not exist.
@@ -84,7 +84,7 @@ def check_writable(folder: str | Path, what: str, error: type[C2CError]) -> None
 
 
 def read_json_object(path: Path, error: type[C2CError]) -> dict[str, Any]:
-    """Read a JSON file that holds an object; anything else is ``error``, naming the file."""
+    """Read a JSON file that holds an object; raise ``error``, naming the file, for anything else."""
     try:
         data = json.loads(path.read_text())
     except FileNotFoundError as missing:
@@ -109,7 +109,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def file_hash(path: Path) -> str:
-    """sha256 of a file, read piece by piece."""
+    """Hash a file with sha256, read piece by piece."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -118,7 +118,7 @@ DISTRIBUTION = "cache2cache"
 
 
 def install_command(extra: str) -> str:
-    """A command that installs an extra's packages, wherever this package came from.
+    """Return a command that installs an extra's packages, wherever this package came from.
 
     Args:
         extra: its name in ``pyproject.toml``, such as ``report``.
@@ -137,12 +137,12 @@ OnProgress = Callable[[str, int, int], None]
 
 
 def command() -> str:
-    """The command line of this process."""
+    """Return the command line of this process."""
     return shlex.join(["c2c", *sys.argv[1:]])
 
 
 def versions(*more: str) -> dict[str, str]:
-    """Versions of this library, of what it stands on, and of further packages."""
+    """Return the versions of this library, of its main dependencies, and of further packages."""
     found = {"c2c": __version__, "python": platform.python_version()}
     for name in ("torch", "transformers", *more):
         try:
@@ -153,5 +153,5 @@ def versions(*more: str) -> dict[str, str]:
 
 
 def short_path(path: str) -> str:
-    """A file by its folder and name: what tells data apart, and not where it lies on this machine."""
+    """Shorten a path to folder and name: enough to tell data apart, without where it lies on this machine."""
     return "/".join(Path(path).parts[-2:])

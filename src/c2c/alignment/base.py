@@ -1,4 +1,4 @@
-"""What an aligner hands to fusion: tokens for every model, and which entries are fused with which."""
+"""Aligned prompts: tokens for every model, and which cache entries are fused with which."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from c2c.tokens import TokenBatch, left_pad
 
 @dataclass(frozen=True)
 class Alignment:
-    """Pairs of cache positions, packed over the batch: no padding enters the fuser.
+    """Pair cache positions of receiver and sharer, packed over the batch: no padding enters the fuser.
 
     Entry ``i`` fuses column ``receiver[i]`` of row ``rows[i]`` with column ``sharer[i]`` of the sharer's same row.
 
@@ -38,14 +38,14 @@ class Alignment:
 
     @classmethod
     def from_pairs(cls, pairs: Sequence[tuple[int, int, int]]) -> Alignment:
-        """From ``(row, receiver column, sharer column)``."""
+        """Make an alignment of ``(row, receiver column, sharer column)``."""
         table = torch.tensor(pairs, dtype=torch.long).reshape(-1, 3)
         rows, receiver, sharer = table.t().contiguous().unbind()
         return cls(rows, receiver, sharer)
 
     @classmethod
     def from_block(cls, batch: int, start: int, stop: int) -> Alignment:
-        """The same columns of both models, in all rows."""
+        """Align the same columns of both models, in all rows."""
         columns = torch.arange(start, stop).repeat(batch)
         rows = torch.arange(batch).repeat_interleave(stop - start)
         return cls(rows, columns, columns, (start, start, stop - start))
@@ -55,7 +55,7 @@ class Alignment:
 
 
 def derange_columns(own: Sequence[int], other: Sequence[int]) -> list[int]:
-    """Another prompt's sharer columns in the place of ours, for the control with a wrong message.
+    """Replace sharer columns by those of another prompt, for the deranged control.
 
     What took the sharer's last position (the closing template) takes the other's last one; the rest go by proportion.
     """
@@ -68,7 +68,7 @@ def derange_columns(own: Sequence[int], other: Sequence[int]) -> list[int]:
 
 @dataclass(frozen=True)
 class Chunk:
-    """One step of the prefill: the receiver reads up to column ``stop``, then these entries are fused.
+    """Plan one step of the prefill: the receiver is prefilled up to column ``stop``, then these entries are fused.
 
     Attributes:
         stop: columns in the receiver's cache after this step.
@@ -81,7 +81,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Prompt:
-    """An encoded batch for all models, with its fusion plan.
+    """Hold a tokenised batch for all models, with its fusion plan.
 
     Attributes:
         receiver: the receiver's tokens.
@@ -108,7 +108,7 @@ class Prompt:
 
 
 class Aligner(Protocol):
-    """Turns conversations into prompts. Rows that can't share one fusion plan become several prompts."""
+    """Turn conversations into prompts. Rows that can't share one fusion plan become several prompts."""
 
     def align(
         self, receiver: Any, sharers: Sequence[Any], batch: Sequence[Conversation], options: RenderOptions
@@ -121,12 +121,12 @@ class Aligner(Protocol):
         ...
 
     def to_dict(self) -> dict[str, Any]:
-        """The aligner's name and options, for the fuser's config."""
+        """Return the aligner's name and options, for the fuser's config."""
         ...
 
 
 def fit(prompt: Prompt, ids: Sequence[int], cut: int, limits: Sequence[int]) -> Prompt:
-    """The prompt of one row whose receiver reads ``ids`` without its first ``cut`` tokens.
+    """Truncate a prompt of one row to the receiver tokens ``ids`` without the first ``cut``.
 
     Args:
         prompt: one row.
@@ -161,7 +161,7 @@ def fit(prompt: Prompt, ids: Sequence[int], cut: int, limits: Sequence[int]) -> 
 
 
 def merge(prompts: Sequence[Prompt]) -> list[Prompt]:
-    """Prompts of one row each as one left-padded batch, where one fusion plan serves them all; else as they are."""
+    """Merge prompts of one row each to one left-padded batch, where one fusion plan fits them all."""
     if len(prompts) == 1 or not all(_simple(prompt) for prompt in prompts):
         return list(prompts)
     receiver = left_pad([_ids(prompt.receiver) for prompt in prompts], 0)
@@ -173,7 +173,7 @@ def merge(prompts: Sequence[Prompt]) -> list[Prompt]:
 
 
 def derange(prompt: Prompt, other: Prompt) -> Prompt:
-    """The prompt with what ``other``'s sharers read in place of its own, as in training and evaluation.
+    """Replace what the sharers read by what those of ``other`` read, as in training and evaluation.
 
     What took the sharer's last position takes the other's last one, and the rest go by proportion.
 
@@ -191,12 +191,12 @@ def derange(prompt: Prompt, other: Prompt) -> Prompt:
 
 
 def _common(ours: Sequence[int], others: Sequence[int]) -> int:
-    """Length of what two sequences have in common at their beginning."""
+    """Return the length of the common prefix of two sequences."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(ours, others, strict=False)))
 
 
 def _first(batch: TokenBatch, stop: int, last: int) -> TokenBatch:
-    """The first ``stop`` columns, ending in the token ``last``."""
+    """Crop to the first ``stop`` columns, ending in the token ``last``."""
     ids = batch.ids[:, :stop].clone()
     ids[:, -1] = last
     mask = batch.mask[:, :stop]
@@ -204,7 +204,7 @@ def _first(batch: TokenBatch, stop: int, last: int) -> TokenBatch:
 
 
 def _fit_chunks(chunks: Sequence[Chunk], cut: int, last: int, known: int, drops: Sequence[int]) -> tuple[Chunk, ...]:
-    """The plan for receiver columns ``cut`` to ``last``, of which those from ``known`` on are not fused."""
+    """Restrict a plan to receiver columns ``cut`` to ``last``, of which those from ``known`` on are not fused."""
     fitted = []
     for chunk in chunks:
         alignments = tuple(

@@ -1,4 +1,4 @@
-"""The default alignment, by character spans: each model reads its own natural tokens.
+"""Alignment by character spans, the default: each model reads its own natural tokens.
 
 A receiver token of a message takes the sharer token that covers its last character, since that token has read the
 same text. Template positions after a message take the sharer's last position of the same stretch of template: it has
@@ -23,7 +23,7 @@ from c2c.tokens import left_pad
 
 @dataclass(frozen=True)
 class CharSpanAligner:
-    """Aligns by characters.
+    """Align tokens by the characters that they cover.
 
     Attributes:
         fuse_template: fuse the template positions after a message as well.
@@ -36,13 +36,13 @@ class CharSpanAligner:
     cue: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """Name and options, for the fuser's config."""
+        """Return name and options, for the fuser's config."""
         return {"name": "spans", "fuse_template": self.fuse_template} | ({"cue": self.cue} if self.cue else {})
 
     def align(
         self, receiver: Any, sharers: Sequence[Any], batch: Sequence[Conversation], options: RenderOptions
     ) -> list[Prompt]:
-        """One prompt for the whole batch, left-padded. See :class:`~c2c.alignment.base.Aligner`."""
+        """Align a batch to one left-padded prompt. See :class:`~c2c.alignment.base.Aligner`."""
         ours = _encode_all(receiver, batch, options, "receiver")
         cued = replace(options, answer_prefix=self.cue) if self._uses_cue(options) else options
         theirs = [_encode_all(tokenizer, batch, cued, "sharer") for tokenizer in sharers]
@@ -83,7 +83,7 @@ class CharSpanAligner:
         return Alignment.from_pairs(pairs)
 
     def pairs(self, receiver: Encoded, sharer: Encoded) -> list[int | None]:
-        """For each receiver token the sharer token that it takes, or None."""
+        """Return for each receiver token the sharer token that it takes, or None."""
         owner = text_tokens(receiver)
         starts = [start for start, _ in sharer.offsets]
         borders = _stretch_ends(sharer)
@@ -101,7 +101,7 @@ class CharSpanAligner:
 
 
 def _covering(receiver: Encoded, sharer: Encoded, starts: list[int], token: int, message: int) -> int:
-    """The sharer token that covers the last character of a receiver token of ``message``."""
+    """Find the sharer token that covers the last character of a receiver token of ``message``."""
     mine, other = receiver.rendered.spans[message], sharer.rendered.spans[message]
     assert mine is not None
     assert other is not None
@@ -113,7 +113,7 @@ def _covering(receiver: Encoded, sharer: Encoded, starts: list[int], token: int,
 
 
 def _stretch_ends(sharer: Encoded) -> dict[int, int]:
-    """For each message, the last sharer token before the text of the next one begins."""
+    """Find for each message the last sharer token before the text of the next one begins."""
     owner = text_tokens(sharer)
     ends: dict[int, int] = {}
     current: int | None = None
@@ -130,5 +130,5 @@ def _encode_all(tokenizer: Any, batch: Sequence[Conversation], options: RenderOp
 
 
 def _pad_id(tokenizer: Any) -> int:
-    """Any id will do: padding is masked everywhere."""
+    """Return any id: padding is masked everywhere."""
     return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0)

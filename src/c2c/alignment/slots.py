@@ -1,4 +1,4 @@
-"""The alignment of the published code: both models read sequences of one length, slot by slot.
+"""Alignment by slots, as published: both models read sequences of one length, slot by slot.
 
 Each receiver token of a message is decoded alone and re-encoded with the sharer's tokenizer; template sections keep
 each model's own tokens and are padded to one length. It loses information (a character split over tokens becomes
@@ -27,7 +27,7 @@ Strategy = Literal["first", "longest"]
 
 @dataclass(frozen=True)
 class Section:
-    """A run of slots: message text, or template."""
+    """Mark a run of slots as message text or template."""
 
     kind: Literal["message", "template"]
     start: int
@@ -36,7 +36,7 @@ class Section:
 
 @dataclass
 class AlignedSlots:
-    """Two id lists of one length.
+    """Hold two id lists of one length.
 
     Attributes:
         receiver_ids: the receiver's ids, one per slot.
@@ -79,7 +79,7 @@ class AlignedSlots:
 
 @dataclass(frozen=True)
 class PublishedAligner:
-    """The published token alignment, for published fusers.
+    """Align tokens as the published code does, for published fusers.
 
     Attributes:
         strategy: which of several sharer tokens stands for a receiver token: the ``first``, or the one with the
@@ -92,13 +92,13 @@ class PublishedAligner:
     enabled: bool = True
 
     def to_dict(self) -> dict[str, Any]:
-        """Name and options, for the fuser's config."""
+        """Return name and options, for the fuser's config."""
         return {"name": "published", "strategy": self.strategy, "enabled": self.enabled}
 
     def align(
         self, receiver: Any, sharers: Sequence[Any], batch: Sequence[Conversation], options: RenderOptions
     ) -> list[Prompt]:
-        """One prompt per conversation: their sections differ. See :class:`~c2c.alignment.base.Aligner`."""
+        """Align each conversation to its own prompt: their sections differ. See :class:`~c2c.alignment.base.Aligner`."""
         require_tokenizer(receiver, "receiver")
         if self.enabled:
             return [self._align_one(receiver, sharers, conversation, options) for conversation in batch]
@@ -198,7 +198,7 @@ def align_conversation(
 
 
 def translate(receiver: Any, sharer: Any, token: int, strategy: Strategy) -> int:
-    """The sharer's token for one receiver token, taken alone."""
+    """Translate one receiver token, taken alone, to a sharer token."""
     special = _special_token(receiver, sharer, token)
     if special is not None:
         return special
@@ -212,7 +212,7 @@ def translate(receiver: Any, sharer: Any, token: int, strategy: Strategy) -> int
 
 
 def _special_token(receiver: Any, sharer: Any, token: int) -> int | None:
-    """The counterpart of a special token: by role (pad, eos, bos, unk), else the same string."""
+    """Find the counterpart of a special token: by role (pad, eos, bos, unk), else the same string."""
     if token not in receiver.all_special_ids:
         return None
     found: int | None = None
@@ -247,7 +247,7 @@ def _render(tokenizer: Any, conversation: Conversation, options: RenderOptions, 
 
 
 def _published_spans(tokenizer: Any, rendered: Rendered) -> list[tuple[int, Span]]:
-    """Message spans as the published code searches them: left to right, a hit counts if '<' or the end follows."""
+    """Find message spans as the published code does: left to right, a hit counts if '<' or the end follows."""
     spans: list[tuple[int, Span]] = []
     cursor = 0
     for index, content in enumerate(rendered.contents):
@@ -270,7 +270,7 @@ def _search(tokenizer: Any, text: str, content: str, cursor: int) -> int:
 
 
 def _common_spans(ours: Rendered, theirs: Rendered) -> tuple[list[tuple[int, Span]], list[tuple[int, Span]]]:
-    """The messages that both templates show, by the marks of :func:`c2c.prompting.render`."""
+    """Return the spans of messages that both templates show."""
     both = [i for i, pair in enumerate(zip(ours.spans, theirs.spans, strict=True)) if None not in pair]
     return (
         [(i, found[0]) for i in both if (found := ours.spans[i]) is not None],
@@ -279,7 +279,7 @@ def _common_spans(ours: Rendered, theirs: Rendered) -> tuple[list[tuple[int, Spa
 
 
 def _token_runs(tokenizer: Any, rendered: Rendered, spans: Sequence[Span]) -> tuple[list[int], list[Span]]:
-    """Token ids of a text, and for each character span its run of tokens; a straddling token is message."""
+    """Tokenise a text, and find for each character span its run of tokens; a straddling token is message."""
     encoded = encode(tokenizer, rendered)
     offsets = encoded.offsets
     runs: list[Span] = []
@@ -291,7 +291,7 @@ def _token_runs(tokenizer: Any, rendered: Rendered, spans: Sequence[Span]) -> tu
 
 
 def slot_positions(mask: Tensor, others: Sequence[Tensor]) -> Tensor:
-    """Positions of the published code: slots from 0, inserted pads included, the same for all models.
+    """Compute the positions of the published code: slots from 0, inserted pads included, the same for all models.
 
     Columns at the start of a row where no model has a token are the padding of a batch, not of the alignment; they do
     not count, so that a row is the same in any batch. ``[batch, tokens]``.
@@ -304,7 +304,7 @@ def slot_positions(mask: Tensor, others: Sequence[Tensor]) -> Tensor:
 
 
 def runs(selection: Tensor) -> list[tuple[int, int, int]]:
-    """``(value, start, stop)`` of each run of equal values in a 1-D tensor."""
+    """Return ``(value, start, stop)`` of each run of equal values in a 1-D tensor."""
     values = selection.tolist()
     borders = [0, *(i for i in range(1, len(values)) if values[i] != values[i - 1]), len(values)]
     return [(int(values[a]), a, b) for a, b in pairwise(borders) if a < b]
@@ -313,7 +313,7 @@ def runs(selection: Tensor) -> list[tuple[int, int, int]]:
 def plan_sections(
     selection: Tensor, mask: Tensor, sharers: int, sections: Sequence[int] | None = None
 ) -> tuple[tuple[Chunk, ...], dict[str, int]]:
-    """The fusion plan of a batch whose rows all have this selection.
+    """Plan the fusion of a batch whose rows all have this selection.
 
     Args:
         selection: for each slot a bit mask of the sharers to fuse, bit ``j`` for sharer ``j``; ``[tokens]``.

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from c2c.data.config import DataSource
 from c2c.errors import C2CError
-from c2c.training.config import DataSource
 
 
 class AnalysisError(C2CError, ValueError):

@@ -11,13 +11,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from c2c.config import ConfigError
+from c2c.data.config import LETTERS, DataSource
 from c2c.data.synthetic.facts import facts
 from c2c.data.synthetic.halves import halves
 from c2c.data.synthetic.relay import relay
 from c2c.data.synthetic.skeleton import skeleton
 from c2c.errors import did_you_mean
 from c2c.messages import Conversation
-from c2c.training.config import LETTERS, ConfigError, DataSource
 from c2c.utils import install_command
 
 SYSTEM = "You are a helpful assistant."

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-from c2c.training.config import LETTERS
+from c2c.data.config import LETTERS
 
 _PHRASES = [
     re.compile(pattern, re.IGNORECASE)

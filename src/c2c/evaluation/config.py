@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from c2c.config import build, read_yaml
+from c2c.data.config import DataSource
 from c2c.errors import C2CError, did_you_mean
 from c2c.evaluation.tasks import source
-from c2c.training.config import DataSource, build, read_yaml
 
 # Always there; the others are named in `fusers` or need a setting.
 SYSTEMS = (

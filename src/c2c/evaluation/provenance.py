@@ -8,10 +8,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from c2c.data.config import DataSource
 from c2c.evaluation.config import EvalConfig
 from c2c.evaluation.pair import Pair
 from c2c.fusers.base import fuser_hash, training_facts
-from c2c.training.config import DataSource
 from c2c.utils import command, file_hash, short_path, versions
 
 # Places on a machine, and what may be added later: they don't make it another evaluation.

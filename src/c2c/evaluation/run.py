@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from c2c.data.config import DataSource
 from c2c.data.formats import Row, load_rows
 from c2c.evaluation.config import DERIVED, PRIVATE_SYSTEMS, SHARED_SYSTEMS, EvalConfig, EvaluationError
 from c2c.evaluation.costs import with_memory
@@ -19,7 +20,6 @@ from c2c.evaluation.reuse import WITHOUT_FUSER, Earlier
 from c2c.evaluation.systems import System, make_system
 from c2c.evaluation.text_scores import holds
 from c2c.fusers.base import fuser_hash
-from c2c.training.config import DataSource
 from c2c.utils import OnProgress, check_writable, file_hash, write_json
 
 _DEV = "dev: "

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from c2c.config import ConfigError, build
+from c2c.data.config import DataSource
 from c2c.errors import did_you_mean
-from c2c.training.config import ConfigError, DataSource, build
 
 # Below data_dir as JSONL files; where there are none, from the hub through the datasets library. C-Eval's test answers
 # were never published; the items of MMLU-Redux that its authors found wrong are left out.
@@ -42,7 +43,7 @@ def source(entry: Any, data_dir: Path, where: str) -> DataSource:
     """A source of items from an entry of a configuration, which may name a task.
 
     Args:
-        entry: a path, the name of a task, or keys of :class:`~c2c.training.config.DataSource`, with ``task`` in place
+        entry: a path, the name of a task, or keys of :class:`~c2c.data.config.DataSource`, with ``task`` in place
             of ``path``.
         data_dir: where the files of tasks are looked for.
         where: what to call the entry in an error.

@@ -1,4 +1,4 @@
-"""A receiver-only adapter: LoRA of as many parameters as a fuser, on the same data, without any sharer.
+"""LoRA adapter of the receiver: as many parameters as a fuser, on the same data, without any sharer.
 
 What it gains did not have to cross from another model, so a fuser is worth its sharer only where it gains more. The
 method is LoRA (Hu et al. 2021, arXiv:2106.09685), by the ``peft`` library.
@@ -42,7 +42,7 @@ class AdapterError(C2CError, ValueError):
 
 
 def linear_layers(model: PreTrainedModel) -> dict[str, nn.Linear]:
-    """The linear layers of a model's decoder, by name: all of attention and MLP, not the language-model head.
+    """Find the linear layers of a model's decoder, by name: all of attention and MLP, not the language-model head.
 
     Raises:
         AdapterError: there are none.
@@ -55,12 +55,12 @@ def linear_layers(model: PreTrainedModel) -> dict[str, nn.Linear]:
 
 
 def parameters_per_rank(model: PreTrainedModel) -> int:
-    """What one more rank costs: one row and one column per linear layer."""
+    """Count the parameters of one more rank: one row and one column per linear layer."""
     return sum(layer.in_features + layer.out_features for layer in linear_layers(model).values())
 
 
 def nearest_rank(model: PreTrainedModel, parameters: int) -> int:
-    """The rank whose adapter has nearest to so many parameters, at least 1.
+    """Choose the rank whose adapter has nearest to so many parameters, at least 1.
 
     Raises:
         AdapterError: ``parameters`` is not positive.
@@ -95,7 +95,7 @@ def new_adapter(receiver: LanguageModel, rank: int) -> Any:
 
 
 def trainable(adapter: Any) -> Iterator[nn.Parameter]:
-    """The parameters of an adapter, without those of its receiver."""
+    """Iterate over the parameters of an adapter, without those of its receiver."""
     return (parameter for parameter in adapter.parameters() if parameter.requires_grad)
 
 
@@ -149,7 +149,7 @@ def restore_adapter(adapter: Any, folder: Path) -> None:
 
 
 def describe(folder: str | Path) -> dict[str, Any]:
-    """The manifest of an adapter: receiver, rank, parameters, training and dev scores.
+    """Read the manifest of an adapter: receiver, rank, parameters, training and dev scores.
 
     Raises:
         AdapterError: no adapter, or its weights are not those that the manifest was written with.
@@ -172,7 +172,7 @@ def load_adapter(
     device_map: Any = None,
     allow_mismatch: bool = False,
 ) -> LanguageModel:
-    """A receiver with an adapter merged into its weights; it answers alone.
+    """Load a receiver with an adapter merged into its weights.
 
     Args:
         folder: what training wrote.
@@ -243,7 +243,7 @@ class Lora(System):
 
     @classmethod
     def unavailable(cls, model: C2CModel, options: SystemOptions) -> str | None:
-        """An adapter's folder must be named."""
+        """Return why not: an adapter's folder must be named."""
         return None if options.adapter else "no adapter is named; give its folder (adapter=..., --adapter)."
 
     @property

@@ -30,7 +30,6 @@ _FREE = frozenset(
         "logging_steps",
         "fill",
         "prefill_batch",
-        "shard_sharer",
         "device_map",
     }
 )

@@ -18,7 +18,7 @@ from c2c.fusers.base import fuser_hash
 from c2c.model import C2CModel
 from c2c.training.beliefs import with_beliefs
 from c2c.training.config import ConfigError, TrainConfig
-from c2c.training.distributed import Processes, shard
+from c2c.training.distributed import Processes
 from c2c.training.drafts import with_drafts
 from c2c.training.examples import build_examples
 from c2c.training.objective import Objective
@@ -101,10 +101,6 @@ def prepare(config: TrainConfig, processes: Processes | None = None) -> Prepared
     }
     receiver_store = PrefillStore(model.receiver, range(model.receiver.geometry.layers), **common)
     sharer_store = PrefillStore(model.sharers[0], fuser.source_layers, **common)
-    if config.shard_sharer and processes.count > 1:
-        if folder is None or config.fill != "ahead":
-            raise ConfigError("shard_sharer needs store_dir and fill: ahead, so that all processes prefill in step.")
-        shard(model.sharers[0])
     kind = PrivateTraining if model.private else FuserTraining
     training = kind(model, receiver_store, sharer_store, config.guard_weight)
     training.soft_targets = config.soft_targets
@@ -194,7 +190,7 @@ def fill(prepared: Prepared, progress: OnProgress | None = None) -> None:
     examples = [*prepared.train, *prepared.dev]
     jobs = {
         "receiver prefill": (prepared.receiver_store, [e.receiver_prefix for e in examples], False),
-        "sharer prefill": (prepared.sharer_store, [e.sharer_ids for e in examples], prepared.config.shard_sharer),
+        "sharer prefill": (prepared.sharer_store, [e.sharer_ids for e in examples], False),
     }
     for stage, (store, prompts, in_step) in jobs.items():
         if in_step and all(ids in store for ids in prompts):  # the folder is shared, so all processes see the same
@@ -207,8 +203,7 @@ def fill(prepared: Prepared, progress: OnProgress | None = None) -> None:
                 progress(stage, done, len(part))
     processes.wait()
     _ask_sharer(prepared, progress)
-    sharded = prepared.config.shard_sharer and processes.count > 1
-    if not sharded and all(example.sharer_ids in prepared.sharer_store for example in examples):
+    if all(example.sharer_ids in prepared.sharer_store for example in examples):
         prepared.training.model.sharers[0].release()  # from now on only the receiver runs
 
 

@@ -1,0 +1,89 @@
+"""Where rows come from: the configuration of one data source."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from c2c.config import ConfigError
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """Rows to train, select or evaluate on: a file, a data set of the ``datasets`` library, or synthetic ones.
+
+    Raises:
+        ConfigError: impossible numbers of options or of drafted tokens.
+    """
+
+    path: str | None = field(default=None, metadata={"help": "JSONL file, relative to data_dir; or give dataset."})
+    kind: str = field(
+        default="multiple_choice",
+        metadata={
+            "help": "Kind of rows: multiple_choice, context_question, private_question, question, instruction or chat."
+        },
+    )
+    form: str = field(
+        default="letter", metadata={"help": "Prompt form of multiple choice: letter, published or sentence."}
+    )
+    limit: int | None = field(default=None, metadata={"help": "At most this many rows, drawn with data_seed."})
+    skip: int = field(
+        default=0, metadata={"help": "Skip this many drawn rows, so that two sources of one file do not overlap."}
+    )
+    vary_options: float = field(
+        default=0.0,
+        metadata={"help": "Share of questions that get 2 to 8 options in a new order, some from other questions."},
+    )
+    options: int | list[int] | None = field(
+        default=None, metadata={"help": "Give every question this many options; [low, high] draws the number."}
+    )
+    dataset: str | None = field(default=None, metadata={"help": "Id for the datasets library, in place of path."})
+    synthetic: str | None = field(
+        default=None,
+        metadata={
+            "help": "Synthetic rows in place of path, of kind private_question: relay, facts, skeleton or halves; with "
+            "_test those that never occur in training. Needs limit."
+        },
+    )
+    subset: str | None = field(default=None, metadata={"help": "Configuration of the data set; '*' for all."})
+    split: str = field(default="train", metadata={"help": "Split of the data set."})
+    columns: dict[str, str] = field(
+        default_factory=dict, metadata={"help": "Our keys to the columns that hold them, such as {output: response}."}
+    )
+    keep: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "Keep only rows with these values, such as {error_type: ok}."}
+    )
+    draft: int = field(
+        default=0,
+        metadata={
+            "help": "Of kind private_question: the sharer reads the question too, drafts at most this many tokens of "
+            "an answer, and hands over their entries as well."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if self.draft < 0 or (self.draft and self.kind != "private_question"):
+            raise ConfigError(
+                f"draft is {self.draft} for rows of kind {self.kind!r}; expected a number of tokens, 0 for none, of "
+                "kind 'private_question'."
+            )
+        low, high = self.option_range or (2, 2)
+        if not 2 <= low <= high <= len(LETTERS):
+            raise ConfigError(
+                f"options is {self.options!r}; expected a number from 2 to {len(LETTERS)}, or [lowest, highest]."
+            )
+
+    @property
+    def option_range(self) -> tuple[int, int] | None:
+        """Fewest and most options of a question; None leaves each question its own."""
+        if self.options is None:
+            return None
+        bounds = [self.options] if isinstance(self.options, int) else self.options
+        return (bounds[0], bounds[-1]) if 1 <= len(bounds) <= 2 else (0, 0)
+
+    @property
+    def name(self) -> str:
+        """The file, data set or kind of synthetic rows."""
+        return str(self.path or self.dataset or self.synthetic)
