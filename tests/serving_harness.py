@@ -13,9 +13,9 @@ import openai
 
 from c2c import C2CModel
 from c2c.serving.app import create_app
-from c2c.serving.huggingface import HuggingFaceEngine
-from c2c.serving.server import Server, listen
-from c2c.serving.settings import Settings
+from c2c.serving.http_server import Server, listen
+from c2c.serving.serve_config import ServeConfig
+from c2c.serving.transformers_engine import TransformersEngine
 from tiny import open_fusers, pair
 
 NAME = "tiny"
@@ -38,7 +38,8 @@ class Running:
     """A server that runs."""
 
     url: str
-    service: object
+    state: object
+    engine: object
     server: Server
 
     def post(self, path: str, **kwargs) -> httpx.Response:
@@ -69,17 +70,16 @@ class Running:
 
 
 @contextmanager
-def running(model_, *, max_queue=64, max_batch=16, window=0.05, message_tokens=6, engine=None, **settings):
+def running(model_, *, engine=None, window=0.05, **options):
     """Serve a model, or an engine of its own."""
-    engine = engine or HuggingFaceEngine(
-        model_, max_queue=max_queue, max_batch=max_batch, window=window, message_tokens=message_tokens
-    )
-    app = create_app(engine, Settings(NAME, max_batch=max_batch, **settings))
+    config = ServeConfig(**{"name": NAME, "message_tokens": 6, "batch_window_ms": 1000 * window, **options})
+    engine = engine or TransformersEngine(model_, config)
+    app = create_app(engine, config)
     sock = listen("127.0.0.1", 0)
-    server = Server(app)
+    server = Server(app, config)
     thread = Thread(target=server.run, args=([sock],), daemon=True)
     thread.start()
-    found = Running(f"http://127.0.0.1:{sock.getsockname()[1]}", app.state.service, server)
+    found = Running(f"http://127.0.0.1:{sock.getsockname()[1]}", app.state.server, engine, server)
     try:
         found.until(lambda: server.started)
         yield found

@@ -50,7 +50,7 @@ def test_models_are_listed_and_found(server):
     listed = [card.id for card in server.client().models.list()]
     assert listed == WAYS
     card = server.client().models.retrieve(f"{NAME}/text")
-    assert card.c2c == {"way": "text", "receiver": "llama", "sharers": ["qwen2"], "context": "shared", "trained": True}
+    assert card.c2c == {"system": "text", "receiver": "llama", "sharers": ["qwen2"], "context": "shared", "trained": True}
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -117,7 +117,7 @@ def test_a_report_is_that_of_the_request_alone(pair):
         seconds = about["report"].pop("seconds")
         assert set(seconds) == set(expected.pop("seconds"))
         assert about["report"] == expected
-        assert about["way"] == "c2c"
+        assert about["system"] == "c2c"
     assert [about["batch"] for about in found] == [3, 3, 3]
 
 
@@ -282,7 +282,7 @@ def raw(model_, text, tokens=6) -> str:
     batch = left_pad([model_.tokenizer(text)["input_ids"]], 0)
     clock = FirstTokenTimer()
     ids = model_.generate(
-        batch, model_.prefill(batch, batch.length - 1), clock=clock, max_new_tokens=tokens, do_sample=False
+        batch, model_.prefill(batch, batch.length - 1), timer=clock, max_new_tokens=tokens, do_sample=False
     )
     return model_.results(batch, ids, clock, text).text
 
@@ -379,12 +379,12 @@ def test_one_bad_prompt_does_not_spoil_its_batch(pair):
 
 def test_metrics_count(server, pair):
     def counts():
-        names = ("c2c_prompt_tokens_total", "c2c_generated_tokens_total", "c2c_crossed_bytes_total")
-        return [server.metric(name, way="c2c") for name in names] + [
-            server.metric("c2c_requests_total", way="c2c", status="200"),
-            server.metric("c2c_requests_total", way="c2c", status="400"),
-            server.metric("c2c_time_to_first_token_seconds_count", way="c2c"),
-            server.metric("c2c_batch_answers_sum", way="c2c"),
+        names = ("c2c_prompt_tokens_total", "c2c_generated_tokens_total", "c2c_sharer_bytes_total")
+        return [server.metric(name, system="c2c") for name in names] + [
+            server.metric("c2c_requests_total", system="c2c", status="200"),
+            server.metric("c2c_requests_total", system="c2c", status="400"),
+            server.metric("c2c_time_to_first_token_seconds_count", system="c2c"),
+            server.metric("c2c_batch_answers_sum", system="c2c"),
         ]
 
     before = counts()
@@ -394,9 +394,9 @@ def test_metrics_count(server, pair):
     gained = [after - old for after, old in zip(counts(), before, strict=True)]
     assert gained == [report.prompt_tokens, 12, report.sharer_bytes, 1, 1, 1, 2]
     assert server.metric("c2c_queue_length") == server.metric("c2c_active_requests") == 0
-    text = server.metric("c2c_crossed_bytes_total", way="text")
+    text = server.metric("c2c_sharer_bytes_total", system="text")
     message = server.chat(model=f"{NAME}/text", c2c={"report": True}).json()["c2c"]["message"]
-    assert server.metric("c2c_crossed_bytes_total", way="text") - text == len(message.encode())
+    assert server.metric("c2c_sharer_bytes_total", system="text") - text == len(message.encode())
 
 
 def test_the_log_has_facts_and_no_texts(server, caplog):
@@ -407,7 +407,7 @@ def test_the_log_has_facts_and_no_texts(server, caplog):
         server.until(lambda: len([r for r in caplog.records if r.message == "request"]) >= 3)
     facts = [record.facts for record in caplog.records if record.message == "request"]
     assert facts[0]["request_id"] == response.headers["x-request-id"]
-    assert (facts[0]["status"], facts[0]["way"], facts[0]["completion_tokens"]) == (200, "c2c", 6)
+    assert (facts[0]["status"], facts[0]["system"], facts[0]["completion_tokens"]) == (200, "c2c", 6)
     assert [fact.get("code") for fact in facts] == [None, "context_length_exceeded", "invalid_json"]
     logged = json.dumps(facts) + caplog.text
     assert "secret" not in logged

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
-from c2c.errors import PromptError
+from c2c.errors import PromptError, RemoteError
 from c2c.messages import Conversation, conversations
 from c2c.prompting import require_tokenizer
 from c2c.tokens import TokenBatch
@@ -89,6 +89,7 @@ class FusionReport:
         trained: whether every fuser has been trained.
         notes: accepted mismatches and other remarks.
         rows: the counts of each conversation.
+        lost: why a remote sharer was not read, so that the receiver answers alone; None where nothing was lost.
     """
 
     prompt_tokens: int = 0
@@ -103,6 +104,7 @@ class FusionReport:
     gate_values: list[Tensor] = field(default_factory=list, repr=False)
     timer: StageTimer | None = field(default=None, repr=False)
     rows: list[RowCounts] = field(default_factory=list, repr=False)
+    lost: RemoteError | None = field(default=None, repr=False)
 
     def add(self, counts: RowCounts) -> None:
         """Count one more conversation."""

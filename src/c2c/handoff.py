@@ -268,7 +268,7 @@ class Handoff:
             for index in range(manifest["layers"])
         ]
         identity, ids, kept = ModelIdentity.from_dict(manifest["sharer"]), tensors["ids"], tensors["kept"]
-        if ids.dim() != 1 or kept.dim() != 1 or not (0 <= int(kept.min()) and int(kept.max()) < len(ids)):
+        if ids.dim() != 1 or kept.dim() != 1 or not (int(kept.min()) >= 0 and int(kept.max()) < len(ids)):
             raise ValueError(f"{tuple(ids.shape)} token ids, of which columns {kept.tolist()[:8]} are handed over")
         expected = (1, identity.kv["kv_heads"], len(ids), identity.kv["head_dim"])
         if len(layers) != identity.kv["layers"] or any(part.data.shape != expected for pair in layers for part in pair):
