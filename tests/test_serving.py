@@ -279,12 +279,8 @@ def test_penalties_change_an_answer_as_they_should(server, pair):
 
 def raw(model_, text, tokens=6) -> str:
     """What a model says after a text, without any template."""
-    batch = left_pad([model_.tokenizer(text)["input_ids"]], 0)
-    clock = FirstTokenTimer()
-    ids = model_.generate(
-        batch, model_.prefill(batch, batch.length - 1), timer=clock, max_new_tokens=tokens, do_sample=False
-    )
-    return model_.results(batch, ids, clock, text).text
+    options = RenderOptions(chat_template=False)
+    return model_.answer(text, options=options, max_new_tokens=tokens, do_sample=False).text
 
 
 def test_completions_go_on_from_raw_text(server, pair):

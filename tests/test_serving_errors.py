@@ -26,7 +26,7 @@ def pair():
 
 @pytest.fixture(scope="module")
 def server(pair):
-    with running(pair, max_body=20_000, max_batch=4) as found:
+    with running(pair, max_body_mb=0.02, max_batch=4) as found:
         yield found
 
 
@@ -161,7 +161,7 @@ def test_a_body_that_is_too_large_is_refused(server):
 
 
 def test_keys_are_asked_for(pair):
-    with running(pair, api_keys=("first", "second")) as server:
+    with running(pair, api_key=("first", "second")) as server:
         for headers in (
             {},
             {"Authorization": "Bearer third"},
@@ -189,9 +189,9 @@ def in_background(pool, server, **fields):
 def test_a_full_queue_refuses_and_says_when_to_come_back(pair):
     with held(pair) as gate, running(pair, max_queue=2, max_batch=1, window=0) as server, ThreadPoolExecutor(3) as pool:
         accepted = [in_background(pool, server)]
-        server.until(lambda: server.service.active == 1 and server.service.engine.waiting == 0)
+        server.until(lambda: server.state.active == 1 and server.engine.waiting == 0)
         accepted += [in_background(pool, server), in_background(pool, server, stream=True)]
-        server.until(lambda: server.service.engine.waiting == 2)
+        server.until(lambda: server.engine.waiting == 2)
         response = server.chat()
         assert (response.status_code, error_of(response)["code"]) == (429, "queue_full")
         assert error_of(response)["type"] == "rate_limit_error"
@@ -205,12 +205,12 @@ def test_a_full_queue_refuses_and_says_when_to_come_back(pair):
 def test_several_prompts_are_accepted_together_or_not_at_all(pair):
     with held(pair) as gate, running(pair, max_queue=2, max_batch=4, window=0) as server, ThreadPoolExecutor(2) as pool:
         first = in_background(pool, server)
-        server.until(lambda: server.service.active == 1 and server.service.engine.waiting == 0)
+        server.until(lambda: server.state.active == 1 and server.engine.waiting == 0)
         second = in_background(pool, server)
-        server.until(lambda: server.service.engine.waiting == 1)
+        server.until(lambda: server.engine.waiting == 1)
         response = server.post(COMPLETIONS, json={"model": NAME, "prompt": ["a", "b"]})
         assert response.status_code == 429
-        assert server.service.engine.waiting == 1
+        assert server.engine.waiting == 1
         gate.set()
         assert first.result().status_code == second.result().status_code == 200
 
@@ -220,7 +220,7 @@ def test_a_request_that_takes_too_long_is_given_up(pair):
         for stream in (False, True):
             response = server.chat(stream=stream)
             assert (response.status_code, error_of(response)["code"]) == (504, "timeout")
-        assert server.service.engine.waiting == 0, "who has given up does not wait"
+        assert server.engine.waiting == 0, "who has given up does not wait"
         gate.set()
     with running(pair) as server:
         assert server.chat().status_code == 200
@@ -286,7 +286,7 @@ def test_a_client_that_leaves_frees_the_worker(pair, stream):
             server.until(lambda: len(steps) > 3)
             connection.sock.shutdown(socket.SHUT_RDWR)
             connection.close()
-            server.until(lambda: server.service.active == 0)
+            server.until(lambda: server.state.active == 0)
             assert server.chat(max_tokens=2).status_code == 200
             assert len(steps) < 200, "the rest of the answer was not written"
             assert server.metric("c2c_requests_total", status="499") == 1
@@ -312,7 +312,7 @@ def test_a_client_that_leaves_does_not_take_its_batch_with_it(pair):
         found = staying.result().json()
         assert found["choices"][0]["message"]["content"] == expected
         assert server.metric("c2c_batch_answers_sum") == 2
-        server.until(lambda: server.service.active == 0)
+        server.until(lambda: server.state.active == 0)
 
 
 def test_what_breaks_is_told_and_the_worker_goes_on(pair, monkeypatch, caplog):
@@ -333,7 +333,7 @@ def test_what_breaks_is_told_and_the_worker_goes_on(pair, monkeypatch, caplog):
 def test_a_server_that_drains_finishes_and_takes_nothing_new(pair):
     with held(pair) as gate, running(pair, max_batch=1) as server, ThreadPoolExecutor(3) as pool:
         accepted = [in_background(pool, server) for _ in range(3)]
-        server.until(lambda: server.service.active == 3 and server.service.engine.waiting == 2)
+        server.until(lambda: server.state.active == 3 and server.engine.waiting == 2)
         server.service.draining = True
         response = server.chat()
         assert (response.status_code, error_of(response)["code"]) == (503, "shutting_down")

@@ -170,18 +170,18 @@ def test_a_shared_fuser_hands_nothing_over():
 
 def test_the_server_keeps_so_many_handoffs(pair):
     size = pair.sharers[0].read(DOCUMENT).nbytes
-    with running(pair, max_handoffs=2, max_handoff_bytes=int(2.5 * size)) as server:
+    with running(pair, handoffs=2, max_handoff_bytes=int(2.5 * size)) as server:
         assert [server.post(HANDOFFS, json={"messages": DOCUMENT}).status_code for _ in range(3)] == [201, 201, 429]
         too_large = server.post(HANDOFFS, json={"messages": DOCUMENT * 5})
         assert too_large.status_code == 429, "full, whatever its size"
-    with running(pair, max_handoff_bytes=int(1.5 * size)) as server:
+    with running(pair, handoff_mb=1.5 * size / 1e6) as server:
         assert server.post(HANDOFFS, json={"messages": DOCUMENT * 5}).status_code == 413
         assert server.post(HANDOFFS, json={"messages": DOCUMENT}).status_code == 201
         assert server.post(HANDOFFS, json={"messages": DOCUMENT}).status_code == 429
 
 
 def test_handoffs_belong_to_a_key(pair):
-    with running(pair, api_keys=("first", "second")) as server:
+    with running(pair, api_key=("first", "second")) as server:
         ours, theirs = ({"headers": {"Authorization": f"Bearer {key}"}} for key in ("first", "second"))
         made = server.post(HANDOFFS, json={"messages": DOCUMENT}, **ours).json()["id"]
         body = {"model": NAME, "messages": user(QUESTION), "max_tokens": 2, "c2c": {"handoff": made}}

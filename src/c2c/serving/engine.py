@@ -46,11 +46,6 @@ class GenerateRequest:
     private: tuple[Any, ...] | None = None
     stream: bool = False
 
-    @property
-    def prompt_param(self) -> str:
-        """Field of the HTTP request that holds the prompt, for errors."""
-        return "messages" if self.render.chat_template else "prompt"
-
 
 @dataclass(frozen=True, eq=False)
 class HandoffRequest:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,8 +14,16 @@ from c2c.generation import PrefilledPrompt
 from c2c.handoff import Handoff
 from c2c.language_model import Sharer
 from c2c.model import C2CModel
-from c2c.serving.engine import EngineInfo, GenerateRequest, HandoffCreated, HandoffRequest, SharerHealth
-from c2c.serving.errors import internal, invalid
+from c2c.serving.engine import (
+    EngineInfo,
+    GenerateRequest,
+    HandoffCreated,
+    HandoffRequest,
+    Request,
+    RequestHandle,
+    SharerHealth,
+)
+from c2c.serving.errors import internal, invalid, to_api_error
 from c2c.serving.logs import log_failure, warn
 from c2c.serving.outputs import new_tokens
 from c2c.serving.scheduler import Job
@@ -55,15 +64,21 @@ class ModelEngine:
 
     # -- before a request waits ----------------------------------------------------------------------------------------
 
-    def job(self, request: GenerateRequest | HandoffRequest) -> Callable[[Any], Job]:
-        """Check a request and measure its KV-cache entries; return what makes its job from a handle.
+    async def accept(self, request: Request) -> Job:
+        """Check a request and measure what it takes of a batch, on the event loop.
 
         Raises:
-            ApiError: it can't be answered by this server. PromptError: its prompt can't be read by the models.
+            ApiError: it can't be answered by this server, or its prompt can't be read by the models.
         """
+        try:
+            return await asyncio.to_thread(self._job, request, RequestHandle())  # tokenizing long prompts takes time
+        except C2CError as error:
+            raise to_api_error(error, _prompt_param(request)) from error
+
+    def _job(self, request: Request, handle: RequestHandle) -> Job:
         if isinstance(request, HandoffRequest):
             self.check_handoff(request)
-            return lambda handle: Job(request, handle, key=object())
+            return Job(request, handle, key=object())
         system = self.systems.get(request.system)
         if system is None:
             raise invalid(f"system {request.system!r} is not served; expected one of {', '.join(self.systems)}.")
@@ -80,7 +95,7 @@ class ModelEngine:
             )
         private = tuple(isinstance(part, Handoff) for part in request.private or ())
         key = (request.system, request.render, request.private is not None, private)
-        return lambda handle: Job(request, handle, key, request.n, prompt, new)
+        return Job(request, handle, key, request.n, prompt, new)
 
     def _check_private(self, system: System, private: tuple[Any, ...] | None) -> None:
         if private is None:
@@ -201,7 +216,12 @@ def failing(job: Job) -> Iterator[None]:
 def fail(job: Job, error: C2CError) -> None:
     """End a request with an error of the library."""
     _log_lost(error)
-    job.handle.fail(error, job.request.prompt_param if isinstance(job.request, GenerateRequest) else "messages")
+    job.handle.fail(error, _prompt_param(job.request))
+
+
+def _prompt_param(request: Request) -> str:
+    """Return the field of the HTTP request that holds the prompt, for errors."""
+    return "prompt" if isinstance(request, GenerateRequest) and not request.render.chat_template else "messages"
 
 
 def _concerns_one(error: C2CError) -> bool:

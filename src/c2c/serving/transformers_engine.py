@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Sequence
 from threading import Thread
@@ -13,11 +12,10 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from c2c import kv_cache
-from c2c.errors import C2CError
 from c2c.generation import PrefilledPrompt
 from c2c.model import C2CModel
 from c2c.serving.engine import GenerateRequest, HandoffRequest, Request, RequestHandle
-from c2c.serving.errors import internal, to_api_error
+from c2c.serving.errors import internal
 from c2c.serving.logs import log_failure
 from c2c.serving.model_engine import ModelEngine, failing
 from c2c.serving.outputs import AnswerOutput, RequestOutput
@@ -59,15 +57,10 @@ class TransformersEngine(ModelEngine):
 
     async def submit(self, request: Request) -> RequestHandle:
         """Accept a request; see :meth:`c2c.serving.engine.Engine.submit`."""
-        handle = RequestHandle()
-        try:
-            make_job = await asyncio.to_thread(self.job, request)  # which tokenizes the prompt
-        except C2CError as error:
-            raise to_api_error(error, getattr(request, "prompt_param", "messages")) from error
-        job = make_job(handle)
-        handle.on_cancel(lambda: self._scheduler.remove(job))
+        job = await self.accept(request)
+        job.handle.on_cancel(lambda: self._scheduler.remove(job))
         self._scheduler.put(job)
-        return handle
+        return job.handle
 
     def close(self) -> None:
         """Finish what was accepted, and stop."""
@@ -105,7 +98,7 @@ class TransformersEngine(ModelEngine):
         answers = [answer for _, outputs in parts for output in outputs if output for answer in output.answers]
         if answers and isinstance(jobs[0].request, GenerateRequest):
             self.on_batch(jobs[0].request.system, len(answers))
-            decode(_join([_repeat(prompt, outputs) for prompt, outputs in parts if any(outputs)]), answers)
+            decode(_join([repeat_rows(prompt, outputs) for prompt, outputs in parts if any(outputs)]), answers)
 
     def _outputs(self, jobs: Sequence[Job], prompt: PrefilledPrompt, rows: int) -> list[RequestOutput | None]:
         """Return the outputs of the jobs; None for one without room for its answer, which fails."""
@@ -173,7 +166,7 @@ def _join(prompts: Sequence[PrefilledPrompt]) -> PrefilledPrompt:
     return PrefilledPrompt(model, concatenate([prompt.tokens for prompt in prompts]), kv_cache.stack(caches))
 
 
-def _repeat(prompt: PrefilledPrompt, outputs: Sequence[RequestOutput | None]) -> PrefilledPrompt:
+def repeat_rows(prompt: PrefilledPrompt, outputs: Sequence[RequestOutput | None]) -> PrefilledPrompt:
     """Repeat each row once for each answer of its request; drop those without any."""
     rows = [row for row, output in enumerate(outputs) if output for _ in output.answers]
     if rows == list(range(len(outputs))):
