@@ -1,9 +1,10 @@
-"""A real server on a free port, in a thread, and what tests ask it with."""
+"""A real server on a free port, in a thread, and what tests send to it."""
 
 from __future__ import annotations
 
 import json
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Event, Thread
@@ -43,14 +44,20 @@ class Running:
     server: Server
 
     def post(self, path: str, **kwargs) -> httpx.Response:
-        return httpx.post(self.url + path, timeout=PATIENCE, **kwargs)
+        return httpx.post(self.url + path, **{"timeout": PATIENCE, **kwargs})
 
     def get(self, path: str, **kwargs) -> httpx.Response:
         return httpx.get(self.url + path, timeout=PATIENCE, **kwargs)
 
-    def chat(self, text="hello there", model=NAME, **fields) -> httpx.Response:
+    def chat(self, text="hello there", model=NAME, timeout=PATIENCE, headers=None, **fields) -> httpx.Response:
         body = {"model": model, "messages": user(text), "max_tokens": 6, "temperature": 0} | fields
-        return self.post("/v1/chat/completions", json={k: v for k, v in body.items() if v is not ...})
+        body = {k: v for k, v in body.items() if v is not ...}
+        return self.post("/v1/chat/completions", json=body, timeout=timeout, headers=headers)
+
+    def chat_all(self, texts, **fields) -> list[httpx.Response]:
+        """Responses to chats that are sent at once."""
+        with ThreadPoolExecutor(len(texts)) as clients:
+            return list(clients.map(lambda text: self.chat(text, **fields), texts))
 
     def client(self, key="any") -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=PATIENCE)
@@ -70,7 +77,7 @@ class Running:
 
 
 @contextmanager
-def running(model_, *, engine=None, window=0.05, **options):
+def running(model_, *, engine=None, window=0.01, **options):
     """Serve a model, or an engine of its own."""
     config = ServeConfig(**{"name": NAME, "message_tokens": 6, "batch_window_ms": 1000 * window, **options})
     engine = engine or TransformersEngine(model_, config)
@@ -90,10 +97,16 @@ def running(model_, *, engine=None, window=0.05, **options):
 
 
 @contextmanager
-def held(model_):
-    """The receiver stands still before every forward pass until the event is set."""
-    gate = Event()
-    hook = model_.receiver.model.register_forward_pre_hook(lambda *_: gate.wait(PATIENCE) and None)
+def held(model_, after: int = 0):
+    """Let so many forward passes of the receiver go by, and hold the next one until the event is set."""
+    gate, passes = Event(), []
+
+    def wait(*_):
+        passes.append(1)
+        if len(passes) > after:
+            gate.wait(PATIENCE)
+
+    hook = model_.receiver.model.register_forward_pre_hook(wait)
     try:
         yield gate
     finally:
@@ -101,7 +114,31 @@ def held(model_):
         hook.remove()
 
 
+def text_of(response: httpx.Response) -> str:
+    """The only answer."""
+    assert response.status_code == 200, response.text
+    return response.json()["choices"][0]["message"]["content"]
+
+
+def error_of(response: httpx.Response) -> dict:
+    """The error of a response, with its status."""
+    data = response.json()
+    assert set(data) == {"error"}
+    assert set(data["error"]) == {"message", "type", "param", "code"}
+    return data["error"] | {"status": response.status_code}
+
+
 def events(response_text: str) -> list:
     """The data of server-sent events."""
     lines = [line.removeprefix("data: ") for line in response_text.split("\n\n") if line.startswith("data: ")]
     return [line if line == "[DONE]" else json.loads(line) for line in lines]
+
+
+def streamed(response: httpx.Response) -> list[str]:
+    """The texts of all answers of a stream."""
+    texts: dict[int, str] = {}
+    for chunk in events(response.text)[:-1]:
+        for choice in chunk["choices"]:
+            piece = choice["delta"].get("content") or "" if "delta" in choice else choice["text"]
+            texts[choice["index"]] = texts.get(choice["index"], "") + piece
+    return [texts[index] for index in sorted(texts)]

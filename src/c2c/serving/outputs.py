@@ -38,14 +38,17 @@ class Detokenizer:
 
     def step(self, token: int) -> str:
         """Return the text that one more token completes; often empty. Special tokens have none."""
-        self._ids.append(token)
         try:
-            piece = self._stream.step(self._tokenizer.backend_tokenizer, token) or ""
+            piece = self._decode(token)
         except Exception:  # tokenizers' own: with byte fallback an invalid byte changes text before it, which was sent
             self._restart()
-            return ""
+            piece = self._decode(token)
+        self._ids.append(token)
         self._length += len(piece)
         return piece
+
+    def _decode(self, token: int) -> str:
+        return self._stream.step(self._tokenizer.backend_tokenizer, token) or ""
 
     def flush(self) -> str:
         """Return the text of an incomplete character at the end."""

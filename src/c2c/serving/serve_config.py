@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -46,7 +45,7 @@ class ServeConfig(HTTPConfig):
     sharer_engine: EngineName = field(
         default="transformers", metadata={"help": "The same for the sharer; vllm only beside --engine vllm."}
     )
-    engine_option: Sequence[str] | None = field(
+    engine_option: list[str] | None = field(
         default=None,
         metadata={
             "help": "An argument of vLLM, such as max_model_len=4096; may be repeated.",
@@ -56,7 +55,7 @@ class ServeConfig(HTTPConfig):
     name: str | None = field(
         default=None, metadata={"help": "What clients call the model; by default the fuser's folder, else 'c2c'."}
     )
-    systems: Sequence[str] | None = field(
+    systems: list[str] | None = field(
         default=None,
         metadata={
             "help": "A system that answers, such as summary_64; may be repeated. Default: c2c, receiver, sharer, text.",
