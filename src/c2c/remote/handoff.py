@@ -14,7 +14,7 @@ from c2c.errors import HandoffError
 from c2c.fusers import Fuser
 from c2c.handoff import Handoff, Precision
 from c2c.kv_cache import KeyValue
-from c2c.remote.fuser_hash import fuser_hash
+from c2c.remote.protocol import fuser_hash
 
 _ADVICE = "Read with sharer.read(...), which sends everything."
 
