@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gzip
-import hashlib
 import json
 import time
 from collections.abc import AsyncIterator
@@ -67,11 +66,11 @@ def build_app(worker: PrefillWorker, config: HTTPConfig) -> FastAPI:
 
     @router.post(PREFILL_PATH)
     async def prefill(body: PrefillRequest, request: Request) -> Response:
-        record, digest = request.state.record, hashlib.sha256(await request.body()).hexdigest()
+        record = request.state.record
         record.facts |= {"kind": body.kind, "rows": len(body.ids), "precision": body.precision}
         record.facts["tokens"] = sum(map(len, body.ids))
         deadline = record.began + config.timeout
-        first = {"sharer": worker.handshake.sharer, "precision": body.precision, "request": digest}
+        first = {"sharer": worker.handshake.sharer, "precision": body.precision}
         return PrefillStream(worker.submit(body, deadline), first, deadline, record)
 
     @asynccontextmanager

@@ -8,6 +8,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal, Never, Self, TypeVar, cast
 
@@ -17,34 +18,33 @@ from torch import Tensor
 from transformers import Cache
 
 from c2c import kv_cache
-from c2c.errors import CacheError, MismatchError, PromptError, RemoteError, SharerLost
+from c2c.errors import CacheError, MismatchError, RemoteError, SharerLost
 from c2c.fusers import Fuser
-from c2c.handoff import Handoff, Packed, Precision, Reading, reading
+from c2c.handoff import Handoff, Packed, Precision, Reading
 from c2c.identity import ModelIdentity, differences, identify
-from c2c.kv_cache import KeyValue, KVGeometry
+from c2c.kv_cache import KVGeometry
 from c2c.language_model import Sharer, Wanted
-from c2c.messages import conversations
-from c2c.prompting import RenderOptions
-from c2c.remote.connection import Connection, Loss, Traffic, raise_if_changed, ssl_context
+from c2c.remote.connection import Connection, Loss, Traffic, check_unchanged, ssl_context
 from c2c.remote.handoff import PartialHandoff
 from c2c.remote.model_stub import build_model, load_tokenizer, load_tokenizer_files
-from c2c.remote.protocol import HANDSHAKE_PATH, PREFILL_PATH, Handshake, PrefillRequest, fuser_hash
+from c2c.remote.protocol import HANDSHAKE_PATH, PREFILL_PATH, Handshake, PrefillRequest, fuser_hash, slots_of
 from c2c.remote.wire import (
     NUMBER_BYTES,
     OVERHEAD,
     PRECISIONS,
-    LayerSpec,
+    Record,
     WireError,
     native,
     packed_bytes,
     read_records,
     spread,
+    unpack,
 )
 from c2c.serving.http_config import is_loopback, read_keys
-from c2c.tokens import TokenBatch, left_pad
+from c2c.tokens import TokenBatch
 
 T = TypeVar("T")
-Rows = list[tuple[Packed, Packed] | None]
+Rows = list[tuple[Packed, Packed]]  # keys and values of each row of a layer
 _LARGEST_HANDSHAKE = 1 << 28
 
 
@@ -52,14 +52,15 @@ class RemoteSharer(Sharer):
     """The model behind ``c2c share``, used like a local :class:`~c2c.language_model.Sharer`.
 
     It connects at once: identity, tokenizer and config of the model cross, no weights. A prefill then brings the
-    entries that a fuser reads, and nothing else.
+    entries that a fuser reads, and nothing else. The server keeps nothing: ``read`` with ``reuse=`` lets it read
+    everything again, but only what is new crosses.
 
     Args:
         url: ``https://host:port``, or ``http://...``.
         token: bearer key; by default ``C2C_TOKEN`` of the environment, or the first key of ``key_file``.
         key_file: file with the key; by default ``C2C_KEY_FILE`` of the environment.
         verify: whether to check the server's certificate, a file of certificates to trust, or an ``ssl.SSLContext``.
-        client_cert: PEM file with a certificate and its key, for servers that ask for one; by default
+        client_cert: PEM file with a certificate and its key, for servers that want one; by default
             ``C2C_CLIENT_CERT`` of the environment.
         precision: of entries on the wire: ``float32``, ``bfloat16``, ``float16``, ``int8`` or ``float8``; by default
             the model's own, which changes nothing, or the finest that the server gives.
@@ -73,8 +74,9 @@ class RemoteSharer(Sharer):
         precision: of entries on the wire.
 
     Raises:
-        RemoteError: the server can't be reached, refuses, or is no such server.
-        MismatchError: the tokenizer is not the model's.
+        RemoteError: the server can't be reached, refuses, or is no such server; later ``SharerLost`` in its place with
+            ``on_failure="receiver_only"``.
+        MismatchError: the tokenizer is not the model's; later another model is served.
     """
 
     generates = False
@@ -99,20 +101,18 @@ class RemoteSharer(Sharer):
         _check_options(url, token, precision, on_failure)
         trust = ssl_context(verify, client_cert or os.environ.get("C2C_CLIENT_CERT"))
         self._connection = Connection(url, token, trust, timeout, retries)
-        self.url, self.on_failure = self._connection.url, on_failure
+        self.url, self.on_failure, self._asked = self._connection.url, on_failure, precision
         self._fuser: Fuser | None = None
-        self.handshake = self._shake_hands(with_tokenizer=tokenizer is None)
+        made = self._handshake = self._shake_hands(with_tokenizer=tokenizer is None)
         if tokenizer is not None:
             tokenizer = load_tokenizer(tokenizer)
-        elif self.handshake.tokenizer is not None:
-            tokenizer = load_tokenizer_files(self.handshake.tokenizer, self.url)
-        dtype, who = self.handshake.torch_dtype, self.handshake.identity
-        model = build_model(self.handshake.config, dtype, self.handshake.rotary, self.url)
-        _check_claims(who, identify(model, tokenizer, who.name, self.handshake.geometry))
-        super().__init__(model, tokenizer, f"{who.name} at {self.url}")
-        self.identity, self.geometry = who, self.handshake.geometry
-        self._asked = precision
-        self.precision = self._precision_for(dtype)
+        elif made.tokenizer is not None:
+            tokenizer = load_tokenizer_files(made.tokenizer, self.url)
+        model = build_model(made.config, made.torch_dtype, made.rotary, self.url)
+        _check_claims(made.identity, identify(model, tokenizer, made.identity.name, made.geometry))
+        super().__init__(model, tokenizer, f"{made.identity.name} at {self.url}")
+        self.identity, self.geometry = made.identity, made.geometry
+        self.precision = self._precision_for(made.torch_dtype)
 
     @property
     def device(self) -> torch.device:
@@ -135,8 +135,8 @@ class RemoteSharer(Sharer):
         Raises:
             CacheError: it can't.
         """
-        if self.handshake.rotary_error is not None:
-            raise CacheError(self.handshake.rotary_error)
+        if self._handshake.rotary_error is not None:
+            raise CacheError(self._handshake.rotary_error)
 
     def release(self) -> None:
         """Do nothing: the weights are not here."""
@@ -145,28 +145,22 @@ class RemoteSharer(Sharer):
         """Close the connection."""
         self._connection.close()
 
-    # -- what a sharer does ------------------------------------------------------------------------------------------
-
     def share(self, batch: TokenBatch, wanted: Wanted) -> Cache:
         """Return the wanted entries at their places; other columns are zero, and other layers empty.
 
         A batch with more tokens than the server takes at a time is sent in parts.
 
         Raises:
-            RemoteError: the sharer is lost. SharerLost: the same with ``on_failure="receiver_only"``.
+            RemoteError: the sharer is lost.
         """
-        layers, most = sorted(set(wanted.layers)), max(1, self.handshake.tokens // batch.length)
+        layers, most = sorted(set(wanted.layers)), max(1, self._handshake.tokens // batch.length)
         columns = [wanted.columns[wanted.rows == row].unique() for row in range(batch.rows)]
         parts = [
             self._cache(batch.select(range(i, min(i + most, batch.rows))), columns[i : i + most], layers, wanted.stop)
             for i in range(0, batch.rows, most)
         ]
-        if len(parts) == 1:
-            return parts[0]
         by_layer = zip(*(kv_cache.layers(cache) for cache in parts), strict=True)
-        return kv_cache.from_layers(
-            (torch.cat([keys for keys, _ in rows]), torch.cat([values for _, values in rows])) for rows in by_layer
-        )
+        return parts[0] if len(parts) == 1 else kv_cache.from_layers(map(_stacked, by_layer))
 
     def prefill(self, batch: TokenBatch, stop: int | None = None, cache: Cache | None = None) -> Cache:
         """Return the whole cache of the first ``stop`` columns: every layer crosses.
@@ -185,180 +179,158 @@ class RemoteSharer(Sharer):
         bound._fuser = fuser
         return bound
 
-    def read(
-        self,
-        messages: Any,
-        *,
-        draft_tokens: int = 0,
-        options: RenderOptions | None = None,
-        reuse: Handoff | None = None,
-    ) -> Handoff:
-        """Let the model read messages; arguments as in :meth:`c2c.language_model.Sharer.read`.
-
-        The server keeps nothing: with ``reuse`` it reads everything again, but only what is new crosses.
-
-        Raises:
-            RemoteError: the sharer is lost. MismatchError: ``reuse`` is another model's.
-        """
-        batch, single = conversations(messages)
-        if not single:
-            raise PromptError("a handoff holds one conversation: call read once for each.")
-        plan = reading(self.tokenizer, batch[0], options or RenderOptions())
-        self.check_prompt(left_pad([plan.ids], 0))
-        if self._fuser is not None:
-            return self._read_for(self._fuser, plan, draft_tokens)
-        return self._read_whole(plan, draft_tokens, reuse)
-
-    def draft(self, tokens: TokenBatch, cache: Cache, count: int) -> Never:
-        """Refuse; ``read(draft_tokens=...)`` lets the server draft."""
-        self._only_shares("draft")
-
-    def generate(self, *args: Any, **kwargs: Any) -> Never:
-        """Refuse: the weights are not here."""
-        self._only_shares("generate")
-
-    def answer(self, *args: Any, **kwargs: Any) -> Never:
-        """Refuse: the weights are not here."""
-        self._only_shares("answer")
-
-    def next_logits(self, *args: Any, **kwargs: Any) -> Never:
-        """Refuse: the weights are not here."""
-        self._only_shares("next_logits")
-
-    def _only_shares(self, what: str) -> Never:
+    def _only_shares(self, *args: Any, **kwargs: Any) -> Never:
+        """Refuse: the weights are not here; ``read(draft_tokens=...)`` lets the server draft."""
         raise RemoteError(
-            f"{self.name} only shares its cache: {what} needs the weights, which are on the other machine. Load the "
-            "model here for that (c2c run --mode c2c asks for nothing else).",
+            f"{self.name} only shares its cache: for text the weights are needed, which are on the other machine. Load "
+            "the model here for that (c2c run --mode c2c needs no text of it).",
             "weights",
         )
 
+    draft = generate = answer = next_logits = _only_shares
+
     # -- handoffs ----------------------------------------------------------------------------------------------------
 
-    def _read_whole(self, plan: Reading, draft_tokens: int, reuse: Handoff | None) -> Handoff:
-        known, held = 0, cast(list[KeyValue], [])
-        if reuse is not None:
-            hard, soft = differences("sharer", reuse.sharer, self.identity)
-            if hard or soft:
-                raise MismatchError(hard + soft, "Extend a handoff with the model that made it.")
-            known = min(reuse.shared_prefix(plan.ids), len(plan.ids) - 1)
-            held = kv_cache.layers(kv_cache.crop(reuse.cache(self.dtype, self.device), known)) if known else []
-        layers, columns = range(self.geometry.layers), torch.arange(known, len(plan.ids))
-        drafted, found = self._entries(self._request(plan, columns, list(layers), draft_tokens))
+    def _read_prompt(self, plan: Reading, tokens: TokenBatch, cache: Cache, draft_tokens: int) -> Handoff:
+        known = kv_cache.length(cache) if cache.layers else 0
+        kept = torch.tensor(plan.kept) if self._fuser is not None else torch.arange(known, tokens.length)
+        layers = self._fuser.config.source_layers if self._fuser is not None else range(self.geometry.layers)
+        request = self._request(tokens, [kept], sorted(set(layers)), tokens.length, draft_tokens=draft_tokens)
+        if self._fuser is not None:
+            return self._read_for(self._fuser, request, plan)
+        drafted, found = self._prefilled(request, itemgetter(0))
         ids, kept = plan.followed_by(drafted).tensors()
-        packed = [found[index] for index in layers]
-        if not held:
-            return Handoff(self.identity, ids, kept, packed, cast(Precision, self.precision))
-        joined = [_joined(old, new, self.dtype) for old, new in zip(held, packed, strict=True)]
+        if not known:
+            return Handoff(self.identity, ids, kept, list(found.values()), cast(Precision, self.precision))
+        new = [(keys.unpack(self.dtype), values.unpack(self.dtype)) for keys, values in found.values()]
+        joined = [
+            (torch.cat([old[0], keys], dim=2), torch.cat([old[1], values], dim=2))
+            for old, (keys, values) in zip(kv_cache.layers(cache), new, strict=True)
+        ]
         return Handoff.from_cache(self.identity, ids, kept, joined)
 
-    def _read_for(self, fuser: Fuser, plan: Reading, draft_tokens: int) -> PartialHandoff:
+    def _read_for(self, fuser: Fuser, request: PrefillRequest, plan: Reading) -> PartialHandoff:
         """What a fuser needs, whichever is less: entries of the layers that it reads, or what becomes of them."""
-        layers, columns = sorted(set(fuser.config.source_layers)), torch.tensor(plan.kept)
-        request = self._request(plan, columns, layers, draft_tokens)
         projected = self._projected(request, fuser)
-        drafted, found = self._entries(projected or request, KVGeometry(**fuser.config.receiver_kv))
-        ids, kept = plan.followed_by(drafted).tensors()
-        precision = cast(Precision, projected.precision if projected else native(self.dtype))
-        size = sum(keys.nbytes + values.nbytes for keys, values in found.values())
         if projected is not None:
-            made = [tuple(part.unpack(fuser.dtype).to(fuser.device) for part in found[index]) for index in found]
-            entries = cast(list[KeyValue], made)
-            return PartialHandoff(
-                self.identity, ids, kept, [], precision, fuser=projected.fuser, entries=entries, wire_bytes=size
-            )
-        like, none = self._zeros(1, len(ids)), Packed(self._zeros(1, 0))
-        placed = {index: spread([pair], [kept], like) for index, pair in found.items()}
-        filled = [
-            (Packed(placed[index][0]), Packed(placed[index][1])) if index in placed else (none, none)
-            for index in range(self.geometry.layers)
-        ]
-        return PartialHandoff(self.identity, ids, kept, filled, precision, held=frozenset(layers), wire_bytes=size)
+            geometry, most = KVGeometry(**fuser.config.receiver_kv), slots_of(fuser) or 0
+            drafted, found = self._prefilled(projected, itemgetter(0), geometry, most)
+            ids, kept = plan.followed_by(drafted).tensors()
+            entries = [
+                (keys.unpack(fuser.dtype).to(fuser.device), values.unpack(fuser.dtype).to(fuser.device))
+                for keys, values in found.values()
+            ]
+            precision, layers, held = cast(Precision, projected.precision), [], frozenset[int]()
+        else:
+            drafted, found = self._prefilled(request, itemgetter(0))
+            ids, kept = plan.followed_by(drafted).tensors()
+            like, none = self._zeros(1, len(ids)), Packed(self._zeros(1, 0))
+            placed = {index: spread([pair], [kept], like) for index, pair in found.items()}
+            layers = [
+                (Packed(placed[index][0]), Packed(placed[index][1])) if index in placed else (none, none)
+                for index in range(self.geometry.layers)
+            ]
+            precision, entries, held = cast(Precision, native(self.dtype)), None, frozenset(found)
+        size, name = sum(k.nbytes + v.nbytes for k, v in found.values()), projected.fuser if projected else None
+        return PartialHandoff(self.identity, ids, kept, layers, precision, held, name, entries, size)
 
     def _projected(self, request: PrefillRequest, fuser: Fuser) -> PrefillRequest | None:
         """The request for projected entries, where the server has this fuser and they are fewer bytes."""
-        if not self.handshake.fusers or (name := fuser_hash(fuser)) not in self.handshake.fusers:
+        if not self._handshake.fusers or (name := fuser_hash(fuser)) not in self._handshake.fusers:
             return None
         receiver, precision = KVGeometry(**fuser.config.receiver_kv), self._precision_for(fuser.dtype)
         columns = len(request.columns[0]) + request.draft_tokens
-        slots = getattr(fuser.config, "slots", None)
+        slots = columns if slots_of(fuser) is None else slots_of(fuser)
         raw = packed_bytes(self.geometry, len(request.layers), columns, request.precision)
-        made = packed_bytes(receiver, receiver.layers, columns if slots is None else slots, precision)
+        made = packed_bytes(receiver, receiver.layers, slots or 0, precision)
         return replace(request, fuser=name, precision=precision) if made < raw else None
 
     # -- requests ----------------------------------------------------------------------------------------------------
 
-    def _request(self, plan: Reading, columns: Tensor, layers: list[int], draft_tokens: int) -> PrefillRequest:
-        batch, rest = left_pad([plan.ids], 0), {"precision": self.precision, "draft_tokens": draft_tokens}
-        return PrefillRequest.from_batch(self.identity, batch, [columns], layers, stop=batch.length, **rest)
+    def _request(
+        self, batch: TokenBatch, columns: Sequence[Tensor], layers: Sequence[int], stop: int, **more: Any
+    ) -> PrefillRequest:
+        return PrefillRequest.from_batch(
+            self.identity, batch, columns, layers, stop=stop, precision=self.precision, **more
+        )
 
     def _cache(self, batch: TokenBatch, columns: Sequence[Tensor], layers: list[int], stop: int) -> Cache:
         """Entries of a shared prompt in a cache of ``stop`` columns."""
         self.check_tokens(batch)
         like, none = self._zeros(batch.rows, stop), self._zeros(batch.rows, 0)
+        found = dict.fromkeys(layers, (like, like))  # rows of which nothing is read
         if any(map(len, columns)):
-            request = PrefillRequest.from_batch(
-                self.identity, batch, columns, layers, stop=stop, precision=self.precision
-            )
+            request = self._request(batch, columns, layers, stop)
             found = self._prefilled(request, lambda rows: spread(rows, columns, like))[1]
-        else:  # rows of which nothing is read
-            found = dict.fromkeys(layers, (like, like))
         return kv_cache.from_layers(found.get(index, (none, none)) for index in range(self.geometry.layers))
 
-    def _entries(
-        self, request: PrefillRequest, receiver: KVGeometry | None = None
-    ) -> tuple[list[int], dict[int, tuple[Packed, Packed]]]:
-        """What was drafted, and the entries of one row by layer, as they crossed."""
-
-        def first(rows: Rows) -> tuple[Packed, Packed]:
-            none = torch.zeros(1, geometry.kv_heads, 0, geometry.head_dim)
-            return rows[0] or (Packed(none), Packed(none))
-
-        geometry = receiver if request.fuser is not None and receiver is not None else self.geometry
-        return self._prefilled(request, first, geometry)
-
     def _prefilled(
-        self, request: PrefillRequest, use: Callable[[Rows], T], geometry: KVGeometry | None = None
+        self, request: PrefillRequest, use: Callable[[Rows], T], geometry: KVGeometry | None = None, slots: int = 0
     ) -> tuple[list[int], dict[int, T]]:
-        """Ask for layers; ``use`` is called for each as it arrives, while the server makes the next."""
-        geometry, projected, content = geometry or self.geometry, request.fuser is not None, request.encode()
-        layers = list(range(geometry.layers)) if projected else request.layers
-        columns = sum(map(len, request.columns)) + request.draft_tokens
+        """Post a request and use each layer as it arrives, while the server makes the next.
+
+        Args:
+            request: what is wanted.
+            use: called with the rows of each layer.
+            geometry: of projected entries; the sharer's own without.
+            slots: of projected entries at most, where they are more than the columns.
+
+        Returns:
+            What was drafted, and what ``use`` returned for each layer.
+        """
+        layers = request.layers if geometry is None else list(range(geometry.layers))
+        geometry, body = geometry or self.geometry, request.encode()
+        columns = max(slots, sum(map(len, request.columns)) + request.draft_tokens)
         largest = packed_bytes(geometry, 1, columns, request.precision) + len(request.ids) * OVERHEAD
-        if missing := sorted(set(request.layers) - set(self.handshake.layers)):
-            advice = "Use a fuser that reads these, or start it with other --layers."
-            message = f"the sharer at {self.url} does not share layers {missing}, only {self.handshake.layers}."
-            raise self._by_policy(RemoteError(f"{message} {advice}", "layer"))
 
         def read(pieces: Iterator[bytes]) -> tuple[list[int], dict[int, T]]:
             records, found = read_records(pieces, largest), cast(dict[int, T], {})
-            begin = _checked(next(records), "begin", self.url)
-            raise_if_changed(self.identity, begin.get("sharer"), self.url)
-            drafted = self._drafted(begin, request)
-            spec = LayerSpec(geometry, _columns(begin, request, len(drafted)), request.precision)
+            drafted, counts = self._begun(next(records), request)
             for record in records:
                 if record.kind == "end":
                     break
-                index = _checked(record, "layer", self.url).get("layer")
+                index = self._manifest(record, "layer").get("layer")
                 if index not in layers or index in found:
                     raise WireError(f"layer {index!r} was not asked for.")
-                found[index] = use(spec.unpack(record.tensors))
+                found[index] = use(unpack(record.tensors, geometry, counts, request.precision))
             if missing := sorted(set(layers) - set(found)):
                 raise WireError(f"layers {missing} did not come.")
-            return drafted, found
+            return drafted, {index: found[index] for index in layers}
 
         try:
-            return self._connection.call(PREFILL_PATH, read, content, self.identity)
+            if missing := sorted(set(request.layers) - set(self._handshake.layers)):
+                advice = "Use a fuser that reads these, or start it with other --layers."
+                message = f"the sharer at {self.url} does not share layers {missing}, only {self._handshake.layers}."
+                raise RemoteError(f"{message} {advice}", "layer")
+            return self._connection.call(PREFILL_PATH, read, body, self.identity)
         except RemoteError as error:
-            raise self._by_policy(error) from error
+            if self.on_failure == "receiver_only":
+                raise SharerLost(str(error), error.code, error.status) from error
+            raise
 
-    def _drafted(self, begin: dict[str, Any], request: PrefillRequest) -> list[int]:
-        drafted = begin.get("drafted")
-        words = self.handshake.vocabulary
-        if not isinstance(drafted, list) or len(drafted) > request.draft_tokens:
-            raise WireError("a draft was sent that is not as it was asked for.")
-        if not all(type(token) is int and 0 <= token < words for token in drafted):
-            raise WireError("a draft holds token ids that the model does not have.")
-        return drafted
+    def _begun(self, record: Record, request: PrefillRequest) -> tuple[list[int], list[int]]:
+        """Check who answers what, before any entry is read: the drafted tokens, and the columns of each row."""
+        manifest = self._manifest(record, "begin")
+        check_unchanged(self.identity, manifest.get("sharer"), self.url)
+        drafted: Any = manifest.get("drafted")
+        counts: Any = manifest.get("columns")
+        if not _whole_numbers(drafted, request.draft_tokens, self._handshake.vocabulary):
+            raise WireError("a draft was sent that was not asked for, or with token ids that the model does not have.")
+        wanted = [len(chosen) for chosen in request.columns]
+        wanted[0] += len(drafted)
+        projected = request.fuser is not None and _whole_numbers(counts, 1, 1 << 30) and counts
+        if counts != wanted and not projected:
+            raise WireError(f"{counts!r} columns came, expected {wanted}.")
+        return drafted, counts
+
+    def _manifest(self, record: Record, kind: str) -> dict[str, Any]:
+        """The manifest of a record that must be of one kind."""
+        if record.kind == "error":
+            message = f"the sharer at {self.url} failed: {record.manifest.get('message')}"
+            raise RemoteError(message, str(record.manifest.get("code")), 200)
+        if record.kind != kind:
+            raise WireError(f"a record {record.kind!r} came where {kind!r} was expected.")
+        return record.manifest
 
     def _shake_hands(self, with_tokenizer: bool) -> Handshake:
         def read(pieces: Iterator[bytes]) -> Any:
@@ -375,12 +347,9 @@ class RemoteSharer(Sharer):
         path = HANDSHAKE_PATH + ("?tokenizer=true" if with_tokenizer else "")
         return Handshake.from_dict(self._connection.call(path, read), self.url)
 
-    def _by_policy(self, error: RemoteError) -> RemoteError:
-        return SharerLost(str(error), error.code, error.status) if self.on_failure == "receiver_only" else error
-
     def _precision_for(self, dtype: torch.dtype) -> str:
         """The precision for entries of this type: as asked, else unchanged, else the finest that is given."""
-        given = [name for name in self.handshake.precisions if name in PRECISIONS]
+        given = [name for name in self._handshake.precisions if name in PRECISIONS]
         wanted = self._asked or native(dtype)
         if NUMBER_BYTES[wanted] > NUMBER_BYTES[native(dtype)]:
             wanted = native(dtype)  # more bytes would say no more
@@ -399,11 +368,8 @@ def _check_options(url: str, token: str | None, precision: str | None, on_failur
     except (httpx.InvalidURL, TypeError) as error:
         raise RemoteError(f"{url!r} is no URL: {error}. Expected https://host:port.", "url") from error
     if parsed.scheme not in ("http", "https") or not parsed.host or parsed.userinfo:
-        raise RemoteError(
-            f"the URL {parsed.copy_with(userinfo=b'')} can't be used. Expected https://host:port, without a user name; "
-            "give a key as token=....",
-            "url",
-        )
+        message = f"the URL {parsed.copy_with(userinfo=b'')} can't be used. Expected https://host:port, without a user "
+        raise RemoteError(f"{message}name; give a key as token=....", "url")
     if token is not None and not (token.isascii() and token.isprintable()):
         raise RemoteError("the token has characters that HTTP headers can't hold; expected printable ASCII.", "token")
     if precision is not None and precision not in PRECISIONS:
@@ -411,11 +377,8 @@ def _check_options(url: str, token: str | None, precision: str | None, on_failur
     if on_failure not in ("raise", "receiver_only"):
         raise RemoteError(f"on_failure is {on_failure!r}; expected 'raise' or 'receiver_only'.", "policy")
     if parsed.scheme == "http" and not is_loopback(parsed.host):
-        warnings.warn(
-            f"{parsed.host} is asked without TLS: whoever is on the way can read prompts, caches and the token. Use "
-            "https.",
-            stacklevel=3,
-        )
+        message = f"{parsed.host} is asked without TLS: whoever is on the way can read prompts, caches and the token."
+        warnings.warn(f"{message} Use https.", stacklevel=3)
 
 
 def _check_claims(claimed: ModelIdentity, ours: ModelIdentity) -> None:
@@ -426,28 +389,11 @@ def _check_claims(claimed: ModelIdentity, ours: ModelIdentity) -> None:
         raise MismatchError(hard + soft, advice, "connection")
 
 
-def _checked(record: Any, kind: str, url: str) -> dict[str, Any]:
-    """The manifest of a record that must be of one kind."""
-    manifest: dict[str, Any] = record.manifest
-    if record.kind == "error":
-        raise RemoteError(f"the sharer at {url} failed: {manifest.get('message')}", str(manifest.get("code")), 200)
-    if record.kind != kind:
-        raise WireError(f"a record {record.kind!r} came where {kind!r} was expected.")
-    return manifest
+def _whole_numbers(value: Any, most: int, limit: int) -> bool:
+    """Whether ``value`` is a list of at most ``most`` numbers from 0 to below ``limit``."""
+    fits = isinstance(value, list) and len(value) <= most
+    return fits and all(type(number) is int and 0 <= number < limit for number in value)
 
 
-def _columns(begin: dict[str, Any], request: PrefillRequest, drafted: int) -> tuple[int, ...]:
-    """Columns per row as the server announces them: those that were asked for, or at most so many if projected."""
-    given, wanted = begin.get("columns"), [len(chosen) for chosen in request.columns]
-    wanted[0] += drafted
-    fits = given == wanted
-    if request.fuser is not None:
-        fits = isinstance(given, list) and len(given) == 1 and type(given[0]) is int and given[0] >= 0
-    if not fits:
-        raise WireError(f"{given!r} columns came, expected {wanted}.")
-    return tuple(cast(list[int], given))
-
-
-def _joined(old: KeyValue, new: tuple[Packed, Packed], dtype: torch.dtype) -> KeyValue:
-    keys, values = (torch.cat([held, part.unpack(dtype)], dim=2) for held, part in zip(old, new, strict=True))
-    return keys, values
+def _stacked(layers: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    return torch.cat([keys for keys, _ in layers]), torch.cat([values for _, values in layers])

@@ -1,4 +1,4 @@
-"""The HTTP side of ``RemoteSharer``: one call with its time limit and retries, and what becomes of it as an error."""
+"""The HTTP side of ``RemoteSharer``: one call with its time limit and retries, and its failures as errors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Never, TypeVar
+from typing import Any, NamedTuple, Never, TypeVar
 
 import httpx
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_attempt, stop_before_delay
@@ -32,7 +32,7 @@ class TransientError(Exception):
 
     Attributes:
         status: the HTTP status, None where the connection failed.
-        retry_after: seconds that the server asks to wait.
+        retry_after: seconds that the server wants the client to wait.
     """
 
     def __init__(self, message: str, status: int | None = None, retry_after: float = 0.0) -> None:
@@ -42,14 +42,7 @@ class TransientError(Exception):
 
 @dataclass
 class Traffic:
-    """Counters of a connection.
-
-    Attributes:
-        requests: attempts.
-        retries: those of them that followed a failure.
-        sent: bytes of request bodies.
-        received: bytes of answers.
-    """
+    """Counters of a connection: attempts, those that followed a failure, bytes of requests and of answers."""
 
     requests: int = 0
     retries: int = 0
@@ -57,16 +50,8 @@ class Traffic:
     received: int = 0
 
 
-@dataclass(frozen=True)
-class Loss:
-    """Why a sharer did not answer.
-
-    Attributes:
-        code: the reason in one word; ``mismatch`` where another model is served.
-        message: the reason in full.
-        status: the HTTP status, None where there was no answer.
-        since: seconds since 1970.
-    """
+class Loss(NamedTuple):
+    """Why a sharer did not answer: one word, the whole message, HTTP status if any, seconds since 1970."""
 
     code: str
     message: str
@@ -92,33 +77,31 @@ class Connection:
         self.url, self.timeout, self.traffic = url.rstrip("/"), timeout, Traffic()
         self.lost: Loss | None = None
         self._retries = retries
-        headers = {"User-Agent": f"cache2cache/{__version__}"} | ({"Authorization": f"Bearer {token}"} if token else {})
+        headers = {"User-Agent": f"cache2cache/{__version__}", "Content-Type": "application/json"}
+        headers |= {"Authorization": f"Bearer {token}"} if token else {}
         self._client = httpx.Client(headers=headers, verify=verify, follow_redirects=False)
 
     def close(self) -> None:
         """Close the sockets."""
         self._client.close()
 
-    def call(
-        self,
-        path: str,
-        read: Callable[[Iterator[bytes]], T],
-        content: bytes | None = None,
-        expected: ModelIdentity | None = None,
-    ) -> T:
+    def call(self, path: str, read: Callable[[Iterator[bytes]], T], body: bytes | None = None, model: Any = None) -> T:
         """Send a request and read the answer.
 
         Args:
             path: such as ``/v1/prefill``.
             read: reads the bytes of an answer; called again from the start for another attempt.
-            content: JSON to post; a GET without it.
-            expected: the model that the request is for.
+            body: JSON to post; a GET without it.
+            model: identity of the model that the request is for.
 
         Raises:
             RemoteError: refused, lost, too slow or damaged. SharerChanged: another model is served.
         """
+        headers = {"X-Request-Id": secrets.token_hex(16)}  # the same for all attempts
+        method = "GET" if body is None else "POST"
+        request = self._client.build_request(method, self.url + path, content=body, headers=headers)
         try:
-            result: T = self._retried(path, read, content, expected)
+            result = self._retried(request, read, model)
         except RemoteError as error:
             self.lost = None if error.about_request else Loss(error.code, str(error), error.status, time.time())
             raise
@@ -128,41 +111,33 @@ class Connection:
         self.lost = None
         return result
 
-    def _retried(self, path: str, read: Any, content: bytes | None, expected: ModelIdentity | None) -> Any:
-        deadline, attempts = time.monotonic() + self.timeout, 0
-        headers = {"X-Request-Id": secrets.token_hex(16), "Content-Type": "application/json"}
-        request = self._client.build_request("GET" if content is None else "POST", self.url + path, content=content)
-        request.headers.update(headers)
-
-        def attempt() -> Any:
-            nonlocal attempts
-            attempts += 1
-            self.traffic.requests += 1
-            self.traffic.retries += attempts > 1
-            self.traffic.sent += len(content or b"")
-            return self._attempt(request, read, deadline, expected)
-
+    def _retried(self, request: httpx.Request, read: Callable[[Iterator[bytes]], T], model: Any) -> T:
+        deadline = time.monotonic() + self.timeout
         retrying = Retrying(
             stop=stop_after_attempt(self._retries + 1) | stop_before_delay(self.timeout),
             wait=_pause,
             retry=retry_if_exception_type(TransientError),
+            before_sleep=self._count_retry,
             reraise=True,
         )
         try:
-            return retrying(attempt)
+            result: T = retrying(self._attempt, request, read, deadline, model)
+            return result
         except TransientError as error:
-            self._give_up(error, attempts)
+            self._give_up(error, int(retrying.statistics["attempt_number"]))
         except WireError as error:
             raise RemoteError(f"the answer of the sharer at {self.url} was refused: {error}", error.code) from error
 
-    def _attempt(self, request: httpx.Request, read: Any, deadline: float, expected: ModelIdentity | None) -> Any:
+    def _attempt(self, request: httpx.Request, read: Callable[[Iterator[bytes]], T], deadline: float, model: Any) -> T:
         left = max(0.001, deadline - time.monotonic())
         request.extensions["timeout"] = httpx.Timeout(left, connect=min(left, _CONNECT_SECONDS)).as_dict()
+        self.traffic.requests += 1
+        self.traffic.sent += len(request.content)
         try:
             response = self._client.send(request, stream=True)
             try:
                 pieces = self._pieces(response, deadline)
-                return read(pieces) if response.status_code == 200 else self._refused(response, pieces, expected)
+                return read(pieces) if response.status_code == 200 else self._refused(response, pieces, model)
             finally:
                 self.traffic.received += response.num_bytes_downloaded
                 response.close()
@@ -172,13 +147,11 @@ class Connection:
             raise TransientError(str(error)) from error
         except (httpx.TransportError, httpx.DecodingError) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
-            if "CERTIFICATE_VERIFY" in reason:
-                raise RemoteError(
-                    f"the certificate of {self.url} is not trusted: {reason}. Pass verify=... (c2c serve: "
-                    "--sharer-ca) with the file of its certificate authority.",
-                    "certificate",
-                ) from error
-            raise TransientError(reason) from error
+            if "CERTIFICATE_VERIFY" not in reason:
+                raise TransientError(reason) from error
+            advice = "Pass verify=... (c2c serve: --sharer-ca) with the file of its certificate authority."
+            message = f"the certificate of {self.url} is not trusted: {reason}. {advice}"
+            raise RemoteError(message, "certificate") from error
 
     def _pieces(self, response: httpx.Response, deadline: float) -> Iterator[bytes]:
         """The bytes of an answer, as long as there is time."""
@@ -187,41 +160,38 @@ class Connection:
                 raise self._too_slow()
             yield piece
 
-    def _refused(self, response: httpx.Response, pieces: Iterator[bytes], expected: ModelIdentity | None) -> Never:
+    def _refused(self, response: httpx.Response, pieces: Iterator[bytes], model: Any) -> Never:
         """Turn a status other than 200 into an error."""
         status, error = response.status_code, _error_of(pieces)
         code, message = str(error.get("code") or "status"), str(error.get("message") or response.reason_phrase)
         if status in _RETRIED:
             after = response.headers.get("retry-after", "")
             raise TransientError(f"it answered {status}: {message}", status, float(after) if after.isdigit() else 0.0)
-        if code == "mismatch" and expected is not None and isinstance(error.get("sharer"), dict):
-            raise_if_changed(expected, error["sharer"], self.url)
+        if code == "mismatch" and model is not None:
+            check_unchanged(model, error.get("sharer"), self.url)
         if status == 401:
             message += " Pass token=... to RemoteSharer, or set C2C_TOKEN."
         raise RemoteError(f"the sharer at {self.url} answered {status}: {message}", code, status)
 
+    def _count_retry(self, state: RetryCallState) -> None:
+        self.traffic.retries += 1
+
     def _give_up(self, error: TransientError, attempts: int) -> Never:
-        advice = {
-            429: "Wait, or start it with a larger --rate.",
-            None: "Is `c2c share` running there, and is the address right?",
-        }.get(error.status, "Try again later.")
-        code = {429: "rate", None: "unreachable"}.get(error.status, "busy")
-        raise RemoteError(
-            f"the sharer at {self.url} gave no answer in {attempts} attempt{'s' if attempts > 1 else ''}: "
-            f"{str(error).rstrip('.')}. {advice}",
-            code,
-            error.status,
-        ) from error
+        code, advice = {
+            429: ("rate", "Wait, or start it with a larger --rate."),
+            None: ("unreachable", "Is `c2c share` running there, and is the address right?"),
+        }.get(error.status, ("busy", "Try again later."))
+        count = f"{attempts} attempt{'s' if attempts > 1 else ''}"
+        message = f"the sharer at {self.url} gave no answer in {count}: {str(error).rstrip('.')}. {advice}"
+        raise RemoteError(message, code, error.status) from error
 
     def _too_slow(self) -> RemoteError:
-        return RemoteError(
-            f"the sharer at {self.url} took longer than {self.timeout:g} seconds. Pass a larger timeout=..., or ask "
-            "for fewer bytes: precision='int8'.",
-            "timeout",
-        )
+        advice = "Pass a larger timeout=..., or ask for fewer bytes: precision='int8'."
+        message = f"the sharer at {self.url} took longer than {self.timeout:g} seconds. {advice}"
+        return RemoteError(message, "timeout")
 
 
-def raise_if_changed(expected: ModelIdentity, given: Any, url: str) -> None:
+def check_unchanged(expected: ModelIdentity, given: Any, url: str) -> None:
     """Compare the model that a server names with the one that it named in the handshake.
 
     Raises:
@@ -242,22 +212,21 @@ def ssl_context(verify: Any, client_cert: str | Path | None) -> Any:
     Raises:
         RemoteError: a file that can't be used.
     """
-    if not isinstance(verify, str | Path) and client_cert is None:
+    trusted = str(verify) if isinstance(verify, str | Path) else None
+    if trusted is None and client_cert is None:
         return verify
     try:
-        context = verify
-        if not isinstance(verify, ssl.SSLContext):
-            context = ssl.create_default_context(cafile=str(verify) if isinstance(verify, str | Path) else None)
+        context = verify if isinstance(verify, ssl.SSLContext) else ssl.create_default_context(cafile=trusted)
         if verify is False:
             context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
         if client_cert is not None:
             context.load_cert_chain(str(client_cert))
     except OSError as error:
-        raise RemoteError(
-            f"verify={str(verify)!r} or client_cert={str(client_cert)!r} holds no certificates: {error}. Pass files in "
-            "PEM form: those to trust as verify=... (c2c serve: --sharer-ca), your own as client_cert=...",
-            "certificate",
-        ) from error
+        advice = (
+            "Pass files in PEM form: verify=... (c2c serve: --sharer-ca) with those to trust, client_cert=... with "
+        )
+        message = f"verify={trusted!r} or client_cert={str(client_cert)!r} holds no certificates: {error}. {advice}"
+        raise RemoteError(f"{message}your own and its key.", "certificate") from error
     return context
 
 

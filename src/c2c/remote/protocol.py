@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
+from itertools import chain
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
@@ -192,24 +193,12 @@ def check_request(request: PrefillRequest, offer: Handshake) -> TokenBatch:
     try:
         batch = request.batch()
     except (ValueError, TypeError, RuntimeError, OverflowError) as error:
-        raise _refused(400, "malformed", f"the tokens can't be read: {error}.", "ids") from error
-    _check_size(request, batch, offer)
-    _check_tokens(batch, offer)
-    _check_columns(request, batch)
-    if request.layers != sorted(set(request.layers)) or not request.layers:
-        raise _refused(400, "malformed", "layers must be ascending whole numbers, each once.", "layers")
-    if missing := [layer for layer in request.layers if layer not in offer.layers]:
-        advice = "Use a fuser that reads these, or start it with other --layers."
-        message = f"layers {missing} are not shared; this server gives {offer.layers}. {advice}"
-        raise _refused(422, "layer", message, "layers")
-    if request.precision not in offer.precisions:
-        offered = ", ".join(offer.precisions)
-        advice = "Pass precision=... to RemoteSharer, or start the server with another --precision."
-        message = f"precision {request.precision!r} is not given; expected one of {offered}. {advice}"
-        raise _refused(422, "precision", message, "precision")
-    if request.fuser is not None and request.fuser not in offer.fusers:
-        message = "this server does not have the fuser that is asked for; start it with --fuser."
-        raise _refused(422, "fuser", message, "fuser")
+        raise ApiError(400, f"the tokens can't be read: {error}.", code="malformed", param="ids") from error
+    for wrong, status, code, param, message in chain(
+        _size(request, batch, offer), _terms(request, batch, offer)
+    ):  # lazily: the size is checked first
+        if wrong:
+            raise ApiError(status, message, code=code, param=param)
     return batch
 
 
@@ -222,59 +211,68 @@ def _check_identity(given: dict[str, Any], offer: Handshake) -> None:
     try:
         hard, soft = differences("sharer", ModelIdentity.from_dict(given), offer.identity, "request")
     except (TypeError, AttributeError) as error:
-        raise _refused(400, "malformed", "sharer must be the identity of the model that is meant.", "sharer") from error
+        message = "sharer must be the identity of the model that is meant."
+        raise ApiError(400, message, code="malformed", param="sharer") from error
     if hard or soft:
         message = "the request is for another model than the one that is served here."
         raise ApiError(409, message, code="mismatch", param="sharer", details={"sharer": offer.sharer})
 
 
-def _check_size(request: PrefillRequest, batch: TokenBatch, offer: Handshake) -> None:
-    if not 0 <= request.draft_tokens <= offer.tokens or not 1 <= request.stop <= batch.length:
-        message = f"draft_tokens {request.draft_tokens} or stop {request.stop} is out of range."
-        raise _refused(400, "malformed", message, "stop")
-    count = batch.rows * (batch.length + request.draft_tokens)
-    if count > offer.tokens:
-        message = f"the request has {count} tokens, padding and drafts included, and this server takes {offer.tokens}. "
-        raise _too_long(message + "Shorten the prompt, send smaller batches, or start it with a larger --max-tokens.")
-    if (request.draft_tokens or request.fuser is not None) and batch.rows != 1:
-        raise _refused(422, "request", f"drafts and projections are for one row; got {batch.rows}.", "ids")
-    if request.draft_tokens and request.stop != batch.length:
-        message = "a draft is written after the whole prompt; stop must be its length."
-        raise _refused(422, "request", message, "stop")
+_Check = tuple[bool, int, str, str, str]  # whether it is wrong, HTTP status, code, field, message
 
 
-def _check_tokens(batch: TokenBatch, offer: Handshake) -> None:
-    low, high = int(batch.ids.min()), int(batch.ids.max())
-    if low < 0 or high >= offer.vocabulary:
-        message = f"token ids from {low} to {high}, and the model knows 0 to {offer.vocabulary - 1}."
-        raise _refused(422, "tokens", f"{message} Use the tokenizer that this server sends.", "ids")
+def _size(request: PrefillRequest, batch: TokenBatch, offer: Handshake) -> Iterator[_Check]:
+    """Check how much is read."""
+    draft, stop, count = request.draft_tokens, request.stop, batch.rows * (batch.length + request.draft_tokens)
+    message = f"draft_tokens {draft} or stop {stop} is out of range."
+    yield not 0 <= draft <= offer.tokens or not 1 <= stop <= batch.length, 400, "malformed", "stop", message
+    message = f"the request has {count} tokens, padding and drafts included, and this server takes {offer.tokens}."
+    advice = "Shorten the prompt, send smaller batches, or start it with a larger --max-tokens."
+    yield count > offer.tokens, 413, "too_long", "ids", f"{message} {advice}"
     last, limit = int(batch.positions.max()), offer.context or 1 << 30
-    if batch.length > limit or int(batch.positions.min()) < 0 or last >= limit:
-        message = f"a prompt of {batch.length} tokens with positions up to {last}, and the model was made for {limit}."
-        raise _too_long(f"{message} Shorten the prompt.")
+    beyond = batch.length > limit or int(batch.positions.min()) < 0 or last >= limit
+    message = f"a prompt of {batch.length} tokens with positions up to {last}, and the model was made for {limit}."
+    yield beyond, 413, "too_long", "ids", f"{message} Shorten the prompt."
+    single = not (draft or request.fuser is not None) or batch.rows == 1
+    yield not single, 422, "request", "ids", f"drafts and projections are for one row; got {batch.rows}."
+    message = "a draft is written after the whole prompt; stop must be its length."
+    yield draft > 0 and stop != batch.length, 422, "request", "stop", message
 
 
-def _check_columns(request: PrefillRequest, batch: TokenBatch) -> None:
-    ascending = all(chosen == sorted(set(chosen)) for chosen in request.columns)
-    inside = all(not chosen or (chosen[0] >= 0 and chosen[-1] < request.stop) for chosen in request.columns)
-    if len(request.columns) != batch.rows or not ascending or not inside:
-        message = f"columns must be {batch.rows} lists of ascending numbers from 0 to {request.stop - 1}."
-        raise _refused(400, "malformed", message, "columns")
-    if not request.draft_tokens and not any(request.columns):
-        raise _refused(422, "request", "no column is asked for.", "columns")
-
-
-def _too_long(message: str) -> ApiError:
-    return _refused(413, "too_long", message, "ids")
-
-
-def _refused(status: int, code: str, message: str, param: str) -> ApiError:
-    return ApiError(status, message, code=code, param=param)
+def _terms(request: PrefillRequest, batch: TokenBatch, offer: Handshake) -> Iterator[_Check]:
+    """Check what is wanted."""
+    low, high, words = int(batch.ids.min()), int(batch.ids.max()), offer.vocabulary
+    message = f"token ids from {low} to {high}, and the model knows 0 to {words - 1}."
+    yield low < 0 or high >= words, 422, "tokens", "ids", f"{message} Use the tokenizer that this server sends."
+    fits = len(request.columns) == batch.rows and all(
+        chosen == sorted(set(chosen) & set(range(request.stop))) for chosen in request.columns
+    )
+    message = f"columns must be {batch.rows} lists of ascending numbers from 0 to {request.stop - 1}."
+    yield not fits, 400, "malformed", "columns", message
+    empty = not request.draft_tokens and not any(request.columns)
+    yield empty, 422, "request", "columns", "no column is asked for."
+    ascending = request.layers == sorted(set(request.layers)) and len(request.layers) > 0
+    yield not ascending, 400, "malformed", "layers", "layers must be ascending whole numbers, each once."
+    missing = [layer for layer in request.layers if layer not in offer.layers]
+    message = f"layers {missing} are not shared; this server gives {offer.layers}."
+    advice = "Use a fuser that reads these, or start it with other --layers."
+    yield bool(missing), 422, "layer", "layers", f"{message} {advice}"
+    message = f"precision {request.precision!r} is not given; expected one of {', '.join(offer.precisions)}."
+    advice = "Pass precision=... to RemoteSharer, or start the server with another --precision."
+    yield request.precision not in offer.precisions, 422, "precision", "precision", f"{message} {advice}"
+    unknown = request.fuser is not None and request.fuser not in offer.fusers
+    message = "this server does not have the fuser that is asked for; start it with --fuser."
+    yield unknown, 422, "fuser", "fuser", message
 
 
 # -- fusers ------------------------------------------------------------------------------------------------------------
 
 _HASHES: WeakKeyDictionary[Fuser, tuple[Any, str]] = WeakKeyDictionary()
+
+
+def slots_of(fuser: Fuser) -> int | None:
+    """Return how many entries a fuser of private context makes of any prompt; None for one per token."""
+    return getattr(fuser.config, "slots", None)
 
 
 def fuser_hash(fuser: Fuser) -> str:
@@ -291,7 +289,7 @@ def fuser_hash(fuser: Fuser) -> str:
         fuser.config.sharer_kv,
         fuser.config.receiver_kv,
         fuser.config.sharer,
-        getattr(fuser.config, "slots", None),
+        slots_of(fuser),
     ]
     facts = json.dumps(config, sort_keys=True)
     versions = (facts, [(name, x.data_ptr(), -1 if x.is_inference() else x._version) for name, x in state])

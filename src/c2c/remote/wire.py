@@ -14,7 +14,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from safetensors import SafetensorError
@@ -31,8 +31,7 @@ NUMBER_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2, "int8
 PRECISIONS: tuple[str, ...] = get_args(Precision)
 _LENGTH_BYTES, _HASH_BYTES = 8, 32
 _SCALED = {"int8": torch.int8, "float8": torch.float8_e4m3fn}
-Side = Literal["key", "value"]
-_ALONG: dict[Side, int] = {"key": 2, "value": 3}  # a scale per channel of keys, per token of values
+_ALONG = {"key": 2, "value": 3}  # a scale per channel of keys, per token of values
 
 
 class WireError(ValueError):
@@ -105,36 +104,28 @@ def read_records(pieces: Iterable[bytes], largest: int) -> Iterator[Record]:
     Raises:
         CutOffError: the bytes end too early. WireError: damaged, too large, or no record.
     """
-    stream = _Stream(pieces)
-    while True:
-        length = int.from_bytes(stream.take(_LENGTH_BYTES), "big")
+    source, held, kind = iter(pieces), bytearray(), ""
+
+    def take(count: int) -> bytes:
+        while len(held) < count:
+            try:
+                held.extend(next(source))
+            except StopIteration:
+                raise CutOffError("the answer was cut off before its last record.") from None
+        taken = bytes(held[:count])
+        del held[:count]
+        return taken
+
+    while kind not in ("end", "error"):
+        length = int.from_bytes(take(_LENGTH_BYTES), "big")
         if not 0 < length <= largest:
             raise WireError(f"a record of {length} bytes, expected 1 to {largest}: this is no answer of `c2c share`.")
-        digest, blob = stream.take(_HASH_BYTES), stream.take(length)
+        digest, blob = take(_HASH_BYTES), take(length)
         if hashlib.sha256(blob).digest() != digest:
             raise WireError("a record does not have the sha256 before it: it was damaged on the way.", "damaged")
         record = Record.decode(blob)
+        kind = record.kind
         yield record
-        if record.kind in ("end", "error"):
-            return
-
-
-class _Stream:
-    """Bytes in pieces, taken in lengths of one's own."""
-
-    def __init__(self, pieces: Iterable[bytes]) -> None:
-        self._pieces, self._held, self._count = iter(pieces), bytearray(), 0
-
-    def take(self, count: int) -> bytes:
-        while len(self._held) < count:
-            piece = next(self._pieces, None)
-            if piece is None:
-                raise CutOffError(f"the answer was cut off after {self._count} bytes, before its last record.", "cut")
-            self._count += len(piece)
-            self._held += piece
-        taken = bytes(self._held[:count])
-        del self._held[:count]
-        return taken
 
 
 # -- entries of a layer ------------------------------------------------------------------------------------------------
@@ -176,63 +167,57 @@ def pack(entries: KeyValue, columns: Sequence[Tensor], precision: Precision) -> 
     return tensors
 
 
-@dataclass(frozen=True)
-class LayerSpec:
-    """Shape and type that the tensors of a layer must have.
+def unpack(
+    tensors: Mapping[str, Tensor], geometry: KVGeometry, columns: Sequence[int], precision: str
+) -> list[tuple[Packed, Packed]]:
+    """Check the tensors of a layer and arrange them by row.
 
-    Attributes:
+    Args:
+        tensors: what :func:`pack` returned on the other side.
         geometry: the shape of the cache.
         columns: per row, how many.
         precision: on the wire.
+
+    Returns:
+        Per row keys and values, each ``[1, kv_heads, columns, head_dim]``.
+
+    Raises:
+        WireError: other tensors, shapes or types than these.
     """
+    expected = _expected(geometry, columns, precision)
+    given = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    if given != expected:
+        name = sorted(name for name in given.keys() | expected if given.get(name) != expected.get(name))[0]
+        raise WireError(f"tensor {name!r}: got {given.get(name)}, expected {expected.get(name)}.")
 
-    geometry: KVGeometry
-    columns: tuple[int, ...]
-    precision: str
+    none = torch.zeros(1, geometry.kv_heads, 0, geometry.head_dim)
 
-    def unpack(self, tensors: Mapping[str, Tensor]) -> list[tuple[Packed, Packed] | None]:
-        """Return keys and values per row, each ``[1, kv_heads, columns, head_dim]``; None for a row without columns.
+    def packed(name: str) -> Packed:
+        return Packed(tensors.get(name, none), tensors.get(f"{name}.scale"))
 
-        Raises:
-            WireError: tensors, shapes or types other than expected.
-        """
-        used: set[str] = set()
-        rows: list[tuple[Packed, Packed] | None] = [
-            (self._packed(tensors, row, "key", count, used), self._packed(tensors, row, "value", count, used))
-            if count
-            else None
-            for row, count in enumerate(self.columns)
-        ]
-        if extra := sorted(set(tensors) - used):
-            raise WireError(f"unexpected tensors: {extra[:5]}.")
-        return rows
-
-    def _packed(self, tensors: Mapping[str, Tensor], row: int, side: Side, count: int, used: set[str]) -> Packed:
-        heads, dim, name = self.geometry.kv_heads, self.geometry.head_dim, f"{row}.{side}"
-        dtype = _SCALED.get(self.precision) or getattr(torch, self.precision)
-        data = _tensor(tensors, name, (1, heads, count, dim), dtype, used)
-        if self.precision not in _SCALED:
-            return Packed(data)
-        shape = (1, heads, 1, dim) if side == "key" else (1, heads, count, 1)
-        return Packed(data, _tensor(tensors, f"{name}.scale", shape, torch.float32, used))
+    return [(packed(f"{row}.key"), packed(f"{row}.value")) for row in range(len(columns))]
 
 
-def _tensor(
-    tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ...], dtype: torch.dtype, used: set[str]
-) -> Tensor:
-    tensor = tensors.get(name)
-    if tensor is None or tensor.shape != shape or tensor.dtype != dtype:
-        got = "nothing" if tensor is None else f"{tuple(tensor.shape)} of {tensor.dtype}"
-        raise WireError(f"tensor {name!r}: got {got}, expected {shape} of {dtype}.")
-    used.add(name)
-    return tensor
+def _expected(
+    geometry: KVGeometry, columns: Sequence[int], precision: str
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and type of each tensor of a layer."""
+    heads, dim = geometry.kv_heads, geometry.head_dim
+    dtype = _SCALED.get(precision) or getattr(torch, precision)
+    found: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    for row, count in enumerate(columns):
+        if count:
+            found |= {f"{row}.{side}": ((1, heads, count, dim), dtype) for side in _ALONG}
+        if count and precision in _SCALED:
+            found[f"{row}.key.scale"] = (1, heads, 1, dim), torch.float32
+            found[f"{row}.value.scale"] = (1, heads, count, 1), torch.float32
+    return found
 
 
-def spread(rows: Sequence[tuple[Packed, Packed] | None], columns: Sequence[Tensor], like: Tensor) -> KeyValue:
+def spread(rows: Sequence[tuple[Packed, Packed]], columns: Sequence[Tensor], like: Tensor) -> KeyValue:
     """Scatter entries to their columns, zero elsewhere: keys and values with the shape and type of ``like``."""
     keys, values = torch.zeros_like(like), torch.zeros_like(like)
     for row, (pair, chosen) in enumerate(zip(rows, columns, strict=True)):
-        if pair is not None:
-            keys[row, :, chosen] = pair[0].unpack(like.dtype)[0]
-            values[row, :, chosen] = pair[1].unpack(like.dtype)[0]
+        keys[row, :, chosen] = pair[0].unpack(like.dtype)[0]
+        values[row, :, chosen] = pair[1].unpack(like.dtype)[0]
     return keys, values
