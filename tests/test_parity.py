@@ -11,9 +11,7 @@ from safetensors.torch import load_file
 from c2c import C2CModel, kv_cache
 from c2c.alignment import Alignment, Chunk
 from c2c.alignment.slots import align_conversation, translate
-from c2c.errors import FuserError
 from c2c.fusion import Source, fuse
-from c2c.layer_map import layer_map
 from c2c.prompting import RenderOptions
 from c2c.tokens import TokenBatch
 from tiny import FIXTURES, tokenizer
@@ -285,20 +283,6 @@ def test_published_alignment_of_plain_text():
         ids = receiver.encode(case["text"], add_special_tokens=False)
         assert ids == case["receiver_ids"]
         assert [translate(receiver, sharer, token, case["strategy"]) for token in ids] == case["sharer_ids"]
-
-
-def test_layer_maps():
-    tables = json.loads((FIXTURES / "mapping" / "layer_mappings.json").read_text())
-    for name, table in tables.items():
-        for sizes, expected in table.items():
-            receiver, sharer = map(int, sizes.split(","))
-            assert layer_map(name, receiver, sharer) == expected
-
-
-@pytest.mark.parametrize("spec", ["nearest", [0, 1], [0, 1, 9], [None, None, None]])
-def test_impossible_layer_maps(spec):
-    with pytest.raises(FuserError):
-        layer_map(spec, 3, 4)
 
 
 def test_no_layer_is_read_beyond_what_is_needed(model, expected):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from threading import Event, Thread
 from typing import TYPE_CHECKING, Any
 
@@ -65,7 +66,15 @@ class StageTimer:
 
 @dataclass
 class RowCounts:
-    """Count what was fused in one conversation of a batch; fields as in :class:`FusionReport`."""
+    """Count what was fused in one conversation.
+
+    Attributes:
+        prompt_tokens: real receiver tokens.
+        fused_tokens: receiver positions that were fused with at least one sharer.
+        skipped_tokens: the other positions, by reason.
+        memory_slots: entries of private context in the receiver's cache.
+        sharer_bytes: bytes of the sharers' cache entries that the fusers read.
+    """
 
     prompt_tokens: int = 0
     fused_tokens: int = 0
@@ -75,30 +84,22 @@ class RowCounts:
 
 
 @dataclass
-class FusionReport:
-    """Report what was fused and at what cost: one per call, for the whole batch.
+class FusionReport(RowCounts):
+    """Report what was fused and at what cost: one per call, the counts summed over the batch.
 
     Attributes:
-        prompt_tokens: real receiver tokens, summed over the batch.
-        fused_tokens: receiver positions that took something from a sharer.
-        skipped_tokens: the other positions, by reason.
         fused_layers: receiver layers that were fused, over all sharers.
         skipped_layers: receiver layers that were not, by reason.
-        memory_slots: entries of private context in the receiver's cache, summed over the batch.
-        sharer_bytes: bytes of the sharers' cache entries that the fusers read.
         trained: whether every fuser has been trained.
         notes: accepted mismatches and other remarks.
+        gate_values: per fuser the gates of its layers, ``[layers, 2]`` for keys and values.
+        timer: of the stages.
         rows: the counts of each conversation.
         lost: why a remote sharer was not read, so that the receiver answers alone; None where nothing was lost.
     """
 
-    prompt_tokens: int = 0
-    fused_tokens: int = 0
-    skipped_tokens: dict[str, int] = field(default_factory=dict)
     fused_layers: list[int] = field(default_factory=list)
     skipped_layers: dict[int, str] = field(default_factory=dict)
-    memory_slots: int = 0
-    sharer_bytes: int = 0
     trained: bool = True
     notes: list[str] = field(default_factory=list)
     gate_values: list[Tensor] = field(default_factory=list, repr=False)
@@ -109,12 +110,9 @@ class FusionReport:
     def add(self, counts: RowCounts) -> None:
         """Count one more conversation."""
         self.rows.append(counts)
-        self.prompt_tokens += counts.prompt_tokens
-        self.fused_tokens += counts.fused_tokens
-        self.memory_slots += counts.memory_slots
-        self.sharer_bytes += counts.sharer_bytes
-        for reason, count in counts.skipped_tokens.items():
-            self.skipped_tokens[reason] = self.skipped_tokens.get(reason, 0) + count
+        for name in ("prompt_tokens", "fused_tokens", "memory_slots", "sharer_bytes"):
+            setattr(self, name, getattr(self, name) + getattr(counts, name))
+        self.skipped_tokens = dict(Counter(self.skipped_tokens) + Counter(counts.skipped_tokens))
 
     def row(self, index: int) -> FusionReport:
         """Return the report of one conversation; times and gates are those of the batch."""
@@ -134,19 +132,10 @@ class FusionReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
-        return {
-            "prompt_tokens": self.prompt_tokens,
-            "fused_tokens": self.fused_tokens,
-            "skipped_tokens": self.skipped_tokens,
-            "fused_layers": self.fused_layers,
-            "skipped_layers": {str(layer): reason for layer, reason in self.skipped_layers.items()},
-            "gate_openness": self.gate_openness,
-            "memory_slots": self.memory_slots,
-            "sharer_bytes": self.sharer_bytes,
-            "seconds": self.seconds,
-            "trained": self.trained,
-            "notes": self.notes,
-        }
+        hidden = ("gate_values", "timer", "rows")
+        data = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in hidden}
+        layers = {str(layer): reason for layer, reason in self.skipped_layers.items()}
+        return data | {"skipped_layers": layers, "gate_openness": self.gate_openness, "seconds": self.seconds}
 
 
 @dataclass

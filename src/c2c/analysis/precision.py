@@ -18,7 +18,7 @@ from c2c.analysis.scores import Right, accuracies, difference, right_answers
 from c2c.analysis.settings import Settings
 from c2c.handoff import Precision
 from c2c.kv_cache import KeyValue
-from c2c.remote.packing import Expected, native, pack, packed_bytes, spread
+from c2c.remote.wire import native, pack, packed_bytes, spread, unpack
 from c2c.reporting.canvas import Plot
 from c2c.training.step import Batch, FuserTraining
 from c2c.utils import OnProgress
@@ -43,8 +43,8 @@ def crossed(cache: Cache, alignment: Alignment, precision: Precision) -> Dynamic
         _, heads, _, width = keys.shape
         if not heads:
             return keys, values
-        expected = Expected(kv_cache.KVGeometry(1, heads, width), counts, precision)
-        return spread(expected.rows(pack((keys, values), columns, precision)), columns, keys)
+        packed = pack((keys, values), columns, precision)
+        return spread(unpack(packed, kv_cache.KVGeometry(1, heads, width), counts, precision), columns, keys)
 
     return kv_cache.from_layers(rounded(*layer) for layer in kv_cache.layers(cache))
 
