@@ -424,10 +424,11 @@ def serve(fuser: str, name: str):
     """A server like ``c2c serve FUSER --name NAME``."""
     from threading import Thread
 
-    from c2c.serving.app import create_app
     from c2c.serving.huggingface import HuggingFaceEngine
     from c2c.serving.server import Server, listen
     from c2c.serving.settings import Settings
+
+    from c2c.serving.app import create_app
     from remote_rig import until
 
     model = C2CModel.from_pretrained(fuser)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
+from contextlib import suppress
 from threading import Thread
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from tokenizers import Tokenizer, decoders, models
 
 from c2c.prompting import RenderOptions
@@ -163,11 +164,10 @@ def test_logprobs_are_those_before_all_parameters():
 @settings(max_examples=200, deadline=None)
 @given(st.text("ab", max_size=12), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3))
 def test_text_ends_before_the_first_stop_string(text, stops):
-    matcher, out = StopMatcher(stops), ""
-    for count, letter in enumerate(text, 1):
-        out += matcher.feed(letter)
-        if matcher.found:
-            break
+    matcher, out, count = StopMatcher(stops), "", 0
+    while count < len(text) and not matcher.found:
+        out += matcher.feed(text[count])
+        count += 1
     ends = [text.find(stop) + len(stop) for stop in stops if stop in text]
     if not ends:
         assert (matcher.found, out + matcher.pending) == (False, text)
@@ -258,12 +258,8 @@ def test_only_the_owner_uses_and_deletes_a_handoff():
 )
 def test_any_json_is_parsed_or_refused(value):
     for body in (value, {"model": "m", "messages": value}, {"model": "m", "messages": user("a"), "c2c": value}):
-        try:
+        with suppress(ApiError, ValidationError):
             ChatCompletionBody.model_validate(body)
-        except ApiError as error:
-            assert json.dumps(error.to_dict())
-        except ValueError as error:
-            assert type(error).__name__ == "ValidationError"
 
 
 # -- another engine ----------------------------------------------------------------------------------------------------

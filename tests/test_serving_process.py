@@ -99,9 +99,7 @@ def test_sigterm_under_load_loses_nothing_that_was_accepted(folders):
     options = ["--receiver", folders[0], "--sharer", folders[1], "--name", "pair", "--max-batch", "2"]
     with serving(*options) as process, ThreadPoolExecutor(12) as clients:
         server = process.running
-        futures = [
-            clients.submit(server.chat, text, "pair", max_tokens=8, stream=text.endswith("7")) for text in texts
-        ]
+        futures = [clients.submit(server.chat, text, "pair", max_tokens=8, stream=text.endswith("7")) for text in texts]
         server.until(lambda: server.get("/health").json()["active"] == 12 or futures[0].done())
         process.popen.send_signal(signal.SIGTERM)
         server.until(lambda: process.event("draining"))
