@@ -97,7 +97,7 @@ def serving(config: dict | None = None, **options):
             patch.setenv(name, os.environ.get(name, value))
         fields = {"max_batch": 24, "message_tokens": 6, "engine": "vllm"} | (config or {})
         engine = VLLMEngine(pair(), ServeConfig(**fields), SMALL | options)
-        with running(None, engine=engine, **fields) as server:
+        with running(None, engine=engine, max_batch=fields["max_batch"]) as server:
             yield SimpleNamespace(server=server, engine=engine, client=engine.clients[-1])
 
 

@@ -132,7 +132,7 @@ class FusionReport(RowCounts):
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
-        hidden = ("gate_values", "timer", "rows")
+        hidden = ("gate_values", "timer", "rows", "lost")
         data = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in hidden}
         layers = {str(layer): reason for layer, reason in self.skipped_layers.items()}
         return data | {"skipped_layers": layers, "gate_openness": self.gate_openness, "seconds": self.seconds}
