@@ -126,7 +126,9 @@ def _in_process_of_its_own(fuser: str, arguments: argparse.Namespace) -> dict[st
     return part
 
 
-def _step(training: SharedContextObjective, example: SharedExample, optimizer: torch.optim.Optimizer) -> Callable[[], float]:
+def _step(
+    training: SharedContextObjective, example: SharedExample, optimizer: torch.optim.Optimizer
+) -> Callable[[], float]:
     def run() -> float:
         loss = training([example])["loss"]
         loss.backward()
@@ -185,6 +187,7 @@ def _example(arguments: argparse.Namespace, vocab_size: int) -> SharedExample:
     return SharedExample(
         row=Row("0", [], "", ""),
         receiver_ids=prompt,
+        prefix=len(prompt) - 1,
         sharer_ids=prompt[:-1],
         alignment=Alignment.from_pairs([(0, column, column) for column in range(len(prompt) - 1)]),
         response_ids=response,

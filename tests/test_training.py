@@ -184,6 +184,9 @@ def test_train_selects_on_dev_and_writes_a_fuser_that_loads(folders, tmp_path):
     assert record["step"] == summary["step"]
     assert not {"data_dir", "output_dir", "store_dir"} & set(record["config"])
     assert model.generate("Which is number 3?", max_new_tokens=2).report.trained
+    again = train(config(folders, tmp_path, max_steps=4, learning_rate=0.0), resume=False)
+    assert set(scores_of(tmp_path)) == {"2", "4"}, "scores of the earlier run do not count"
+    assert again["step"] == 2
 
 
 def test_a_trained_fuser_is_trained_on(folders, tmp_path):
