@@ -10,7 +10,6 @@ between them limits the rate. Every round times all cases one after the other; m
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import platform
 import socket
@@ -26,14 +25,11 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from c2c import kv_cache
 from c2c.language_model import Sharer
 from c2c.remote import RemoteSharer
+from c2c.remote import worker as worker_module
 from c2c.remote.app import build_app
-from c2c.remote.desk import Desk
-from c2c.remote.limits import Limits
-from c2c.remote.log import Log
-from c2c.remote.server import Server
-from c2c.remote.signature import Signer
-from c2c.remote.stall import Stall
-from c2c.remote.work import Work
+from c2c.remote.config import ShareConfig
+from c2c.remote.worker import PrefillJob, PrefillWorker
+from c2c.serving.http_server import Server, listen, url_of
 from c2c.tokens import left_pad
 
 SHARER = Qwen2Config(
@@ -77,13 +73,13 @@ class Link:
             return  # one side has gone
 
 
-class Late(Work):
-    """The same work where nothing is sent before the whole prefill is done."""
+class LateJob(PrefillJob):
+    """The same job where nothing is sent before the whole prefill is done."""
 
-    def _prefill(self, made: Any) -> Any:
+    def _prefill(self, callback: Any) -> Any:
         cache = super()._prefill(lambda *_: None)
         for index, entries in enumerate(kv_cache.layers(cache)):
-            made(index, *entries)
+            callback(index, entries)
         return cache
 
 
@@ -93,29 +89,26 @@ def main() -> None:
     torch.manual_seed(arguments.seed)
     with torch.no_grad():
         sharer = Sharer(Qwen2ForCausalLM(SHARER), None, "random")
-    limits, signer = Limits(requests_per_minute=0, seconds=600), Signer(None)
-    stall = Stall(sharer, signer, limits)
-    server = Server(build_app(stall, Desk((), signer, limits), Log(io.StringIO())), "127.0.0.1", 0)
-    thread = threading.Thread(target=server.run)
+    config = ShareConfig(port=0, rate=0, timeout=600)
+    server, sock = Server(build_app(PrefillWorker(sharer), config), config), listen("127.0.0.1", 0)
+    thread = threading.Thread(target=server.run, args=([sock],))
     thread.start()
     while True:
         try:
-            httpx.get(server.url + "/health")
+            httpx.get(url_of(sock, config) + "/health")
             break
         except httpx.TransportError:
             time.sleep(0.1)
     try:
-        result = measure(sharer, Link(server.port), arguments)
+        result = measure(sharer, Link(sock.getsockname()[1]), arguments)
     finally:
-        server.stop()
+        server.should_exit = True
         thread.join()
     print(json.dumps(result) if arguments.json else _table(result))
 
 
 def measure(sharer: Sharer, link: Link, arguments: argparse.Namespace) -> dict[str, Any]:
     """Seconds of a prefill here, and of one from afar per rate, precision and way of sending."""
-    import c2c.remote.stall as module
-
     batch = left_pad([torch.randint(0, 32000, (arguments.tokens,)).tolist()], 0)
     clients = {name: RemoteSharer(link.url, precision=name, timeout=600) for name in arguments.precisions}
     times: dict[str, list[float]] = {}
@@ -125,8 +118,9 @@ def measure(sharer: Sharer, link: Link, arguments: argparse.Namespace) -> dict[s
         times.setdefault("here", []).append(_seconds(lambda: sharer.prefill(batch)))
         for rate in arguments.rates:
             for name, client in clients.items():
-                for way, work in (("late", Late), ("overlapped", Work)):
-                    module.Work, link.rate = work, rate * 1e6 / 8
+                for way, work in (("late", LateJob), ("overlapped", PrefillJob)):
+                    setattr(worker_module, "PrefillJob", work)  # noqa: B010  (mypy)
+                    link.rate = rate * 1e6 / 8
                     before = client.traffic.received
                     case = f"{rate:g} Mbit/s {name} {way}"
                     times.setdefault(case, []).append(_seconds(lambda client=client: client.prefill(batch)))

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import io
-import json
+import logging
 import socket
 import threading
 import time
@@ -14,62 +13,67 @@ from dataclasses import dataclass, field
 import httpx
 
 from c2c.remote.app import build_app
-from c2c.remote.desk import Desk
-from c2c.remote.limits import Limits
-from c2c.remote.log import Log
-from c2c.remote.server import Server
-from c2c.remote.signature import Signer
-from c2c.remote.stall import Stall
+from c2c.remote.config import ShareConfig
+from c2c.remote.protocol import HANDSHAKE_PATH, PREFILL_PATH
+from c2c.remote.worker import PrefillWorker
+from c2c.serving.http_server import Server, listen, url_of
 
-KEY = b"0123456789abcdef0123456789abcdef"
+KEY = "0123456789abcdef0123456789abcdef"
+_LOG = logging.getLogger("c2c.serving")
 
 
-def make_server(sharer, *, tokens=(), key=None, limits=None, log=None, tls=(None, None), **options):
-    """A server of this sharer on a free port, not yet running, and its stall."""
-    limits, signer = limits or Limits(requests_per_minute=0), Signer(key)
-    stall = Stall(sharer, signer, limits, **options)
-    app = build_app(stall, Desk(tokens, signer, limits), log or Log(io.StringIO()))
-    return Server(app, "127.0.0.1", 0, *tls), stall
+def make_server(sharer, config=None, **options):
+    """A server of this sharer, not yet running, its socket and its worker."""
+    config = config or ShareConfig(port=0, rate=0)
+    worker = PrefillWorker(sharer, tokens=config.max_tokens, waiting=config.waiting, **options)
+    return Server(build_app(worker, config), config), listen("127.0.0.1", 0), worker
 
 
 @dataclass
 class Running:
     url: str
     port: int
-    stall: Stall
-    stream: io.StringIO
-
-    @property
-    def log(self) -> list[dict]:
-        return [json.loads(line) for line in self.stream.getvalue().splitlines()]
+    worker: PrefillWorker
+    log: list[dict]
 
     def logged(self, count: int) -> list[dict]:
         """The log when so many requests stand in it."""
-        for _ in range(200):
-            if len(self.log) >= count:
-                return self.log
-            time.sleep(0.05)
-        raise AssertionError(self.log)
+        until(lambda: len(self.log) >= count)
+        return self.log
+
+
+class _Collect(logging.Handler):
+    def __init__(self, lines: list[dict]) -> None:
+        super().__init__()
+        self.lines = lines
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.getMessage() == "request" and record.facts["path"] in (HANDSHAKE_PATH, PREFILL_PATH):
+            self.lines.append(record.facts)
 
 
 @contextmanager
-def serving(sharer, **options):
-    """A running server in a thread."""
-    stream = io.StringIO()
-    server, stall = make_server(sharer, log=Log(stream), **options)
-    thread = threading.Thread(target=server.run)
+def serving(sharer, *, finest="float32", layers=None, fusers=(), **config):
+    """A running server in a thread; further arguments are fields of :class:`ShareConfig`."""
+    made = ShareConfig(**({"port": 0, "rate": 0} | config))
+    server, sock, worker = make_server(sharer, made, finest=finest, layers=layers, fusers=fusers)
+    handler = _Collect([])
+    _LOG.addHandler(handler)
+    _LOG.setLevel(logging.INFO)
+    thread = threading.Thread(target=server.run, args=([sock],))
     thread.start()
     try:
-        until(lambda: httpx.get(server.url + "/health", verify=False).status_code == 200)
-        yield Running(server.url, server.port, stall, stream)
+        until(lambda: server.started)
+        yield Running(url_of(sock, made), sock.getsockname()[1], worker, handler.lines)
     finally:
-        server.stop()
+        server.should_exit = True
         thread.join(60)
+        _LOG.removeHandler(handler)
         assert not thread.is_alive()
 
 
 def until(ready: Callable[[], bool], seconds: float = 60) -> None:
-    """Wait for a server that is starting."""
+    """Wait until something holds; a server that does not answer yet does not."""
     ends = time.monotonic() + seconds
     while True:
         try:
@@ -77,8 +81,8 @@ def until(ready: Callable[[], bool], seconds: float = 60) -> None:
                 return
         except httpx.TransportError:
             pass
-        assert time.monotonic() < ends, "the server did not start"
-        time.sleep(0.05)
+        assert time.monotonic() < ends, "it never came to hold"
+        time.sleep(0.02)
 
 
 @dataclass
@@ -89,7 +93,6 @@ class Proxy:
         port: where the server listens.
         times: how many connections are spoiled; the rest pass as they are.
         cut: the answer is cut after so many bytes.
-        flip: the byte of the answer at this place is changed.
         change: makes another answer of the whole answer.
         rate: bytes per second of the answer.
         answer: given instead of the server's.
@@ -99,7 +102,6 @@ class Proxy:
     port: int
     times: int = 0
     cut: int | None = None
-    flip: int | None = None
     change: Callable[[bytes], bytes] | None = None
     rate: float | None = None
     answer: bytes | None = None
@@ -117,7 +119,7 @@ class Proxy:
 
     def spoil(self, times: int = 1 << 30, **how) -> None:
         """Spoil the next connections."""
-        self.cut = self.flip = self.change = self.rate = self.answer = None
+        self.cut = self.change = self.rate = self.answer = None
         self.times = times
         for name, value in how.items():
             setattr(self, name, value)
@@ -149,14 +151,10 @@ class Proxy:
         with socket.create_connection(("127.0.0.1", self.port)) as server:
             server.sendall(_closing(request))
             if spoiled and self.change is not None:
-                whole = b"".join(iter(lambda: server.recv(1 << 16), b""))
-                client.sendall(self.change(whole))
+                client.sendall(self.change(b"".join(iter(lambda: server.recv(1 << 16), b""))))
                 return
             passed, kept = 0, []
             while piece := server.recv(int(self.rate / 20) or 1 if spoiled and self.rate else 1 << 16):
-                if spoiled and self.flip is not None and passed <= self.flip < passed + len(piece):
-                    at = self.flip - passed
-                    piece = piece[:at] + bytes([piece[at] ^ 1]) + piece[at + 1 :]
                 if spoiled and self.cut is not None and passed + len(piece) > self.cut:
                     client.sendall(piece[: self.cut - passed])
                     return
@@ -189,8 +187,3 @@ def _closing(request: bytes) -> bytes:
     head, _, body = request.partition(b"\r\n\r\n")
     lines = [line for line in head.split(b"\r\n") if not line.lower().startswith(b"connection:")]
     return b"\r\n".join([*lines, b"Connection: close"]) + b"\r\n\r\n" + body
-
-
-def body_of_request(request: bytes) -> bytes:
-    """What the request carries."""
-    return request.partition(b"\r\n\r\n")[2]

@@ -232,8 +232,8 @@ def prose(page: str) -> str:
 
 
 def anchors(page: str) -> set[str]:
-    """What can be linked to: names of headings that a code host and the site agree on."""
-    found, seen = set(), {}
+    """What can be linked to: names of headings that a code host and the site agree on, and marks of their own."""
+    found, seen = set(re.findall(r'<a id="([^"]+)"></a>', prose(page))), {}
     for heading in _HEADING.findall(prose(page)):
         words = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading)
         host = re.sub(r"[^\w\s-]", "", words.lower()).strip().replace(" ", "-")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from c2c import C2CModel, kv_cache, pull
+from c2c import C2CModel, hub_aliases, kv_cache
 from c2c.language_model import Receiver, Sharer
 from c2c.prompting import RenderOptions
 from c2c.systems.text_to_text import text_to_text
@@ -34,7 +34,7 @@ def real_cache(monkeypatch):
 
 
 def need(*aliases: str) -> None:
-    missing = [alias for alias in aliases if not pull.is_pulled(alias)]
+    missing = [alias for alias in aliases if not hub_aliases.is_pulled(alias)]
     if missing and os.environ.get("C2C_REAL"):
         pytest.fail(f"not pulled: {missing}")
     if missing:
@@ -53,6 +53,11 @@ def pair(loaded):
     if "pair" not in loaded:
         loaded["pair"] = C2CModel.from_models("smollm2-135m", "qwen2.5-coder-0.5b")
     return loaded["pair"]
+
+
+def test_the_models_answer(pair):
+    for model in (pair.receiver, pair.sharers[0]):
+        assert "Paris" in model.answer("What is the capital of France?", max_new_tokens=12).text
 
 
 def test_untrained_equals_the_receiver_bit_for_bit(pair):
@@ -132,7 +137,7 @@ def test_gemma_beyond_its_sliding_window(receiver, sharer):
 def test_a_gguf_file_is_the_model_that_was_pulled(tmp_path):
     """Loads the file itself, where one was kept by ``c2c pull --keep-gguf``."""
     need("smollm2-135m")
-    files = list(Path(pull.local_path("smollm2-135m")).glob("*.gguf"))
+    files = list(Path(hub_aliases.local_path("smollm2-135m")).glob("*.gguf"))
     if not files:
         pytest.skip("no GGUF kept; run c2c pull --force --keep-gguf smollm2-135m")
     assert (

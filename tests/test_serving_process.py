@@ -231,7 +231,7 @@ def test_a_wrong_token_is_found_before_anything_is_served(folders):
             command, capture_output=True, text=True, timeout=PATIENCE, env=os.environ | {"C2C_TOKEN": "wrong"}
         )
     assert result.returncode == 1
-    assert "a wrong bearer token" in result.stderr
+    assert "API key" in result.stderr
     assert "Traceback" not in result.stderr
 
 

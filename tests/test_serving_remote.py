@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 
 import openai
 import pytest
@@ -15,18 +15,17 @@ import pytest
 from c2c import C2CModel
 from c2c.language_model import Sharer
 from c2c.remote import RemoteSharer
-from c2c.remote.limits import Limits
-from remote_rig import KEY, Proxy
+from remote_rig import Proxy
 from remote_rig import serving as sharing
 from serving_harness import NAME, PATIENCE, events, model, running, user
 from test_private import DOCUMENT, QUESTION, private
-from test_remote_faults import BUSY, forged, is_body
+from test_remote_faults import BUSY, with_body
 from test_remote_server import dies_in_mid_body, dies_in_mid_prefill, process
 from tiny import build, tokenizer
 
 COMPLETIONS, HANDOFFS = "/v1/completions", "/v1/c2c/handoffs"
 POLICIES = ["raise", "receiver_only"]
-REFUSED = b'{"error": {"code": "unauthorized", "message": "a wrong bearer token was given."}}'
+REFUSED = b'{"error": {"code": "invalid_api_key", "message": "the API key is unknown."}}'
 TEXTS = ["hello", "hello there, who buys the red house by the sea?", "fox and dog"]
 
 # What happens to the connection, with what the client is told if the policy is ``raise``.
@@ -39,17 +38,14 @@ FAULTS = {
         {"answer": b"HTTP/1.1 401 No\r\nContent-Length: %d\r\n\r\n" % len(REFUSED) + REFUSED},
         502,
         "sharer_lost",
-        "unauthorized",
+        "invalid_api_key",
     ),
-    "changed body": ({"flip": "body"}, 502, "sharer_lost", "damaged"),
-    "changed manifest": ({"flip": 300}, 502, "sharer_lost", "signature"),
-    "forged": (
-        {"change": lambda answer: forged(answer, lambda head, body: (head | {"nonce": "0"}, body))},
+    "damaged": (
+        {"change": lambda answer: with_body(answer, lambda body: body[:-1000] + b"?" + body[-999:])},
         502,
         "sharer_lost",
-        "signature",
+        "damaged",
     ),
-    "old answer": ({"answer": "last"}, 502, "sharer_lost", "replayed"),
 }
 
 
@@ -71,9 +67,9 @@ def proxy(share):
 
 
 @contextmanager
-def far(pair, url, *, key_file=None, policy="raise", timeout=PATIENCE, retries=0, rest=0.0, **options):
+def far(pair, url, *, policy="raise", timeout=PATIENCE, retries=0, **options):
     """A server whose sharer is at ``url``."""
-    sharer = RemoteSharer(url, key_file=key_file, on_failure=policy, timeout=timeout, retries=retries, rest=rest)
+    sharer = RemoteSharer(url, on_failure=policy, timeout=timeout, retries=retries)
     try:
         with running(C2CModel(pair.receiver, [sharer], list(pair.fusers)), **options) as server:
             yield server
@@ -142,7 +138,7 @@ def test_answers_are_those_with_a_local_sharer_alone_and_in_a_batch(pair, share)
 def test_a_batch_that_is_more_than_the_sharer_takes_at_a_time_is_asked_for_in_parts(pair):
     length = max(pair.sharers[0].encode(text).length for text in TEXTS)
     with (
-        sharing(pair.sharers[0], limits=Limits(tokens=length + 4, requests_per_minute=0)) as small,
+        sharing(pair.sharers[0], max_tokens=length + 4) as small,
         far(pair, small.url, max_batch=len(TEXTS), window=PATIENCE) as server,
     ):
         assert [text_of(one) for one in together(server)] == [fused(pair, text) for text in TEXTS]
@@ -154,7 +150,7 @@ def test_one_prompt_that_the_sharer_refuses_does_not_spoil_its_batch(pair, polic
     length = pair.sharers[0].encode(TEXTS[1]).length
     texts = [TEXTS[0], TEXTS[1] * 3, TEXTS[2]]
     with (
-        sharing(pair.sharers[0], limits=Limits(tokens=length, requests_per_minute=0)) as small,
+        sharing(pair.sharers[0], max_tokens=length) as small,
         far(pair, small.url, policy=policy, max_batch=len(texts), window=PATIENCE) as server,
     ):
         first, second, third = together(server, texts)
@@ -172,23 +168,10 @@ def test_one_prompt_that_the_sharer_refuses_does_not_spoil_its_batch(pair, polic
 
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_lost_sharer_is_an_error_or_the_receiver_alone(pair, share, proxy, fault, policy, tmp_path):
+def test_a_lost_sharer_is_an_error_or_the_receiver_alone(pair, proxy, fault, policy):
     how, status, code, reason = FAULTS[fault]
-    with ExitStack() as stack:
-        key_file = None
-        if reason in ("signature", "replayed"):
-            key_file = tmp_path / "shared.key"
-            key_file.write_bytes(KEY)
-            signed = stack.enter_context(sharing(pair.sharers[0], key=KEY))
-            proxy.port = signed.port
-        batch = {"max_batch": len(TEXTS), "window": 0.3}
-        options = {"key_file": key_file, "policy": policy, "timeout": 3.0} | batch
-        server = stack.enter_context(far(pair, proxy.url, **options))
+    with far(pair, proxy.url, policy=policy, timeout=3.0, max_batch=len(TEXTS), window=0.3) as server:
         assert [text_of(one) for one in together(server)] == [fused(pair, text) for text in TEXTS]
-        if how.get("flip") == "body":
-            how = {"flip": is_body(proxy.answers[-1])}
-        if how.get("answer") == "last":
-            how = {"answer": proxy.answers[-1]}
         proxy.spoil(**how)
         for text, response in zip(TEXTS, together(server), strict=True):
             check_by_policy(response, policy, alone(pair, text), status, code)
@@ -205,6 +188,7 @@ def test_a_lost_sharer_is_an_error_or_the_receiver_alone(pair, share, proxy, fau
         assert server.metric("c2c_sharer_up", sharer="0") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("death", [dies_in_mid_prefill, dies_in_mid_body])
 def test_a_sharer_that_is_killed_while_it_reads(death, policy):
@@ -225,7 +209,7 @@ def test_a_sharer_that_is_killed_while_it_reads(death, policy):
 
 def test_streams_say_it_before_their_first_word(pair, proxy):
     with far(pair, proxy.url, policy="receiver_only") as server:
-        proxy.spoil(cut=4000)
+        proxy.spoil(cut=2000)
         plain = events(server.chat(stream=True, n=2).text)
         for index in range(2):
             chunks = [chunk for chunk in plain[:-1] if chunk["choices"][0]["index"] == index]
@@ -245,7 +229,7 @@ def test_streams_say_it_before_their_first_word(pair, proxy):
 
 def test_a_stream_that_can_not_begin_has_the_status_of_its_error(pair, proxy):
     with far(pair, proxy.url) as server:
-        proxy.spoil(cut=4000)
+        proxy.spoil(cut=2000)
         response = server.chat(stream=True)
         assert (response.status_code, response.json()["error"]["code"]) == (502, "sharer_lost")
         with pytest.raises(openai.InternalServerError, match="the sharer could not be asked"):
@@ -256,7 +240,7 @@ def test_a_stream_that_has_begun_ends_with_an_error(pair):
     """The second of two prompts is refused when the answer to the first is on its way."""
     length = pair.sharers[0].tokenizer(TEXTS[1], return_tensors="pt")["input_ids"].numel() + 2
     with (
-        sharing(pair.sharers[0], limits=Limits(tokens=length, requests_per_minute=0)) as small,
+        sharing(pair.sharers[0], max_tokens=length) as small,
         far(pair, small.url) as server,
     ):
         body = {"model": NAME, "prompt": [TEXTS[0], TEXTS[1] * 3], "max_tokens": 5, "temperature": 0}
@@ -278,19 +262,6 @@ def test_another_model_at_the_address_is_an_error_under_every_policy(pair, share
         assert server.get("/health").json()["sharers"][0]["code"] == "mismatch"
         proxy.port = share.port
         assert text_of(server.chat()) == fused(pair, "hello there")
-
-
-def test_a_lost_sharer_does_not_hold_up_the_others(pair, proxy):
-    """Who asks soon after a loss is told at once, and the sharer is not asked."""
-    with far(pair, proxy.url, timeout=1.0, rest=PATIENCE) as server:
-        proxy.spoil(rate=100)
-        first = server.chat()
-        asked, began = len(proxy.requests), time.monotonic()
-        second = server.chat()
-        assert time.monotonic() - began < 1.0
-        assert len(proxy.requests) == asked
-        assert (first.status_code, second.status_code) == (504, 504)
-        assert "will be asked again in" in second.json()["error"]["message"]
 
 
 def test_a_client_that_does_not_wait_for_a_slow_sharer(pair, proxy):

@@ -66,7 +66,7 @@ class ModelLoadError(C2CError, OSError):
 
 
 # Codes of failures that concern one request: the sharer is up, and another request may succeed.
-_REQUEST_CODES = frozenset({"too_long", "tokens", "order", "layer", "precision", "fuser", "failed"})
+_REQUEST_CODES = frozenset({"too_long", "tokens", "request", "layer", "precision", "fuser", "failed"})
 
 
 class RemoteError(C2CError, ConnectionError):

@@ -15,7 +15,7 @@ from transformers import Cache, PreTrainedModel
 from c2c import kv_cache, rope
 from c2c.errors import CacheError, ContextLengthError, MismatchError, PromptError
 from c2c.generation import DEFAULT_NEW_TOKENS, FirstTokenTimer, PrefilledPrompt, as_list, unbatch
-from c2c.handoff import Handoff, reading
+from c2c.handoff import Handoff, Reading, reading
 from c2c.identity import ModelIdentity, differences, identify
 from c2c.loading import load
 from c2c.messages import conversations
@@ -361,19 +361,21 @@ class Sharer(LanguageModel):
         tokens = left_pad([plan.ids], 0)
         self.check_prompt(tokens)
         cache: Cache = kv_cache.empty_cache()
-        known = 0
         if reuse is not None:
             hard, soft = differences("sharer", reuse.sharer, self.identity)
             if hard or soft:
                 raise MismatchError(hard + soft, "Extend a handoff with the model that made it.")
             known = min(reuse.shared_prefix(plan.ids), len(plan.ids) - 1)
-        if known:
-            cache = kv_cache.crop(reuse.cache(self.dtype, self.device), known)  # type: ignore[union-attr]
+            cache = kv_cache.crop(reuse.cache(self.dtype, self.device), known) if known else cache
+        return self._read_prompt(plan, tokens, cache, draft_tokens)
+
+    def _read_prompt(self, plan: Reading, tokens: TokenBatch, cache: Cache, draft_tokens: int) -> Handoff:
+        """Prefill what ``cache`` does not hold yet, draft, and return all of it as a handoff."""
         if draft_tokens <= 0:
             cache = self.prefill(tokens, cache=cache)
-            return Handoff.from_cache(self.identity, *plan.tensors(), kv_cache.layers(cache))
-        ids, cache = self.draft(tokens, cache, draft_tokens)
-        plan = plan.followed_by(ids[len(plan.ids) :])
+        else:
+            ids, cache = self.draft(tokens, cache, draft_tokens)
+            plan = plan.followed_by(ids[len(plan.ids) :])
         return Handoff.from_cache(self.identity, *plan.tensors(), kv_cache.layers(cache))
 
     def draft(self, tokens: TokenBatch, cache: Cache, count: int) -> tuple[list[int], Cache]:

@@ -13,7 +13,7 @@ import typer
 import yaml
 
 from c2c.cli.output import err
-from c2c.pull.defaults import DEFAULT_RECEIVER, DEFAULT_SHARER
+from c2c.hub_aliases import DEFAULT_RECEIVER, DEFAULT_SHARER
 
 if TYPE_CHECKING:
     from c2c.model import C2CModel
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 _PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
 _KEY_VARIABLE = "C2C_API_KEY"
 _SHARER_SECONDS = 60.0
-_SHARER_REST = 5.0  # a lost sharer holds up the whole server: it is not asked again at once
 
 
 class EngineName(StrEnum):
@@ -137,7 +136,9 @@ def serve(
     from c2c.serving.http_config import HTTPConfig
     from c2c.serving.server import listen
 
-    HTTPConfig(host=host, api_key=_keys(api_key)).keys()  # refuses an open address without keys, before models load
+    HTTPConfig(
+        host=host, api_key=list(_keys(api_key))
+    ).keys()  # refuses an open address without keys, before models load
     fuser = _one_fuser(fuser, fuser_option)
     extra = _engine_options(engine, sharer_engine, engine_option)
     sock = listen(host, port)
@@ -242,9 +243,9 @@ def _sharer(
     given = {"on_failure": on_failure, "timeout": timeout, "precision": precision, "verify": ca}
     given = {name: value for name, value in given.items() if value is not None}
     if source is not None and source.startswith(("http://", "https://")):
-        from c2c.remote.sharer import RemoteSharer
+        from c2c.remote import RemoteSharer
 
-        options: dict[str, Any] = {"timeout": _SHARER_SECONDS, "rest": _SHARER_REST} | given
+        options: dict[str, Any] = {"timeout": _SHARER_SECONDS} | given
         return RemoteSharer(source, **options)
     if engine is EngineName.VLLM:
         given.pop("on_failure", None)  # which is for its fused caches too

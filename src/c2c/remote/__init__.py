@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from c2c.errors import RemoteError, SharerLost
 
 if TYPE_CHECKING:
-    from c2c.remote.sharer import RemoteSharer
+    from c2c.remote.client import RemoteSharer
 
 __all__ = ["RemoteError", "RemoteSharer", "SharerLost"]
 
@@ -19,6 +19,6 @@ def __getattr__(name: str) -> Any:
     """Import the client on first use."""
     if name != "RemoteSharer":
         raise AttributeError(f"module 'c2c.remote' has no attribute {name!r}")
-    from c2c.remote.sharer import RemoteSharer
+    from c2c.remote.client import RemoteSharer
 
     return RemoteSharer

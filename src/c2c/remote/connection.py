@@ -1,41 +1,48 @@
-"""The client's HTTP side: one request, its signed answer frame by frame, and another attempt where that may help."""
+"""The HTTP side of ``RemoteSharer``: one call with its time limit and retries, and its failures as errors."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import secrets
+import ssl
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Never, TypeVar
+from pathlib import Path
+from typing import Any, NamedTuple, Never, TypeVar
 
 import httpx
-from torch import Tensor
+from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_attempt, stop_before_delay
+from tenacity.wait import wait_random_exponential
 
 from c2c.errors import RemoteError, SharerChanged
 from c2c.identity import ModelIdentity, differences
-from c2c.remote.frame import MEDIA_TYPE, CutOffError, Frame, FrameError, FrameReader, body_of, encode
-from c2c.remote.freshness import WINDOW, Freshness, StaleError
-from c2c.remote.retry import STATUSES, Backoff, TransientError
-from c2c.remote.signature import Signer
+from c2c.remote.wire import CutOffError, WireError
 from c2c.version import __version__
 
 T = TypeVar("T")
 _CONNECT_SECONDS = 10.0
 _LONGEST_ERROR = 1 << 16
+_RETRIED = frozenset({429, 502, 503, 504})
+_backoff = wait_random_exponential(multiplier=0.25, max=8.0)
+
+
+class TransientError(Exception):
+    """A failure after which another attempt may succeed.
+
+    Attributes:
+        status: the HTTP status, None where the connection failed.
+        retry_after: seconds that the server wants the client to wait.
+    """
+
+    def __init__(self, message: str, status: int | None = None, retry_after: float = 0.0) -> None:
+        super().__init__(message)
+        self.status, self.retry_after = status, retry_after
 
 
 @dataclass
 class Traffic:
-    """What has crossed since the connection was made.
-
-    Attributes:
-        requests: attempts.
-        retries: those of them that followed a failure.
-        sent: bytes of request bodies.
-        received: bytes of answers.
-    """
+    """Counters of a connection: attempts, those that followed a failure, bytes of requests and of answers."""
 
     requests: int = 0
     retries: int = 0
@@ -43,195 +50,200 @@ class Traffic:
     received: int = 0
 
 
+class Loss(NamedTuple):
+    """Why a sharer did not answer: one word, the whole message, HTTP status if any, seconds since 1970."""
+
+    code: str
+    message: str
+    status: int | None
+    since: float
+
+
 class Connection:
-    """Asks one server.
+    """Calls one server.
 
     Args:
         url: ``http://host:port`` or ``https://host:port``.
-        token: bearer token.
-        signer: tags requests and checks answers.
+        token: bearer key.
         verify: as in httpx: True, False, or an ``ssl.SSLContext``.
         timeout: seconds for one call, all attempts included.
-        backoff: when to try again.
+        retries: attempts after the first.
+
+    Attributes:
+        lost: why the last call failed; None if it did not, or if only the request was at fault.
     """
 
-    def __init__(
-        self, url: str, token: str | None, signer: Signer, verify: Any, timeout: float, backoff: Backoff
-    ) -> None:
+    def __init__(self, url: str, token: str | None, verify: Any, timeout: float, retries: int) -> None:
         self.url, self.timeout, self.traffic = url.rstrip("/"), timeout, Traffic()
-        self._signer, self._backoff = signer, backoff
-        self._freshness = Freshness(WINDOW + timeout)  # a message may be under way for as long as a call may take
-        headers = {
-            "User-Agent": f"cache2cache/{__version__}",
-            "Content-Type": MEDIA_TYPE,
-            "Accept-Encoding": "identity",
-        }
-        if token:
-            headers["Authorization"] = f"Bearer {token}"
-        self._client = httpx.Client(
-            headers=headers, verify=verify, http2=importlib.util.find_spec("h2") is not None, follow_redirects=False
-        )
+        self.lost: Loss | None = None
+        self._retries = retries
+        headers = {"User-Agent": f"cache2cache/{__version__}", "Content-Type": "application/json"}
+        headers |= {"Authorization": f"Bearer {token}"} if token else {}
+        self._client = httpx.Client(headers=headers, verify=verify, follow_redirects=False)
 
     def close(self) -> None:
         """Close the sockets."""
         self._client.close()
 
-    def call(
-        self,
-        path: str,
-        header: Mapping[str, Any],
-        tensors: Mapping[str, Tensor],
-        read: Callable[[Iterator[Frame]], T],
-        largest: int,
-    ) -> T:
-        """Send one frame and read the answer.
+    def call(self, path: str, read: Callable[[Iterator[bytes]], T], body: bytes | None = None, model: Any = None) -> T:
+        """Send a request and read the answer.
 
         Args:
-            path: such as ``/v1/share``.
-            header: without nonce and time, which each attempt gets anew.
-            tensors: the body.
-            read: reads the frames of an answer; called again from the start for another attempt.
-            largest: longest body that a frame of the answer may have.
+            path: such as ``/v1/prefill``.
+            read: reads the bytes of an answer; called again from the start for another attempt.
+            body: JSON to post; a GET without it.
+            model: identity of the model that the request is for.
 
         Raises:
-            RemoteError: refused, lost, too slow, damaged or forged. SharerChanged: another model is served.
+            RemoteError: refused, lost, too slow or damaged. SharerChanged: another model is served.
         """
-        deadline, failures = time.monotonic() + self.timeout, 0
-        header, body = {**header, "request": secrets.token_hex(16)}, body_of(tensors)
-        while True:
-            try:
-                return self._attempt(path, header, body, read, largest, deadline)
-            except TransientError as error:
-                failures += 1
-                pause = self._backoff.pause(failures, error.retry_after)
-                if pause is None or time.monotonic() + pause > deadline:
-                    self._give_up(error, failures)
-                self.traffic.retries += 1
-                time.sleep(pause)
-            except FrameError as error:
-                raise RemoteError(f"the answer of the sharer at {self.url} was refused: {error}", error.code) from error
-
-    def _attempt(
-        self,
-        path: str,
-        header: Mapping[str, Any],
-        body: bytes,
-        read: Callable[[Iterator[Frame]], T],
-        largest: int,
-        deadline: float,
-    ) -> T:
-        nonce = secrets.token_hex(16)
-        content = b"".join(encode({**header, "nonce": nonce, "time": time.time()}, body, self._signer))
-        self.traffic.requests += 1
-        self.traffic.sent += len(content)
-        left = max(0.001, deadline - time.monotonic())
-        limits = httpx.Timeout(left, connect=min(left, _CONNECT_SECONDS))
+        headers = {"X-Request-Id": secrets.token_hex(16)}  # the same for all attempts
+        method = "GET" if body is None else "POST"
+        request = self._client.build_request(method, self.url + path, content=body, headers=headers)
         try:
-            with self._client.stream("POST", self.url + path, content=content, timeout=limits) as response:
-                if response.status_code != 200:
-                    self._refused(response, deadline, header.get("sharer"))
-                reader = FrameReader(self._pieces(response, deadline), self._signer, largest)
-                return read(self._checked(reader, nonce, str(header["request"])))
+            result = self._retried(request, read, model)
+        except RemoteError as error:
+            self.lost = None if error.about_request else Loss(error.code, str(error), error.status, time.time())
+            raise
+        except SharerChanged as error:
+            self.lost = Loss("mismatch", str(error), None, time.time())
+            raise
+        self.lost = None
+        return result
+
+    def _retried(self, request: httpx.Request, read: Callable[[Iterator[bytes]], T], model: Any) -> T:
+        deadline = time.monotonic() + self.timeout
+        retrying = Retrying(
+            stop=stop_after_attempt(self._retries + 1) | stop_before_delay(self.timeout),
+            wait=_pause,
+            retry=retry_if_exception_type(TransientError),
+            before_sleep=self._count_retry,
+            reraise=True,
+        )
+        try:
+            result: T = retrying(self._attempt, request, read, deadline, model)
+            return result
+        except TransientError as error:
+            self._give_up(error, int(retrying.statistics["attempt_number"]))
+        except WireError as error:
+            raise RemoteError(f"the answer of the sharer at {self.url} was refused: {error}", error.code) from error
+
+    def _attempt(self, request: httpx.Request, read: Callable[[Iterator[bytes]], T], deadline: float, model: Any) -> T:
+        left = max(0.001, deadline - time.monotonic())
+        request.extensions["timeout"] = httpx.Timeout(left, connect=min(left, _CONNECT_SECONDS)).as_dict()
+        self.traffic.requests += 1
+        self.traffic.sent += len(request.content)
+        try:
+            response = self._client.send(request, stream=True)
+            try:
+                pieces = self._pieces(response, deadline)
+                return read(pieces) if response.status_code == 200 else self._refused(response, pieces, model)
+            finally:
+                self.traffic.received += response.num_bytes_downloaded
+                response.close()
         except (httpx.ReadTimeout, httpx.WriteTimeout, httpx.PoolTimeout) as error:
             raise self._too_slow() from error
         except CutOffError as error:
-            raise TransientError(f"the answer was cut off: {error}") from error
-        except httpx.TransportError as error:
+            raise TransientError(str(error)) from error
+        except (httpx.TransportError, httpx.DecodingError) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
-            if "CERTIFICATE_VERIFY" in reason:
-                raise RemoteError(
-                    f"the certificate of {self.url} is not trusted: {reason}. Pass verify=... (c2c serve: "
-                    "--sharer-ca) with the file of its certificate authority.",
-                    "certificate",
-                ) from error
-            raise TransientError(reason) from error
+            if "CERTIFICATE_VERIFY" not in reason:
+                raise TransientError(reason) from error
+            advice = "Pass verify=... (c2c serve: --sharer-ca) with the file of its certificate authority."
+            message = f"the certificate of {self.url} is not trusted: {reason}. {advice}"
+            raise RemoteError(message, "certificate") from error
 
     def _pieces(self, response: httpx.Response, deadline: float) -> Iterator[bytes]:
         """The bytes of an answer, as long as there is time."""
-        for piece in response.iter_raw():
-            self.traffic.received += len(piece)
+        for piece in response.iter_bytes():
             if time.monotonic() > deadline:
                 raise self._too_slow()
             yield piece
 
-    def _checked(self, reader: FrameReader, nonce: str, request: str) -> Iterator[Frame]:
-        """Frames that answer this attempt, in their order, up to the end that must be there."""
-        for number, frame in enumerate(reader):
-            header = frame.header
-            if header.get("nonce") != nonce or header.get("request") != request:
-                raise FrameError("it answers another request: it was replayed or mixed up.", "replayed")
-            if header.get("number") != number:
-                raise FrameError(f"message {header.get('number')!r} came where {number} was expected.", "replayed")
-            self._check_time(header.get("time"))
-            if frame.kind == "error":
-                raise RemoteError(
-                    f"the sharer at {self.url} failed: {header.get('message')}", str(header.get("code")), 200
-                )
-            yield frame
-            if frame.kind in ("end", "hello"):
-                return
-        raise CutOffError(f"the data ends before its last message, after {reader.count} bytes.", "cut_off")
-
-    def _check_time(self, sent: Any) -> None:
-        if not self._signer.signs:
-            return
-        try:
-            self._freshness.check_time(float(sent))
-        except (StaleError, TypeError, ValueError) as error:
-            raise FrameError(f"{error}", "replayed") from error
-
-    def _refused(self, response: httpx.Response, deadline: float, expected: Any) -> Never:
+    def _refused(self, response: httpx.Response, pieces: Iterator[bytes], model: Any) -> Never:
         """Turn a status other than 200 into an error."""
-        status, error = response.status_code, self._error(response, deadline)
-        code, message = str(error.get("code", "status")), str(error.get("message") or response.reason_phrase)
-        if status in STATUSES:
-            raise TransientError(f"it answered {status}: {message}", status, _seconds(response.headers))
-        if code == "mismatch" and expected is not None and isinstance(error.get("sharer"), dict):
-            hard, soft = differences(
-                "sharer", ModelIdentity.from_dict(expected), ModelIdentity.from_dict(error["sharer"]), "connection"
-            )
-            raise SharerChanged(
-                hard + soft or ["sharer: the server refused its identity"],
-                f"Another model is served at {self.url} now: connect again, and use a fuser that was made for it.",
-                "connection",
-            )
+        status, error = response.status_code, _error_of(pieces)
+        code, message = str(error.get("code") or "status"), str(error.get("message") or response.reason_phrase)
+        if status in _RETRIED:
+            after = response.headers.get("retry-after", "")
+            raise TransientError(f"it answered {status}: {message}", status, float(after) if after.isdigit() else 0.0)
+        if code == "mismatch" and model is not None:
+            check_unchanged(model, error.get("sharer"), self.url)
+        if status == 401:
+            message += " Pass token=... to RemoteSharer, or set C2C_TOKEN."
         raise RemoteError(f"the sharer at {self.url} answered {status}: {message}", code, status)
 
-    def _error(self, response: httpx.Response, deadline: float) -> dict[str, Any]:
-        held = b""
-        for piece in self._pieces(response, deadline):
-            held += piece
-            if len(held) > _LONGEST_ERROR:
-                break
-        try:
-            error = json.loads(held)["error"]
-        except (ValueError, KeyError, TypeError, RecursionError):
-            return {}
-        return error if isinstance(error, dict) else {}
+    def _count_retry(self, state: RetryCallState) -> None:
+        self.traffic.retries += 1
 
-    def _give_up(self, error: TransientError, failures: int) -> Never:
-        advice = {
-            429: "Wait, or start it with a larger --rate.",
-            None: "Is `c2c share` running there, and is the address right?",
-        }.get(error.status, "Try again later.")
-        code = {429: "rate", None: "unreachable"}.get(error.status, "busy")
-        raise RemoteError(
-            f"the sharer at {self.url} gave no answer in {failures} attempt{'s' if failures > 1 else ''}: "
-            f"{str(error).rstrip('.')}. {advice}",
-            code,
-            error.status,
-        ) from error
+    def _give_up(self, error: TransientError, attempts: int) -> Never:
+        code, advice = {
+            429: ("rate", "Wait, or start it with a larger --rate."),
+            None: ("unreachable", "Is `c2c share` running there, and is the address right?"),
+        }.get(error.status, ("busy", "Try again later."))
+        count = f"{attempts} attempt{'s' if attempts > 1 else ''}"
+        message = f"the sharer at {self.url} gave no answer in {count}: {str(error).rstrip('.')}. {advice}"
+        raise RemoteError(message, code, error.status) from error
 
     def _too_slow(self) -> RemoteError:
-        return RemoteError(
-            f"the sharer at {self.url} took longer than {self.timeout:g} seconds. Pass a larger timeout=..., or ask "
-            "for fewer bytes: precision='int8'.",
-            "timeout",
-        )
+        advice = "Pass a larger timeout=..., or ask for fewer bytes: precision='int8'."
+        message = f"the sharer at {self.url} took longer than {self.timeout:g} seconds. {advice}"
+        return RemoteError(message, "timeout")
 
 
-def _seconds(headers: httpx.Headers) -> float | None:
+def check_unchanged(expected: ModelIdentity, given: Any, url: str) -> None:
+    """Compare the model that a server names with the one that it named in the handshake.
+
+    Raises:
+        SharerChanged: they differ. WireError: no identity was given.
+    """
     try:
-        return max(0.0, float(headers["retry-after"]))
-    except (KeyError, ValueError):
-        return None
+        hard, soft = differences("sharer", expected, ModelIdentity.from_dict(given), "connection")
+    except (TypeError, AttributeError) as error:
+        raise WireError("the identity of the model is missing.") from error
+    if hard or soft:
+        advice = f"Another model is served at {url} now: connect again, and use a fuser that was made for it."
+        raise SharerChanged(hard + soft, advice, "connection")
+
+
+def ssl_context(verify: Any, client_cert: str | Path | None) -> Any:
+    """Return what httpx verifies with: certificates to trust from a file, and a client certificate with its key.
+
+    Raises:
+        RemoteError: a file that can't be used.
+    """
+    trusted = str(verify) if isinstance(verify, str | Path) else None
+    if trusted is None and client_cert is None:
+        return verify
+    try:
+        context = verify if isinstance(verify, ssl.SSLContext) else ssl.create_default_context(cafile=trusted)
+        if verify is False:
+            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        if client_cert is not None:
+            context.load_cert_chain(str(client_cert))
+    except OSError as error:
+        advice = (
+            "Pass files in PEM form: verify=... (c2c serve: --sharer-ca) with those to trust, client_cert=... with "
+        )
+        given = [f"{name}={str(path)!r}" for name, path in (("verify", trusted), ("client_cert", client_cert)) if path]
+        message = f"{' or '.join(given)} holds no certificates: {error}. {advice}"
+        raise RemoteError(f"{message}your own and its key.", "certificate") from error
+    return context
+
+
+def _error_of(pieces: Iterator[bytes]) -> dict[str, Any]:
+    held = b""
+    for piece in pieces:
+        held += piece
+        if len(held) > _LONGEST_ERROR:
+            break
+    try:
+        error = json.loads(held)["error"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return {}
+    return error if isinstance(error, dict) else {}
+
+
+def _pause(state: RetryCallState) -> float:
+    error = state.outcome.exception() if state.outcome is not None else None
+    return max(_backoff(state), error.retry_after if isinstance(error, TransientError) else 0.0)

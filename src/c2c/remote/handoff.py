@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
-
-import torch
-from transformers import Cache
+from typing import Any, Never
 
 from c2c.errors import HandoffError
 from c2c.fusers import Fuser
-from c2c.handoff import Handoff, Precision
+from c2c.handoff import Handoff
 from c2c.kv_cache import KeyValue
-from c2c.remote.fuser_hash import fuser_hash
+from c2c.remote.protocol import fuser_hash
 
 _ADVICE = "Read with sharer.read(...), which sends everything."
 
@@ -62,16 +58,11 @@ class PartialHandoff(Handoff):
             raise HandoffError(f"this handoff was projected with another fuser on the sharer's machine. {_ADVICE}")
         return list(self.entries)
 
-    def cache(self, dtype: torch.dtype, device: torch.device) -> Cache:
-        """Refused: there is no whole cache."""
-        raise HandoffError(f"this handoff holds only what one fuser reads, and no cache can be made of it. {_ADVICE}")
+    def _refuse(self, *args: Any, **kwargs: Any) -> Never:
+        """Refuse: what is missing would be missing for other fusers, and the precision was chosen when it crossed."""
+        raise HandoffError(
+            f"this handoff holds only what one fuser reads, as {self.precision}: it has no whole cache, and is neither "
+            f"converted nor saved. {_ADVICE}"
+        )
 
-    def to(self, precision: Precision) -> Handoff:
-        """Refused: the precision was chosen when it crossed."""
-        raise HandoffError(f"this handoff crossed as {self.precision} and stays so. {_ADVICE}")
-
-    def save(
-        self, path: str | Path, *, bound_to: str | None = None, expires: float | None = None, key: bytes | None = None
-    ) -> None:
-        """Refused: what is missing would be missing for other fusers."""
-        raise HandoffError(f"this handoff holds only what one fuser reads, and is not saved. {_ADVICE}")
+    cache = to = save = _refuse

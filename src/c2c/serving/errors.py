@@ -80,7 +80,7 @@ def validation_error(first: Mapping[str, Any]) -> ApiError:
     """Convert the first error of pydantic: which field, and what is wrong, but not its value, which may be a text."""
     param = ".".join(str(part) for part in first.get("loc", ()))
     match first.get("type"):
-        case "extra_forbidden":
+        case "extra_forbidden" | "unexpected_keyword_argument":
             return invalid(f"unknown parameter {param}: leave it out.", param, "unknown_parameter")
         case "missing" if param:
             return invalid(f"{param} is missing.", param, "missing_parameter")

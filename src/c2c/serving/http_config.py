@@ -6,7 +6,7 @@ import hashlib
 import hmac
 import ipaddress
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,7 +23,7 @@ class HTTPConfig:
 
     host: str = field(default="127.0.0.1", metadata={"help": "Address to listen at; 0.0.0.0 for all."})
     port: int = field(default=8000, metadata={"help": "Port to listen at; 0 for a free one.", "min": 0, "max": 65535})
-    api_key: Sequence[str] | None = field(
+    api_key: list[str] | None = field(
         default=None, repr=False, metadata={"help": "Bearer key that clients must send; may be repeated."}
     )
     key_file: Path | None = field(default=None, metadata={"help": "File with such keys, one a line."})
@@ -51,19 +51,22 @@ class HTTPConfig:
         """Bytes of a request at most."""
         return int(self.max_body_mb * 1e6)
 
+    @property
+    def exposed(self) -> bool:
+        """Whether others than this machine can reach the server."""
+        return not is_loopback(self.host)
+
     def keys(self) -> KeyRing:
-        """Collect the keys of options and key file, else of the environment.
+        """Collect the keys of the option, else of the environment, and those of the key file.
 
         Raises:
             ServerError: an empty key, an unreadable key file, or no key and an address that others can reach.
         """
-        given = list(self.api_key or ())
+        given = list(self.api_key or os.environ.get(self.key_variable, "").replace(",", " ").split())
         if any(not key.strip() for key in given):
             raise ServerError("an empty API key was given: give some characters, or leave the option out.")
-        if self.key_file is not None:
-            given += read_keys(self.key_file)
-        ring = KeyRing(given or os.environ.get(self.key_variable, "").replace(",", " ").split())
-        if not ring and not self.insecure and not is_loopback(self.host):
+        ring = KeyRing(given + (read_keys(self.key_file) if self.key_file is not None else []))
+        if not ring and not self.insecure and self.exposed:
             raise ServerError(
                 f"{self.host} can be reached by others, who could use this server without a key. Set "
                 f"{self.key_variable}, or pass --insecure if that is what you want."

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from c2c.model import C2CModel
+from c2c.remote import RemoteSharer
 from c2c.remote.handoff import PartialHandoff
-from c2c.remote.sharer import RemoteSharer
 from c2c.serving.engine import AskToRead
 from c2c.serving.errors import invalid
 from c2c.serving.events import Read

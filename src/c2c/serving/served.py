@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from c2c.model import C2CModel
-from c2c.remote.sharer import RemoteSharer
+from c2c.remote import RemoteSharer
 from c2c.serving.engine import Description, SharerState, Way
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from c2c.messages import Conversation
 from c2c.model import C2CModel
-from c2c.remote.sharer import RemoteSharer
+from c2c.remote import RemoteSharer
 from c2c.serving.engine import Ask, Way
 from c2c.serving.errors import invalid
 from c2c.serving.fused import Fused

@@ -22,6 +22,7 @@ from transformers import Cache, DynamicCache
 
 from c2c import kv_cache
 from c2c.language_model import LanguageModel
+from c2c.prefill import prefill
 from c2c.tokens import left_pad
 from c2c.utils import save_atomically
 
@@ -149,7 +150,7 @@ class PrefillStore:
     def _compute(self, prompts: Sequence[Sequence[int]]) -> list[PromptCache]:
         self.computed += len(prompts)
         tokens = left_pad(prompts, 0)
-        cache = self.model.prefill(tokens)
+        cache = prefill(self.model.model, tokens.to(self.model.device), tokens.length)
         entries = []
         for row, ids in enumerate(prompts):
             entries.append(self._extract(cache, row, tokens.length - len(ids), tokens.length))

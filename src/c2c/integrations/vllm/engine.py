@@ -30,7 +30,7 @@ from c2c.integrations.vllm.versions import check_version, installed
 from c2c.integrations.vllm.ways import HostedWays
 from c2c.language_model import LanguageModel
 from c2c.model import C2CModel
-from c2c.remote.sharer import RemoteSharer
+from c2c.remote import RemoteSharer
 from c2c.serving.answers import Answers
 from c2c.serving.batch import Prefilled
 from c2c.serving.batch import write as write_here

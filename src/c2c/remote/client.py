@@ -1,0 +1,399 @@
+"""RemoteSharer: a sharer whose weights are on another machine, in the place of a local one."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from operator import itemgetter
+from pathlib import Path
+from typing import Any, Literal, Never, Self, TypeVar, cast
+
+import httpx
+import torch
+from torch import Tensor
+from transformers import Cache
+
+from c2c import kv_cache
+from c2c.errors import CacheError, MismatchError, RemoteError, SharerLost
+from c2c.fusers import Fuser
+from c2c.handoff import Handoff, Packed, Precision, Reading
+from c2c.identity import ModelIdentity, differences, identify
+from c2c.kv_cache import KVGeometry
+from c2c.language_model import Sharer, Wanted
+from c2c.remote.connection import Connection, Loss, Traffic, check_unchanged, ssl_context
+from c2c.remote.handoff import PartialHandoff
+from c2c.remote.model_stub import build_model, load_tokenizer, load_tokenizer_files
+from c2c.remote.protocol import HANDSHAKE_PATH, PREFILL_PATH, Handshake, PrefillRequest, fuser_hash, slots_of
+from c2c.remote.wire import (
+    NUMBER_BYTES,
+    OVERHEAD,
+    PRECISIONS,
+    Record,
+    WireError,
+    native,
+    packed_bytes,
+    read_records,
+    spread,
+    unpack,
+)
+from c2c.serving.http_config import is_loopback, read_keys
+from c2c.tokens import TokenBatch
+
+T = TypeVar("T")
+Rows = list[tuple[Packed, Packed]]  # keys and values of each row of a layer
+_LARGEST_HANDSHAKE = 1 << 28
+
+
+class RemoteSharer(Sharer):
+    """The model behind ``c2c share``, used like a local :class:`~c2c.language_model.Sharer`.
+
+    It connects at once: identity, tokenizer and config of the model cross, no weights. A prefill then brings the
+    entries that a fuser reads, and nothing else. The server keeps nothing: ``read`` with ``reuse=`` lets it read
+    everything again, but only what is new crosses.
+
+    Args:
+        url: ``https://host:port``, or ``http://...``.
+        token: bearer key; by default ``C2C_TOKEN`` of the environment, or the first key of ``key_file``.
+        key_file: file with the key; by default ``C2C_KEY_FILE`` of the environment.
+        verify: whether to check the server's certificate, a file of certificates to trust, or an ``ssl.SSLContext``.
+        client_cert: PEM file with a certificate and its key, for servers that want one; by default
+            ``C2C_CLIENT_CERT`` of the environment.
+        precision: of entries on the wire: ``float32``, ``bfloat16``, ``float16``, ``int8`` or ``float8``; by default
+            the model's own, which changes nothing, or the finest that the server gives.
+        on_failure: when the sharer is lost after the model was made: ``raise``, or ``receiver_only``: the receiver
+            answers alone, and the report says so.
+        timeout: seconds for one call, all attempts included.
+        retries: further attempts when the connection fails or the server is busy.
+        tokenizer: the model's tokenizer where it is at hand (object, alias, hub id or folder); it need not cross then.
+
+    Attributes:
+        precision: of entries on the wire.
+
+    Raises:
+        RemoteError: the server can't be reached, refuses, or is no such server; later ``SharerLost`` in its place with
+            ``on_failure="receiver_only"``.
+        MismatchError: the tokenizer is not the model's; later another model is served.
+    """
+
+    generates = False
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        token: str | None = None,
+        key_file: str | Path | None = None,
+        verify: Any = True,
+        client_cert: str | Path | None = None,
+        precision: str | None = None,
+        on_failure: Literal["raise", "receiver_only"] = "raise",
+        timeout: float = 120.0,
+        retries: int = 3,
+        tokenizer: Any = None,
+    ) -> None:
+        token, key_file = token or os.environ.get("C2C_TOKEN"), key_file or os.environ.get("C2C_KEY_FILE")
+        if not token and key_file:
+            token = read_keys(key_file)[0]
+        _check_options(url, token, precision, on_failure)
+        trust = ssl_context(verify, client_cert or os.environ.get("C2C_CLIENT_CERT"))
+        self._connection = Connection(url, token, trust, timeout, retries)
+        self.url, self.on_failure, self._asked = self._connection.url, on_failure, precision
+        self._fuser: Fuser | None = None
+        made = self._handshake = self._shake_hands(with_tokenizer=tokenizer is None)
+        if tokenizer is not None:
+            tokenizer = load_tokenizer(tokenizer)
+        elif made.tokenizer is not None:
+            tokenizer = load_tokenizer_files(made.tokenizer, self.url)
+        model = build_model(made.config, made.torch_dtype, made.rotary, self.url)
+        _check_claims(made.identity, identify(model, tokenizer, made.identity.name, made.geometry))
+        super().__init__(model, tokenizer, f"{made.identity.name} at {self.url}")
+        self.identity, self.geometry = made.identity, made.geometry
+        self.precision = self._precision_for(made.torch_dtype)
+
+    @property
+    def device(self) -> torch.device:
+        """Where entries arrive: the host."""
+        return torch.device("cpu")
+
+    @property
+    def traffic(self) -> Traffic:
+        """What has crossed since the connection was made."""
+        return self._connection.traffic
+
+    @property
+    def lost(self) -> Loss | None:
+        """Why the last call failed; None if it did not, or if there was none."""
+        return self._connection.lost
+
+    def check_rotary(self) -> None:
+        """Make sure that the rotation can be taken off the model's keys, which the server has tried.
+
+        Raises:
+            CacheError: it can't.
+        """
+        if self._handshake.rotary_error is not None:
+            raise CacheError(self._handshake.rotary_error)
+
+    def release(self) -> None:
+        """Do nothing: the weights are not here."""
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._connection.close()
+
+    def share(self, batch: TokenBatch, wanted: Wanted) -> Cache:
+        """Return the wanted entries at their places; other columns are zero, and other layers empty.
+
+        A batch with more tokens than the server takes at a time is sent in parts.
+
+        Raises:
+            RemoteError: the sharer is lost.
+        """
+        layers, most = sorted(set(wanted.layers)), max(1, self._handshake.tokens // batch.length)
+        columns = [wanted.columns[wanted.rows == row].unique() for row in range(batch.rows)]
+        parts = [
+            self._cache(batch.select(range(i, min(i + most, batch.rows))), columns[i : i + most], layers, wanted.stop)
+            for i in range(0, batch.rows, most)
+        ]
+        by_layer = zip(*(kv_cache.layers(cache) for cache in parts), strict=True)
+        return parts[0] if len(parts) == 1 else kv_cache.from_layers(map(_stacked, by_layer))
+
+    def prefill(self, batch: TokenBatch, stop: int | None = None, cache: Cache | None = None) -> Cache:
+        """Return the whole cache of the first ``stop`` columns: every layer crosses.
+
+        Raises:
+            CacheError: there is a cache to extend, which the server does not have. RemoteError: the sharer is lost.
+        """
+        if cache is not None and cache.layers:
+            raise CacheError(f"{self.name} can't extend a cache that is here. Prefill the whole prompt.")
+        stop = batch.length if stop is None else stop
+        return self._cache(batch, [torch.arange(stop)] * batch.rows, list(range(self.geometry.layers)), stop)
+
+    def for_fuser(self, fuser: Any) -> Self:
+        """Return the same sharer, whose ``read`` sends what this fuser reads, or what the server makes of it."""
+        bound = copy.copy(self)
+        bound._fuser = fuser
+        return bound
+
+    def _only_shares(self, *args: Any, **kwargs: Any) -> Never:
+        """Refuse: the weights are not here; ``read(draft_tokens=...)`` lets the server draft."""
+        raise RemoteError(
+            f"{self.name} only shares its cache: for text the weights are needed, which are on the other machine. Load "
+            "the model here for that (c2c run --mode c2c needs no text of it).",
+            "weights",
+        )
+
+    draft = generate = answer = next_logits = _only_shares
+
+    # -- handoffs ----------------------------------------------------------------------------------------------------
+
+    def _read_prompt(self, plan: Reading, tokens: TokenBatch, cache: Cache, draft_tokens: int) -> Handoff:
+        known = kv_cache.length(cache) if cache.layers else 0
+        kept = torch.tensor(plan.kept) if self._fuser is not None else torch.arange(known, tokens.length)
+        layers = self._fuser.config.source_layers if self._fuser is not None else range(self.geometry.layers)
+        request = self._request(tokens, [kept], sorted(set(layers)), tokens.length, draft_tokens=draft_tokens)
+        if self._fuser is not None:
+            return self._read_for(self._fuser, request, plan)
+        drafted, found = self._prefilled(request, itemgetter(0))
+        ids, kept = plan.followed_by(drafted).tensors()
+        if not known:
+            return Handoff(self.identity, ids, kept, list(found.values()), cast(Precision, self.precision))
+        new = [(keys.unpack(self.dtype), values.unpack(self.dtype)) for keys, values in found.values()]
+        joined = [
+            (torch.cat([old[0], keys], dim=2), torch.cat([old[1], values], dim=2))
+            for old, (keys, values) in zip(kv_cache.layers(cache), new, strict=True)
+        ]
+        return Handoff.from_cache(self.identity, ids, kept, joined)
+
+    def _read_for(self, fuser: Fuser, request: PrefillRequest, plan: Reading) -> PartialHandoff:
+        """What a fuser needs, whichever is less: entries of the layers that it reads, or what becomes of them."""
+        projected = self._projected(request, fuser)
+        if projected is not None:
+            geometry, most = KVGeometry(**fuser.config.receiver_kv), slots_of(fuser) or 0
+            drafted, found = self._prefilled(projected, itemgetter(0), geometry, most)
+            ids, kept = plan.followed_by(drafted).tensors()
+            entries = [
+                (keys.unpack(fuser.dtype).to(fuser.device), values.unpack(fuser.dtype).to(fuser.device))
+                for keys, values in found.values()
+            ]
+            precision, layers, held = cast(Precision, projected.precision), [], frozenset[int]()
+        else:
+            drafted, found = self._prefilled(request, itemgetter(0))
+            ids, kept = plan.followed_by(drafted).tensors()
+            like, none = self._zeros(1, len(ids)), Packed(self._zeros(1, 0))
+            placed = {index: spread([pair], [kept], like) for index, pair in found.items()}
+            layers = [
+                (Packed(placed[index][0]), Packed(placed[index][1])) if index in placed else (none, none)
+                for index in range(self.geometry.layers)
+            ]
+            precision, entries, held = cast(Precision, native(self.dtype)), None, frozenset(found)
+        size, name = sum(k.nbytes + v.nbytes for k, v in found.values()), projected.fuser if projected else None
+        return PartialHandoff(self.identity, ids, kept, layers, precision, held, name, entries, size)
+
+    def _projected(self, request: PrefillRequest, fuser: Fuser) -> PrefillRequest | None:
+        """The request for projected entries, where the server has this fuser and they are fewer bytes."""
+        if not self._handshake.fusers or (name := fuser_hash(fuser)) not in self._handshake.fusers:
+            return None
+        receiver, precision = KVGeometry(**fuser.config.receiver_kv), self._precision_for(fuser.dtype)
+        columns = len(request.columns[0]) + request.draft_tokens
+        slots = columns if slots_of(fuser) is None else slots_of(fuser)
+        raw = packed_bytes(self.geometry, len(request.layers), columns, request.precision)
+        made = packed_bytes(receiver, receiver.layers, slots or 0, precision)
+        return replace(request, fuser=name, precision=precision) if made < raw else None
+
+    # -- requests ----------------------------------------------------------------------------------------------------
+
+    def _request(
+        self, batch: TokenBatch, columns: Sequence[Tensor], layers: Sequence[int], stop: int, **more: Any
+    ) -> PrefillRequest:
+        return PrefillRequest.from_batch(
+            self.identity, batch, columns, layers, stop=stop, precision=self.precision, **more
+        )
+
+    def _cache(self, batch: TokenBatch, columns: Sequence[Tensor], layers: list[int], stop: int) -> Cache:
+        """Entries of a shared prompt in a cache of ``stop`` columns."""
+        self.check_tokens(batch)
+        like, none = self._zeros(batch.rows, stop), self._zeros(batch.rows, 0)
+        found = dict.fromkeys(layers, (like, like))  # rows of which nothing is read
+        if any(map(len, columns)):
+            request = self._request(batch, columns, layers, stop)
+            found = self._prefilled(request, lambda rows: spread(rows, columns, like))[1]
+        return kv_cache.from_layers(found.get(index, (none, none)) for index in range(self.geometry.layers))
+
+    def _prefilled(
+        self, request: PrefillRequest, use: Callable[[Rows], T], geometry: KVGeometry | None = None, slots: int = 0
+    ) -> tuple[list[int], dict[int, T]]:
+        """Post a request and use each layer as it arrives, while the server makes the next.
+
+        Args:
+            request: what is wanted.
+            use: called with the rows of each layer.
+            geometry: of projected entries; the sharer's own without.
+            slots: of projected entries at most, where they are more than the columns.
+
+        Returns:
+            What was drafted, and what ``use`` returned for each layer.
+        """
+        layers = request.layers if geometry is None else list(range(geometry.layers))
+        geometry, body = geometry or self.geometry, request.encode()
+        columns = max(slots, sum(map(len, request.columns)) + request.draft_tokens)
+        largest = packed_bytes(geometry, 1, columns, request.precision) + len(request.ids) * OVERHEAD
+
+        def read(pieces: Iterator[bytes]) -> tuple[list[int], dict[int, T]]:
+            records, found = read_records(pieces, largest), cast(dict[int, T], {})
+            drafted, counts = self._begun(next(records), request)
+            for record in records:
+                if record.kind == "end":
+                    break
+                index = self._manifest(record, "layer").get("layer")
+                if index not in layers or index in found:
+                    raise WireError(f"layer {index!r} was not asked for.")
+                found[index] = use(unpack(record.tensors, geometry, counts, request.precision))
+            if missing := sorted(set(layers) - set(found)):
+                raise WireError(f"layers {missing} did not come.")
+            return drafted, {index: found[index] for index in layers}
+
+        try:
+            if missing := sorted(set(request.layers) - set(self._handshake.layers)):
+                advice = "Use a fuser that reads these, or start it with other --layers."
+                message = f"the sharer at {self.url} does not share layers {missing}, only {self._handshake.layers}."
+                raise RemoteError(f"{message} {advice}", "layer")
+            return self._connection.call(PREFILL_PATH, read, body, self.identity)
+        except RemoteError as error:
+            if self.on_failure == "receiver_only":
+                raise SharerLost(str(error), error.code, error.status) from error
+            raise
+
+    def _begun(self, record: Record, request: PrefillRequest) -> tuple[list[int], list[int]]:
+        """Check who answers what, before any entry is read: the drafted tokens, and the columns of each row."""
+        manifest = self._manifest(record, "begin")
+        check_unchanged(self.identity, manifest.get("sharer"), self.url)
+        drafted: Any = manifest.get("drafted")
+        counts: Any = manifest.get("columns")
+        if not _whole_numbers(drafted, request.draft_tokens, self._handshake.vocabulary):
+            raise WireError("a draft was sent that was not asked for, or with token ids that the model does not have.")
+        wanted = [len(chosen) for chosen in request.columns]
+        wanted[0] += len(drafted)
+        projected = request.fuser is not None and _whole_numbers(counts, 1, 1 << 30) and counts
+        if counts != wanted and not projected:
+            raise WireError(f"{counts!r} columns came, expected {wanted}.")
+        return drafted, counts
+
+    def _manifest(self, record: Record, kind: str) -> dict[str, Any]:
+        """The manifest of a record that must be of one kind."""
+        if record.kind == "error":
+            message = f"the sharer at {self.url} failed: {record.manifest.get('message')}"
+            raise RemoteError(message, str(record.manifest.get("code")), 200)
+        if record.kind != kind:
+            raise WireError(f"a record {record.kind!r} came where {kind!r} was expected.")
+        return record.manifest
+
+    def _shake_hands(self, with_tokenizer: bool) -> Handshake:
+        def read(pieces: Iterator[bytes]) -> Any:
+            held = bytearray()
+            for piece in pieces:
+                held += piece
+                if len(held) > _LARGEST_HANDSHAKE:
+                    raise WireError(f"the handshake is longer than {_LARGEST_HANDSHAKE} bytes.")
+            try:
+                return json.loads(held)
+            except (ValueError, RecursionError) as error:
+                raise WireError("the handshake is not JSON: is that `c2c share`?") from error
+
+        path = HANDSHAKE_PATH + ("?tokenizer=true" if with_tokenizer else "")
+        return Handshake.from_dict(self._connection.call(path, read), self.url)
+
+    def _precision_for(self, dtype: torch.dtype) -> str:
+        """The precision for entries of this type: as asked, else unchanged, else the finest that is given."""
+        given = [name for name in self._handshake.precisions if name in PRECISIONS]
+        wanted = self._asked or native(dtype)
+        if NUMBER_BYTES[wanted] > NUMBER_BYTES[native(dtype)]:
+            wanted = native(dtype)  # more bytes would say no more
+        if wanted not in given and self._asked is not None:
+            message = f"the sharer at {self.url} does not give {self._asked}, only {', '.join(given)}."
+            raise RemoteError(f"{message} Ask for one of these.", "precision")
+        return wanted if wanted in given else given[0]
+
+    def _zeros(self, rows: int, columns: int) -> Tensor:
+        return torch.zeros(rows, self.geometry.kv_heads, columns, self.geometry.head_dim, dtype=self.dtype)
+
+
+def _check_options(url: str, token: str | None, precision: str | None, on_failure: str) -> None:
+    try:
+        parsed = httpx.URL(url)
+    except (httpx.InvalidURL, TypeError) as error:
+        raise RemoteError(f"{url!r} is no URL: {error}. Expected https://host:port.", "url") from error
+    if parsed.scheme not in ("http", "https") or not parsed.host or parsed.userinfo:
+        message = f"the URL {parsed.copy_with(userinfo=b'')} can't be used. Expected https://host:port, without a user "
+        raise RemoteError(f"{message}name; give a key as token=....", "url")
+    if token is not None and not (token.isascii() and token.isprintable()):
+        raise RemoteError("the token has characters that HTTP headers can't hold; expected printable ASCII.", "token")
+    if precision is not None and precision not in PRECISIONS:
+        raise RemoteError(f"unknown precision {precision!r}; expected one of {', '.join(PRECISIONS)}.", "precision")
+    if on_failure not in ("raise", "receiver_only"):
+        raise RemoteError(f"on_failure is {on_failure!r}; expected 'raise' or 'receiver_only'.", "policy")
+    if parsed.scheme == "http" and not is_loopback(parsed.host):
+        message = f"{parsed.host} is asked without TLS: whoever is on the way can read prompts, caches and the token."
+        warnings.warn(f"{message} Use https.", stacklevel=3)
+
+
+def _check_claims(claimed: ModelIdentity, ours: ModelIdentity) -> None:
+    """Whether config, tokenizer and template that came are those of the identity that came."""
+    hard, soft = differences("sharer", claimed, replace(ours, architecture=claimed.architecture), "connection")
+    if hard or soft:
+        advice = "Pass the tokenizer of that model, or none; bring both sides to the same version of transformers."
+        raise MismatchError(hard + soft, advice, "connection")
+
+
+def _whole_numbers(value: Any, most: int, limit: int) -> bool:
+    """Whether ``value`` is a list of at most ``most`` numbers from 0 to below ``limit``."""
+    fits = isinstance(value, list) and len(value) <= most
+    return fits and all(type(number) is int and 0 <= number < limit for number in value)
+
+
+def _stacked(layers: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    return torch.cat([keys for keys, _ in layers]), torch.cat([values for _, values in layers])
