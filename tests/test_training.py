@@ -21,6 +21,7 @@ from c2c.prompting import RenderOptions
 from c2c.training import load_config, train
 from c2c.training.dev_set import DevSet
 from c2c.training.examples import build_examples
+from c2c.training.losses import cross_entropy
 from c2c.training.objective import FuserObjective
 from c2c.training.run import fill, initialise, prepare
 from c2c.training.sampler import LengthGroupedSampler
@@ -56,7 +57,8 @@ def scores_of(folder):
 
 def test_loss_from_stored_caches_equals_the_loss_through_the_public_path(ready):
     model, example = ready.objective.model, ready.train[0]
-    stored = float(ready.objective.token_losses(ready.objective.collate([example]), "matched")[0, 0].detach())
+    batch = ready.objective.collate([example])
+    stored = float(cross_entropy(ready.objective.logits(batch, "matched"), batch.responses)[0, 0].detach())
     fused = model.prefill(example.row.messages, options=RenderOptions(answer_prefix=example.row.answer_prefix))
     logits = model.receiver.next_logits(fused.tokens, fused.cache)
     direct = float(torch.nn.functional.cross_entropy(logits, torch.tensor(example.response_ids[:1])))
