@@ -19,6 +19,11 @@ class ConfigError(C2CError, ValueError):
     """A configuration with unknown keys or impossible values."""
 
 
+def option(default: Any, text: str, **metadata: Any) -> Any:
+    """Declare a field with its help text, which is also its documentation; see :mod:`c2c.cli.options`."""
+    return dataclasses.field(default=default, metadata={"help": text} | metadata)
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read the mapping in a YAML file.
 
