@@ -322,7 +322,7 @@ def test_layers_are_sent_while_the_next_ones_are_made(local):
 
 def submitted(local, monkeypatch, use, **options):
     """Run ``use(worker, request, layers begun)`` on an event loop with a worker that queues one layer."""
-    monkeypatch.setattr(worker_module, "QUEUED_LAYERS", 1)
+    monkeypatch.setattr(worker_module, "QUEUED_BYTES", 1)
     sharer, hold, begun = held_sharer(1)
     hold.set()
     worker = PrefillWorker(sharer, **options)
@@ -336,7 +336,7 @@ def test_finished_layers_wait_for_a_client_that_does_not_read(local, monkeypatch
     async def use(worker, request, begun):
         job = worker.submit(request, time.monotonic() + 60)
         await asyncio.sleep(0.5)
-        assert begun == [0], "the prefill waits too"
+        assert begun == [0, 1], "the prefill waits too"
         records = [record async for record in job.records({})]
         assert begun == [0, 1, 2]
         assert len(records) == 5
