@@ -15,8 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from c2c.fusers import Fuser
 from c2c.fusers.base import load_fuser
+from c2c.hub_aliases import is_pulled, local_path
 from c2c.kv_cache import KVGeometry
-from c2c.pull import is_pulled, local_path
 
 
 def main() -> None:

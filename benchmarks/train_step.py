@@ -35,12 +35,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 from c2c import C2CModel
 from c2c.alignment import Alignment
 from c2c.data.formats import Row
-from c2c.heap import ask_for_large_pages, keep_freed_memory
 from c2c.language_model import Receiver, Sharer
 from c2c.training.config import Precision
-from c2c.training.examples import Example
-from c2c.training.step import FuserTraining
-from c2c.training.store import PrefillStore
+from c2c.training.examples import SharedExample
+from c2c.training.prefill_store import PrefillStore
+from c2c.training.shared_context import SharedContextObjective
 from prefill import RECEIVER, SHARER
 
 KINDS: dict[str, dict[str, Any]] = {"warm": {}, "cold": {"budget": 0}}
@@ -73,8 +72,6 @@ def measure(
     """Medians of every kind of step of one fuser in one precision, and the peak memory of this process."""
     fuser, suffix = RUNS[name]
     torch.set_num_threads(1)
-    ask_for_large_pages()  # both as c2c train does
-    keep_freed_memory()
     model = _model(fuser, receiver, sharer, arguments.seed)
     model.fusers[0].train()
     optimizer = torch.optim.AdamW(model.fusers[0].parameters(), lr=1e-4, weight_decay=0.01, fused=True)
@@ -129,7 +126,9 @@ def _in_process_of_its_own(fuser: str, arguments: argparse.Namespace) -> dict[st
     return part
 
 
-def _step(training: FuserTraining, example: Example, optimizer: torch.optim.Optimizer) -> Callable[[], float]:
+def _step(
+    training: SharedContextObjective, example: SharedExample, optimizer: torch.optim.Optimizer
+) -> Callable[[], float]:
     def run() -> float:
         loss = training([example])["loss"]
         loss.backward()
@@ -166,10 +165,10 @@ def _model(fuser: str, receiver: LlamaConfig, sharer: Qwen2Config, seed: int) ->
     )
 
 
-def _training(model: C2CModel, precision: Precision = "float32", **store: Any) -> FuserTraining:
+def _training(model: C2CModel, precision: Precision = "float32", **store: Any) -> SharedContextObjective:
     """The step with stores in memory, as ``c2c train`` makes them."""
     fuser: Any = model.fusers[0].config
-    training = FuserTraining(
+    training = SharedContextObjective(
         model,
         PrefillStore(model.receiver, range(model.receiver.geometry.layers), **store),
         PrefillStore(model.sharers[0], fuser.source_layers, **store),
@@ -178,23 +177,24 @@ def _training(model: C2CModel, precision: Precision = "float32", **store: Any) -
     return training
 
 
-def _example(arguments: argparse.Namespace, vocab_size: int) -> Example:
+def _example(arguments: argparse.Namespace, vocab_size: int) -> SharedExample:
     """Random tokens, both models reading the same; every token but the last is fused."""
     generator = torch.Generator().manual_seed(arguments.seed)
     prompt, response = (
         torch.randint(10, vocab_size, (count,), generator=generator).tolist()
         for count in (arguments.tokens, arguments.response)
     )
-    return Example(
+    return SharedExample(
         row=Row("0", [], "", ""),
         receiver_ids=prompt,
+        prefix=len(prompt) - 1,
         sharer_ids=prompt[:-1],
         alignment=Alignment.from_pairs([(0, column, column) for column in range(len(prompt) - 1)]),
         response_ids=response,
         weights=[1 / len(response)] * len(response),
         decisive=0,
         choice_ids=[],
-        passage_ids=[],
+        message_ids=[],
     )
 
 

@@ -11,49 +11,58 @@ these elements.
 from __future__ import annotations
 
 import argparse
-from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
-from c2c import C2CModel, GenerationResult
+from c2c import C2CModel
 from c2c.data.synthetic.skeleton import skeleton
-from c2c.systems.text_to_text import with_passage
+from c2c.messages import Conversation
+from c2c.systems import SystemOptions, make_system
+from c2c.systems.text_to_text import TextToText
 
 FUSER = Path(__file__).parent.parent / "zoo" / "memory_smollm2-135m_from_qwen2.5-coder-0.5b"
-REQUEST = "Describe this page: for every element its tag, id, class and what it is for.\n\n"
-ANSWER: dict[str, Any] = {"max_new_tokens": 48, "do_sample": False}
+
+
+class PageInWords(TextToText):
+    """Text-to-text in which the sharer describes a page."""
+
+    name: ClassVar[str] = "page_in_words"
+    title: ClassVar[str] = "page in words"
+
+    def requests(self, batch: Sequence[Conversation], passages: Sequence[str] | None) -> list[Conversation]:
+        """Return the sharer's prompts, one for each page."""
+        request = "Describe this page: for every element its tag, id, class and what it is for."
+        return [[{"role": "user", "content": f"{request}\n\n{page}"}] for page in passages or ()]
 
 
 def main() -> None:
-    """Write into pages, with what was handed over, from a description, and knowing nothing."""
+    """Write into pages: from the sharer's cache, from its description, and without either."""
     arguments = _arguments()
     model = C2CModel.from_pretrained(arguments.fuser, receiver=arguments.receiver, sharer=arguments.sharer)
+    systems = {
+        "cache": make_system("c2c", model),
+        "text": PageInWords(model, SystemOptions(message_tokens=128)),
+        "alone": make_system("receiver", model),
+    }
     right: Counter[str] = Counter()
-    seconds: defaultdict[str, float] = defaultdict(float)
+    seconds: Counter[str] = Counter()
     rows = list(islice(skeleton("test", arguments.seed), arguments.rows))
     for index, row in enumerate(rows):
         if index < 3:
             print(f"\n{row['context']}\n\n{row['question']}")
-        for way, result in _ways(model, row):
-            right[way] += result.text.strip() == row["answer"]
-            seconds[way] += result.seconds_total
+        for name, system in systems.items():
+            result = system.generate(row["question"], row["context"], max_new_tokens=48, do_sample=False)
+            right[name] += result.text.strip() == row["answer"]
+            seconds[name] += result.seconds_total
             if index < 3:
-                print(f"  {way:6} {result.text.strip()!r}  ({result.seconds_total:.1f} s)")
+                print(f"  {name:6} {result.text.strip()!r}  ({result.seconds_total:.1f} s)")
     print()
-    for way, count in seconds.items():
-        print(f"{way:6} {100 * right[way] / len(rows):3.0f} % exact of {len(rows)}, {count / len(rows):.1f} s each")
-
-
-def _ways(model: C2CModel, row: dict[str, Any]) -> Iterator[tuple[str, GenerationResult]]:
-    page, task = row["context"], [{"role": "user", "content": row["question"]}]
-    yield "cache", model.generate(task, sharer_messages=page, **ANSWER)
-    message = model.sharers[0].answer(REQUEST + page, max_new_tokens=128, do_sample=False)
-    told = model.receiver.answer(with_passage(task, message.text), **ANSWER)
-    told.seconds_total += message.seconds_total
-    yield "text", told
-    yield "alone", model.receiver.answer(task, **ANSWER)
+    for name in systems:
+        share, mean = 100 * right[name] / len(rows), seconds[name] / len(rows)
+        print(f"{name:6} {share:3.0f} % exact of {len(rows)}, {mean:.1f} s each")
 
 
 def _arguments() -> argparse.Namespace:

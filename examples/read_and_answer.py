@@ -1,7 +1,7 @@
 """One model reads a page, the other answers questions on it without ever seeing it.
 
 Each question is answered three times: from the page alone, which was read once before any question was known; from the
-page and a draft, where the sharer is asked too and hands over the cache of what it would answer; and without a message.
+page and a draft, where the sharer reads the question too and hands over the cache of its answer; and without a message.
 
 c2c pull smollm2-135m qwen2.5-coder-0.5b
 python examples/read_and_answer.py
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from c2c import C2CModel
 from c2c.handoff import Handoff
-from c2c.systems.text_to_text import with_passage
+from c2c.systems.base import with_passage
 
 FUSER = Path(__file__).parent.parent / "zoo" / "memory_smollm2-135m_from_qwen2.5-coder-0.5b"
 PAGE = (
@@ -41,17 +41,17 @@ def main() -> None:
     handoff = model.sharers[0].read(page).to("bfloat16")
     print(f"{model.sharers[0].name} read {len(handoff.ids)} tokens in {time.perf_counter() - began:.2f} s;")
     print(f"it hands over {handoff.nbytes / 1e6:.1f} MB, which {model.receiver.name} reads through the fuser.\n")
-    asked: Handoff | None = None
+    draft: Handoff | None = None
     for question in arguments.question or QUESTIONS:
-        told = model.generate(question, sharer_messages=handoff, max_new_tokens=24, do_sample=False)
+        read = model.generate(question, sharer_messages=handoff, max_new_tokens=24, do_sample=False)
         began = time.perf_counter()
         request = with_passage([{"role": "user", "content": f"Question: {question}"}], page)
-        asked = model.sharers[0].read(request, draft_tokens=arguments.draft, reuse=asked)  # the page is not read again
-        drafted = model.generate(question, sharer_messages=asked, max_new_tokens=24, do_sample=False)
+        draft = model.sharers[0].read(request, draft_tokens=arguments.draft, reuse=draft)  # the page is not read again
+        drafted = model.generate(question, sharer_messages=draft, max_new_tokens=24, do_sample=False)
         seconds = time.perf_counter() - began
         alone = model.receiver.answer(question, max_new_tokens=24, do_sample=False)
         print(question)
-        print(f"  with the handoff:  {told.text.strip()}   ({told.seconds_total:.2f} s)")
+        print(f"  with the handoff:  {read.text.strip()}   ({read.seconds_total:.2f} s)")
         print(f"  and with a draft:  {drafted.text.strip()}   ({seconds:.2f} s)")
         print(f"  without a message: {alone.text.strip()}   ({alone.seconds_total:.2f} s)")
 

@@ -17,28 +17,25 @@ from c2c import C2CModel
 from c2c.data.config import DataSource
 from c2c.data.formats import private_question
 from c2c.data.synthetic.relay import relay
-from c2c.evaluation.text_scores import exact
+from c2c.evaluation.metrics import exact
+from c2c.systems import make_system
 
 FUSER = Path(__file__).parent.parent / "zoo" / "memory_smollm2-135m_from_qwen2.5-coder-0.5b"
 
 
 def main() -> None:
-    """Ask, with the right handoff and with another row's."""
+    """Ask for every key, with the right cache (matched) and with another row's (deranged)."""
     arguments = _arguments()
     model = C2CModel.from_pretrained(arguments.fuser, receiver=arguments.receiver, sharer=arguments.sharer)
     source = DataSource(synthetic="relay_test")
     rows = [private_question(row, source) for row in islice(relay("test", arguments.seed), arguments.rows)]
-    handoffs = [model.sharers[0].read(row.sharer_messages) for row in rows]
-    right = {"matched": 0.0, "deranged": 0.0}
-    for index, row in enumerate(rows):
-        for name, shift in (("matched", 0), ("deranged", 1)):
-            given = handoffs[(index + shift) % len(rows)]
-            answer = model.generate(row.messages, sharer_messages=given, max_new_tokens=16, do_sample=False).text
-            right[name] += exact(answer, row.references)
-            if index < 5:
-                print(f"{name:9} {row.question}  {answer.strip()!r}  (right: {row.references[0]!r})")
-    for name, count in right.items():
-        print(f"{name}: {100 * count / len(rows):.0f} % exact of {len(rows)}")
+    questions, contexts = [row.messages for row in rows], [row.sharer_messages for row in rows]
+    for name in ("matched", "deranged"):
+        answers = make_system(name, model).generate(questions, contexts, max_new_tokens=16, do_sample=False)
+        scores = [exact(answer.text, row.references) for row, answer in zip(rows, answers, strict=True)]
+        for row, answer in list(zip(rows, answers, strict=True))[:5]:
+            print(f"{row.question}  {answer.text.strip()!r}  (right: {row.references[0]!r})")
+        print(f"{name}: {100 * sum(scores) / len(rows):.0f} % exact of {len(rows)}")
 
 
 def _arguments() -> argparse.Namespace:

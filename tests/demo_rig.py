@@ -1,13 +1,15 @@
-"""A demo of tiny random models: one fuser that merges, one of private context."""
+"""Tiny random models for the demo: one fuser that merges, one of private context."""
 
 from __future__ import annotations
 
+import json
+import uuid
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from c2c import C2CModel
-from c2c.demo.choice import Choice, find_choices
 from tiny import open_fusers, pair_folders
 
 
@@ -28,7 +30,49 @@ def fuser_folders(make_folder) -> dict[str, str]:
     return folders
 
 
-def choices(folders: dict[str, str]) -> dict[str, Choice]:
-    """Both fusers as the demo offers them."""
-    found = {choice.name: choice for choice in find_choices(list(folders.values()))}
-    return {name: found[name] for name in folders}
+class Visitor:
+    """Use a running page as a browser does: events through Gradio's queue, all of one session."""
+
+    def __init__(self, address: str) -> None:
+        import httpx
+
+        self.session = uuid.uuid4().hex
+        self.http = httpx.Client(base_url=address, timeout=60)
+        config = self.http.get("config").json()
+        self.components = {component["id"]: component for component in config["components"]}
+        self.events = config["dependencies"]
+
+    def trigger(self, name: str, event: str, **fields: Any) -> dict[str, Any]:
+        """Trigger an event of an element such as ``ask-run``; ``fields`` hold ``ask_prompt`` and the like.
+
+        Returns:
+            What the event's last message sets, by element.
+        """
+        found = next(
+            one
+            for one in self.events
+            if one["backend_fn"]
+            and any(self._name(target) == name and what == event for target, what in one["targets"])
+        )
+        values = [fields.get(self._name(one).replace("-", "_"), self._value(one)) for one in found["inputs"]]
+        body = {"data": values, "fn_index": found["id"], "session_hash": self.session}
+        output = self._direct(body) if found["queue"] is False else self._queued(body)
+        return dict(zip(map(self._name, found["outputs"]), output["data"], strict=True))
+
+    def _name(self, component: int | None) -> str:
+        return str(self.components.get(component, {"props": {}})["props"].get("elem_id"))
+
+    def _value(self, component: int) -> Any:
+        return self.components[component]["props"].get("value")
+
+    def _direct(self, body: dict[str, Any]) -> dict[str, Any]:
+        return self.http.post("gradio_api/run/predict", json=body).json()
+
+    def _queued(self, body: dict[str, Any]) -> dict[str, Any]:
+        self.http.post("gradio_api/queue/join", json=body).raise_for_status()
+        with self.http.stream("GET", "gradio_api/queue/data", params={"session_hash": self.session}) as messages:
+            for line in messages.iter_lines():
+                message = json.loads(line.removeprefix("data: ")) if line else {}
+                if message.get("msg") == "process_completed":
+                    return message["output"]
+        raise AssertionError("the queue ended without an answer")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,14 +12,14 @@ import torch
 from typer.testing import CliRunner
 
 from c2c import kv_cache
-from c2c.analysis import AnalysisError, EnrichmentSettings, measure_enrichment, measure_scaling
-from c2c.analysis.enrichment import read_prompts, without_exemplars
-from c2c.analysis.scaling import count_parameters
+from c2c.analysis.config import AnalysisError, EnrichmentConfig, ScalingConfig
+from c2c.analysis.enrichment import drop_columns, encode_prompts, measure_enrichment
+from c2c.analysis.scaling import count_parameters, measure_scaling
 from c2c.cli.app import app
 from c2c.data.formats import letter_form
 from c2c.errors import CacheError
 from c2c.language_model import LanguageModel
-from tiny import build, pair_folders, tokenizer
+from tiny import assert_equal_caches, build, pair_folders, tokenizer
 
 WORDS = ["fox", "dog", "sun", "sea"]
 
@@ -57,62 +58,52 @@ ROW = letter_form("Which one barks?", WORDS, 1)
 
 
 def enriched(model, prompts):
+    """The few-shot cache, the same without its exemplars, and the direct prompt's own."""
     full = model.prefill(prompts.few_shot, prompts.few_shot.length - 1)
-    return full, without_exemplars(model, full, prompts.head, prompts.exemplars)
+    short = drop_columns(model, full, prompts.head, prompts.exemplars)
+    return full, short, model.prefill(prompts.direct, prompts.direct.length - 1)
 
 
 def test_prompts_share_head_and_question(model, shots):
-    prompts = read_prompts(model, ROW, shots)
+    prompts = encode_prompts(model, ROW, shots)
     direct, long = prompts.direct.ids[0].tolist(), prompts.few_shot.ids[0].tolist()
-    assert long[: prompts.head] + long[prompts.head + prompts.exemplars :] == direct
-    assert (
-        long[prompts.head + prompts.exemplars - 1] != direct[prompts.head - 1]
-    )  # no token of the question is left out
-    dropped = model.tokenizer.decode(long[prompts.head : prompts.head + prompts.exemplars])
+    end = prompts.head + prompts.exemplars
+    assert long[: prompts.head] + long[end:] == direct
+    assert long[end - 1] != direct[prompts.head - 1]  # no token of the question is left out
+    dropped = model.tokenizer.decode(long[prompts.head : end])
     assert "Is the sky blue?" in dropped
     assert "The answer is B" in dropped
     assert "Which one barks?" not in dropped
 
 
 def test_without_exemplars_the_oracle_is_direct(model):
-    prompts = read_prompts(model, ROW, [])
+    prompts = encode_prompts(model, ROW, [])
     assert prompts.exemplars == 0
-    _, short = enriched(model, prompts)
-    own = model.prefill(prompts.direct, prompts.direct.length - 1)
-    for one, other in zip(kv_cache.layers(short), kv_cache.layers(own), strict=True):
-        assert torch.equal(one[0], other[0])
-        assert torch.equal(one[1], other[1])
+    _, short, own = enriched(model, prompts)
+    assert_equal_caches(short, own)
 
 
-def test_the_enriched_cache_has_the_questions_length_and_positions(model, shots):
+def test_enriched_entries_have_the_questions_positions_and_have_read_the_exemplars(model, shots):
     """In the first layer entries depend on token and position only: there they are those of the direct prompt."""
-    prompts = read_prompts(model, ROW, shots)
-    full, short = enriched(model, prompts)
-    own = model.prefill(prompts.direct, prompts.direct.length - 1)
+    prompts = encode_prompts(model, ROW, shots)
+    full, short, own = enriched(model, prompts)
+    head, end = prompts.head, prompts.head + prompts.exemplars
     assert kv_cache.length(short) == kv_cache.length(own) < kv_cache.length(full)
     for side in (0, 1):
         assert torch.allclose(kv_cache.layer(short, 0)[side], kv_cache.layer(own, 0)[side], atol=1e-4)
-    unmoved = kv_cache.layer(full, 0)[0][:, :, prompts.head + prompts.exemplars :]
-    assert not torch.allclose(unmoved, kv_cache.layer(own, 0)[0][:, :, prompts.head :], atol=1e-2)
-
-
-def test_enriched_entries_have_read_the_exemplars(model, shots):
-    prompts = read_prompts(model, ROW, shots)
-    full, short = enriched(model, prompts)
-    own = model.prefill(prompts.direct, prompts.direct.length - 1)
-    head = prompts.head
+    unmoved = kv_cache.layer(full, 0)[0][:, :, end:]
+    assert not torch.allclose(unmoved, kv_cache.layer(own, 0)[0][:, :, head:], atol=1e-2)
     for layer in range(1, model.geometry.layers):
         mine, alone = kv_cache.layer(short, layer)[1], kv_cache.layer(own, layer)[1]
         assert torch.allclose(mine[:, :, :head], alone[:, :, :head], atol=1e-4)
         assert not torch.allclose(mine[:, :, head:], alone[:, :, head:], atol=1e-3)
-        assert torch.equal(mine[:, :, head:], kv_cache.layer(full, layer)[1][:, :, head + prompts.exemplars :])
+        assert torch.equal(mine[:, :, head:], kv_cache.layer(full, layer)[1][:, :, end:])
 
 
 def test_a_gap_outside_the_cache_is_refused(model):
-    prompts = read_prompts(model, ROW, [])
-    cache = model.prefill(prompts.direct, 5)
+    cache = model.prefill(encode_prompts(model, ROW, []).direct, 5)
     with pytest.raises(CacheError, match="columns 3 to 7 of a cache of 5"):
-        without_exemplars(model, cache, 3, 4)
+        drop_columns(model, cache, 3, 4)
 
 
 def test_a_template_that_changes_the_question_is_refused(model, shots):
@@ -122,13 +113,13 @@ def test_a_template_that_changes_the_question_is_refused(model, shots):
     other.tokenizer.chat_template = (
         "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}{{ 'turn %d' % (messages | length) }}"
     )
-    bare = letter_form("Which one barks?", WORDS, 1)
-    with pytest.raises(AnalysisError, match="sets the question differently"):
-        read_prompts(other, type(bare)(**(vars(bare) | {"answer_prefix": ""})), shots)
+    with pytest.raises(AnalysisError, match="question differently"):
+        encode_prompts(other, replace(ROW, answer_prefix=""), shots)
 
 
 def test_zero_exemplars_give_three_equal_systems(folder, files):
-    result = measure_enrichment(EnrichmentSettings(folder, *files, shots=0))
+    items, exemplars = files
+    result = measure_enrichment(EnrichmentConfig(model=folder, data=items, shots_data=exemplars, shots=0))
     systems = result["systems"]
     assert systems["direct"] == systems["few_shot"] == systems["oracle"]
     assert result["oracle_gain"]["points"] == 0
@@ -147,7 +138,7 @@ def test_enrichment_command(folder, files, tmp_path):
     direct, oracle = (result["systems"][name]["accuracy"] for name in ("direct", "oracle"))
     assert result["oracle_gain"]["points"] == pytest.approx(oracle - direct, abs=2e-3)
     assert len(result["provenance"]["data"]) == 2
-    assert (tmp_path / "enrichment.svg").read_text().startswith("<svg")
+    assert (tmp_path / "enrichment.svg").read_text().count("<svg") == 1
     shown = CliRunner().invoke(app, arguments)
     assert "few-shot" in shown.output
 
@@ -155,7 +146,7 @@ def test_enrichment_command(folder, files, tmp_path):
 def test_exemplars_are_never_items(folder, files):
     items, _ = files
     with pytest.raises(AnalysisError, match="has 0 questions that are not in"):
-        measure_enrichment(EnrichmentSettings(folder, items, items, shots=1))
+        measure_enrichment(EnrichmentConfig(model=folder, data=items, shots_data=items, shots=1))
 
 
 def test_items_that_do_not_fit_are_dropped_and_counted(folder, files, tmp_path):
@@ -163,7 +154,7 @@ def test_items_that_do_not_fit_are_dropped_and_counted(folder, files, tmp_path):
     long = tmp_path / "long.jsonl"
     row = {"id": "x", "question": "word " * 600, "choices": WORDS, "answer": 0}
     long.write_text(Path(items).read_text() + json.dumps(row) + "\n")
-    result = measure_enrichment(EnrichmentSettings(folder, str(long), exemplars, shots=1))
+    result = measure_enrichment(EnrichmentConfig(model=folder, data=str(long), shots_data=exemplars, shots=1))
     assert result["n"] == 6
     assert result["dropped"] == {"prompt too long": 1}
 
@@ -201,7 +192,7 @@ def test_scaling_orders_sharers_by_size(tmp_path):
         store(tmp_path, "large", result("toy-1.5b", 70.0)),
         store(tmp_path, "small", result("toy-360M", 40.0)),
     ]
-    found = measure_scaling(results, output_dir=str(tmp_path / "out"))
+    found = measure_scaling(ScalingConfig(results=results, output_dir=str(tmp_path / "out")))
     assert [(row["sharer"], row["parameters"]) for row in found["rows"]] == [
         ("toy-360M", 360_000_000),
         ("toy-1.5b", 1_500_000_000),
@@ -228,40 +219,31 @@ def test_scaling_command_reads_folders(tmp_path):
     assert "nameless" in shown.output
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"receiver": "other"}, "differ in receiver"),
-        ({"n": 50}, "differ in n"),
-    ],
-)
+@pytest.mark.parametrize(("change", "words"), [({"receiver": "other"}, "in receiver"), ({"n": 50}, "in n")])
 def test_results_that_can_not_be_compared_are_refused(tmp_path, change, words):
     store(tmp_path, "a", result("toy-0.5b"))
     store(tmp_path, "b", result("toy-1b", **change))
     with pytest.raises(AnalysisError, match=words):
-        measure_scaling([str(tmp_path)])
+        measure_scaling(ScalingConfig(results=[str(tmp_path)]))
 
 
 def test_what_is_no_result_is_refused(tmp_path):
-    with pytest.raises(AnalysisError, match="does not exist"):
-        measure_scaling([str(tmp_path / "nowhere")])
-    with pytest.raises(AnalysisError, match=r"holds no result\.json"):
-        measure_scaling([str(tmp_path)])
+    def refused(words, folder=tmp_path):
+        with pytest.raises(AnalysisError, match=words):
+            measure_scaling(ScalingConfig(results=[str(folder)]))
+
+    refused("does not exist", tmp_path / "nowhere")
+    refused(r"holds no result\.json")
     store(tmp_path, "a", {"n": 3})
-    with pytest.raises(AnalysisError, match="is not a result of c2c eval"):
-        measure_scaling([str(tmp_path)])
-    one = result()
-    del one["systems"]["sharer"]
-    (tmp_path / "a" / "result.json").write_text(json.dumps(one))
-    with pytest.raises(AnalysisError, match="has no accuracy of sharer"):
-        measure_scaling([str(tmp_path)])
-    (tmp_path / "a" / "result.json").write_text(json.dumps(result()))
-    with pytest.raises(AnalysisError, match="at least two"):
-        measure_scaling([str(tmp_path)])
+    refused("is not a result of c2c eval")
+    without = result()
+    del without["systems"]["sharer"]
+    for data, words in ((without, "has no accuracy of sharer"), (result(), "at least two")):
+        (tmp_path / "a" / "result.json").write_text(json.dumps(data))
+        refused(words)
 
 
 def test_parameters_are_counted_from_a_models_config(folder):
     expected = sum(parameter.numel() for parameter in LanguageModel.from_pretrained(folder).model.parameters())
     assert count_parameters({"name": folder}, {}) == (expected, "config")
-    assert count_parameters({"name": folder, "parameters": 7}, {}) == (7, "identity")
-    assert count_parameters({"name": folder, "parameters": 7}, {folder: 9.0}) == (9, "given")
+    assert count_parameters({"name": folder}, {folder: 9.0}) == (9, "given")

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import typer
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -23,6 +26,8 @@ from tiny import pair, pair_folders
 FIXTURES = Path(__file__).parent / "fixtures"
 CHECKPOINT = FIXTURES / "pair_a" / "checkpoint"
 runner = CliRunner()
+ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+COLOUR = re.compile(r"\x1b\[[0-9;]*?\b(3[0-8]|4[0-8]|9[0-7]|10[0-7])[0-9;]*m")
 
 
 @pytest.fixture(scope="module")
@@ -36,20 +41,35 @@ def run_process(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "c2c", *arguments], capture_output=True, text=True, timeout=120)
 
 
-@pytest.mark.parametrize(
-    "command",
-    ["pull", "run", "train", "prefill", "eval", "lm-eval", "report", "inspect", "convert", "doctor", "share", "serve"],
-)
-def test_help_shows_examples(command):
-    result = runner.invoke(app, [command, "--help"])
+def subcommands(command=None, path=()):
+    """Every command and group, as the words after ``c2c``."""
+    command = command or typer.main.get_command(app)
+    for name, one in getattr(command, "commands", {}).items():
+        yield (*path, name)
+        yield from subcommands(one, (*path, name))
+
+
+@pytest.mark.parametrize("words", list(subcommands()), ids=" ".join)
+def test_every_help_has_an_example(words):
+    result = runner.invoke(app, [*words, "--help"], env={"COLUMNS": "200"})
     assert result.exit_code == 0
-    assert "Examples" in result.output
-    assert f"c2c {command}" in result.output
+    after = result.stdout.partition("Options")[2] or result.stdout
+    assert re.search(rf"(Examples:|Start with:)[\s\S]*c2c {' '.join(words)}\b", after)
 
 
-def test_help_does_not_import_torch():
-    code = "import sys, c2c.cli; assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+@pytest.mark.parametrize("words", [[], ["train"], ["pull"]])
+def test_help_imports_nothing_heavy(words):
+    code = (
+        "import sys; from c2c.cli import main\n"
+        f"sys.argv = ['c2c', *{words}, '--help']\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'gradio', 'matplotlib', 'datasets', 'fastapi', 'gguf'} & set(sys.modules)\n"
+        "sys.exit(str(heavy) if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "c2c" in done.stdout
 
 
 def test_version():
@@ -121,18 +141,6 @@ def test_errors_are_one_message_and_exit_code_1(tmp_path):
     assert "Traceback" not in result.stderr
 
 
-def test_a_model_that_was_not_pulled_says_how_to_pull_it(tmp_path, monkeypatch):
-    monkeypatch.setenv("C2C_CACHE", str(tmp_path))
-    result = run_process("run", "hello")
-    assert result.returncode == 1
-    assert "c2c pull" in result.stderr
-
-
-def test_wrong_usage_is_exit_code_2():
-    assert run_process("run").returncode == 2
-    assert run_process("no-such-command").returncode == 2
-
-
 def test_run_json_has_every_mode(tiny_pair_folders):
     receiver, sharer = tiny_pair_folders
     result = runner.invoke(
@@ -183,11 +191,14 @@ def test_run_with_context_for_the_sharer_alone(tiny_pair_folders, tmp_path):
         runner.invoke(app, [*arguments, "--mode", "c2c"], catch_exceptions=False)
 
 
-def test_run_reads_stdin(tiny_pair_folders):
+@pytest.mark.parametrize("mode", ["c2c", "zero", "untrained", "summary_5"])
+def test_run_reads_stdin_and_answers_with_any_system(tiny_pair_folders, mode):
     receiver, sharer = tiny_pair_folders
-    arguments = ["run", "-", "--receiver", receiver, "--sharer", sharer, "--mode", "c2c", "--max-new-tokens", "2"]
+    arguments = ["run", "-", "--receiver", receiver, "--sharer", sharer, "--mode", mode, "--max-new-tokens", "2"]
     result = runner.invoke(app, [*arguments, "--json"], input="from a pipe\n")
-    assert json.loads(result.stdout)["prompt"] == "from a pipe"
+    data = json.loads(result.stdout)
+    assert data["prompt"] == "from a pipe"
+    assert set(data["results"]) == {mode}
 
 
 def test_a_log_shows_progress_line_by_line(monkeypatch):
@@ -200,3 +211,74 @@ def test_a_log_shows_progress_line_by_line(monkeypatch):
             report("sharer prefill", done, 100)
         assert re.search(r"^sharer prefill 25/100, about \d:\d\d:\d\d left$", written.getvalue(), re.MULTILINE)
         assert "100/100, about" not in written.getvalue()
+
+
+def plain_environment(**more):
+    """Without what forces colours on, or off."""
+    forcing = [
+        "FORCE_COLOR",
+        "NO_COLOR",
+        "PY_COLORS",
+        "GITHUB_ACTIONS",
+        "CLICOLOR_FORCE",
+        "TTY_COMPATIBLE",
+        "COLORTERM",
+    ]
+    plain = {name: value for name, value in os.environ.items() if name not in forcing}
+    return plain | {"TERM": "xterm-256color"} | more
+
+
+def script():
+    """The installed command, under whose name shells complete."""
+    found = Path(sys.executable).with_name("c2c")
+    if not found.exists():
+        pytest.skip("the command is not installed beside this Python")
+    return str(found)
+
+
+@pytest.mark.parametrize("arguments", [["run", "--help"], ["pull", "--list"], ["run"]])
+def test_no_colours_through_a_pipe(arguments):
+    done = subprocess.run([sys.executable, "-m", "c2c", *arguments], capture_output=True, env=plain_environment())
+    assert not ANSI.search((done.stdout + done.stderr).decode())
+
+
+def test_no_color_on_a_terminal():
+    """Bold stays: NO_COLOR is about colours."""
+    command = f"{sys.executable} -m c2c run"
+    coloured = on_a_terminal(command, plain_environment())
+    assert COLOUR.search(coloured)
+    assert not COLOUR.search(on_a_terminal(command, plain_environment(NO_COLOR="1")))
+
+
+def on_a_terminal(command, environment):
+    pty = pytest.importorskip("pty")
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(shlex.split(command), stdin=theirs, stdout=theirs, stderr=theirs, env=environment)
+    os.close(theirs)
+    read = b""
+    try:
+        while piece := os.read(ours, 4096):
+            read += piece
+    except OSError:  # the other side was closed
+        pass
+    os.close(ours)
+    process.wait()
+    return read.decode()
+
+
+def test_completion(tmp_path):
+    """bash gets a script from --install-completion, and that script gets the names of commands."""
+    command = script()
+    environment = plain_environment(HOME=str(tmp_path), COMP_WORDS="c2c ins", COMP_CWORD="1")
+
+    def bash(line, **more):
+        # the second command keeps bash from replacing itself: it must be there to be recognised
+        done = subprocess.run(["bash", "-c", f"{line}; true"], capture_output=True, text=True, env=environment | more)
+        return done.stdout + done.stderr
+
+    assert "_C2C_COMPLETE=complete_bash" in bash(f"{command} --show-completion")
+    bash(f"{command} --install-completion")
+    written = (tmp_path / ".bash_completions" / "c2c.sh").read_text()
+    assert "_C2C_COMPLETE=complete_bash" in written
+    assert "c2c.sh" in (tmp_path / ".bashrc").read_text()
+    assert bash(command, _C2C_COMPLETE="complete_bash").split() == ["inspect"]

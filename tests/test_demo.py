@@ -1,36 +1,30 @@
-"""The demo without a browser: fusers on offer, loading, runs, pictures, errors, and the command."""
+"""The demo without a browser: fusers on offer, models, sessions, panes, the page and the command."""
 
 from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
-import threading
-import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
-from c2c.cli import app
-from c2c.data.formats import SYSTEM as TRAINED_WITH
-from c2c.data.formats import letter_form
-from c2c.demo.choice import default_choice, find_choices
-from c2c.demo.desk import Desk
-from c2c.demo.document import read_document
-from c2c.demo.errors import DemoError
-from c2c.demo.example import DOCUMENT, EXAMPLES, OTHER_DOCUMENT, wrong_question
-from c2c.demo.loader import Loader, Stage, loading
+from c2c.demo.config import DemoConfig
+from c2c.demo.examples import DOCUMENT, EXAMPLES, OTHER_DOCUMENT, other_question
+from c2c.demo.fusers import default_fuser, find_fusers
 from c2c.demo.markup import pane_html
-from c2c.demo.pane import RUN_ORDER, Pane, State, Way
-from c2c.demo.question import Question
-from c2c.demo.settings import SYSTEM
-from c2c.demo.ticking import ticking
-from demo_rig import choices, fuser_folders
+from c2c.demo.models import ModelCache
+from c2c.demo.panes import RUN_ORDER, SYSTEMS, Pane, Question, Session
+from c2c.errors import C2CError, FuserError, ModelLoadError
+from c2c.prompting import RenderOptions
+from c2c.systems import SystemOptions, make_system
+from demo_rig import Visitor, fuser_folders
 
 PROMPT = EXAMPLES[0].prompt
-ASKED = Question(PROMPT, SYSTEM, "The answer is", max_new_tokens=4, message_tokens=6)
+ASKED = Question(PROMPT, "You are a helpful assistant.", "The answer is", max_new_tokens=4, message_tokens=6)
 
 
 @pytest.fixture(scope="module")
@@ -39,415 +33,338 @@ def folders(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def offered(folders):
-    return choices(folders)
+def choices(folders):
+    return {choice.name: choice for choice in find_fusers(list(folders.values()))}
 
 
 @pytest.fixture(scope="module")
-def desk(offered):
-    return Desk(list(offered.values()), Loader(loading()))
+def models():
+    return ModelCache()
 
 
 @pytest.fixture
-def tab(request):
-    return request.node.name
+def merging(choices):
+    return choices["merging"]
 
 
-def last(runs):
-    """The last HTML of each pane, and in which order panes were done."""
-    panes, done = {}, []
-    for changed in runs:
-        for way, html in changed.items():
-            panes[way] = html
-            if 'data-state="done"' in html:
-                done.append(way)
-    return panes, done
+def done(panes):
+    """The names of the systems in the order in which they finished."""
+    return [pane.name for pane in panes if pane.state == "done"]
 
 
-def states(panes):
-    return {way: re.search(r'data-state="(\w+)"', html).group(1) for way, html in panes.items()}
+def states(session):
+    return {name: pane.state for name, pane in session.panes.items()}
 
 
 # -- what is on offer --------------------------------------------------------------------------------------------------
 
 
-def test_the_zoo_is_offered_and_its_best_is_the_default(folders):
-    found = find_choices([])
-    best = default_choice(found, private=False)
-    assert best.prefix == "The answer is"
-    assert best.value == max(choice.value or 0 for choice in found)
-    named = default_choice(find_choices([folders["merging"]]), private=False)
-    assert named.name == "merging"
-    assert default_choice(found, private=True) is None or default_choice(found, private=True).private
+def test_the_zoo_is_offered_and_a_fuser_that_the_user_names_comes_first(folders):
+    shipped = find_fusers([])
+    best = default_fuser(shipped, private=False)
+    assert best.answer_prefix == "The answer is"
+    assert best.score == max(choice.score or 0 for choice in shipped if not choice.private)
+    assert default_fuser(find_fusers([folders["merging"]]), private=False).name == "merging"
+    assert default_fuser([], private=True) is None
 
 
-def test_a_pair_whose_models_are_here_is_shown_first(monkeypatch):
+def test_a_pair_whose_models_are_pulled_is_shown_first(monkeypatch):
     pulled = {"smollm2-135m", "qwen2.5-coder-1.5b"}  # not the receiver of the fuser with the best dev score
-    monkeypatch.setattr("c2c.demo.choice.is_pulled", lambda alias: alias in pulled)
-    found = find_choices([])
-    assert default_choice(found, private=False).receiver == "smollm2-135m"
+    monkeypatch.setattr("c2c.demo.fusers.is_pulled", lambda alias: alias in pulled)
+    shipped = find_fusers([])
+    assert default_fuser(shipped, private=False).receiver == "smollm2-135m"
     pulled.add("gemma3-270m")
-    assert default_choice(found, private=False).receiver == "gemma3-270m"
-    assert default_choice(found, private=True) is not None  # its page says what to pull
+    assert default_fuser(shipped, private=False).receiver == "gemma3-270m"
 
 
-def test_two_folders_of_one_name_are_told_apart(folders, tmp_path):
-    twin = tmp_path / "other" / "merging"
-    twin.parent.mkdir()
-    twin.symlink_to(folders["merging"])
-    copy = tmp_path / "copy" / "merging"
-    copy.mkdir(parents=True)
-    for name in ("config.json", "model.safetensors"):
-        (copy / name).write_bytes((twin / name).read_bytes())
-    labels = [choice.label for choice in find_choices([folders["merging"], str(copy), str(twin)]) if choice.given]
+def test_two_folders_of_one_name_have_different_labels(folders, tmp_path):
+    shutil.copytree(folders["merging"], tmp_path / "copy" / "merging")
+    (tmp_path / "link").symlink_to(folders["merging"])  # the same fuser once more
+    given = [folders["merging"], str(tmp_path / "copy" / "merging"), str(tmp_path / "link")]
+    labels = [choice.label for choice in find_fusers(given) if choice.given]
     assert len(labels) == len(set(labels)) == 2
 
 
 @pytest.mark.parametrize(
-    ("config", "said"),
+    ("files", "words"),
     [
-        (None, "config.json is missing"),
-        ("{", "not JSON"),
-        ('{"model_type": "llama"}', "expected 'c2c_fuser_<family>'"),
-        ('{"model_type": "c2c_fuser_linear", "receiver": {"name": "x"}}', "which sharer"),
+        ({}, "config.json is missing"),
+        ({"fuser_0/config.json": "{}"}, "name one of them: fuser_0"),
+        ({"config.json": "{"}, "not JSON"),
+        ({"config.json": '{"model_type": "llama"}'}, "expected 'c2c_fuser_<family>'"),
+        ({"config.json": '{"model_type": "c2c_fuser_linear", "receiver": {"name": "x"}}'}, "which sharer"),
     ],
 )
-def test_what_is_no_fuser_is_refused(tmp_path, config, said):
-    if config is not None:
-        (tmp_path / "config.json").write_text(config)
-    with pytest.raises(DemoError, match=said):
-        find_choices([str(tmp_path)])
+def test_a_folder_that_is_no_fuser_is_refused(tmp_path, files, words):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    with pytest.raises(FuserError, match=words):
+        find_fusers([str(tmp_path)])
 
 
-def test_examples_have_the_form_of_training():
-    assert SYSTEM == TRAINED_WITH
-    for example in EXAMPLES:
-        row = letter_form(example.question, example.choices, example.answer)
-        assert row.messages[-1]["content"] == example.prompt
-        assert row.response == f" {example.letter}"
-        assert wrong_question(example.prompt) != example.prompt
-    assert {example.letter for example in EXAMPLES} == set("ABCD")
+def test_without_any_fuser_the_error_says_what_to_give(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("c2c.demo.fusers.__file__", str(tmp_path / "a" / "b" / "c" / "d.py"))
+    with pytest.raises(FuserError, match="--fuser"):
+        find_fusers([])
+    with pytest.raises(C2CError, match=r"no such folder|not"):
+        find_fusers(["./gone"])
 
 
-# -- runs --------------------------------------------------------------------------------------------------------------
+def test_every_example_has_another_question_with_another_answer():
+    answers = {example.prompt: example.letter for example in EXAMPLES}
+    assert set(answers.values()) == set("ABCD")
+    assert all(answers[other_question(prompt)] != letter for prompt, letter in answers.items())
+    assert other_question("anything else") in answers
 
 
-def test_all_four_ways_answer_one_after_the_other(desk, tab):
-    panes, done = last(desk.ask(tab, desk.default(False), ASKED))
-    assert done == list(RUN_ORDER)
-    assert set(panes) == set(Way)
-    assert "The text that was passed" in panes[Way.TEXT]
-    assert "B of text" in panes[Way.TEXT]
-    assert "kB of cache" in panes[Way.C2C]
-    assert all("nothing" in panes[way] for way in (Way.RECEIVER, Way.SHARER))
-    assert all("right is B" in html or "\u2713 right" in html for html in panes.values())
+# -- answers -----------------------------------------------------------------------------------------------------------
 
 
-def test_panes_say_what_the_library_says(desk, offered, tab):
-    list(desk.ask(tab, desk.default(False), ASKED))
-    shown = desk._board(tab).panes
-    model = desk._loader.get(offered["merging"], 60)
-    from c2c.prompting import RenderOptions
-
-    kwargs = {"max_new_tokens": 4, "do_sample": False, "options": RenderOptions(answer_prefix="The answer is")}
-    expected = {
-        Way.RECEIVER: model.receiver.answer(ASKED.messages, **kwargs),
-        Way.SHARER: model.sharers[0].answer(ASKED.messages, **kwargs),
-        Way.C2C: model.generate(ASKED.messages, **kwargs),
+def test_panes_show_what_the_systems_answer(models, merging):
+    session = Session()
+    assert done(session.ask(models, merging, ASKED)) == list(RUN_ORDER)
+    with models.use(merging) as model:
+        for name, pane in session.panes.items():
+            expected = make_system(name, model, SystemOptions(message_tokens=6)).generate(
+                ASKED.messages, options=RenderOptions(answer_prefix="The answer is"), max_new_tokens=4, do_sample=False
+            )
+            assert pane.text == expected.text
+            html = pane_html(pane, merging)
+            assert re.search(rf"first token</dt><dd>\d+\.\d\d s.*tokens read</dt><dd>{expected.prompt_tokens}<", html)
+            assert "right is B" in html or "\u2713 right" in html
+    crossed = {
+        name: re.search("crossed</dt><dd>(.*?)</dd>", pane_html(pane, merging))[1]
+        for name, pane in session.panes.items()
     }
-    for way, result in expected.items():
-        assert (shown[way].text, shown[way].written) == (result.text, result.new_tokens)
-    assert shown[Way.C2C].crossed == expected[Way.C2C].report.sharer_bytes
-    from c2c.systems.text_to_text import text_to_text
-
-    spoken = text_to_text(model.receiver, model.sharers[0], ASKED.messages, message_tokens=6, **kwargs)
-    pane = shown[Way.TEXT]
-    assert (pane.message, pane.text) == (spoken.message.text, spoken.answer.text)
-    assert pane.crossed == len(spoken.message.text.encode())
-    assert 0 < pane.first <= pane.total
+    assert crossed["receiver"] == crossed["sharer"] == "nothing"
+    assert crossed["text"].endswith("of text")
+    assert crossed["c2c"].endswith("of cache")
+    assert "The text that was passed" in pane_html(session.panes["text"], merging)
 
 
-def test_a_wrong_message_runs_cache_to_cache_alone_and_shows_what_was_read(desk, tab):
-    label = desk.default(False)
-    list(desk.ask(tab, label, ASKED))
-    before = desk._board(tab).panes[Way.C2C].text
-    panes, done = last(desk.again(tab, label, blend=1.0, misled=True))
-    assert done == [Way.C2C]
-    assert set(panes) == {Way.C2C}
-    assert "Wrong message" in panes[Way.C2C]
-    assert wrong_question(PROMPT).partition("\n\n")[2].splitlines()[0] in panes[Way.C2C]
-    assert desk._board(tab).panes[Way.C2C].before == before
-    assert desk._board(tab).panes[Way.C2C].text != before
-    last(desk.again(tab, label, blend=1.0, misled=False))
-    assert desk._board(tab).panes[Way.C2C].text == before
+def test_a_wrong_message_runs_cache_to_cache_alone_and_shows_what_was_read(models, merging):
+    session = Session()
+    list(session.ask(models, merging, ASKED))
+    first = session.panes["c2c"].text
+    assert done(session.ask_again(models, merging, blend=1.0, wrong_message=True)) == ["c2c"]
+    pane, html = session.panes["c2c"], pane_html(session.panes["c2c"], merging)
+    assert pane.previous == first != pane.text
+    assert "Wrong message" in html
+    assert "before: " in html
+    assert other_question(PROMPT).splitlines()[2] in html
+    list(session.ask_again(models, merging, blend=1.0, wrong_message=False))
+    assert session.panes["c2c"].text == first
 
 
-def test_blend_zero_is_the_receivers_answer(desk, tab):
-    label = desk.default(False)
-    list(desk.ask(tab, label, replace(ASKED, blend=0.0)))
-    shown = desk._board(tab).panes
-    assert shown[Way.C2C].text == shown[Way.RECEIVER].text
-    assert shown[Way.C2C].crossed == 0
-    last(desk.again(tab, label, blend=0.0, misled=True))
-    assert desk._board(tab).panes[Way.C2C].text == shown[Way.RECEIVER].text
+def test_blend_zero_is_the_receivers_answer_whatever_the_sharer_reads(models, merging):
+    session = Session()
+    assert list(session.ask_again(models, merging, blend=0.0, wrong_message=True)) == []  # nothing was asked yet
+    list(session.ask(models, merging, replace(ASKED, blend=0.0)))
+    assert session.panes["c2c"].result.report.sharer_bytes == 0
+    for wrong_message in (False, True):
+        list(session.ask_again(models, merging, blend=0.0, wrong_message=wrong_message))
+        assert session.panes["c2c"].text == session.panes["receiver"].text
 
 
-def test_nothing_is_run_again_before_a_first_question(desk, tab):
-    assert list(desk.again(tab, desk.default(False), blend=0.5, misled=True)) == []
-
-
-def test_private_context(desk, tab):
-    label = desk.default(True)
-    question = replace(ASKED, prompt="Where does the key hang?", document=DOCUMENT)
-    panes, done = last(desk.ask(tab, label, question))
-    assert done == list(RUN_ORDER)
-    assert "without the document" in panes[Way.RECEIVER]
-    first = desk._board(tab).panes[Way.C2C].text
-    panes, _ = last(desk.again(tab, label, blend=1.0, misled=True))
-    assert OTHER_DOCUMENT[:20] in panes[Way.C2C]
-    assert desk._board(tab).panes[Way.C2C].text != first
-
-
-def test_without_a_memory_fuser_the_page_says_how_to_train_one(offered):
-    lone = Desk([offered["merging"]], Loader(loading()))
-    assert lone.default(True) is None
-    assert "c2c train configs/private.yaml" in lone.status(None, private=True)
-    panes, _ = last(lone.ask("x", None, replace(ASKED, document=DOCUMENT)))
-    assert set(states(panes).values()) == {"failed"}
+def test_only_the_sharer_reads_a_document(models, choices):
+    session, private = Session(), choices["remembering"]
+    question = Question("Where does the key hang?", max_new_tokens=4, message_tokens=6, document=DOCUMENT)
+    assert done(session.ask(models, private, question)) == list(RUN_ORDER)
+    assert "without the document" in pane_html(session.panes["receiver"], private)
+    assert session.panes["receiver"].result.prompt_tokens < session.panes["sharer"].result.prompt_tokens
+    first = session.panes["c2c"].text
+    list(session.ask_again(models, private, blend=1.0, wrong_message=True))
+    assert OTHER_DOCUMENT[:20] in pane_html(session.panes["c2c"], private)
+    assert session.panes["c2c"].text != first
 
 
 @pytest.mark.parametrize(
-    ("private", "change", "said"),
+    ("change", "words"),
     [
-        (False, {"prompt": "  "}, "There is no prompt"),
-        (True, {"document": " "}, "There is no document"),
-        (True, {}, "a fuser of private context"),
-        (False, {"document": "x"}, "can&#x27;t hand over a document"),
-        (False, {"prompt": "word " * 600}, "was made for 512"),
+        ({"prompt": "  "}, "There is no prompt"),
+        ({"document": " "}, "There is no document"),
+        ({"document": "x"}, "memory"),
+        ({"prompt": "word " * 600}, "was made for 512"),
     ],
 )
-def test_errors_are_said_in_the_panes(desk, tab, private, change, said):
-    panes, _ = last(desk.ask(tab, desk.default(private), replace(ASKED, **change)))
-    assert states(panes)[Way.C2C] == "failed"
-    assert said in panes[Way.C2C]
+def test_errors_are_shown_in_the_panes(models, merging, change, words):
+    session = Session()
+    list(session.ask(models, merging, replace(ASKED, **change)))
+    assert states(session)["c2c"] == "failed"
+    assert words in pane_html(session.panes["c2c"], merging)
 
 
-def test_what_is_unforeseen_is_said_and_other_panes_go_on(desk, tab, monkeypatch):
-    from c2c.language_model import Sharer
+def test_no_fuser_and_the_unforeseen_are_shown(models, merging, monkeypatch):
+    session = Session()
+    list(session.ask(models, None, ASKED))
+    assert set(states(session).values()) == {"failed"}
 
     def broken(*args, **kwargs):
         raise RuntimeError("no room")
 
-    monkeypatch.setattr(Sharer, "answer", broken)
-    panes, done = last(desk.ask(tab, desk.default(False), ASKED))
-    assert done == [Way.RECEIVER, Way.C2C]
-    assert "RuntimeError: no room" in panes[Way.SHARER]
+    with models.use(merging) as model:
+        monkeypatch.setattr(model.sharers[0].model, "generate", broken)
+    assert done(session.ask(models, merging, ASKED)) == ["receiver", "c2c"]  # the others go on
+    assert "RuntimeError: no room" in pane_html(session.panes["sharer"], merging)
+
+
+def test_a_run_can_be_stopped_and_finished_later(models, merging):
+    session = Session()
+    run = session.ask(models, merging, replace(ASKED, max_new_tokens=200))
+    while next(run).state != "running":
+        pass
+    run.close()
+    session.stop()
+    assert set(states(session).values()) == {"stopped"}
+    finished = done(session.ask_again(models, merging, blend=1.0, wrong_message=False))
+    assert finished == ["c2c", "receiver", "sharer", "text"]
+    session.clear()
+    assert set(states(session).values()) == {"idle"}
 
 
 def test_what_users_and_models_write_is_escaped():
     bad = "<script>alert(1)</script>"
-    html = pane_html(Pane(Way.TEXT, State.DONE, bad, bad, bad, misled=bad, before=bad, note=bad, error=bad), None)
-    assert "<script>" not in html
+    pane = Pane("c2c", "failed", Question(bad, answer_prefix=bad), text=bad, previous=bad, error=bad)
+    assert "script>" not in pane_html(pane, None).replace("&lt;/script&gt;", "").replace("&lt;script&gt;", "")
 
 
 @pytest.mark.parametrize(
     ("text", "letter"), [(" B", "B"), ("B. a lamp", "B"), (" B) lamp", "B"), ("Because", None), ("", None), ("K", None)]
 )
 def test_the_letter_of_an_answer(text, letter):
-    assert Pane(Way.C2C, State.DONE, text=text).letter == letter
+    assert Pane("c2c", text=text).letter == letter
 
 
-def test_an_answer_to_the_question_that_the_sharer_was_given_is_told():
-    pane = Pane(Way.C2C, State.DONE, text=" C", right="B", misled="another", misled_right="C")
-    assert "C is right for the question that the sharer was given" in pane_html(pane, None)
-    assert "was given." not in pane_html(replace(pane, text=" D"), None)
+def test_the_right_answer_to_the_sharers_question_is_recognised(models, merging):
+    session = Session()
+    list(session.ask(models, merging, replace(ASKED, wrong_message=True)))
+    misled = replace(session.panes["c2c"], text=" A")  # right for chalk and vinegar
+    assert "A is right for the question that the sharer was given" in pane_html(misled, merging)
+    assert "was given." not in pane_html(replace(misled, text=" D"), merging)
 
 
-# -- turns and loading -------------------------------------------------------------------------------------------------
+# -- models ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_can_be_stopped(desk, tab):
-    runs = desk.ask(tab, desk.default(False), replace(ASKED, max_new_tokens=200))
-    seen = [next(runs) for _ in range(6)]
-    desk.stop(tab)
-    panes, done = last([*seen, *runs])
-    assert "stopped" in states(panes).values()
-    assert len(done) < 4
+def test_models_are_loaded_once_and_shared_by_fusers_of_one_pair(choices):
+    models = ModelCache()
+    assert models.seconds(choices["merging"]) is None
+    with models.use(choices["merging"]) as first:
+        pass
+    with models.use(choices["remembering"]) as second:
+        assert (second.receiver, second.sharers[0]) == (first.receiver, first.sharers[0])
+    with models.use(choices["merging"]) as again:
+        assert again is first
+    assert models.seconds(choices["merging"]) > 0
 
 
-def test_a_new_question_ends_the_last_one(desk, tab):
-    label = desk.default(False)
-    old = desk.ask(tab, label, replace(ASKED, max_new_tokens=200))
-    for _ in range(6):
-        next(old)
-    rest = []
-    reader = threading.Thread(target=lambda: rest.extend(old))
-    reader.start()
-    _, done = last(desk.ask(tab, label, ASKED))
-    reader.join(10)
-    assert not reader.is_alive()
-    assert done == list(RUN_ORDER)
-    assert not any("stopped" in html for changed in rest for html in changed.values())
+def test_another_pair_takes_the_place_of_the_first(choices, tmp_path):
+    models, merging = ModelCache(allow_mismatch=True), choices["merging"]
+    shutil.copytree(merging.receiver, tmp_path / "twin")
+    with models.use(merging):
+        pass
+    with models.use(
+        replace(merging, source=shutil.copytree(merging.source, tmp_path / "fuser"), receiver=str(tmp_path / "twin"))
+    ):
+        assert models.seconds(merging) is None
 
 
-def test_a_slider_on_its_way_makes_one_run(desk, tab):
-    label = desk.default(False)
-    list(desk.ask(tab, label, ASKED))
-    finished = []
-
-    def move(blend):
-        finished.append((blend, last(desk.again(tab, label, blend=blend, misled=False))[1]))
-
-    threads = [threading.Thread(target=move, args=(blend,)) for blend in (0.1, 0.2, 0.3)]
-    for thread in threads:
-        thread.start()
-        time.sleep(0.05)
-    for thread in threads:
-        thread.join(20)
-    assert sorted(finished) == [(0.1, []), (0.2, []), (0.3, [Way.C2C])]
+def test_a_pair_that_cannot_be_loaded_is_shown_and_can_be_tried_again(merging, tmp_path):
+    models, session = ModelCache(), Session()
+    gone = replace(merging, receiver=str(tmp_path / "model"))
+    list(session.ask(models, gone, ASKED))
+    assert set(states(session).values()) == {"failed"}
+    shutil.copytree(merging.receiver, tmp_path / "model")
+    assert len(done(session.ask(models, gone, ASKED))) == 4
 
 
-def test_models_are_loaded_once_and_shared_by_fusers_of_one_pair(offered):
-    loader, parts = Loader(loading()), []
-    for choice in offered.values():
-        loader.start(choice)
-        loader.start(choice)
-        while (model := loader.get(choice, 30)) is None:
-            pass
-        parts.append((model.receiver, model.sharers[0]))
-        assert loader.status(choice).stage is Stage.READY
-    assert parts[0] == parts[1]
+def test_what_is_unforeseen_in_loading_is_an_error_with_its_name(merging, monkeypatch):
+    def full(*args, **kwargs):
+        raise ValueError("disk is full")
 
-
-def test_a_pair_that_cannot_be_loaded_is_said_and_can_be_tried_again(offered):
-    tries = []
-
-    def load(choice, parts):
-        tries.append(choice)
-        raise OSError("disk is full")
-
-    desk = Desk([offered["merging"]], Loader(load))
-    label = desk.default(False)
-    assert "will be loaded" in desk.status(label)
-    assert "OSError: disk is full" in list(desk.watch(label))[-1]
-    panes, _ = last(desk.ask("x", label, ASKED))
-    assert set(states(panes).values()) == {"failed"}
-    assert len(tries) == 2
-
-
-def test_the_page_does_not_wait_for_the_models(offered):
-    ready = threading.Event()
-
-    def load(choice, parts):
-        assert ready.wait(30)
-        return loading()(choice, parts)
-
-    desk = Desk([offered["merging"]], Loader(load))
-    label = desk.default(False)
-    desk.start(label)
-    watched = desk.watch(label)
-    assert "Loading" in next(watched)
-    runs = desk.ask("x", label, ASKED)
-    assert "waiting" in next(iter(next(runs).values()))
-    ready.set()
-    assert len(last(runs)[1]) == 4
-    assert "Ready" in list(watched)[-1]
-
-
-def test_a_stopwatch_goes_on_while_nothing_comes():
-    def slow():
-        yield 1
-        time.sleep(0.25)
-        yield 2
-        raise ValueError("end")
-
-    seen = []
-    with pytest.raises(ValueError, match="end"):
-        seen.extend(ticking(slow(), 0.05))
-    assert [item for item in seen if item is not None] == [1, 2]
-    assert seen.count(None) >= 2
-
-
-# -- documents and pictures --------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("content", "said"), [(b"", "is empty"), (b"\xff\xfe\x00", "no text in UTF-8"), (b"a" * 1_000_001, "at most")]
-)
-def test_documents_that_cannot_be_read(tmp_path, content, said):
-    (tmp_path / "a.txt").write_bytes(content)
-    with pytest.raises(DemoError, match=said):
-        read_document(tmp_path / "a.txt")
-
-
-def test_pictures(desk, tab):
-    *_, (remark, drawn) = desk.pictures(tab, desk.default(False), ASKED)
-    assert 'data-status="ready"' in remark
-    assert drawn.count("<figure>") == drawn.count("<svg") == 5
-    *_, (remark, drawn) = desk.pictures(tab, desk.default(False), replace(ASKED, prompt=""))
-    assert "There is no prompt" in remark
-    assert drawn == ""
+    monkeypatch.setattr("c2c.language_model.Receiver.from_pretrained", full)
+    with pytest.raises(ModelLoadError, match="ValueError: disk is full"), ModelCache().use(merging):
+        pass
 
 
 # -- the page and the command ------------------------------------------------------------------------------------------
 
 
-def test_the_page_is_built_with_everything_on_it(desk):
+def test_uploads_are_read_or_refused(tmp_path):
     pytest.importorskip("gradio")
-    from c2c.demo.page import build, style
-    from c2c.demo.settings import Settings
+    from c2c.demo.page import read_upload
 
-    page = build(desk, Settings())
-    ids = {block.elem_id for block in page.blocks.values()}
-    assert {f"ask-{way}" for way in Way} | {f"private-{way}" for way in Way} <= ids
-    assert {"ask-blend", "ask-wrong", "private-upload", "pictures-run"} <= ids
-    assert "--c2c-ink" in style()
+    for content, words in ((b"", "is empty"), (b"\xff\xfe\x00", "UTF-8"), (b"A fox.", "6 letters")):
+        (tmp_path / "a.txt").write_bytes(content)
+        text, status = read_upload(str(tmp_path / "a.txt"))
+        assert words in status
+        assert (text == "A fox.") == (content == b"A fox.")
 
 
-def test_help_and_import_are_light():
-    result = CliRunner().invoke(app, ["demo", "--help"])
-    assert result.exit_code == 0
-    assert "Examples" in result.output
-    assert "c2c demo --open" in result.output
+@pytest.mark.parametrize("names", [("merging", "remembering"), ("merging",)])
+def test_the_page_is_built_with_everything_on_it(models, choices, names):
+    pytest.importorskip("gradio")
+    from c2c.demo.page import build
+
+    page = build(models, [choices[name] for name in names], DemoConfig())
+    shown = {block.elem_id: block for block in page.blocks.values()}
+    assert {f"{tab}-{name}" for tab in ("ask", "private") for name in SYSTEMS} <= set(shown)
+    assert {"ask-blend", "ask-wrong", "private-upload", "pictures-run"} <= set(shown)
+    missing = "remembering" not in names
+    assert ("c2c train configs/private.yaml" in shown["private-status"].value) == missing
+
+
+def test_what_the_page_waits_for_is_light():
     code = (
-        "import sys, c2c.cli, c2c.demo.desk; from c2c.demo.choice import find_choices; find_choices([]); "
+        "import sys, c2c.cli, c2c.demo.server; from c2c.demo.fusers import find_fusers; find_fusers([]); "
         "assert not {'torch', 'transformers', 'gradio', 'matplotlib'} & set(sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-def test_a_port_that_is_taken_is_said(folders):
-    import socket
-
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        command = [sys.executable, "-m", "c2c", "demo", "--fuser", folders["merging"], "--port", str(port)]
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+@pytest.fixture(scope="module")
+def address(folders, choices, models):
     pytest.importorskip("gradio")
-    assert ended.returncode == 1
-    assert "Choose another --port" in ended.stderr
-
-
-def test_a_page_is_served_before_the_models_are_there(folders, monkeypatch):
-    pytest.importorskip("gradio")
-    httpx = pytest.importorskip("httpx")
     from c2c.demo.server import launch
-    from c2c.demo.settings import Settings
 
-    ready, said = threading.Event(), []
+    addresses = []
+    with models.use(choices["remembering"]):  # the page does not wait for the models
+        page = launch(DemoConfig(fuser=list(folders.values()), port=0, max_new_tokens=4), models, addresses.append)
+        assert Visitor(addresses[0]).http.get("").status_code == 200
+    yield addresses[0]
+    page.close(verbose=False)
 
-    def load(choice, parts):
-        assert ready.wait(60)
-        return loading()(choice, parts)
 
-    page = launch(Settings(fusers=tuple(folders.values()), port=0), load, said.append)
-    try:
-        answer = httpx.get(said[0])
-        config = json.loads(httpx.get(f"{said[0]}config").text)
-    finally:
-        ready.set()
-        page.close(verbose=False)
-    assert answer.status_code == 200
-    assert config["title"] == "c2c demo"
+def test_a_visitor_asks_switches_and_changes_the_fuser(address):
+    visitor, other = Visitor(address), Visitor(address)
+    assert 'data-status="ready"' in visitor.trigger("None", "load")["ask-status"]
+    for tab, wrong in (("ask", {"ask_wrong": True}), ("private", {"private_wrong": True})):
+        assert 'data-state="done"' in visitor.trigger(f"{tab}-run", "click")[f"{tab}-text"]
+        assert "Wrong message" in visitor.trigger(f"{tab}-wrong", "input", **wrong)[f"{tab}-c2c"]
+        shown = visitor.trigger(f"{tab}-stop", "click")
+        assert all('data-state="done"' in html for html in shown.values())
+    assert all('data-state="idle"' in html for html in other.trigger("ask-stop", "click").values())
+    assert 'data-status="ready"' in visitor.trigger("ask-fuser", "input")["ask-status"]
+    assert all('data-state="idle"' in html for html in visitor.trigger("ask-stop", "click").values())
+
+
+def test_a_visitor_sees_pictures_and_errors(address):
+    visitor = Visitor(address)
+    assert "<svg" in visitor.trigger("pictures-run", "click")["pictures-shown"]
+    assert "There is no prompt" in visitor.trigger("pictures-run", "click", ask_prompt=" ")["pictures-status"]
+    assert "There is no document" in visitor.trigger("private-run", "click", private_document="")["private-text"]
+
+
+def test_a_pair_that_is_not_here_is_shown_on_the_page(folders, tmp_path):
+    pytest.importorskip("gradio")
+    from c2c.demo.server import launch
+
+    fuser = Path(shutil.copytree(folders["merging"], tmp_path / "fuser")) / "config.json"
+    config = json.loads(fuser.read_text())
+    config["receiver"]["name"] = str(tmp_path / "gone")
+    fuser.write_text(json.dumps(config))
+    page = launch(DemoConfig(fuser=[str(fuser.parent)], port=0), on_start=print)
+    assert "could not be loaded" in Visitor(page.local_url).trigger("None", "load")["ask-status"]
+    page.close(verbose=False)

@@ -4,36 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import Any
 
 import pytest
 import torch
 
-import c2c.training.drafts
 from c2c import C2CModel
 from c2c.data.config import DataSource
-from c2c.data.formats import load_rows
+from c2c.data.prompts import passage_with_question
+from c2c.data.sources import load_rows
 from c2c.evaluation import EvalConfig, evaluate
 from c2c.evaluation.config import EvaluationError
-from c2c.evaluation.costs import STAGES
-from c2c.evaluation.text_scores import exact, f1, holds
-from c2c.language_model import Sharer
+from c2c.evaluation.metrics import contains, exact, f1
+from c2c.evaluation.profiling import STAGES
+from c2c.language_model import LanguageModel, Receiver
 from c2c.systems.base import with_passage
 from tiny import open_fusers, pair_folders
 
 PASSAGES = ["The fox sleeps in a red house by the sea.", "A dog and a cat went to the market.", "Rain fell for a week."]
-SYSTEMS = (
-    "receiver",
-    "sharer",
-    "reader",
-    "summary_50",
-    "matched",
-    "deranged",
-    "zero",
-    "draft",
-    "draft_deranged",
-    "draft_text",
-)
+COSTLY = ("receiver", "sharer", "reader", "summary_50", "matched", "draft", "draft_text")
+SYSTEMS = (*COSTLY, "deranged", "zero", "draft_deranged")
+GREEDY = {"max_new_tokens": 4, "do_sample": False}
 
 
 @pytest.fixture(scope="module")
@@ -51,15 +41,19 @@ def fuser(folders, tmp_path_factory):
     return str(folder)
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("passages")
+def write(folder, count=7, **more):
+    """Write rows whose passages come round again; ``more`` is added to each."""
     rows = [
         {"id": f"{i}", "context": PASSAGES[i % 3], "question": f"Who was number {i}?", "answers": ["fox", "a dog"]}
-        for i in range(7)
+        for i in range(count)
     ]
-    (folder / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "a.jsonl").write_text("".join(json.dumps(row | more) + "\n" for row in rows))
     return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("passages"))
 
 
 def config(fuser, data, **changes) -> EvalConfig:
@@ -68,117 +62,121 @@ def config(fuser, data, **changes) -> EvalConfig:
     return EvalConfig(fuser, [source], data_dir=str(data), **(settings | changes))
 
 
+def records(folder):
+    return [json.loads(line) for line in (folder / "items.jsonl").read_text().splitlines()[1:]]
+
+
 def test_every_system_answers_and_costs(fuser, data, tmp_path):
     result = evaluate(config(fuser, data, timed=2, output_dir=str(tmp_path)))
     assert (result["n"], result["unit"]) == (7, "percent f1")
     assert set(result["systems"]) == set(SYSTEMS)
-    costly = ("receiver", "sharer", "reader", "summary_50", "matched", "draft", "draft_text")
-    for name in costly:
+    for name in SYSTEMS:
         system = result["systems"][name]
         assert 0 <= system["exact"] <= system["f1"] <= 100
         assert system["exact"] <= system["holds"] <= 100
-    items = [json.loads(line) for line in (tmp_path / "items.jsonl").read_text().splitlines()]
-    timed = [item for item in items if "seconds" in item]
-    assert len(timed) == 2 * len(costly)
-    for item in timed:  # to five decimals; means have five digits, too few for this where seconds are many
+    timed = [item for item in records(tmp_path) if "seconds" in item]
+    assert len(timed) == 2 * len(COSTLY)
+    for item in timed:
         assert sum(item.get(stage, 0) for stage in STAGES) <= item["seconds"] + 1e-4
-    drafted, matched = result["systems"]["draft"], result["systems"]["matched"]
-    assert drafted["sharer_decode"] > 0
-    assert drafted["seconds"] > drafted["sharer_prefill"] + drafted["sharer_decode"] > 0
-    assert drafted["tokens"] > 4, "what the sharer wrote counts"
-    assert drafted["bytes"] > matched["bytes"], "the question and the draft cross as well"
-    assert result["systems"]["matched"]["bytes"] > result["systems"]["summary_50"]["bytes"] > 0
+    draft, matched, summary = (result["systems"][name] for name in ("draft", "matched", "summary_50"))
+    assert draft["seconds"] > draft["sharer_prefill"] + draft["sharer_decode"] > draft["sharer_decode"] > 0
+    assert draft["tokens"] > 4, "the draft counts"
+    assert draft["bytes"] > matched["bytes"] > summary["bytes"] > 0, "question and draft cross as well"
     assert "mended" not in result  # F1 is no right or wrong
 
 
-def test_answers_are_those_of_the_public_path(fuser, data, tmp_path):
+def test_answers_are_those_of_the_public_path(fuser, tmp_path):
+    data = write(tmp_path)
     evaluate(config(fuser, data, output_dir=str(tmp_path)))
-    items = [json.loads(line) for line in (tmp_path / "items.jsonl").read_text().splitlines()[1:]]
-    texts = {(item["id"], item["system"]): item["text"] for item in items}
+    texts = {(item["id"], item["system"]): item["text"] for item in records(tmp_path)}
     model = C2CModel.from_pretrained(fuser)
+    receiver, sharer = model.receiver, model.sharers[0]
     rows = load_rows([DataSource("a.jsonl", kind="private_question")], data, 0)[0]
-    agree = drafts_agree = 0
+    wrong = []
     for row in rows:
-        passage = row.sharer_messages
-        matched = model.generate(row.messages, sharer_messages=passage, max_new_tokens=4, do_sample=False).text
-        assert model.receiver.answer(row.messages, max_new_tokens=4, do_sample=False).text == texts[row.id, "receiver"]
-        agree += matched == texts[row.id, "matched"]
-        asked = with_passage(
-            [{"role": "user", "content": f"Question: {row.question}"}],
+        passage, question = (
             row.sharer_messages[-1]["content"],
+            [{"role": "user", "content": f"Question: {row.question}"}],
         )
-        drafted = model.sharers[0].read(asked, draft_tokens=3).to("bfloat16")  # as the store keeps it
-        draft = model.generate(row.messages, sharer_messages=drafted, max_new_tokens=4, do_sample=False).text
-        drafts_agree += draft == texts[row.id, "draft"]
-        written = model.sharers[0].answer(asked, max_new_tokens=3, do_sample=False).text
-        told = with_passage([{"role": "user", "content": f"Question: {row.question}"}], written)
-        told_answer = model.receiver.answer(told, max_new_tokens=4, do_sample=False).text
-        assert told_answer == texts[row.id, "draft_text"]
-    assert min(agree, drafts_agree) >= len(rows) - 1  # batches round differently, and this one holds bfloat16
+        asked = passage_with_question(row)
+        draft = sharer.read(asked, draft_tokens=3).to("bfloat16")  # as the store keeps it
+        written = sharer.answer(asked, max_new_tokens=3, do_sample=False).text
+        expected = {
+            "receiver": receiver.answer(row.messages, **GREEDY),
+            "sharer": sharer.answer(asked, **GREEDY),
+            "reader": receiver.answer(with_passage(question, passage), **GREEDY),
+            "matched": model.generate(row.messages, sharer_messages=row.sharer_messages, **GREEDY),
+            "draft": model.generate(row.messages, sharer_messages=draft, **GREEDY),
+            "draft_text": receiver.answer(with_passage(question, written), **GREEDY),
+        }
+        wrong += [(row.id, name) for name, result in expected.items() if result.text != texts[row.id, name]]
+    assert len(wrong) <= 2, wrong  # stored prefills are bfloat16
+
+
+def test_each_side_reads_its_own(fuser, tmp_path, monkeypatch):
+    """The receiver alone reads what it knows, the sharer alone the passage, the ceiling both."""
+    data, read = write(tmp_path, count=2, known="The receiver's half."), []
+    encode = LanguageModel.encode
+
+    def note(self, messages, options=None):
+        read.extend("\n".join(turn["content"] for turn in one) for one in messages if isinstance(one, list))
+        return encode(self, messages, options)
+
+    monkeypatch.setattr(LanguageModel, "encode", note)
+    for name, known, passage in (("receiver", True, False), ("sharer", False, True), ("reader", True, True)):
+        evaluate(config(fuser, data, systems=(name,)))
+        for text in read[-2:]:
+            assert ("receiver's half" in text, any(one in text for one in PASSAGES)) == (known, passage)
+            assert "Who was number" in text
+    with pytest.raises(EvaluationError, match="known"):
+        evaluate(config(fuser, data, systems=("draft_text",)))
 
 
 def test_a_deranged_draft_is_another_items(fuser, data, monkeypatch):
     given = {}
-    original = C2CModel.generate
+    prefill = C2CModel.prefill
 
-    def note(self, messages, **kwargs: Any):
-        given.setdefault(str(messages), []).append([tuple(one.ids.tolist()) for one in kwargs["sharer_messages"]])
-        return original(self, messages, **kwargs)
+    def note(self, messages, *, sharer_messages=None, **kwargs):
+        column = sharer_messages[0] if isinstance(sharer_messages, tuple) else sharer_messages
+        given.setdefault(str(messages), []).append([tuple(one.ids.tolist()) for one in column])
+        return prefill(self, messages, sharer_messages=sharer_messages, **kwargs)
 
-    monkeypatch.setattr(C2CModel, "generate", note)
+    monkeypatch.setattr(C2CModel, "prefill", note)
     evaluate(config(fuser, data, systems=("draft", "draft_deranged")))
     for own, others in given.values():
         assert sorted(own) == sorted(others)
         assert all(a != b for a, b in zip(own, others, strict=True))
 
 
-def test_a_draft_is_written_once_for_the_systems_that_need_it(fuser, data, monkeypatch):
-    written = []
-    original = c2c.training.drafts.write_drafts
+@pytest.mark.parametrize(("systems", "texts"), [(("draft", "draft_deranged", "draft_text"), 7), (("summary_50",), 3)])
+def test_a_text_is_generated_once_for_all_that_need_it(fuser, data, tmp_path, monkeypatch, systems, texts):
+    decoded = []
+    generate = LanguageModel.generate
 
-    def count(store, sharer, prompts, longest):
-        written.extend(tuple(prompt) for prompt in prompts)
-        return original(store, sharer, prompts, longest)
-
-    monkeypatch.setattr("c2c.training.drafts.write_drafts", count)
-    evaluate(config(fuser, data, systems=("draft", "draft_deranged")))
-    assert len(written) == len(set(written)) == 7
-
-
-def test_rows_with_drafts_are_for_training(fuser, data):
-    made = config(fuser, data, systems=("matched",))
-    source = DataSource("a.jsonl", kind="private_question", draft=5)
-    with pytest.raises(EvaluationError, match="ask for the system 'draft'"):
-        evaluate(dataclasses.replace(made, data=[source]))
-
-
-def test_a_passage_is_summed_up_once_for_all_its_questions(fuser, data, tmp_path, monkeypatch):
-    asked = []
-    generate = Sharer.generate
-
-    def count(self, tokens, *arguments: Any, **kwargs: Any):
-        asked.append(tokens.rows)
+    def count(self, tokens, *arguments, **kwargs):
+        decoded.append(tokens.rows)
         return generate(self, tokens, *arguments, **kwargs)
 
-    monkeypatch.setattr(Sharer, "generate", count)
-    made = config(fuser, data, systems=("summary_50",), batch_size=4, store_dir=str(tmp_path / "store"))
+    monkeypatch.setattr(LanguageModel, "generate", count)
+    monkeypatch.setattr(Receiver, "generate", generate, raising=False)
+    made = config(fuser, data, systems=systems, batch_size=4, store_dir=str(tmp_path / "store"))
     first = evaluate(made)
-    assert sum(asked) == len(PASSAGES)  # of seven questions
+    assert sum(decoded) == texts
     assert evaluate(made)["systems"] == first["systems"]
-    assert sum(asked) == len(PASSAGES), "kept beside the prefills, for the next evaluation"
+    assert sum(decoded) == texts, "kept beside the prefills, for the next evaluation"
 
 
 def test_loss_of_the_reference(fuser, data):
     result = evaluate(config(fuser, data, mode="nll", systems=("receiver", "matched", "deranged", "zero")))
     assert all(system["mean"] > 0 for system in result["systems"].values())
+    assert len({system["mean"] for system in result["systems"].values()}) == 4
 
 
-def test_rows_without_a_passage_are_left_out_and_counted_in_the_result(fuser, data, tmp_path):
-    text = (data / "a.jsonl").read_text()
+def test_rows_without_a_passage_are_counted_and_left_out(fuser, data, tmp_path):
+    text = (write(tmp_path) / "a.jsonl").read_text()
     (tmp_path / "a.jsonl").write_text(text + '{"id": "8", "context": "", "question": "Who?", "answers": ["fox"]}\n')
-    whole, left = (evaluate(config(fuser, folder, systems=("receiver", "matched"))) for folder in (data, tmp_path))
-    assert left["n"] == whole["n"] == 7
-    assert left["dropped"] == {"a.jsonl: context is empty": 1}
+    left = evaluate(config(fuser, tmp_path, systems=("receiver", "matched")))
+    assert (left["n"], left["dropped"]) == (7, {"a.jsonl: context is empty": 1})
 
 
 def test_answers_of_shared_context_are_scored_too(folders, data, tmp_path):
@@ -187,22 +185,31 @@ def test_answers_of_shared_context_are_scored_too(folders, data, tmp_path):
     systems = ("receiver", "sharer", "matched", "deranged", "text")
     result = evaluate(config(str(tmp_path), data, kind="context_question", systems=systems, message_tokens=4))
     assert set(result["systems"]["text"]) >= {"f1", "exact", "ci95"}
-
-
-def test_systems_of_the_other_kind_of_context_are_refused(fuser, folders, data, tmp_path):
-    with pytest.raises(EvaluationError, match="fuser of private context, which has no text"):
-        evaluate(config(fuser, data, systems=("matched", "text")))
-    with pytest.raises(EvaluationError, match="answers in words"):
-        evaluate(config(fuser, data, mode="logits", systems=("matched", "sharer")))
-    with pytest.raises(EvaluationError, match="pass --kind private_question --mode answers"):
-        evaluate(config(fuser, data, kind="context_question", systems=("matched", "sharer")))
-    C2CModel.from_models(*folders).save_pretrained(tmp_path)
-    with pytest.raises(EvaluationError, match="fuser of shared context, which has no reader"):
+    with pytest.raises(EvaluationError, match="shared context, which has no reader"):
         evaluate(config(str(tmp_path), data, systems=("matched", "reader")))
 
 
 @pytest.mark.parametrize(
-    ("text", "references", "overlap", "same", "held"),
+    ("changes", "message"),
+    [
+        ({"systems": ("matched", "text")}, "private context, which has no text"),
+        ({"mode": "logits", "systems": ("matched", "sharer")}, "use 'answers'"),
+        ({"kind": "context_question", "systems": ("matched",)}, "--kind private_question"),
+    ],
+)
+def test_what_private_context_does_not_have_is_refused(fuser, data, changes, message):
+    with pytest.raises(EvaluationError, match=message):
+        evaluate(config(fuser, data, **changes))
+
+
+def test_rows_with_drafts_are_for_training(fuser, data):
+    source = DataSource("a.jsonl", kind="private_question", draft=5)
+    with pytest.raises(EvaluationError, match="system 'draft'"):
+        evaluate(dataclasses.replace(config(fuser, data, systems=("matched",)), data=[source]))
+
+
+@pytest.mark.parametrize(
+    ("text", "references", "overlap", "same", "contained"),
     [
         ("The Eiffel Tower.", ["eiffel tower"], 1.0, 1.0, 1.0),
         ("in the Eiffel Tower", ["Eiffel Tower"], 0.8, 0.0, 1.0),
@@ -215,7 +222,7 @@ def test_systems_of_the_other_kind_of_context_are_refused(fuser, folders, data, 
         ("12000", ["1200"], 0.0, 0.0, 0.0),
     ],
 )
-def test_scores_of_texts(text, references, overlap, same, held):
+def test_scores_of_texts(text, references, overlap, same, contained):
     assert f1(text, references) == pytest.approx(overlap)
     assert exact(text, references) == same
-    assert holds(text, references) == held
+    assert contains(text, references) == contained

@@ -266,6 +266,26 @@ def test_a_server_that_ends_answers_what_it_has_accepted():
         assert not server.server.forced
 
 
+def test_a_second_signal_gives_up_and_a_third_waits_for_nothing():
+    aborted = Event()
+    with running() as server:
+        server.state.abort = aborted.set
+        thread = Thread(target=server.post, args=("/wait",), daemon=True)
+        thread.start()
+        until(lambda: server.state.active == 1)
+        loop = next(iter(server.server.servers)).get_loop()
+        loop.call_soon_threadsafe(server.server.stop)
+        until(lambda: server.state.draining)
+        assert not aborted.is_set()
+        loop.call_soon_threadsafe(server.server.stop)
+        assert aborted.wait(10)
+        assert server.server.forced
+        loop.call_soon_threadsafe(server.server.stop)
+        until(lambda: server.server.should_exit)
+        server.gate.set()
+        thread.join()
+
+
 # -- binding and TLS ---------------------------------------------------------------------------------------------------
 
 

@@ -30,51 +30,35 @@ from lm_eval.tasks import TaskManager  # noqa: E402
 
 from c2c.evaluation.lm_eval import C2CLM, Chat  # noqa: E402
 
-CHOICE = """
-task: tiny_choice
+COMMON = """
+task: tiny_{name}
 dataset_path: json
 dataset_kwargs:
   data_files: {{test: {folder}/data.jsonl}}
   cache_dir: {folder}/cache
 test_split: test
 fewshot_split: test
+"""
+CHOICE = """
 output_type: multiple_choice
-doc_to_text: "Question: {{{{question}}}}\\nAnswer:"
-doc_to_choice: "{{{{choices}}}}"
+doc_to_text: "Question: {{question}}\\nAnswer:"
+doc_to_choice: "{{choices}}"
 doc_to_target: answer
-metric_list:
-  - metric: acc
-  - metric: acc_norm
+metric_list: [{metric: acc}, {metric: acc_norm}]
 """
 OPEN = """
-task: tiny_open
-dataset_path: json
-dataset_kwargs:
-  data_files: {{test: {folder}/data.jsonl}}
-  cache_dir: {folder}/cache
-test_split: test
 output_type: generate_until
 description: "Be brief."
-doc_to_text: "Question: {{{{question}}}}\\n"
-doc_to_target: "{{{{choices[answer]}}}}"
-generation_kwargs:
-  until: ["e", "\\n\\n"]
-  max_gen_toks: 7
-metric_list:
-  - metric: exact_match
+doc_to_text: "Question: {{question}}\\n"
+doc_to_target: "{{choices[answer]}}"
+generation_kwargs: {until: ["e", "\\n\\n"], max_gen_toks: 7}
+metric_list: [{metric: exact_match}]
 """
 TEXT = """
-task: tiny_text
-dataset_path: json
-dataset_kwargs:
-  data_files: {{test: {folder}/data.jsonl}}
-  cache_dir: {folder}/cache
-test_split: test
 output_type: loglikelihood_rolling
 doc_to_text: ""
-doc_to_target: "{{{{question}}}}"
-metric_list:
-  - metric: word_perplexity
+doc_to_target: "{{question}}"
+metric_list: [{metric: word_perplexity}]
 """
 TASKS = ["tiny_choice", "tiny_open"]
 
@@ -90,7 +74,7 @@ def tasks(tmp_path_factory):
     ]
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for name, text in (("choice", CHOICE), ("open", OPEN), ("text", TEXT)):
-        (folder / f"{name}.yaml").write_text(text.format(folder=folder))
+        (folder / f"{name}.yaml").write_text(COMMON.format(name=name, folder=folder) + text)
     return folder
 
 

@@ -12,54 +12,54 @@ import re
 import resource
 import shlex
 import socket
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import torch
-import typer
 import yaml
 from transformers import AutoTokenizer
 
 from c2c import C2CModel, utils
-from c2c.cli import app, main
+from c2c.cli import main
 from c2c.utils import install_command
 from tiny import build, pair_folders, tokenizer
 
 FIXTURES = Path(__file__).parent / "fixtures"
-ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
-COLOUR = re.compile(r"\x1b\[[0-9;]*?\b(3[0-8]|4[0-8]|9[0-7]|10[0-7])[0-9;]*m")
 
 
-# -- a folder as newcomers have it -----------------------------------------------------------------------------------
+QUESTIONS = [{"question": f"What is {i}?", "choices": ["a", "b", "c", "d"], "answer": i % 4} for i in range(8)]
+DATA = {
+    "questions": QUESTIONS,
+    "broken": [*QUESTIONS[:3], '{"question": oops', *QUESTIONS],
+    "no_choices": [*QUESTIONS[:2], "", {"question": "Why?", "answer": 0}, *QUESTIONS],
+    "no_such_answer": [*QUESTIONS[:2], {"question": "Why?", "choices": ["a", "b"], "answer": 2}],
+    "one": QUESTIONS[:1],
+}
+CONFIG = {
+    "receiver": "receiver",
+    "sharer": "sharer",
+    "train": [{"path": "questions.jsonl"}],
+    "dev": [{"path": "questions.jsonl"}],
+    "output_dir": "run",
+    "batch_size": 4,
+    "fuser_options": {"rank": 8},
+    "max_steps": 1,
+    "save_steps": 1,
+    "calibration": 4,
+}
 
 
 @pytest.fixture(scope="module")
-def desk(tmp_path_factory):
-    """Models, fusers, data and configs, some of them wrong."""
-    folder = tmp_path_factory.mktemp("desk")
-
-    def inside(name):
+def workspace(tmp_path_factory):
+    """Models, fusers, data and a config, some of them wrong."""
+    folder = tmp_path_factory.mktemp("workspace")
+    for name in ("receiver", "sharer", "empty"):
         (folder / name).mkdir()
-        return folder / name
-
-    make_models(pair_folders({"chatml": inside("receiver"), "llama3": inside("sharer")}.get), folder)
-    make_data(folder)
-    make_configs(folder)
-    (folder / "empty").mkdir()
-    (folder / "file").write_text("not a folder")
-    (folder / "blank.txt").write_text("\n")
-    return folder
-
-
-def make_models(names, folder):
-    for family, options in (("bottleneck", {"rank": 8}), ("memory", {"rank": 4})):
-        model = C2CModel.from_models(*names, fuser=family, fuser_options=options)
-        if family == "memory":
-            torch.nn.init.normal_(model.fusers[0].weight, std=0.3)
+    names = pair_folders({"chatml": folder / "receiver", "llama3": folder / "sharer"}.get)
+    for name, family in (("fuser", "bottleneck"), ("memory", "memory")):
+        model = C2CModel.from_models(*names, fuser=family, fuser_options={"rank": 8})
         model.fusers[0].config.training = {"config": {}}
-        model.save_pretrained(folder / ("fuser" if family == "bottleneck" else "memory"))
+        model.save_pretrained(folder / name)
     model.sharers[0].read("The fox sleeps.").save(folder / "handoff.safetensors")
     build("llama", 9).save_pretrained(folder / "other")  # of the receiver's shape, with other weights
     tokenizer("chatml").save_pretrained(folder / "other")
@@ -67,54 +67,19 @@ def make_models(names, folder):
     short.config.max_position_embeddings = 24
     short.save_pretrained(folder / "short")
     AutoTokenizer.from_pretrained(names[1]).save_pretrained(folder / "short")
-
-
-def make_data(folder):
-    rows = [{"question": f"What is {i}?", "choices": ["a", "b", "c", "d"], "answer": i % 4} for i in range(8)]
-
-    def write(name, *lines):
-        text = "".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines)
-        (folder / name).write_text(text)
-
-    write("questions.jsonl", *rows)
-    write("broken.jsonl", *rows[:3], '{"question": oops', *rows)
-    write("no_choices.jsonl", *rows[:2], "", {"question": "Why?", "answer": 0}, *rows)
-    write("no_such_answer.jsonl", *rows[:2], {"question": "Why?", "choices": ["a", "b"], "answer": 2})
-    write("one.jsonl", rows[0])
-
-
-def make_configs(folder):
-    questions = [{"path": "questions.jsonl"}]
-    base = {
-        "receiver": "receiver",
-        "sharer": "sharer",
-        "train": questions,
-        "dev": questions,
-        "output_dir": "run",
-        "batch_size": 4,
-        "fuser_options": {"rank": 8},
-        "max_steps": 1,
-        "save_steps": 1,
-        "calibration": 4,
-    }
-    changes = {
-        "good": {},
-        "misspelt": {"learning_rat": 1},
-        "misspelt_inside": {"train": [{"pth": "questions.jsonl"}]},
-        "misspelt_family": {"family": "botleneck"},
-        "misspelt_option": {"fuser_options": {"rnk": 8}},
-        "misspelt_schedule": {"schedule": "cosin"},
-        "text_for_a_number": {"batch_size": "four"},
-        "number_as_text": {"learning_rate": "2e-3"},  # what YAML makes of 2e-3 without quotes
-    }
-    for name, change in changes.items():
-        (folder / f"{name}.yaml").write_text(yaml.safe_dump(base | change))
+    for name, rows in DATA.items():
+        lines = (row if isinstance(row, str) else json.dumps(row) for row in rows)
+        (folder / f"{name}.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    (folder / "good.yaml").write_text(yaml.safe_dump(CONFIG))
+    (folder / "file").write_text("not a folder")
+    (folder / "blank.txt").write_text("\n")
+    return folder
 
 
 @pytest.fixture
-def c2c(desk, monkeypatch, capsys):
-    """The command, in this process, on the desk: exit code, stdout, and stderr without boxes and line ends."""
-    monkeypatch.chdir(desk)
+def c2c(workspace, monkeypatch, capsys):
+    """The command, in this process, in the workspace: exit code, stdout, and stderr without boxes and line ends."""
+    monkeypatch.chdir(workspace)
     for name in ("TRANSFORMERS_VERBOSITY", "HF_HUB_DISABLE_PROGRESS_BARS"):  # main sets them
         monkeypatch.setenv(name, os.environ.get(name, "error" if name.startswith("T") else "1"))
     monkeypatch.delenv("C2C_DEBUG", raising=False)
@@ -136,25 +101,26 @@ def state(folder):
 
 
 @pytest.fixture
-def refused(c2c, desk):
+def refused(c2c, workspace):
     """A command must be refused with a message that has all these parts, and leave everything as it was."""
 
     def check(line, *parts, code=1):
-        before = state(desk)
+        before = state(workspace)
         ended, out, err = c2c(line)
         assert ended == code, err
         assert out == ""
         assert "Traceback" not in err
         for part in parts:
             assert part in err, err
-        assert state(desk) == before
+        assert state(workspace) == before
 
     return check
 
 
 # -- mistakes --------------------------------------------------------------------------------------------------------
 
-RUN_MISTAKES = {
+EVAL = "eval --fuser fuser --data questions.jsonl"
+MISTAKES = {
     "swapped models": ("run hi --fuser fuser --receiver sharer --sharer receiver", "swap receiver and sharer"),
     "a fuser for another model": ("run hi --fuser fuser --receiver other", "receiver weights", "made for", "train a"),
     "an empty folder as a fuser": ("run hi --fuser empty", "empty holds no fuser", "Expected a fuser's folder"),
@@ -186,40 +152,14 @@ RUN_MISTAKES = {
     ),
     "a fuser in place of a checkpoint": ("convert fuser out", "no published checkpoint", "expected projector_"),
     "a picture of another kind": ("inspect fuser --plot x.gif", "x.gif", "expected", ".png or .html"),
-}
-
-
-@pytest.mark.parametrize("mistake", RUN_MISTAKES)
-def test_models_fusers_and_prompts(refused, mistake):
-    refused(*RUN_MISTAKES[mistake])
-
-
-CONFIG_MISTAKES = {
     "no such config": ("train gone.yaml", "no such config: gone.yaml", "Expected a YAML file", "configs/"),
     "a folder as a config": ("train empty", "empty is a folder, no config", "Expected a YAML file"),
     "a binary file as a config": ("train handoff.safetensors", "is not YAML", "Expected a YAML file"),
     "data as a config": ("train questions.jsonl", "is not YAML", "Expected a YAML file"),
-    "a misspelt key": ("train misspelt.yaml", "['learning_rat']", "Did you mean 'learning_rate'?", "Known: receiver"),
-    "a misspelt key inside": ("train misspelt_inside.yaml", "train: unknown keys ['pth']", "Did you mean 'path'?"),
-    "a misspelt family": ("train misspelt_family.yaml", "'botleneck'", "Did you mean 'bottleneck'?", "Known:"),
-    "a misspelt option": ("train misspelt_option.yaml", "unknown rnk", "Did you mean 'rank'?"),
-    "a misspelt schedule": ("train misspelt_schedule.yaml", "cosin is not a valid SchedulerType", "'cosine'"),
-    "a text for a number": ("train text_for_a_number.yaml", "batch_size is 'four'; expected a whole number"),
-    "a number that YAML takes for text": ("train number_as_text.yaml", "'2e-3'; expected a number", "2.0e-3"),
     "data elsewhere": ("train good.yaml --data-dir empty", "no such data file: empty/questions.jsonl", "data_dir"),
     "an output that is a file": ("train good.yaml --output-dir file", "output_dir is file", "is a file; expected a"),
     "an output below a file": ("train good.yaml --output-dir file/run", "output_dir is file/run", "is a file"),
     "nowhere to keep prefills": ("prefill good.yaml", "--store-dir FOLDER"),
-}
-
-
-@pytest.mark.parametrize("mistake", CONFIG_MISTAKES)
-def test_configs(refused, mistake):
-    refused(*CONFIG_MISTAKES[mistake])
-
-
-EVAL = "eval --fuser fuser --data questions.jsonl"
-EVAL_MISTAKES = {
     "no fuser": ("eval --data questions.jsonl", "missing keys ['fuser']", "--fuser"),
     "no data": ("eval --fuser fuser", "no data to evaluate on", "give at least one"),
     "data that is missing": ("eval --fuser fuser --data gone.jsonl", "no such data file: gone.jsonl", "data_dir"),
@@ -235,11 +175,47 @@ EVAL_MISTAKES = {
     "a misspelt kind": (f"{EVAL} --kind multiplechoice", "Did you mean 'multiple_choice'?", "Known:"),
     "no questions asked for": (f"{EVAL} --limit 0", "limit is 0; give at least 2 items"),
     "one at a time": (f"{EVAL} --batch-size 1", "batch_size is 1; give at least 2"),
-    "an output that is a file": (f"{EVAL} --output-dir file", "output_dir is file", "is a file; expected a folder"),
+    "results into a file": (f"{EVAL} --output-dir file", "output_dir is file", "is a file; expected a folder"),
     "a system of private context": (f"{EVAL} --systems receiver,reader", "shared context", "no reader"),
     "an empty folder to report": ("report empty", "empty holds no result.json", "c2c eval --output-dir"),
     "nothing to report": ("report gone", "gone does not exist", "Expected the result.json"),
     "data to report": ("report questions.jsonl", "questions.jsonl is not JSON", "Expected the result.json"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes(refused, mistake):
+    refused(*MISTAKES[mistake])
+
+
+CONFIG_MISTAKES = {
+    "a misspelt key": ({"learning_rat": 1}, "['learning_rat']", "Did you mean 'learning_rate'?", "Known: receiver"),
+    "a misspelt key inside": (
+        {"train": [{"pth": "questions.jsonl"}]},
+        "train: unknown keys ['pth']",
+        "Did you mean 'path'?",
+    ),
+    "a misspelt family": ({"family": "botleneck"}, "'botleneck'", "Did you mean 'bottleneck'?", "Known:"),
+    "a misspelt option": ({"fuser_options": {"rnk": 8}}, "unknown rnk", "Did you mean 'rank'?"),
+    "a misspelt schedule": ({"schedule": "cosin"}, "cosin is not a valid SchedulerType", "'cosine'"),
+    "a text for a number": ({"batch_size": "four"}, "batch_size is 'four'; expected a whole number"),
+    "a number that YAML takes for text": ({"learning_rate": "2e-3"}, "'2e-3'; expected a number", "2.0e-3"),
+}
+
+
+@pytest.mark.parametrize("mistake", CONFIG_MISTAKES)
+def test_configs(refused, workspace, mistake):
+    change, *parts = CONFIG_MISTAKES[mistake]
+    (workspace / "changed.yaml").write_text(yaml.safe_dump(CONFIG | change))
+    refused("train changed.yaml", *parts)
+
+
+USAGE_MISTAKES = {
+    "a misspelt command": ("rnu hi", "No such command 'rnu'", "run"),
+    "a misspelt option": ("run hi --max-new-token 3", "--max-new-tokens"),
+    "a misspelt mode": ("run hi --mode c2", "'c2' is not one of", "c2c"),
+    "no tokens": ("run hi --max-new-tokens 0", "--max-new-tokens", "greater than or equal to 1"),
+    "a misspelt model to pull": ("pull smolm2-135m", "Did you mean 'smollm2-135m'?", "qwen2.5-coder-0.5b"),
     "no limit for an analysis": (
         "analyze layers --fuser fuser --data questions.jsonl --limit 0",
         "--limit",
@@ -248,37 +224,23 @@ EVAL_MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("mistake", EVAL_MISTAKES)
-def test_evaluations(refused, mistake):
-    refused(*EVAL_MISTAKES[mistake], code=2 if mistake == "no limit for an analysis" else 1)
-
-
-USAGE_MISTAKES = {
-    "a misspelt command": ("rnu hi", "No such command 'rnu'", "run"),
-    "a misspelt option": ("run hi --max-new-token 3", "--max-new-tokens"),
-    "a misspelt mode": ("run hi --mode c2", "'c2' is not one of", "c2c"),
-    "no tokens": ("run hi --max-new-tokens 0", "--max-new-tokens", "greater than or equal to 1"),
-    "a misspelt model to pull": ("pull smolm2-135m", "did you mean 'smollm2-135m'?", "qwen2.5-coder-0.5b"),
-}
-
-
 @pytest.mark.parametrize("mistake", USAGE_MISTAKES)
 def test_usage(refused, mistake):
     refused(*USAGE_MISTAKES[mistake], code=2)
 
 
-def test_a_folder_that_is_not_writable(refused, desk, monkeypatch):
+def test_a_folder_that_is_not_writable(refused, workspace, monkeypatch):
     if os.geteuid() == 0:  # root may write everywhere
         allowed = os.access
         monkeypatch.setattr(
-            utils.os, "access", lambda path, mode, **kw: Path(path) != desk / "empty" and allowed(path, mode, **kw)
+            utils.os, "access", lambda path, mode, **kw: Path(path) != workspace / "empty" and allowed(path, mode, **kw)
         )
-    (desk / "empty").chmod(0o500)
+    (workspace / "empty").chmod(0o500)
     try:
         for command in ("train good.yaml", EVAL):
             refused(f"{command} --output-dir empty/run", "output_dir is empty/run", "is not writable", "another folder")
     finally:
-        (desk / "empty").chmod(0o700)
+        (workspace / "empty").chmod(0o700)
 
 
 def test_a_full_disk(refused):
@@ -297,7 +259,7 @@ def test_a_port_that_is_taken(refused):
         taken.listen()
         port = taken.getsockname()[1]
         for command in ("serve fuser", "demo --fuser fuser"):
-            refused(f"{command} --port {port}", f"can't listen at 127.0.0.1:{port}", "in use", "another --port")
+            refused(f"{command} --port {port}", f"can't listen at 127.0.0.1:{port}", "in use", "--port")
 
 
 @pytest.mark.parametrize(
@@ -309,7 +271,7 @@ def test_a_port_that_is_taken(refused):
         ("lm-eval --fuser fuser --tasks arc_easy", "lm_eval", "lm-eval"),
         ("eval --fuser fuser --data openbookqa", "datasets", "datasets"),
         ("train good.yaml --family adapter", "peft", "adapter"),
-        ("inspect fuser --plot x.png", "matplotlib", "report"),
+        ("inspect fuser --plot x.png", "matplotlib", "analysis"),
     ],
 )
 def test_an_extra_that_is_not_installed(refused, monkeypatch, line, package, extra):
@@ -320,7 +282,7 @@ def test_an_extra_that_is_not_installed(refused, monkeypatch, line, package, ext
     refused(line, install_command(extra))
 
 
-def test_going_on_with_another_config(c2c, refused, desk, tmp_path):
+def test_going_on_with_another_config(c2c, refused, workspace, tmp_path):
     assert c2c(f"train good.yaml --output-dir {tmp_path}")[0] == 0
     kept = state(tmp_path)
     refused(
@@ -338,109 +300,3 @@ def test_going_on_with_another_evaluation(c2c, refused, tmp_path):
     line = f"{EVAL} --systems receiver --output-dir {tmp_path}"
     assert c2c(f"{line} --limit 4")[0] == 0
     refused(f"{line} --limit 6", "holds another evaluation", "choose another output folder")
-
-
-# -- what the terminal gets ------------------------------------------------------------------------------------------
-
-
-def subcommands(command=None, path=()):
-    """Every command and group, as the words after ``c2c``."""
-    command = command or typer.main.get_command(app)
-    for name, one in getattr(command, "commands", {}).items():
-        yield (*path, name)
-        yield from subcommands(one, (*path, name))
-
-
-@pytest.mark.parametrize("words", list(subcommands()), ids=" ".join)
-def test_every_help_has_an_example(c2c, words):
-    code, out, _ = c2c(f"{shlex.join(words)} --help")
-    assert code == 0
-    after = out.partition("Options")[2] or out
-    assert re.search(rf"(Examples:|Start with:)[\s\S]*c2c {' '.join(words)}\b", after)
-
-
-def plain_environment(**more):
-    """Without what forces colours on, or off."""
-    forcing = (
-        "FORCE_COLOR",
-        "NO_COLOR",
-        "PY_COLORS",
-        "GITHUB_ACTIONS",
-        "CLICOLOR_FORCE",
-        "TTY_COMPATIBLE",
-        "COLORTERM",
-    )
-    return (
-        {name: value for name, value in os.environ.items() if name not in forcing} | {"TERM": "xterm-256color"} | more
-    )
-
-
-def script():
-    """The installed command, under whose name shells complete."""
-    found = Path(sys.executable).with_name("c2c")
-    if not found.exists():
-        pytest.skip("the command is not installed beside this Python")
-    return str(found)
-
-
-@pytest.mark.parametrize("arguments", [["run", "--help"], ["pull", "--list"], ["run"]])
-def test_no_colours_through_a_pipe(arguments):
-    done = subprocess.run([sys.executable, "-m", "c2c", *arguments], capture_output=True, env=plain_environment())
-    assert done.stdout + done.stderr
-    assert not ANSI.search((done.stdout + done.stderr).decode())
-
-
-def test_no_color_on_a_terminal():
-    """Bold stays: NO_COLOR is about colours."""
-    command = f"{sys.executable} -m c2c run"
-    coloured = on_a_terminal(command, plain_environment())
-    assert COLOUR.search(coloured)
-    assert not COLOUR.search(on_a_terminal(command, plain_environment(NO_COLOR="1")))
-
-
-def on_a_terminal(command, environment):
-    pty = pytest.importorskip("pty")
-    ours, theirs = pty.openpty()
-    process = subprocess.Popen(shlex.split(command), stdin=theirs, stdout=theirs, stderr=theirs, env=environment)
-    os.close(theirs)
-    read = b""
-    try:
-        while piece := os.read(ours, 4096):
-            read += piece
-    except OSError:  # the other side was closed
-        pass
-    os.close(ours)
-    process.wait()
-    return read.decode()
-
-
-def test_help_imports_nothing_heavy():
-    code = (
-        "import sys; from c2c.cli import main\n"
-        "sys.argv = ['c2c', 'train', '--help']\n"
-        "try: main()\n"
-        "except SystemExit: pass\n"
-        "heavy = {'torch', 'transformers', 'gradio', 'matplotlib', 'datasets', 'fastapi'} & set(sys.modules)\n"
-        "sys.exit(str(heavy) if heavy else 0)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "Examples" in done.stdout
-
-
-def test_completion(tmp_path):
-    """bash gets a script from --install-completion, and that script gets the names of commands."""
-    command = script()
-    environment = plain_environment(HOME=str(tmp_path), COMP_WORDS="c2c ins", COMP_CWORD="1")
-
-    def bash(line, **more):
-        # the second command keeps bash from replacing itself: it must be there to be recognised
-        done = subprocess.run(["bash", "-c", f"{line}; true"], capture_output=True, text=True, env=environment | more)
-        return done.stdout + done.stderr
-
-    assert "_C2C_COMPLETE=complete_bash" in bash(f"{command} --show-completion")
-    bash(f"{command} --install-completion")
-    written = (tmp_path / ".bash_completions" / "c2c.sh").read_text()
-    assert "_C2C_COMPLETE=complete_bash" in written
-    assert "c2c.sh" in (tmp_path / ".bashrc").read_text()
-    assert bash(command, _C2C_COMPLETE="complete_bash").split() == ["inspect"]

@@ -123,6 +123,19 @@ def test_a_parameter_of_the_command_replaces_the_field():
     assert got == ["one,two", {"limit": None}]
 
 
+def test_two_configs():
+    @dataclass
+    class Other:
+        seed: int = 0
+
+    app = typer.Typer()
+    got: dict[str, Any] = {}
+    decorated = from_config(Other)(from_config(Config, only=["limit"])(lambda **options: got.update(options)))
+    app.command()(decorated)
+    assert CliRunner().invoke(app, ["--limit", "2", "--seed", "1"]).exit_code == 0
+    assert got == {"limit": 2, "seed": 1}
+
+
 def test_a_field_that_can_be_no_option():
     @dataclass
     class Other:

@@ -13,11 +13,9 @@ from c2c import kv_cache
 from c2c.config import ConfigError
 from c2c.data.config import DataSource
 from c2c.fusers.base import load_fuser
-from c2c.training.adapter import prepare_adapter
 from c2c.training.config import ADAPTER, TrainConfig, load_config
-from c2c.training.prepared import calibrate, fill, prepare
-from c2c.training.run import train
-from c2c.training.selection import DevSet
+from c2c.training.dev_set import DevSet
+from c2c.training.run import fill, initialise, prepare, train
 from tiny import pair_folders
 
 FAMILIES = {
@@ -81,24 +79,23 @@ def config(folders, output, family="bottleneck", **changes) -> TrainConfig:
 def prepared_for(folders, output, family, **changes):
     """A run before its first step whose trained part is not at its zero start, where half of the gradients vanish."""
     made = config(folders, output, family, **changes)
-    run = prepare_adapter(made) if family == ADAPTER else prepare(made)
-    if family != ADAPTER:
-        calibrate(run)
+    run = prepare(made)
+    initialise(run)
     generator = torch.Generator().manual_seed(3)
-    for parameter in run.training.parameters():
+    for parameter in run.objective.parameters():
         if parameter.requires_grad and not parameter.any():
             torch.nn.init.normal_(parameter, std=0.2, generator=generator)
     return run
 
 
 def loss_and_gradients(run, precision):
-    run.training.precision = precision
-    run.training.train()
-    run.training.zero_grad()
+    run.objective.precision = precision
+    run.objective.train()
+    run.objective.zero_grad()
     torch.manual_seed(5)  # the draws of the gates
-    loss = run.training(run.train[:4])["loss"]
+    loss = run.objective(run.train[:4])["loss"]
     loss.backward()
-    named = {name: p for name, p in run.training.named_parameters() if p.requires_grad}
+    named = {name: p for name, p in run.objective.named_parameters() if p.requires_grad}
     return loss.detach(), {name: p.grad for name, p in named.items()}
 
 
@@ -139,23 +136,23 @@ def test_what_is_stored_does_not_depend_on_the_precision(folders, tmp_path):
         for name in ("float32", "bfloat16")
     ]
     for run in runs:
-        run.training(run.train[:4])["loss"].backward()
-    caches = [run.training.collate(run.train[:4]) for run in runs]
+        run.objective(run.train[:4])["loss"].backward()
+    caches = [run.objective.collate(run.train[:4]) for run in runs]
     for side in ("receiver_cache", "sharer_cache"):
         mine, theirs = (kv_cache.layers(getattr(cache, side)) for cache in caches)
         assert all(
             torch.equal(a, b) for one, other in zip(mine, theirs, strict=True) for a, b in zip(one, other, strict=True)
         )
-    assert runs[1].receiver_store.computed == 4
+    assert runs[1].objective.receiver_store.computed == 4
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_dev_scores_are_those_of_float32(folders, tmp_path, family):
     run = prepared_for(folders, tmp_path, family)
     fill(run)
-    score = DevSet(run.dev, 4).score(run.training)
-    run.training.precision = "float32"
-    assert DevSet(run.dev, 4).score(run.training) == score
+    score = DevSet(run.dev, 4).score(run.objective)
+    run.objective.precision = "float32"
+    assert DevSet(run.dev, 4).score(run.objective) == score
 
 
 @pytest.mark.parametrize("family", ALL)

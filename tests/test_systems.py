@@ -120,6 +120,12 @@ def test_a_stream_and_a_chat_equal_generate(shared, name):
     assert chat.send(PROMPTS[0]).text == stream.result.text
 
 
+def test_closing_a_stream_ends_the_sharers_writing(shared):
+    stream = make_system("text", shared, SystemOptions(message_tokens=300)).stream(PROMPTS[0], **GREEDY)
+    stream.close()
+    assert stream.result.message.new_tokens < 300
+
+
 def test_reports_of_rows_add_up(shared):
     report = make("c2c", shared).prefill(PROMPTS).report
     rows = [report.row(index) for index in range(len(PROMPTS))]

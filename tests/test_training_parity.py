@@ -6,6 +6,7 @@ The batch is the one of the fixture: two samples whose shorter one has pads betw
 from __future__ import annotations
 
 import json
+import warnings
 
 import pytest
 import torch
@@ -13,8 +14,12 @@ from safetensors.torch import load_file
 
 from c2c import C2CModel
 from c2c.alignment import Alignment, Chunk
-from c2c.fusers.gating import annealed_temperature, gumbel_gate, hard_gate, soft_gate
+from c2c.errors import FuserError
+from c2c.fusers import C2CFuser, Entries
+from c2c.fusers.bottleneck import soft_gate
+from c2c.fusers.c2c import annealed_temperature, gumbel_gate, hard_gate
 from c2c.fusion import Source, fuse
+from c2c.kv_cache import KVGeometry
 from c2c.tokens import TokenBatch
 from tiny import FIXTURES
 
@@ -29,7 +34,7 @@ NOISE = [f"noise.layer{layer}.{kind}_u" for layer in range(4) for kind in ("key"
 def model():
     loaded = C2CModel.from_published(A / "checkpoint", receiver=A / "receiver", sharer=A / "sharer", dtype="float32")
     loaded.fusers[0].train()
-    loaded.fusers[0].set_step(EXPECTED["train.temperature_step"])
+    loaded.fusers[0].on_step(EXPECTED["train.temperature_step"])
     return loaded
 
 
@@ -167,3 +172,47 @@ def test_gates():
     cold = gumbel_gate(torch.tensor(0.0), uniform, 0.001)
     assert float(((cold < 0.01) | (cold > 0.99)).float().mean()) > 0.98
     assert torch.isfinite(gumbel_gate(torch.tensor(0.0), torch.tensor([0.0, 1.0 - 2**-24]), 0.5)).all()
+
+
+def small_fuser(dropout=0.0):
+    torch.manual_seed(0)
+    geometry = KVGeometry(1, 2, 4)
+    return C2CFuser.from_geometry(
+        geometry, geometry, [0], hidden_dim=16, intermediate_dim=24, dropout=dropout, zero_init=False
+    )
+
+
+def entries(seed, rows=3):
+    draw = torch.Generator().manual_seed(seed)
+    return Entries(*([torch.randn(rows, 2, 5, 4, generator=draw)] for _ in range(2)))
+
+
+def outputs(fuser):
+    """Everything that a fuser adds, its gates open."""
+    fuser.uniform = lambda shape: torch.full(shape, 0.9999)
+    return torch.cat([x.flatten() for pair in fuser(entries(1), entries(2)) for x in pair])
+
+
+def test_dropout_is_of_training_alone():
+    plain, dropping = small_fuser(), small_fuser(0.5)
+    dropping.load_state_dict(plain.state_dict())
+    assert torch.equal(outputs(dropping.eval()), outputs(plain.eval()))
+    assert not torch.allclose(outputs(dropping.train()), outputs(plain.train()))
+    for bad in (-0.1, 1.0):
+        with pytest.raises(FuserError, match="from 0 to below 1"):
+            small_fuser(bad)
+
+
+def test_under_autocast_products_are_rounded_and_gradients_are_not():
+    gradients = []
+    for enabled in (False, True):
+        fuser = small_fuser().train()
+        with warnings.catch_warnings(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            warnings.simplefilter("error")  # RMSNorm warns of mixed types
+            loss = outputs(fuser).float().square().sum()
+        loss.backward()
+        gradients.append([p.grad for p in fuser.parameters() if p.grad is not None])
+    for exact, near in zip(*gradients, strict=True):
+        assert near.dtype == torch.float32
+        assert (near - exact).norm() <= 0.05 * exact.norm() + 1e-6
+    assert any(not torch.equal(exact, near) for exact, near in zip(*gradients, strict=True))

@@ -16,8 +16,7 @@ import yaml
 from safetensors.torch import load_file
 
 from c2c.training.checkpoints import last_complete
-from c2c.training.distributed import Processes
-from tiny import pair_folders
+from training_rig import make_folders
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
 
@@ -25,20 +24,14 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "e
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory):
     """Configs for one run each, on the same tiny models and data."""
-    receiver, sharer = pair_folders(tmp_path_factory.mktemp)
-    folder = tmp_path_factory.mktemp("setting")
-    for split, start, count in (("train", 0, 24), ("dev", 100, 6)):
-        rows = [
-            {"id": str(i), "question": f"Which is number {i}?", "choices": ["fox", "dog", "sun"], "answer": i % 3}
-            for i in range(start, start + count)
-        ]
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    receiver, sharer, data = make_folders(tmp_path_factory.mktemp)
+    folder = tmp_path_factory.mktemp("runs")
 
     def write(name, **changes) -> list[str]:
         values = {
             "receiver": receiver,
             "sharer": sharer,
-            "data_dir": str(folder),
+            "data_dir": data,
             "train": [{"path": "train.jsonl"}],
             "dev": [{"path": "dev.jsonl"}],
             "output_dir": str(folder / name),
@@ -88,6 +81,7 @@ def assert_same_weights(first, second, tolerance):
         assert torch.allclose(tensor, second[name], atol=tolerance), name
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_equals_unbroken(setting, alone):
     folder, write = setting
     command = write("killed")
@@ -105,6 +99,7 @@ def test_killed_and_resumed_equals_unbroken(setting, alone):
     assert_same_weights(weights(alone, 12), weights(folder / "killed", 12), 0.0)
 
 
+@pytest.mark.slow
 def test_two_processes_train_like_one(setting, alone):
     folder, write = setting
     summary = run(write("together"), processes=2)
@@ -113,11 +108,12 @@ def test_two_processes_train_like_one(setting, alone):
     assert_same_weights(weights(alone, 12), weights(folder / "together", 12), 1e-3)
 
 
-def test_two_processes_with_a_sharded_sharer_fill_one_store(setting, alone):
+@pytest.mark.slow
+def test_two_processes_fill_one_store(setting, alone):
     folder, write = setting
-    run(write("sharded", store_dir=str(folder / "store"), shard_sharer=True), processes=2)
+    run(write("shared", store_dir=str(folder / "store")), processes=2)
     assert sorted(len(list(part.glob("*.safetensors"))) for part in (folder / "store").iterdir()) == [30, 30]
-    assert_same_weights(weights(alone, 12), weights(folder / "sharded", 12), 1e-3)
+    assert_same_weights(weights(alone, 12), weights(folder / "shared", 12), 1e-3)
 
 
 def test_a_half_written_checkpoint_is_not_resumed_from(tmp_path):
@@ -129,10 +125,3 @@ def test_a_half_written_checkpoint_is_not_resumed_from(tmp_path):
     assert last_complete(tmp_path) == str(tmp_path / "checkpoint-4")
     assert not (tmp_path / "checkpoint-6").exists()
     assert last_complete(tmp_path / "nowhere") is None
-
-
-@pytest.mark.parametrize("count", [1, 2, 3])
-def test_processes_share_all_items_equally(count):
-    parts = [Processes(index, count).part(range(10)) for index in range(count)]
-    assert {item for part in parts for item in part} == set(range(10))
-    assert len({len(part) for part in parts}) == 1

@@ -1,4 +1,4 @@
-"""Takes the pictures of the demo that these pages show, in a headless Chromium, with the shipped fusers.
+"""Take the pictures of the demo that these pages show, in a headless Chromium, with the shipped fusers.
 
     c2c pull smollm2-135m qwen2.5-coder-1.5b qwen2.5-coder-0.5b
     python docs/tools/pictures.py
@@ -20,8 +20,9 @@ from typing import Any
 
 from playwright.sync_api import Browser, Page, sync_playwright
 
+from c2c.demo.config import DemoConfig
+from c2c.demo.panes import SYSTEMS
 from c2c.demo.server import launch
-from c2c.demo.settings import Settings
 
 IMAGES = Path(__file__).parents[1] / "images"
 FUSER = IMAGES.parents[1] / "zoo" / "smollm2-135m_from_qwen2.5-coder-1.5b"
@@ -31,10 +32,10 @@ _DONE = "document.querySelectorAll('[id^={tab}-] .c2c-pane[data-state=done]').le
 
 
 def main() -> None:
-    """Take them."""
+    """Take the chosen pictures."""
     arguments = _arguments()
     pictures: dict[str, Callable[[Browser, str], None]] = {"desktop": desktop, "phone": phone, "private": private}
-    demo = launch(Settings(fusers=(str(FUSER),), port=0, dtype=arguments.dtype), said=print)
+    demo = launch(DemoConfig(fuser=[str(FUSER)], port=0, dtype=arguments.dtype))
     with sync_playwright() as driver:
         chromium = os.environ.get("C2C_CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
         browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
@@ -55,7 +56,7 @@ def phone(browser: Browser, address: str) -> None:
     """The same on a narrow screen, where the sharer is then given another question."""
     page = _open(browser, address, PHONE)
     _ask(page, "ask")
-    _mislead(page, "ask")
+    _give_wrong_message(page, "ask")
     page.locator("#ask-c2c").scroll_into_view_if_needed()
     _keep(page, "phone", whole=False)
 
@@ -66,10 +67,10 @@ def private(browser: Browser, address: str) -> None:
     page.get_by_role("tab", name="Private context").click()
     note = {"name": "note.txt", "mimeType": "text/plain", "buffer": b"The locker number of Anna is 8264."}
     page.set_input_files("#private-upload input[type=file]", files=[note])
-    page.wait_for_selector('#private-said [data-status="ready"]')
+    page.wait_for_selector('#private-uploaded [data-status="ready"]')
     page.fill("#private-prompt textarea", "What is the locker number of Anna?")
     _ask(page, "private")
-    _mislead(page, "private")
+    _give_wrong_message(page, "private")
     _keep(page, "private")
 
 
@@ -84,13 +85,13 @@ def _open(browser: Browser, address: str, size: tuple[int, int]) -> Page:
 def _ask(page: Page, tab: str) -> None:
     page.click(f"#{tab}-run")
     page.wait_for_function(_DONE.format(tab=tab))
-    print({way: page.inner_text(f"#{tab}-{way} .c2c-answer") for way in ("receiver", "sharer", "text", "c2c")})
+    print({name: page.inner_text(f"#{tab}-{name} .c2c-answer") for name in SYSTEMS})
 
 
-def _mislead(page: Page, tab: str) -> None:
+def _give_wrong_message(page: Page, tab: str) -> None:
     before = page.inner_text(f"#{tab}-c2c .c2c-answer")
     page.click(f"#{tab}-wrong input")
-    page.wait_for_selector(f"#{tab}-c2c .c2c-pane[data-state=done] .c2c-misled")
+    page.wait_for_selector(f"#{tab}-c2c .c2c-pane[data-state=done] .c2c-wrong-message")
     after = page.inner_text(f"#{tab}-c2c .c2c-answer")
     print({"before": before, "wrong message": after})
     if before == after:

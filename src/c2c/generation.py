@@ -326,13 +326,14 @@ class Chat:
         return result
 
 
-class _Cancelled(StoppingCriteria):
+class Cancellation(StoppingCriteria):
     """Stop the generation when the reader has gone."""
 
     def __init__(self, event: Event) -> None:
         self.event = event
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        """Return whether to stop, for each row."""
         return torch.full((input_ids.shape[0],), self.event.is_set(), dtype=torch.bool, device=input_ids.device)
 
 
@@ -356,7 +357,7 @@ class TextStream(Iterator[str]):
         self._cancel = Event()
         require_tokenizer(tokenizer, "receiver")
         self._pieces = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        stops = StoppingCriteriaList([_Cancelled(self._cancel), *(kwargs.pop("stopping_criteria", None) or [])])
+        stops = StoppingCriteriaList([Cancellation(self._cancel), *(kwargs.pop("stopping_criteria", None) or [])])
         kwargs |= {"streamer": self._pieces, "stopping_criteria": stops}
         self._thread = Thread(target=self._run, args=(generate, messages, kwargs), daemon=True)
         self._thread.start()

@@ -1,4 +1,4 @@
-"""From a name to a model: an alias of ``c2c pull``, a hub id, a local folder, or a GGUF file."""
+"""Load a model and its tokenizer by alias of ``c2c pull``, hub id, local folder, or GGUF file."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 
-from c2c import pull
 from c2c.errors import ModelLoadError, PromptError, did_you_mean
-from c2c.pull.aliases import ALIASES
-from c2c.utils import read_json_object
+from c2c.hub_aliases import ALIASES, local_path
+from c2c.utils import read_json_object, save_atomically
 
 Dtype = str | torch.dtype | None
 _SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")  # device maps that accelerate works out
@@ -20,7 +20,7 @@ _SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")  # device maps th
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model with its tokenizer (None where the source has none) and the name that it came by."""
+    """A model with its tokenizer (None where the source has none) and the name that it was loaded by."""
 
     model: PreTrainedModel
     tokenizer: Any
@@ -49,7 +49,7 @@ def load(
 
     Raises:
         ModelLoadError: the source does not exist, or can't be read; an alias that was not pulled yet.
-        PromptError: the tokenizer is a slow one, which knows no character offsets.
+        PromptError: the tokenizer is a slow one, without character offsets.
     """
     if isinstance(source, PreTrainedModel):
         found = _load_tokenizer(tokenizer) if isinstance(tokenizer, str | Path) else tokenizer
@@ -72,10 +72,36 @@ def load(
     return LoadedModel(model, _require_fast(found), name)
 
 
+def gguf_to_safetensors(gguf: Path, folder: Path) -> None:
+    """Write the model of a GGUF file, unpacked to bfloat16, with its tokenizer to a folder.
+
+    Raises:
+        ModelLoadError: transformers can't read the GGUF.
+        OSError: the folder can't be written, or the disk is full.
+    """
+    try:
+        loaded = load(gguf, dtype=torch.bfloat16)
+    except Exception as error:  # the reader of a GGUF raises whatever its parts raise
+        raise ModelLoadError(
+            f"transformers {transformers.__version__} could not read {gguf.name}: {error}. Run `c2c doctor` to "
+            "check the installed versions."
+        ) from error
+    model: Any = loaded.model
+    model.hf_quantizer = None  # save_pretrained refuses a GGUF, and the weights are none any more
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+
+    def write(temporary: str) -> None:
+        model.save_pretrained(temporary)
+        loaded.tokenizer.save_pretrained(temporary)
+
+    save_atomically(folder, write)
+
+
 def _locate(name: str) -> tuple[str, str | None]:
-    """The folder or hub id, and the GGUF file inside it if one is named."""
+    """Return the folder or hub id, and the GGUF file inside it if one is named."""
     if name in ALIASES and not Path(name).exists():
-        return str(pull.local_path(name)), None
+        return str(local_path(name)), None
     if name.endswith(".gguf"):
         path = Path(name)
         if path.exists() or not name.count("/") >= 2:
@@ -107,7 +133,7 @@ def _check_folder(path: Path, name: str) -> None:
 
 
 def check_dtype(dtype: Dtype) -> None:
-    """See that a type of weights is one.
+    """Check the name of a type of weights.
 
     Raises:
         ModelLoadError: no such type.
@@ -145,7 +171,7 @@ def _load_model(folder: str, gguf: str | None, dtype: Dtype, kwargs: dict[str, A
 
 
 def _find_tokenizer(folder: str, gguf: str | None, revision: str | None) -> Any:
-    """The tokenizer beside a model, or None: token ids can be fused without one."""
+    """Return the tokenizer beside a model, or None: token ids can be fused without one."""
     if Path(folder).is_dir() and gguf is None:
         names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
         if not any((Path(folder) / name).exists() for name in names):

@@ -11,6 +11,7 @@ import shlex
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,24 @@ def read_json_object(path: Path, error: type[C2CError]) -> dict[str, Any]:
     return data
 
 
+def read_text(path: Path, what: str, error: type[C2CError]) -> str:
+    """Read a text file in UTF-8, with or without a byte order mark.
+
+    Args:
+        path: the file.
+        what: names it in errors.
+        error: raised where it can't be read, is no text in UTF-8, or holds nothing but white space.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as cause:
+        reason = cause.strerror if isinstance(cause, OSError) else cause
+        raise error(f"{what} can't be read as text: {reason}. Expected a text file in UTF-8.") from cause
+    if not text.strip():
+        raise error(f"{what} is empty; expected some text to read.")
+    return text
+
+
 def write_json(path: Path, data: Any) -> None:
     """Write JSON to a temporary file beside ``path`` and rename it."""
     write_text(path, json.dumps(data, indent=2) + "\n")
@@ -114,11 +133,20 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def folder_size(folder: Path) -> int:
+    """Return the bytes of all files below a folder, of which some may vanish meanwhile."""
+    size = 0
+    for path in folder.rglob("*"):
+        with suppress(FileNotFoundError):
+            size += path.stat().st_size if path.is_file() else 0
+    return size
+
+
 DISTRIBUTION = "cache2cache"
 
 
 def install_command(extra: str) -> str:
-    """Return a command that installs an extra's packages, wherever this package came from.
+    """Return the command that installs an extra's packages, wherever this package came from.
 
     Args:
         extra: its name in ``pyproject.toml``, such as ``report``.
@@ -127,9 +155,21 @@ def install_command(extra: str) -> str:
         lines = metadata.requires(DISTRIBUTION) or []
     except metadata.PackageNotFoundError:  # run from a folder of sources
         return f"pip install '.[{extra}]' in the clone"
-    optional = [one for one in map(Requirement, lines) if one.marker is not None and "extra" in str(one.marker)]
-    wanted = [f"{one.name}{one.specifier}" for one in optional if one.marker and one.marker.evaluate({"extra": extra})]
+    wanted = dict.fromkeys(_packages_of(extra, [Requirement(line) for line in lines]))
     return " ".join(["pip install", *(f"'{one}'" for one in wanted)])
+
+
+def _packages_of(extra: str, requirements: list[Requirement]) -> list[str]:
+    """Return the packages that an extra adds, in place of other extras of this package those that they add."""
+    found: list[str] = []
+    for one in requirements:
+        if one.marker is None or not one.marker.evaluate({"extra": extra}) or one.marker.evaluate({"extra": ""}):
+            continue
+        if one.name == DISTRIBUTION:
+            found += [name for other in sorted(one.extras) for name in _packages_of(other, requirements)]
+        else:
+            found.append(str(one).partition(";")[0].strip())
+    return found
 
 
 # Called with what is being done, how much of it is done, and how much there is.

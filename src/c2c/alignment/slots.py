@@ -98,7 +98,7 @@ class PublishedAligner:
     def align(
         self, receiver: Any, sharers: Sequence[Any], batch: Sequence[Conversation], options: RenderOptions
     ) -> list[Prompt]:
-        """Align each conversation to its own prompt: their sections differ. See :class:`~c2c.alignment.base.Aligner`."""
+        """Align each conversation to a prompt of its own, since sections differ; see :class:`.Aligner`."""
         require_tokenizer(receiver, "receiver")
         if self.enabled:
             return [self._align_one(receiver, sharers, conversation, options) for conversation in batch]

@@ -1,4 +1,4 @@
-"""The command line's frame: subcommands, and one place that turns errors into messages and exit codes.
+"""The ``c2c`` app: its subcommands, and the one place that turns errors into messages and exit codes.
 
 Exit codes: 0 success, 1 something could not be done, 2 wrong usage. torch is imported by the commands that need it,
 so that ``--help`` is quick.
@@ -37,7 +37,7 @@ def _version(wanted: bool) -> None:
 
 
 @app.callback()
-def frame(
+def callback(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
@@ -58,8 +58,10 @@ _ADVICE = {
 }
 
 
-def _about_files(error: OSError) -> str | None:
-    """What to say of an error of the disk that no command foresaw; None where it is about something else."""
+def _describe(error: C2CError | OSError) -> str | None:
+    """Return the message of an expected error; None of a system error that is not about files."""
+    if isinstance(error, C2CError):
+        return str(error)
     if error.filename is None and error.errno not in _ADVICE:
         return None
     where = f"{error.filename}: " if error.filename is not None else ""
@@ -68,21 +70,16 @@ def _about_files(error: OSError) -> str | None:
 
 
 def main() -> None:
-    """Entry point of the ``c2c`` command."""
+    """Run the ``c2c`` command; with ``C2C_DEBUG`` set, errors keep their traceback."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         app()
-    except C2CError as error:
-        if os.environ.get("C2C_DEBUG"):
+    except (C2CError, OSError) as error:
+        message = _describe(error)
+        if message is None or os.environ.get("C2C_DEBUG"):
             raise
-        typer.echo(f"c2c: {error}", err=True)
-        sys.exit(1)
-    except OSError as error:
-        said = _about_files(error)
-        if said is None or os.environ.get("C2C_DEBUG"):
-            raise
-        typer.echo(f"c2c: {said}", err=True)
+        typer.echo(f"c2c: {message}", err=True)
         sys.exit(1)
     except KeyboardInterrupt:
         typer.echo("c2c: interrupted", err=True)

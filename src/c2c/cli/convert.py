@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from c2c.cli.options import Json
 from c2c.cli.output import err, human_bytes, out, print_json
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def convert(
     sharer: Annotated[str | None, typer.Option(help="Load this sharer and record its identity.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Type of the weights; as stored if not given.")] = None,
     force: Annotated[bool, typer.Option(help="Write into a folder that already holds a fuser.")] = False,
-    json_: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    json_: Json = False,
 ) -> None:
     """Convert a published checkpoint to one safetensors file and a config, without running anything in it.
 
@@ -68,7 +69,7 @@ def convert(
 
 
 def _read(source: Path, dtype: str | None, receiver: Receiver | None, sharer: Sharer | None) -> Fuser:
-    """A published checkpoint, or a fuser with weights of another type; its means and scales stay in float32."""
+    """Load a published checkpoint, or a fuser with weights of another type (its statistics stay in float32)."""
     from c2c.errors import FuserError
     from c2c.fusers.base import load_fuser
     from c2c.loading import check_dtype
@@ -79,12 +80,12 @@ def _read(source: Path, dtype: str | None, receiver: Receiver | None, sharer: Sh
     dtype = dtype.removeprefix("torch.") if dtype else None
     config = source / "config.json"
     known = read_json_object(config, FuserError) if config.is_file() else {}
-    if not str(known.get("model_type", "")).startswith("c2c_fuser_"):
-        ours, theirs = (model.geometry if model else None for model in (receiver, sharer))
-        return import_published(source, receiver=ours, sharer=theirs, dtype=dtype)
-    if dtype is None:
-        raise FuserError(
-            f"{source} is no published checkpoint (expected projector_*.pt) but a fuser already. To write it with "
-            "weights of another type pass --dtype, say bfloat16."
-        )
-    return load_fuser(source, dtype=dtype)
+    if str(known.get("model_type", "")).startswith("c2c_fuser_"):
+        if dtype is None:
+            raise FuserError(
+                f"{source} is no published checkpoint (expected projector_*.pt) but a fuser already. To write it with "
+                "weights of another type pass --dtype, say bfloat16."
+            )
+        return load_fuser(source, dtype=dtype)
+    ours, theirs = (model.geometry if model else None for model in (receiver, sharer))
+    return import_published(source, receiver=ours, sharer=theirs, dtype=dtype)

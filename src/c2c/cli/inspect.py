@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
+from c2c.analysis.config import AnalysisError
+from c2c.cli.options import Json
 from c2c.cli.output import err, human_bytes, out, print_json
 
 if TYPE_CHECKING:
+    from c2c.analysis.plots import Plot
     from c2c.fusers import Fuser
-    from c2c.plots.reading import Reading
 
 _EPILOG = """Examples:
 
@@ -24,9 +26,9 @@ c2c inspect owner/fuser-on-the-hub
 
 c2c inspect ./my-fuser --plot gates.png
 
-c2c inspect ./my-fuser --plot pictures.html --prompt "Why is the sky blue?" --answer-prefix "The answer is"
+c2c inspect ./my-fuser --plot plots.html --prompt "Why is the sky blue?" --answer-prefix "The answer is"
 
-Without --prompt there is a picture of the gates alone. With it both models are loaded and read the prompt: gate and
+Without --prompt there is a plot of the gates alone. With it both models are loaded and read the prompt: gate and
 weight by layer and head, fusion strength over the prompt, token alignment, PCA of the three caches, effective rank."""
 
 
@@ -37,29 +39,35 @@ def register(app: typer.Typer) -> None:
 
 def inspect(
     fuser: Annotated[str, typer.Argument(help="Folder or hub id of a fuser, or a published checkpoint's folder.")],
-    plot: Annotated[str | None, typer.Option(help="Draw pictures to this file: .png or .html.")] = None,
+    plot: Annotated[str | None, typer.Option(help="Draw plots to this file: .png or .html.")] = None,
     prompt: Annotated[
-        str | None, typer.Option(help="With --plot: draw what crosses while the pair reads this.")
+        str | None, typer.Option(help="With --plot: draw what is fused while the pair reads this.")
     ] = None,
     system: Annotated[str | None, typer.Option(help="With --prompt: system message for both models.")] = None,
     answer_prefix: Annotated[str, typer.Option(help="With --prompt: text that the answer continues.")] = "",
     receiver: Annotated[str | None, typer.Option(help="With --prompt: in place of the recorded receiver.")] = None,
     sharer: Annotated[str | None, typer.Option(help="With --prompt: in place of the recorded sharer.")] = None,
-    json_: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    json_: Json = False,
 ) -> None:
-    """Show a fuser: geometry, layer map, gates, size, and the models it was made for; and pictures of it."""
+    """Show a fuser: geometry, layer map, gates, size, and the models it was made for; and plots of it."""
     if plot is None and prompt is not None:
-        raise typer.BadParameter("--prompt is for pictures: add --plot OUT.png or --plot OUT.html.")
-    target = _check_target(plot)
+        raise typer.BadParameter("--prompt is for plots: add --plot OUT.png or --plot OUT.html.")
+    target = None if plot is None else _check_target(plot)
     loaded = _load(fuser)
     data = describe(loaded)
     if target is not None:
-        reading = None
+        from c2c.analysis.plots import save_plots
+        from c2c.analysis.prompt_plots import fuser_plots
+
+        title, plots = fuser, fuser_plots(loaded)
         if prompt is not None:
-            messages = _messages(prompt, system)
+            from c2c.analysis.capture import check_shared
+
+            check_shared(loaded, fuser)  # before the models are loaded
             with err.status("reading the prompt ..."):
-                reading = _read(fuser, loaded, messages, answer_prefix, receiver=receiver, sharer=sharer)
-        data["plot"] = {"file": str(target), "pictures": _save(target, fuser, loaded, reading)}
+                title, plots = _plot_prompt(fuser, _messages(prompt, system), answer_prefix, receiver, sharer)
+        save_plots(target, title, plots)
+        data["plot"] = {"file": str(target), "pictures": [one.title for one in plots]}
     if json_:
         print_json(data)
         return
@@ -109,34 +117,30 @@ def _messages(prompt: str, system: str | None) -> list[dict[str, str]]:
     return [*first, {"role": "user", "content": prompt}]
 
 
-def _check_target(plot: str | None) -> Path | None:
-    if plot is None:
-        return None
-    from c2c.plots.album import check_target
+def _check_target(plot: str) -> Path:
+    """Refuse a file that plots can't be written to, before anything is loaded."""
+    from c2c.analysis.results import check_drawing
 
-    return check_target(plot)
+    target = Path(plot).expanduser()
+    if target.suffix.lower() not in (".png", ".html") or target.is_dir():
+        raise AnalysisError(f"--plot {plot}: expected a file that ends with .png or .html.")
+    check_drawing()
+    return target
 
 
-def _read(
-    source: str, fuser: Fuser, messages: list[dict[str, str]], answer_prefix: str, **models: str | None
-) -> Reading:
-    """The prompt as the fuser's pair reads it."""
+def _plot_prompt(
+    source: str, messages: list[dict[str, str]], answer_prefix: str, receiver: str | None, sharer: str | None
+) -> tuple[str, list[Plot]]:
+    """Return the title and the plots of a prompt as the fuser's pair reads it."""
+    from c2c.analysis.capture import capture_prompt
+    from c2c.analysis.prompt_plots import prompt_plots
     from c2c.model import C2CModel
-    from c2c.plots.reading import check_fuser, read_prompt
     from c2c.prompting import RenderOptions
 
-    check_fuser(fuser)  # before the models are loaded
-    kwargs: dict[str, Any] = models
-    published = _is_published(source)
-    model = (C2CModel.from_published if published else C2CModel.from_pretrained)(source, **kwargs)
-    return read_prompt(model, messages, RenderOptions(answer_prefix=answer_prefix))
-
-
-def _save(target: Path, source: str, fuser: Fuser, reading: Reading | None) -> list[str]:
-    from c2c.plots.album import save
-
-    title = source if reading is None else f"{reading.receiver} <- {reading.sharer}"
-    return save(target, title, fuser, reading)
+    load: Any = C2CModel.from_published if _is_published(source) else C2CModel.from_pretrained
+    model = load(source, receiver=receiver, sharer=sharer)
+    capture = capture_prompt(model, messages, RenderOptions(answer_prefix=answer_prefix))
+    return " <- ".join(capture.names), prompt_plots(capture)
 
 
 def _facts(data: dict[str, Any]) -> Table:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
+from c2c.cli.options import Json, from_config
 from c2c.cli.output import err, out, print_json
-from c2c.utils import file_hash, write_json
+from c2c.evaluation.config import HarnessConfig
+from c2c.utils import command, file_hash, versions, write_json
 
 if TYPE_CHECKING:
     from c2c.model import C2CModel
@@ -29,6 +31,8 @@ of another document: a gain that deranged has as well is not content of the prom
 Without --apply-chat-template both models read the task's raw text; a fuser trained on chat prompts wants the template.
 Needs the harness: pip install 'cache2cache\\[lm-eval]'. Most tasks fetch their data from the hub."""
 
+# Settings that simple_evaluate takes under the same name.
+_SETTINGS = ("limit", "num_fewshot", "apply_chat_template", "system_instruction", "gen_kwargs", "log_samples")
 # What of the harness's result is kept; the rest describes the machine.
 _KEPT = (
     "results",
@@ -48,65 +52,35 @@ def register(app: typer.Typer) -> None:
     app.command(name="lm-eval", epilog=_EPILOG)(lm_eval)
 
 
-def lm_eval(
-    fuser: Annotated[str, typer.Option(help="Folder or hub id of the fuser.")],
-    tasks: Annotated[str, typer.Option(help="Names of tasks or groups, or task files, with commas.")],
-    system: Annotated[str, typer.Option(help="Who answers; several with commas.")] = "matched",
-    limit: Annotated[float | None, typer.Option(help="Documents per task; below 1 a share of them.")] = None,
-    num_fewshot: Annotated[
-        int | None, typer.Option(help="Examples in the prompt, in place of the task's number unless that is 0.")
-    ] = None,
-    apply_chat_template: Annotated[
-        bool, typer.Option("--apply-chat-template", help="Ask in messages, each model with its own template.")
-    ] = False,
-    system_instruction: Annotated[str | None, typer.Option(help="System message, or text before the prompt.")] = None,
-    gen_kwargs: Annotated[str | None, typer.Option(help="For generation: max_gen_toks=64,do_sample=True,...")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Contexts, and continuations, at a time.")] = 8,
-    max_length: Annotated[int | None, typer.Option(help="Truncate contexts to so many tokens.")] = None,
-    include_path: Annotated[list[str] | None, typer.Option(help="Folder with task files; may be repeated.")] = None,
-    output: Annotated[str | None, typer.Option(help="File for the result, as JSON.")] = None,
-    log_samples: Annotated[
-        bool, typer.Option("--log-samples", help="Every request and answer in the output file.")
-    ] = False,
-    receiver: Annotated[str | None, typer.Option(help="In place of the recorded receiver.")] = None,
-    sharer: Annotated[str | None, typer.Option(help="In place of the recorded sharer.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Type of the models' weights.")] = None,
-    device_map: Annotated[str | None, typer.Option(help="Where the models go.")] = None,
-    json_: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
-) -> None:
+@from_config(HarnessConfig)
+def lm_eval(*, json_: Json = False, **options: Any) -> None:
     """Run tasks of the lm-evaluation-harness on a pair."""
-    chosen = [name.strip() for name in system.split(",") if name.strip()]
-    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    config = HarnessConfig(**options)
+    systems = [name.strip() for name in config.system.split(",") if name.strip()]
+    tasks = [name.strip() for name in config.tasks.split(",") if name.strip()]
     with err.status("loading tasks ..."):
-        manager = _tasks(names, chosen, include_path or [])
+        manager = _load_tasks(tasks, systems, config.include_path)
     with err.status("loading models ..."):
         from c2c.model import C2CModel
 
-        model = C2CModel.from_pretrained(fuser, receiver=receiver, sharer=sharer, dtype=dtype, device_map=device_map)
-    settings = {
-        "limit": int(limit) if limit is not None and limit >= 1 else limit,
-        "num_fewshot": num_fewshot,
-        "apply_chat_template": apply_chat_template,
-        "system_instruction": system_instruction,
-        "gen_kwargs": gen_kwargs,
-        "log_samples": log_samples and output is not None,
-    }
-    results = {
-        name: _run(model, name, batch_size, max_length, tasks=names, task_manager=manager, **settings)
-        for name in chosen
-    }
-    details = settings | {"tasks": names, "batch_size": batch_size, "max_length": max_length}
-    data = {"systems": results, "provenance": _provenance(model, fuser, details)}
-    if output is not None:
-        write_json(Path(output), data)
+        names = {name: getattr(config, name) for name in ("receiver", "sharer", "dtype", "device_map")}
+        model = C2CModel.from_pretrained(config.fuser, **names)
+    settings = {name: getattr(config, name) for name in _SETTINGS}
+    settings["limit"] = int(config.limit) if config.limit is not None and config.limit >= 1 else config.limit
+    settings["log_samples"] = config.log_samples and config.output is not None
+    results = {name: _run(model, name, config, tasks=tasks, task_manager=manager, **settings) for name in systems}
+    details = settings | {"tasks": tasks, "batch_size": config.batch_size, "max_length": config.max_length}
+    data = {"systems": results, "provenance": _provenance(model, config.fuser, details)}
+    if config.output is not None:
+        write_json(Path(config.output), data)
     if json_:
         print_json({**data, "systems": {name: _without_samples(result) for name, result in results.items()}})
     else:
         _show(results)
 
 
-def _tasks(names: list[str], systems: list[str], include: list[str]) -> Any:
-    """The harness's task manager, once all tasks are known and their data is there.
+def _load_tasks(names: list[str], systems: list[str], include: list[str]) -> Any:
+    """Return the harness's task manager, once all tasks and their data are loaded.
 
     Raises:
         IntegrationError: unknown systems or tasks, or data that can't be loaded; nothing to do.
@@ -130,7 +104,7 @@ def _tasks(names: list[str], systems: list[str], include: list[str]) -> Any:
             manager.load([name])
         except KeyError as error:
             raise IntegrationError(
-                f"the harness knows no task {name!r}. `lm_eval ls tasks` lists its own; give --include-path FOLDER for "
+                f"the harness has no task {name!r}. `lm_eval ls tasks` lists its own; give --include-path FOLDER for "
                 "others, or the path of a task file."
             ) from error
         except Exception as error:  # data sets fail in many ways
@@ -139,7 +113,7 @@ def _tasks(names: list[str], systems: list[str], include: list[str]) -> Any:
 
 
 def _manager(names: list[str], include: list[str]) -> Any:
-    """A manager of the given folders alone where that does: reading the harness's own tasks takes seconds."""
+    """Return a manager of the given folders alone where that does: reading the harness's own tasks takes seconds."""
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=include, include_defaults=False)
@@ -148,14 +122,14 @@ def _manager(names: list[str], include: list[str]) -> Any:
     return TaskManager(include_path=include)
 
 
-def _run(model: C2CModel, system: Any, batch_size: int, max_length: int | None, **settings: Any) -> dict[str, Any]:
-    """One system's result, as the harness gives it, without what describes the machine."""
+def _run(model: C2CModel, system: Any, config: HarnessConfig, **settings: Any) -> dict[str, Any]:
+    """Return one system's result, as the harness gives it, without what describes the machine."""
     from lm_eval import simple_evaluate
     from lm_eval.utils import handle_non_serializable
 
     from c2c.evaluation.lm_eval import C2CLM
 
-    lm = C2CLM(model, system, batch_size=batch_size, max_length=max_length)
+    lm = C2CLM(model, system, batch_size=config.batch_size, max_length=config.max_length)
     result = simple_evaluate(model=lm, **settings)
     kept = {key: result[key] for key in _KEPT if key in result} | {"counts": dict(lm.counts)}
     plain: dict[str, Any] = json.loads(json.dumps(kept, default=handle_non_serializable))
@@ -180,9 +154,8 @@ def _without_samples(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def _provenance(model: C2CModel, fuser: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """All that is needed to repeat a run."""
+    """Return all that is needed to repeat a run."""
     from c2c.fusers.base import resolve
-    from c2c.utils import command, versions
 
     folder = resolve(fuser)
     return {

@@ -42,7 +42,7 @@ def from_config(
     """Give a command ``def command(..., **options)`` one option per field of a config dataclass.
 
     The command gets the values under the fields' names. In ``--help`` they stand after its positional parameters and
-    before its keyword-only ones. A field that the command declares itself is left out.
+    before its keyword-only ones. A field that the command declares itself is left out. Several configs can be stacked.
 
     Args:
         config: dataclass whose fields hold text, numbers, paths, choices (``Literal`` or an enum), lists of these, or
@@ -71,7 +71,7 @@ def from_config(
     def decorate(command: F) -> F:
         own_hints = get_type_hints(command, include_extras=True)
         own = [
-            parameter.replace(annotation=own_hints[name])
+            parameter.replace(annotation=own_hints.get(name, parameter.annotation))  # another config's are resolved
             for name, parameter in inspect.signature(command).parameters.items()
             if parameter.kind is not parameter.VAR_KEYWORD
         ]

@@ -1,12 +1,16 @@
-"""``c2c report``: results of ``c2c eval`` as a page and as Markdown."""
+"""``c2c report``: results of ``c2c eval`` as Markdown, plots and one HTML page."""
 
 from __future__ import annotations
 
 import shlex
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from c2c.errors import C2CError
+from c2c.utils import install_command
 
 _EPILOG = """Examples:
 
@@ -22,9 +26,6 @@ c2c report results --readme README.md
 
 RESULTS are result.json files of c2c eval --output-dir, or folders with such files.
 Runs that differ in fuser, seed or systems only are shown as their mean, and one by one.
-Losses are said in words: the sharer alone is better; no content is shown (the
-interval of P reaches zero); text-to-text is better or quicker; an adapter does as
-well; a wrong message helps too; another system is ahead.
 --readme fills the lines between <!-- results --> and <!-- /results -->."""
 
 
@@ -41,48 +42,34 @@ def report(
         Path | None, typer.Option(help="Write the plots as SVG files into this folder; the Markdown shows them.")
     ] = None,
     readme: Annotated[
-        Path | None, typer.Option(help="Write the overview into this file, between the markers that it has.")
+        Path | None, typer.Option(help="Write a short table into this file, between the markers that it has.")
     ] = None,
     overview: Annotated[
-        bool, typer.Option("--overview", help="Print only the overview: a line per pair and data set.")
+        bool, typer.Option("--overview", help="Print only the summary: a row for each pair and data set.")
     ] = False,
     title: Annotated[str, typer.Option(help="Heading.")] = "Results",
     check: Annotated[
         bool, typer.Option("--check", help="Write nothing; exit with 1 if a file is not what would be written.")
     ] = False,
 ) -> None:
-    """Show results as a page and as Markdown, losses included; without options, Markdown on stdout."""
-    from c2c.reporting import check_files, group, make_files, overview_markdown, read_results, to_markdown, write_files
-
+    """Show results as tables, plots and a page, losses marked; without options, Markdown on stdout."""
     if markdown is None and plots is not None:
         raise typer.BadParameter("--plots go with a Markdown file that shows them: give --markdown too.")
     if check and html is None and markdown is None and readme is None:
         raise typer.BadParameter("--check needs the file to check: give --markdown, --html or --readme.")
-    sections = group(read_results(results))
-    files = make_files(sections, title, html, markdown, plots, readme)
+    try:
+        from c2c import report as reports
+    except ImportError as error:
+        raise C2CError(f"reports need {error.name}: {install_command('report')}.") from error
+    evaluations = reports.group_runs(reports.load_results(results))
+    files = reports.make_files(evaluations, title, html=html, markdown=markdown, plots=plots, readme=readme)
     if check:
-        check_files(files, _command(results, html, markdown, plots, readme, title))
+        reports.check_files(files, shlex.join(["c2c", *(word for word in sys.argv[1:] if word != "--check")]))
         return
-    write_files(files)
+    reports.write_files(files)
     for path in files:
         typer.echo(f"wrote {path}", err=True)
     if overview:
-        typer.echo(overview_markdown(sections))
+        typer.echo(reports.summary_markdown(evaluations))
     elif not files:
-        typer.echo(to_markdown(sections, title, {}), nl=False)
-
-
-def _command(
-    results: list[Path],
-    html: Path | None,
-    markdown: Path | None,
-    plots: Path | None,
-    readme: Path | None,
-    title: str,
-) -> str:
-    """The command that writes what was checked."""
-    words = ["c2c", "report", *map(str, results)]
-    options = (("--html", html), ("--markdown", markdown), ("--plots", plots), ("--readme", readme))
-    for option, path in options:
-        words += [option, str(path)] if path is not None else []
-    return shlex.join(words + (["--title", title] if title != "Results" else []))
+        typer.echo(reports.report_markdown(evaluations, title), nl=False)

@@ -1,10 +1,10 @@
-"""``c2c run``: one prompt, every way to answer it, side by side."""
+"""``c2c run``: one prompt, answered by several systems, side by side."""
 
 from __future__ import annotations
 
+import re
 import sys
-from collections.abc import Callable
-from enum import StrEnum
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,12 +13,18 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from c2c.cli.options import Json, from_config
 from c2c.cli.output import err, human_bytes, out, print_json
-from c2c.pull.defaults import DEFAULT_RECEIVER, DEFAULT_SHARER
+from c2c.config import option
+from c2c.errors import PromptError
+from c2c.hub_aliases import DEFAULT_RECEIVER, DEFAULT_SHARER
+from c2c.utils import read_text
 
 if TYPE_CHECKING:
     from c2c.model import C2CModel
+    from c2c.systems import System
 
+ALL = ("receiver", "sharer", "text", "c2c")
 UNTRAINED = (
     "The fuser is untrained: it adds nothing, so the cache-to-cache output equals the receiver's. Pass --fuser FOLDER "
     "for a trained one."
@@ -40,22 +46,31 @@ With --context, only the sharer reads that file; the receiver, and what is text-
 over."""
 
 
-class Mode(StrEnum):
-    """Ways to answer."""
+@dataclass(frozen=True)
+class RunConfig:
+    """Options of ``c2c run``."""
 
-    ALL = "all"
-    RECEIVER = "receiver"
-    SHARER = "sharer"
-    TEXT = "text"
-    C2C = "c2c"
-
-
-_TITLES = {
-    Mode.RECEIVER: "receiver alone",
-    Mode.SHARER: "sharer alone",
-    Mode.TEXT: "text-to-text",
-    Mode.C2C: "cache-to-cache",
-}
+    fuser: str | None = option(None, "Folder or hub id of a fuser; untrained if not given.")
+    receiver: str | None = option(
+        None, f"Alias, hub id, folder or GGUF. [default: the fuser's, else {DEFAULT_RECEIVER}]"
+    )
+    sharer: str | None = option(None, f"Alias, hub id, folder or GGUF. [default: the fuser's, else {DEFAULT_SHARER}]")
+    mode: str = option("all", f"Which system answers; all is {', '.join(ALL)}; others are reader, zero, untrained.")
+    max_new_tokens: int = option(64, "At most this many tokens per answer.", min=1)
+    message_tokens: int = option(64, "At most this many for the text-to-text message.", min=1)
+    context: Path | None = field(
+        default=None, metadata={"help": "Text that only the sharer reads; for a fuser of private context."}
+    )
+    draft_tokens: int = option(
+        0, "With --context: the sharer drafts so many tokens of an answer, handed over as well.", min=0
+    )
+    system: str | None = option(None, "System message for both models.")
+    answer_prefix: str = option("", "Text that the answer continues, such as 'The answer is'.")
+    sample: bool = option(False, "Sample instead of greedy decoding.", flag="--sample")
+    seed: int = option(0, "Seed for sampling.")
+    dtype: str | None = option(None, "float32, bfloat16, float16 or auto.")
+    device: str | None = option(None, "Device map: cpu, cuda, auto.")
+    allow_mismatch: bool = option(False, "Accept models with other weights than the fuser's.")
 
 
 def register(app: typer.Typer) -> None:
@@ -63,105 +78,95 @@ def register(app: typer.Typer) -> None:
     app.command(name="run", epilog=_EPILOG)(run)
 
 
+@from_config(RunConfig)
 def run(
     prompt: Annotated[str, typer.Argument(help="The prompt; '-' reads it from stdin.")],
-    fuser: Annotated[str | None, typer.Option(help="Folder or hub id of a fuser; untrained if not given.")] = None,
-    receiver: Annotated[
-        str | None,
-        typer.Option(help=f"Alias, hub id, folder or GGUF. [default: the fuser's, else {DEFAULT_RECEIVER}]"),
-    ] = None,
-    sharer: Annotated[
-        str | None,
-        typer.Option(help=f"Alias, hub id, folder or GGUF. [default: the fuser's, else {DEFAULT_SHARER}]"),
-    ] = None,
-    mode: Annotated[Mode, typer.Option(help="Which way to answer.")] = Mode.ALL,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="At most this many tokens per answer.")] = 64,
-    message_tokens: Annotated[int, typer.Option(min=1, help="At most this many for the text-to-text message.")] = 64,
-    context: Annotated[
-        Path | None, typer.Option(help="Text that only the sharer reads; for a fuser of private context.")
-    ] = None,
-    draft_tokens: Annotated[
-        int,
-        typer.Option(min=0, help="With --context: the sharer drafts so many tokens of an answer, handed over as well."),
-    ] = 0,
-    system: Annotated[str | None, typer.Option(help="System message for both models.")] = None,
-    answer_prefix: Annotated[str, typer.Option(help="Text that the answer continues, such as 'The answer is'.")] = "",
-    sample: Annotated[bool, typer.Option("--sample", help="Sample instead of greedy decoding.")] = False,
-    seed: Annotated[int, typer.Option(help="Seed for sampling.")] = 0,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16 or auto.")] = None,
-    device: Annotated[str | None, typer.Option(help="Device map: cpu, cuda, auto.")] = None,
-    allow_mismatch: Annotated[bool, typer.Option(help="Accept models with other weights than the fuser's.")] = False,
-    json_: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    *,
+    json_: Json = False,
+    **options: Any,
 ) -> None:
     """Answer one prompt with the receiver, the sharer, text-to-text and cache-to-cache, with times."""
+    config = RunConfig(**options)
     text = sys.stdin.read().strip() if prompt == "-" else prompt
-    _check_text(text, "the prompt" if prompt != "-" else "the prompt on stdin")
-    passage = None if context is None else _read(context)  # before the models, which take their time
-    messages = [{"role": "system", "content": system}] if system else []
-    messages.append({"role": "user", "content": text})
+    if not text.strip():
+        raise PromptError(f"the prompt{' on stdin' if prompt == '-' else ''} is empty; expected some text to read.")
+    context = None if config.context is None else read_text(config.context, f"--context {config.context}", PromptError)
+    names = _system_names(config.mode)
     with err.status("loading models ..."):
-        model = _load(fuser, receiver, sharer, allow_mismatch, dtype=dtype, device_map=device)
-    kwargs: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": sample, "answer_prefix": answer_prefix}
-    if mode in (Mode.ALL, Mode.C2C):
-        _check_context(model, context)
-    if passage is not None:
-        ways = _private_ways(model, messages, passage, message_tokens, draft_tokens, **kwargs)
-    else:
-        ways = _ways(model, messages, message_tokens, **kwargs)
-    chosen = list(ways) if mode is Mode.ALL else [mode]
+        model = _load(config)
+        systems = _make_systems(names, model, config)
     if not json_:
         out.print(_header(model))
-    results: dict[str, Any] = {}
-    for way in chosen:
-        _seed(seed)
-        with err.status(f"{_TITLES[way]} ..."):
-            results[way.value] = ways[way]().to_dict()
+    results: dict[str, dict[str, Any]] = {}
+    for name, system in systems.items():
+        with err.status(f"{system.title} ..."):
+            results[name] = _answer(system, text, context, config)
         if not json_:
-            out.print(_panel(way, results[way.value]))
+            out.print(_panel(system.title, results[name]))
     if json_:
-        print_json(_as_json(model, text, results))
+        pair = {"receiver": model.receiver.name, "sharer": [sharer.name for sharer in model.sharers]}
+        note = {} if model.trained else {"note": UNTRAINED}
+        print_json({"prompt": text, **pair, "trained": model.trained, "results": results, **note})
         return
     if len(results) > 1:
-        out.print(_table(results))
-    if not model.trained and Mode.C2C.value in results:
+        out.print(_table({systems[name].title: result for name, result in results.items()}))
+    if not model.trained and "c2c" in results:
         out.print(f"[yellow]{UNTRAINED}[/yellow]")
 
 
-def _load(fuser: str | None, receiver: str | None, sharer: str | None, allow_mismatch: bool, **kwargs: Any) -> C2CModel:
+def _system_names(mode: str) -> tuple[str, ...]:
+    """Return the systems of a ``--mode``; unknown ones are refused before models are loaded."""
+    from c2c.systems import systems
+
+    if mode == "all":
+        return ALL
+    if re.sub(r"_\d+$", "", mode) not in systems():
+        raise typer.BadParameter(f"{mode!r} is not one of all, {', '.join(sorted(systems()))}.", param_hint="--mode")
+    return (mode,)
+
+
+def _load(config: RunConfig) -> C2CModel:
     from c2c.model import C2CModel
 
-    if fuser is not None:
-        return C2CModel.from_pretrained(
-            fuser, receiver=receiver, sharer=sharer, allow_mismatch=allow_mismatch, **kwargs
-        )
-    return C2CModel.from_models(receiver or DEFAULT_RECEIVER, sharer or DEFAULT_SHARER, **kwargs)
+    load: dict[str, Any] = {"dtype": config.dtype, "device_map": config.device}
+    if config.fuser is None:
+        return C2CModel.from_models(config.receiver or DEFAULT_RECEIVER, config.sharer or DEFAULT_SHARER, **load)
+    load |= {"receiver": config.receiver, "sharer": config.sharer, "allow_mismatch": config.allow_mismatch}
+    return C2CModel.from_pretrained(config.fuser, **load)
 
 
-def _read(path: Path) -> str:
-    from c2c.errors import PromptError
+def _make_systems(names: tuple[str, ...], model: C2CModel, config: RunConfig) -> dict[str, System]:
+    from c2c.systems import SystemOptions, make_system
+    from c2c.systems.fused import CacheToCache
 
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise PromptError(
-            f"--context {path} can't be read as text: {reason}. Expected a text file in UTF-8, for the sharer alone."
-        ) from error
-    _check_text(text, f"--context {path}")
-    return text
+    options = SystemOptions(message_tokens=config.message_tokens, draft_tokens=config.draft_tokens)
+    systems = {name: make_system(name, model, options) for name in names}
+    if any(isinstance(system, CacheToCache) for system in systems.values()):
+        _check_context(model, config.context)
+    return systems
 
 
-def _check_text(text: str, what: str) -> None:
-    from c2c.errors import PromptError
+def _answer(system: System, text: str, context: str | None, config: RunConfig) -> dict[str, Any]:
+    import torch
 
-    if not text.strip():
-        raise PromptError(f"{what} is empty; expected some text to read.")
+    from c2c.prompting import RenderOptions
+
+    messages = [{"role": "system", "content": config.system}] if config.system else []
+    messages.append({"role": "user", "content": text})
+    torch.manual_seed(config.seed)
+    result = system.generate(
+        messages,
+        context,
+        options=RenderOptions(answer_prefix=config.answer_prefix),
+        max_new_tokens=config.max_new_tokens,
+        do_sample=config.sample,
+    )
+    data: dict[str, Any] = result.to_dict()
+    return data
 
 
 def _check_context(model: C2CModel, context: Path | None) -> None:
-    """Say what fits this fuser in words of the command line, before the other ways are answered."""
-    from c2c.errors import PromptError
-
+    """Refuse a context that does not suit the fuser, in words of the command line."""
     family = model.fusers[0].family
     if model.private and context is None:
         raise PromptError(
@@ -175,109 +180,34 @@ def _check_context(model: C2CModel, context: Path | None) -> None:
         )
 
 
-def _private_ways(
-    model: C2CModel,
-    messages: list[dict[str, str]],
-    passage: str,
-    message_tokens: int,
-    draft_tokens: int,
-    answer_prefix: str = "",
-    **kwargs: Any,
-) -> dict[Mode, Callable[[], Any]]:
-    """The same ways where only the sharer has the passage; its draft answers the question, so it reads that as well."""
-    from c2c.prompting import RenderOptions
-    from c2c.systems.base import with_passage
-    from c2c.systems.text_to_text import passage_to_text, summary_request
-
-    kwargs["options"] = RenderOptions(answer_prefix=answer_prefix)
-    sharer, request = model.sharers[0], summary_request(passage, message_tokens)
-
-    def fused() -> Any:
-        if draft_tokens > 0:
-            given: Any = sharer.read(with_passage(messages, passage), draft_tokens=draft_tokens)
-        else:
-            given = passage
-        return model.generate(messages, sharer_messages=given, **kwargs)
-
-    return {
-        Mode.RECEIVER: lambda: model.receiver.answer(messages, **kwargs),
-        Mode.SHARER: lambda: sharer.answer(with_passage(messages, passage), **kwargs),
-        Mode.TEXT: lambda: passage_to_text(
-            model.receiver, sharer, messages, request, message_tokens=message_tokens, **kwargs
-        ),
-        Mode.C2C: fused,
-    }
-
-
-def _ways(
-    model: C2CModel, messages: list[dict[str, str]], message_tokens: int, answer_prefix: str = "", **kwargs: Any
-) -> dict[Mode, Callable[[], Any]]:
-    from c2c.prompting import RenderOptions
-    from c2c.systems.text_to_text import text_to_text
-
-    kwargs["options"] = RenderOptions(answer_prefix=answer_prefix)
-    sharer = model.sharers[0]
-    return {
-        Mode.RECEIVER: lambda: model.receiver.answer(messages, **kwargs),
-        Mode.SHARER: lambda: sharer.answer(messages, **kwargs),
-        Mode.TEXT: lambda: text_to_text(model.receiver, sharer, messages, message_tokens=message_tokens, **kwargs),
-        Mode.C2C: lambda: model.generate(messages, **kwargs),
-    }
-
-
-def _seed(seed: int) -> None:
-    import torch
-
-    torch.manual_seed(seed)
-
-
 def _header(model: C2CModel) -> str:
     names = ", ".join(sharer.name for sharer in model.sharers)
     state = "trained" if model.trained else "untrained"
-    fuser = model.fusers[0]
-    parameters = sum(p.numel() for f in model.fusers for p in f.parameters())
+    parameters = sum(p.numel() for fuser in model.fusers for p in fuser.parameters())
     return (
         f"[bold]receiver[/bold] {model.receiver.name}   [bold]sharer[/bold] {names}   "
-        f"[bold]fuser[/bold] {fuser.family}, {parameters / 1e6:.1f} M parameters, {state}"
+        f"[bold]fuser[/bold] {model.fusers[0].family}, {parameters / 1e6:.1f} M parameters, {state}"
     )
 
 
-def _panel(way: Mode, result: dict[str, Any]) -> Panel:
+def _panel(title: str, result: dict[str, Any]) -> Panel:
     body = Text(result["text"].strip() or "(no text)")
     if "message" in result:
         body = Text.assemble(("sharer wrote: " + result["message"].strip() + "\n\n", "dim"), body)
-    return Panel(body, title=_TITLES[way], title_align="left")
+    return Panel(body, title=title, title_align="left")
 
 
-def _table(results: dict[str, Any]) -> Table:
+def _table(results: dict[str, dict[str, Any]]) -> Table:
     table = Table()
     for title in ("", "first token", "total", "read", "written", "crossed"):
         table.add_column(title, no_wrap=True)
-    for name, result in results.items():
-        report = result["report"]
-        if report:
-            crossed = f"{human_bytes(report['sharer_bytes'])} cache"
-        else:
-            crossed = f"{result['message_tokens']} text tokens" if "message" in result else "-"
-        table.add_row(
-            _TITLES[Mode(name)],
-            f"{result['seconds_to_first_token']:.2f} s",
-            f"{result['seconds_total']:.2f} s",
-            str(result["prompt_tokens"]),
-            str(result["new_tokens"]),
-            crossed,
-        )
+    for title, result in results.items():
+        seconds = (f"{result[key]:.2f} s" for key in ("seconds_to_first_token", "seconds_total"))
+        table.add_row(title, *seconds, str(result["prompt_tokens"]), str(result["new_tokens"]), _crossed(result))
     return table
 
 
-def _as_json(model: C2CModel, prompt: str, results: dict[str, Any]) -> dict[str, Any]:
-    data: dict[str, Any] = {
-        "prompt": prompt,
-        "receiver": model.receiver.name,
-        "sharer": [sharer.name for sharer in model.sharers],
-        "trained": model.trained,
-        "results": results,
-    }
-    if not model.trained:
-        data["note"] = UNTRAINED
-    return data
+def _crossed(result: dict[str, Any]) -> str:
+    if result["report"]:
+        return f"{human_bytes(result['report']['sharer_bytes'])} cache"
+    return f"{result['message_tokens']} text tokens" if "message" in result else "-"

@@ -13,7 +13,7 @@ import yaml
 
 from c2c.cli.options import from_config
 from c2c.cli.output import err
-from c2c.pull.defaults import DEFAULT_RECEIVER, DEFAULT_SHARER
+from c2c.hub_aliases import DEFAULT_RECEIVER, DEFAULT_SHARER
 from c2c.serving.serve_config import ServeConfig
 
 if TYPE_CHECKING:
@@ -38,9 +38,9 @@ c2c serve ./my-fuser --engine vllm --engine-option max_model_len=4096
 curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json'
 -d '{"model": "my-fuser", "messages": [{"role": "user", "content": "Why is the sky blue?"}]}'
 
-The model name chooses who answers: NAME is cache-to-cache, NAME/receiver and NAME/sharer are the models alone, NAME/text
-is text-to-text. API keys are better given in C2C_API_KEY, separated by commas. Needs the packages of the server:
-pip install 'cache2cache\\[serve]'."""
+The model name chooses who answers: NAME is cache-to-cache, NAME/receiver and NAME/sharer are the models alone,
+NAME/text is text-to-text. API keys are better given in C2C_API_KEY, separated by commas. Needs the packages of the
+server: pip install 'cache2cache\\[serve]'."""
 
 
 def register(app: typer.Typer) -> None:

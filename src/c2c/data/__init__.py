@@ -1,1 +1,1 @@
-"""Rows for training, evaluation and analysis: from files, from hub data sets, or made up."""
+"""Rows for training, evaluation and analysis: files, data sets and synthetic questions as prompts with responses."""

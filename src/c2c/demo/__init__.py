@@ -1,5 +1,4 @@
-"""``c2c demo``: one prompt, four ways to answer it, side by side in a browser.
+"""``c2c demo``: one prompt, answered by four systems, side by side in a browser.
 
-Needs the extra ``demo``. Nothing here imports torch before the page is up: models are loaded in the
-background.
+Needs the extra ``demo``. Nothing here imports torch before the page is up: models are loaded in the background.
 """

@@ -1,325 +1,317 @@
-"""The page: what stands where, and which button does what. All that is done is done in :mod:`c2c.demo.desk`."""
+"""The page: what stands where, and which button does what. Gradio's queue lets one event at a time use the models."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
-from c2c.demo.desk import Changed, Desk, question_for
-from c2c.demo.document import read_document
-from c2c.demo.errors import DemoError
-from c2c.demo.example import DOCUMENT, DOCUMENT_QUESTION, EXAMPLES
-from c2c.demo.markup import remark_html, sentence
-from c2c.demo.pane import Way
-from c2c.demo.question import Question
-from c2c.demo.settings import SYSTEM, Settings
-from c2c.reporting.canvas import colour_rules
+from c2c.data.formats import SYSTEM
+from c2c.demo.config import DemoConfig
+from c2c.demo.examples import DOCUMENT, DOCUMENT_QUESTION, EXAMPLES
+from c2c.demo.fusers import FuserChoice, default_fuser
+from c2c.demo.markup import pair_title, pane_html, status_html
+from c2c.demo.models import ModelCache
+from c2c.demo.panes import SYSTEMS, Pane, Question, Session
+from c2c.errors import C2CError, PromptError
+from c2c.utils import read_text
 
 _LEAD = (
     "Two language models answer together without a word of text between them: the **sharer** reads the prompt, a small "
     "trained **fuser** merges its KV cache into that of the **receiver**, and the receiver answers. Compare with each "
     "model alone and with the usual way, text."
 )
-_CLOCKS = (
-    "Panes run one after the other, the quickest first, and each stopwatch counts only its own pane's time, prefills "
-    "included. *Crossed* is what went from the sharer to the receiver."
+_PRIVATE_LEAD = (
+    "Only the sharer reads the document. The receiver gets entries for its cache, made from the sharer's, and answers "
+    "the question."
+)
+_PICTURES_LEAD = (
+    "What crosses while the pair reads the prompt of the first tab: gates and weights, how strongly each token is "
+    "changed, which token takes which, and where the caches lie."
+)
+_TIMES = (
+    "Panes run one after the other, the quickest first, and each counts only its own seconds, prefills included. "
+    "*Crossed* is what went from the sharer to the receiver."
 )
 _BLEND = "How much of what the fuser adds is taken: 0 is the receiver alone, 1 the ordinary run."
-_WRONG = "The sharer reads another {what}. Where its content crosses, the answer goes wrong."
+_WRONG = "The sharer reads another {}. Where its content crosses, the answer goes wrong."
+_EXAMPLES = "Examples, in the form that the shipped fuser was trained on"
+_NO_PROMPT_FUSER = "No fuser that merges two caches was found. Start the demo with `c2c demo --fuser FOLDER`."
+_NO_PRIVATE_FUSER = (
+    "No fuser of private context was given, and none is in zoo/. Such a fuser is of the family 'memory'. Train one "
+    "with `c2c train configs/private.yaml --data-dir DATA`, then start `c2c demo --fuser runs/private/best`."
+)
 _FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "DejaVu Sans", "sans-serif"]
 _MONO = ["ui-monospace", "SFMono-Regular", "Menlo", "DejaVu Sans Mono", "monospace"]
+# Events that use the models wait for each other; Gradio shows the place in the queue and the seconds.
+_QUEUED: dict[str, Any] = {
+    "concurrency_id": "models",
+    "concurrency_limit": 1,
+    "show_progress": "minimal",
+    "api_visibility": "private",
+}
+_DIRECT: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+Values = dict[Any, Any]  # of components
+Updates = Iterator[dict[Any, str]]  # of components
 
 
 def style() -> str:
-    """The page's CSS, with the colours of our plots in light and in dark."""
-    light, dark = colour_rules()
-    rules = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
-    return f":root {{ {light} }}\n.dark {{ {dark} }}\n{rules}"
+    """Return the page's CSS."""
+    return Path(__file__).with_name("page.css").read_text(encoding="utf-8")
 
 
 def theme() -> Any:
-    """Gradio's theme with fonts of the machine, so that nothing is fetched from elsewhere."""
+    """Return Gradio's theme with fonts of the machine, so that nothing is fetched from elsewhere."""
     return gr.themes.Default(primary_hue="blue", font=_FONTS, font_mono=_MONO)
 
 
-def build(desk: Desk, settings: Settings) -> gr.Blocks:
-    """The whole page."""
+def build(models: ModelCache, choices: Sequence[FuserChoice], config: DemoConfig) -> gr.Blocks:
+    """Build the whole page.
+
+    Args:
+        models: where models are loaded.
+        choices: fusers to choose from.
+        config: options of the demo.
+    """
     page: gr.Blocks = gr.Blocks(title="c2c demo", analytics_enabled=False, fill_width=True)
     with page:
         gr.Markdown(f"# Cache-to-cache\n{_LEAD}")
         with gr.Tab("Ask both", id="ask"):
-            asking = _Ask(desk, settings)
+            ask = _Tab(models, choices, config, private=False)
         with gr.Tab("Private context", id="private"):
-            _Private(desk, settings)
+            _Tab(models, choices, config, private=True)
         with gr.Tab("Pictures", id="pictures"):
-            _pictures(desk, asking)
-        page.load(asking.watch, asking.fuser, asking.status, **_LIVE)
-        page.unload(desk_forgets(desk))
+            _add_pictures(ask)
+        page.load(ask.load, {ask.fuser}, ask.status, **_QUEUED)
     return page
 
 
-# Runs are told apart and put in order by the desk, so Gradio need not hold them back.
-_LIVE: dict[str, Any] = {
-    "concurrency_limit": None,
-    "show_progress": "hidden",
-    "trigger_mode": "multiple",
-    "api_visibility": "private",
-}
+class _Tab:
+    """Fields, buttons and four panes: of one prompt for both models, or of a document that only the sharer reads.
 
+    Args:
+        models: where models are loaded.
+        choices: fusers to choose from.
+        config: options of the demo.
+        private: whether there is a document.
+    """
 
-def desk_forgets(desk: Desk) -> Any:
-    """What happens when a visitor leaves."""
-
-    def forget(request: gr.Request) -> None:
-        for tab in ("ask", "private", "pictures"):
-            desk.forget(_tab(request, tab))
-
-    return forget
-
-
-class _Panes:
-    """Four panes and what runs them: common to the two tabs that answer."""
-
-    def __init__(self, desk: Desk, tab: str, private: bool) -> None:
-        self.desk, self.tab, self.private = desk, tab, private
-        self.fuser: Any = None
-        self.status: Any = None
-
-    def choose(self) -> None:
-        """Choice of a fuser, and how far its models are."""
-        labels = self.desk.labels(self.private)
+    def __init__(
+        self, models: ModelCache, choices: Sequence[FuserChoice], config: DemoConfig, *, private: bool
+    ) -> None:
+        self.models, self.config, self.private = models, config, private
+        self.name = "private" if private else "ask"
+        self.choices = {choice.label: choice for choice in choices if choice.private is private}
+        first = default_fuser(list(self.choices.values()), private)
+        self.session = gr.State(Session())
         self.fuser = gr.Dropdown(
-            labels,
-            value=self.desk.default(self.private),
+            list(self.choices),
+            value=first.label if first else None,
             label="Fuser, and so the pair",
-            interactive=len(labels) > 1,
-            visible=bool(labels),
-            elem_id=f"{self.tab}-fuser",
+            interactive=len(self.choices) > 1,
+            visible=bool(self.choices),
+            elem_id=f"{self.name}-fuser",
         )
-        self.status = gr.HTML(self.desk.status(self.fuser.value, self.private), elem_id=f"{self.tab}-status")
-
-    def show(self) -> None:
-        """The panes."""
-        start = self.desk.board(f"{self.tab} start", self.fuser.value, self.private)
+        self.status = gr.HTML(self.status_html(first), elem_id=f"{self.name}-status")
+        self._add_texts()
+        with gr.Row():
+            run = gr.Button("Ask", variant="primary", interactive=bool(first), elem_id=f"{self.name}-run")
+            stop = gr.Button("Stop", interactive=bool(first), elem_id=f"{self.name}-stop")
+        self._add_switches()
         with gr.Row(elem_classes="c2c-panes"):
-            self.panes = {way: gr.HTML(start[way], elem_id=f"{self.tab}-{way}") for way in Way}
-        gr.Markdown(_CLOCKS, elem_classes="c2c-lead")
+            self.panes = {
+                name: gr.HTML(pane_html(Pane(name), first), elem_id=f"{self.name}-{name}") for name in SYSTEMS
+            }
+        gr.Markdown(_TIMES, elem_classes="c2c-lead")
+        self._add_options("" if private or first is None else first.answer_prefix)
+        self._connect(run, stop)
 
-    @property
-    def outputs(self) -> list[Any]:
-        """Status and panes."""
-        return [self.status, *self.panes.values()]
+    # -- fields ------------------------------------------------------------------------------------------------------
 
-    def updates(self, label: str | None, runs: Iterator[Changed]) -> Iterator[list[Any]]:
-        """What a run changes on the page."""
-        for changed in runs:
-            yield [
-                self.desk.status(label, self.private),
-                *(changed.get(way, gr.skip()) for way in self.panes),
-            ]
-
-    def watch(self, label: str | None) -> Iterator[str]:
-        """The models' state while they are loaded."""
-        yield from self.desk.watch(label, self.private)
-
-    def choose_other(self, label: str | None, request: gr.Request) -> Iterator[list[Any]]:
-        """Another fuser: empty panes, and its models in the background."""
-        tab = _tab(request, self.tab)
-        self.desk.forget(tab)
-        fresh = self.desk.board(tab, label, self.private)
-        yield [self.desk.status(label, self.private), *(fresh[way] for way in self.panes)]
-        for status in self.watch(label):
-            yield [status, *(gr.skip() for _ in self.panes)]
-
-    def again(self, label: str | None, blend: float, misled: bool, request: gr.Request) -> Iterator[list[Any]]:
-        """One thing was changed: cache-to-cache once more."""
-        yield from self.updates(label, self.desk.again(_tab(request, self.tab), label, blend=blend, misled=misled))
-
-    def stop(self, request: gr.Request) -> None:
-        """End the run."""
-        self.desk.stop(_tab(request, self.tab))
-
-
-class _Ask(_Panes):
-    """One prompt for both models."""
-
-    def __init__(self, desk: Desk, settings: Settings) -> None:
-        super().__init__(desk, "ask", private=False)
-        self.choose()
-        chosen = desk.choice(self.fuser.value)
-        example = EXAMPLES[0].prompt
-        self.prompt = gr.Textbox(example, label="Prompt, read by both models", lines=7, elem_id="ask-prompt")
-        gr.Examples(
-            [[example.prompt] for example in EXAMPLES],
-            self.prompt,
-            example_labels=[example.title for example in EXAMPLES],
-            label="Examples, in the form that the shipped fuser was trained on",
-            api_visibility="private",
-        )
-        prefix = chosen.prefix if chosen is not None else ""
-        with gr.Row():
-            run = gr.Button("Ask", variant="primary", elem_id="ask-run")
-            stop = gr.Button("Stop", elem_id="ask-stop")
-        with gr.Row():
-            with gr.Column(min_width=280):
-                self.blend = gr.Slider(0, 1, 1, step=0.05, label="Blend", info=_BLEND, elem_id="ask-blend")
-            with gr.Column(min_width=280):
-                self.wrong = gr.Checkbox(
-                    False, label="Wrong message", info=_WRONG.format(what="question"), elem_id="ask-wrong"
-                )
-        self.show()
-        with gr.Accordion("Options", open=False):
-            self.prefix = gr.Textbox(
-                prefix, label="Answer prefix: text that the answer continues", elem_id="ask-prefix"
+    def _add_texts(self) -> None:
+        what, start, lines = ("Question", DOCUMENT_QUESTION, 2) if self.private else ("Prompt", EXAMPLES[0].prompt, 7)
+        with gr.Column(visible=self.private):
+            gr.Markdown(_PRIVATE_LEAD, elem_classes="c2c-lead")
+            self.document = gr.Textbox(
+                DOCUMENT, label="Document, read by the sharer alone", lines=5, elem_id=f"{self.name}-document"
             )
-            self.system = gr.Textbox(SYSTEM, label="System message", elem_id="ask-system")
-            self.tokens, self.message = _lengths(settings)
-        self._wire(run, stop)
+            upload = gr.File(
+                label="or upload a text file",
+                file_types=["text", ".md", ".txt"],
+                height=120,
+                elem_id=f"{self.name}-upload",
+            )
+            uploaded = gr.HTML("", elem_id=f"{self.name}-uploaded")
+        self.prompt = gr.Textbox(
+            start, label=f"{what}, read by both models", lines=lines, elem_id=f"{self.name}-prompt"
+        )
+        if not self.private:
+            prompts, titles = zip(*(([example.prompt], example.title) for example in EXAMPLES), strict=True)
+            gr.Examples(
+                list(prompts), self.prompt, example_labels=list(titles), label=_EXAMPLES, api_visibility="private"
+            )
+        upload.upload(read_upload, upload, [self.document, uploaded], **_DIRECT)
 
-    def _wire(self, run: Any, stop: Any) -> None:
-        again = [self.fuser, self.blend, self.wrong]
-        run.click(self.ask, self.inputs, self.outputs, **_LIVE)
-        stop.click(self.stop, None, None, api_visibility="private")
-        self.wrong.input(self.again, again, self.outputs, **_LIVE)
-        self.blend.input(self.again, again, self.outputs, **_LIVE)
-        self.fuser.input(self.choose_other, self.fuser, self.outputs, **_LIVE)
+    def _add_switches(self) -> None:
+        what = _WRONG.format("document" if self.private else "question")
+        with gr.Row():
+            with gr.Column(min_width=280, visible=not self.private):  # private context is there or not
+                self.blend = gr.Slider(0, 1, 1, step=0.05, label="Blend", info=_BLEND, elem_id=f"{self.name}-blend")
+            with gr.Column(min_width=280):
+                self.wrong = gr.Checkbox(False, label="Wrong message", info=what, elem_id=f"{self.name}-wrong")
+
+    def _add_options(self, answer_prefix: str) -> None:
+        with gr.Accordion("Options", open=False):
+            self.answer_prefix = gr.Textbox(
+                answer_prefix, label="Answer prefix: text that the answer continues", elem_id=f"{self.name}-prefix"
+            )
+            self.system = gr.Textbox(
+                "" if self.private else SYSTEM, label="System message", elem_id=f"{self.name}-system"
+            )
+            with gr.Row():
+                self.tokens, self.message_tokens = (
+                    gr.Number(most, precision=0, minimum=1, label=f"Tokens {label}, at most")
+                    for most, label in (
+                        (self.config.max_new_tokens, "per answer"),
+                        (self.config.message_tokens, "of the passed text"),
+                    )
+                )
 
     @property
-    def inputs(self) -> list[Any]:
-        """What a question is made of."""
-        return [
-            self.fuser,
-            self.prompt,
-            self.prefix,
-            self.system,
-            self.tokens,
-            self.message,
-            self.blend,
-            self.wrong,
-        ]
+    def inputs(self) -> set[Any]:
+        """Everything that a question is made of."""
+        return {part for part in vars(self).values() if isinstance(part, gr.components.Component)} - {self.status}
 
-    def ask(
-        self,
-        label: str | None,
-        prompt: str,
-        prefix: str,
-        system: str,
-        tokens: float,
-        message: float,
-        blend: float,
-        wrong: bool,
-        request: gr.Request,
-    ) -> Iterator[list[Any]]:
-        """Run all panes."""
-        question = question_for(Question(prompt, system, prefix, int(tokens), int(message), float(blend)), wrong)
-        yield from self.updates(label, self.desk.ask(_tab(request, self.tab), label, question))
-
-
-class _Private(_Panes):
-    """A document that only the sharer reads."""
-
-    def __init__(self, desk: Desk, settings: Settings) -> None:
-        super().__init__(desk, "private", private=True)
-        gr.Markdown(
-            "Only the sharer reads the document. The receiver gets entries for its cache, made from the sharer's, and "
-            "answers the question.",
-            elem_classes="c2c-lead",
+    def question(self, values: Values) -> Question:
+        """Return the question that the fields hold."""
+        return Question(
+            values[self.prompt],
+            values[self.system],
+            values[self.answer_prefix],
+            int(values[self.tokens]),
+            int(values[self.message_tokens]),
+            float(values[self.blend]),
+            values[self.document] if self.private else None,
+            values[self.wrong],
         )
-        self.choose()
-        able = self.fuser.value is not None
-        with gr.Row(equal_height=False):
-            with gr.Column(min_width=280):
-                self.document = gr.Textbox(
-                    DOCUMENT, label="Document, read by the sharer alone", lines=7, elem_id="private-document"
-                )
-                upload = gr.File(
-                    label="or upload a text file",
-                    file_types=["text", ".md", ".txt"],
-                    height=120,
-                    elem_id="private-upload",
-                )
-                self.said = gr.HTML("", elem_id="private-said")
-            with gr.Column(min_width=280):
-                self.prompt = gr.Textbox(
-                    DOCUMENT_QUESTION, label="Question, read by both models", lines=2, elem_id="private-prompt"
-                )
-                self.wrong = gr.Checkbox(
-                    False, label="Wrong message", info=_WRONG.format(what="document"), elem_id="private-wrong"
-                )
-                self.tokens, self.message = _lengths(settings)
-                with gr.Row():
-                    run = gr.Button("Ask", variant="primary", interactive=able, elem_id="private-run")
-                    stop = gr.Button("Stop", interactive=able, elem_id="private-stop")
-        self.show()
-        self._wire(run, stop, upload)
 
-    def _wire(self, run: Any, stop: Any, upload: Any) -> None:
-        run.click(
-            self.ask,
-            [self.fuser, self.document, self.prompt, self.tokens, self.message, self.wrong],
-            self.outputs,
-            **_LIVE,
-        )
-        stop.click(self.stop, None, None, api_visibility="private")
-        self.wrong.input(self.flip, [self.fuser, self.wrong], self.outputs, **_LIVE)
-        self.fuser.input(self.choose_other, self.fuser, self.outputs, **_LIVE)
-        upload.upload(self.read, upload, [self.document, self.said], api_visibility="private")
+    def choice(self, values: Values) -> FuserChoice | None:
+        """Return the chosen fuser."""
+        return self.choices.get(values[self.fuser] or "")
 
-    def flip(self, label: str | None, wrong: bool, request: gr.Request) -> Iterator[list[Any]]:
-        """The wrong-message switch."""
-        yield from self.again(label, 1.0, wrong, request)
+    # -- events ------------------------------------------------------------------------------------------------------
 
-    def read(self, path: str) -> tuple[Any, str]:
-        """An uploaded document into the field, where it can be read and changed."""
-        try:
-            text = read_document(path)
-        except DemoError as error:
-            return gr.skip(), remark_html("failed", sentence(error))
-        return text, remark_html("ready", f"{Path(path).name}: {len(text):,} letters, for the sharer alone.")
+    def _connect(self, run: Any, stop: Any) -> None:
+        outputs, options = [self.status, *self.panes.values()], _QUEUED | {"show_progress_on": [self.status]}
+        asked = run.click(self.ask, self.inputs, outputs, **options)
+        # a slider on its way sends many values: only the last one is run after the one that is running
+        changed = [self.wrong.input, self.blend.input]
+        options = {**options, "trigger_mode": "always_last"}
+        again = gr.on(changed, self.ask_again, self.inputs, outputs, cancels=asked, **options)
+        self.fuser.input(self.choose, {self.session, self.fuser}, outputs, cancels=[asked, again], **options)
+        stop.click(None, cancels=[asked, again], api_visibility="private")
+        stop.click(self.stop, {self.session, self.fuser}, list(self.panes.values()), **_DIRECT)
 
-    def ask(
-        self,
-        label: str | None,
-        document: str,
-        prompt: str,
-        tokens: float,
-        message: float,
-        wrong: bool,
-        request: gr.Request,
-    ) -> Iterator[list[Any]]:
-        """Run all panes."""
-        question = Question(prompt, max_new_tokens=int(tokens), message_tokens=int(message), document=document)
-        runs = self.desk.ask(_tab(request, self.tab), label, question_for(question, wrong))
-        yield from self.updates(label, runs)
+    def load(self, values: Values) -> Iterator[str]:
+        """Load the chosen fuser's models; yield their state."""
+        choice = self.choice(values)
+        if choice is not None and self.models.seconds(choice) is None:
+            pair = pair_title(choice)
+            yield status_html("loading", f"Loading {pair} \u2026 You can ask already.")
+            try:
+                with self.models.use(choice):
+                    pass
+            except C2CError as error:
+                yield status_html("failed", f"{pair} could not be loaded: {error}")
+                return
+        yield self.status_html(choice)
 
+    def ask(self, values: Values) -> Updates:
+        """Answer a question with all systems."""
+        panes = values[self.session].ask(self.models, self.choice(values), self.question(values))
+        yield from self._updates(panes, values)
 
-def _lengths(settings: Settings) -> tuple[Any, Any]:
-    with gr.Row():
-        tokens = gr.Number(settings.max_new_tokens, precision=0, minimum=1, label="Tokens per answer, at most")
-        message = gr.Number(settings.message_tokens, precision=0, minimum=1, label="Tokens of the passed text, at most")
-    return tokens, message
+    def ask_again(self, values: Values) -> Updates:
+        """Answer the last question with cache-to-cache once more, with another switch or blend."""
+        changed = {"blend": float(values[self.blend]), "wrong_message": values[self.wrong]}
+        yield from self._updates(values[self.session].ask_again(self.models, self.choice(values), **changed), values)
+
+    def choose(self, values: Values) -> Updates:
+        """Empty the panes for another fuser and load its models."""
+        values[self.session].clear()
+        yield {self.panes[name]: pane_html(Pane(name), self.choice(values)) for name in SYSTEMS}
+        for status in self.load(values):
+            yield {self.status: status}
+
+    def stop(self, values: Values) -> dict[Any, str]:
+        """Show what was stopped; the runs themselves are cancelled by Gradio."""
+        values[self.session].stop()
+        panes = values[self.session].panes.values()
+        return {self.panes[pane.name]: pane_html(pane, self.choice(values)) for pane in panes}
+
+    def _updates(self, panes: Generator[Pane], values: Values) -> Updates:
+        """Yield what changes on the page. Closing this, as Gradio does on cancelling, stops the models."""
+        choice = self.choice(values)
+        with closing(panes):
+            for pane in panes:
+                yield {self.panes[pane.name]: pane_html(pane, choice), self.status: self.status_html(choice)}
+
+    def status_html(self, choice: FuserChoice | None) -> str:
+        """Format the state of a fuser's models."""
+        if choice is None:
+            return status_html("waiting", _NO_PRIVATE_FUSER if self.private else _NO_PROMPT_FUSER)
+        seconds, pair = self.models.seconds(choice), pair_title(choice)
+        if seconds is None:
+            return status_html("waiting", f"{pair}: will be loaded when they are needed.")
+        return status_html("ready", f"Ready: {pair}, loaded in {seconds:.0f} s.")
 
 
-def _pictures(desk: Desk, asking: _Ask) -> None:
-    gr.Markdown(
-        "What crosses while the pair reads the prompt of the first tab: gates and weights, how strongly each token is "
-        "changed, which token takes which, and where the caches lie.",
-        elem_classes="c2c-lead",
-    )
+def read_upload(path: str) -> tuple[Any, str]:
+    """Read an uploaded document into the field, where it can be read and changed; say how long it is."""
+    try:
+        text = read_text(Path(path), Path(path).name, PromptError)
+    except PromptError as error:
+        return gr.skip(), status_html("failed", str(error))
+    return text, status_html("ready", f"{Path(path).name}: {len(text):,} letters, for the sharer alone.")
+
+
+def _add_pictures(ask: _Tab) -> None:
+    """Lay out the tab that draws what crosses for the prompt of the first tab."""
+    gr.Markdown(_PICTURES_LEAD, elem_classes="c2c-lead")
     button = gr.Button("Draw", variant="primary", elem_id="pictures-run")
-    remark = gr.HTML("", elem_id="pictures-status")
-    shown = gr.HTML("", elem_id="pictures-shown")
+    status = gr.HTML("", elem_id="pictures-status")
+    pictures = gr.HTML("", elem_id="pictures-shown")
 
-    def draw(label: str | None, prompt: str, prefix: str, system: str, request: gr.Request) -> Iterator[Any]:
-        yield from desk.pictures(_tab(request, "pictures"), label, Question(prompt, system, prefix))
+    def draw(values: Values) -> tuple[str, str]:
+        question = ask.question(values)
+        try:
+            html = draw_pictures(ask.models, ask.choice(values), question)
+        except C2CError as error:
+            return status_html("failed", str(error)), ""
+        return status_html("ready", f"Of the prompt in the first tab, {len(question.prompt)} letters."), html
 
-    inputs = [asking.fuser, asking.prompt, asking.prefix, asking.system]
-    button.click(draw, inputs, [remark, shown], **_LIVE)
+    button.click(draw, ask.inputs, [status, pictures], **_QUEUED)
 
 
-def _tab(request: gr.Request, tab: str) -> str:
-    """One string per visitor and tab."""
-    return f"{request.session_hash} {tab}"
+def draw_pictures(models: ModelCache, choice: FuserChoice | None, question: Question) -> str:
+    """Draw what the fuser does to the caches of a prompt, as HTML.
+
+    Raises:
+        C2CError: no fuser or no prompt, matplotlib is missing, or the models can't take the prompt.
+    """
+    if choice is None:
+        raise PromptError(_NO_PROMPT_FUSER)
+    question.check()
+    from c2c.analysis.capture import capture_prompt
+    from c2c.analysis.plots import html_figures
+    from c2c.analysis.prompt_plots import prompt_plots
+    from c2c.analysis.results import check_drawing
+    from c2c.prompting import RenderOptions
+
+    check_drawing()
+    with models.use(choice) as model:
+        capture = capture_prompt(model, question.messages, RenderOptions(answer_prefix=question.answer_prefix))
+    return f'<div class="c2c-pictures">{html_figures(prompt_plots(capture))}</div>'

@@ -1,56 +1,142 @@
-"""Reading the chosen letter from generated text, in the order of the published evaluation.
-
-An answer phrase first, then a lone letter at the end or before punctuation, then any lone letter, then any capital.
-Unlike there, the letters are those of the item (E and further too), and "a" as a word is no answer.
-"""
+"""Answers of one system to a batch of items: what it reads, and one record per item."""
 
 from __future__ import annotations
 
-import re
+from collections.abc import Sequence
+from typing import Any
 
-from c2c.data.config import LETTERS
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
-_PHRASES = [
-    re.compile(pattern, re.IGNORECASE)
-    for pattern in (
-        r"correct\s+answer\s+is\s*:?",
-        r"correct\s+answer\s*:",
-        r"answer\s+is\s*:?",
-        r"answer\s*:",
-        r"correct\s+(?:option|choice)\s+is\s*:?",
-        r"(?:option|choice)\s*:",
-        r"(?:option|choice)\s",
-        r"答案(?:是|为)?\s*[::]?",
-        r"jibu\s*(?:ni|sahihi)?\s*:?",
-    )
-]
+from c2c.data.formats import Row
+from c2c.data.prompts import choice_tokens, passage_with_question, response_tokens
+from c2c.evaluation.config import EvalConfig, EvaluationError, system_kind
+from c2c.evaluation.metrics import exact, f1, read_letter
+from c2c.evaluation.pair import Pair
+from c2c.generation import GenerationResult, PrefilledPrompt
+from c2c.handoff import Handoff
+from c2c.messages import Conversation
+from c2c.prefill import continued_logits
+from c2c.prompting import RenderOptions
+from c2c.systems import System, SystemOptions, make_system
+
+# Drafts are handed over as what the sharer has read, so that both systems share them.
+_HANDED_OVER = {"draft": "matched", "draft_deranged": "deranged"}
+_WITH_TEXT = ("reader", "summary", "draft_text")  # the receiver's own prompt holds the passage, or a text in its place
 
 
-def read_letter(text: str, options: int) -> int | None:
-    """The index of the option that a text chooses, or None where it names none.
+class Answerer:
+    """One system under evaluation.
 
     Args:
-        text: the generated answer.
-        options: how many options the item has.
+        name: of the system, or of a further fuser.
+        pair: the models.
+        config: of the evaluation.
     """
-    letters = LETTERS[:options]
-    for phrase in _PHRASES:
-        for match in phrase.finditer(text):
-            rest = text[match.end() :].split("\n", 1)[0]
-            found = re.search(rf"(?<![A-Za-z])([{letters}])(?![A-Za-z])", rest)
-            if found:
-                return letters.index(found.group(1))
-    for pattern in (
-        rf"(?<![A-Za-z])([{letters}])(?=[.):,\]]|\s*$)",
-        rf"(?<![A-Za-z])([{letters}])(?![A-Za-z'’])",
-    ):
-        lone = [m for m in re.finditer(pattern, text) if not _is_article(text, m)]
-        if lone:
-            return letters.index(lone[-1].group(1))
-    lower = re.fullmatch(rf"\W*([{letters.lower()}])\W*", text)
-    return letters.lower().index(lower.group(1)) if lower else None
+
+    def __init__(self, name: str, pair: Pair, config: EvalConfig) -> None:
+        self.name, self.kind, self.pair, self.config = name, system_kind(name), pair, config
+        model = pair.with_fuser(config.fusers[name]) if name in config.fusers else pair.model
+        longest = config.draft_tokens if name == "draft_text" else config.message_tokens
+        options = SystemOptions(message_tokens=longest, adapter=config.adapter, seed=config.seed)
+        system = "matched" if name in config.fusers else _HANDED_OVER.get(name, name)
+        self.system: System = make_system(system, model, options)
+        self.private = bool(pair.model.private)
+
+    @torch.no_grad()
+    def answer(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
+        """Answer items; returns a record for each, without its id."""
+        # prompts that hold a generated text are not worth keeping
+        keeps = self.kind not in ("text", "text_published", "summary", "draft_text")
+        with self.pair.stores(prefills=keeps, texts=True):
+            arguments: dict[str, Any] = {"options": RenderOptions(answer_prefix=rows[0].answer_prefix)}
+            messages, context = [self.messages(row) for row in rows], self._context(rows)
+            if self.config.mode in ("generate", "answers"):
+                results = self.system.generate(messages, context, **arguments, **decoding(self.config))
+                return [_written(result, row, self.config) for result, row in zip(results, rows, strict=True)]
+            prompt = self.system.prefill(messages, context, **arguments)
+            return _losses(prompt, rows) if self.config.mode == "nll" else _choices(prompt, rows)
+
+    def messages(self, row: Row) -> Conversation:
+        """Return what the system's answering model is asked.
+
+        With private context the question is the bare one for a sharer, and for a receiver whose prompt holds a text,
+        together with what the receiver alone has read.
+
+        Raises:
+            EvaluationError: one prompt would have to serve a sharer and a receiver that have read different things.
+        """
+        if not self.private or self.kind not in ("sharer", *_WITH_TEXT):
+            return row.messages
+        if self.kind == "draft_text" and row.known:
+            raise EvaluationError("draft_text can't be asked for rows with 'known': its sharer would read it too.")
+        question = row.question if self.kind == "sharer" else f"{row.known} {row.question}".strip()
+        return [*row.messages[:-1], {"role": "user", "content": f"Question: {question}"}]
+
+    def _context(self, rows: Sequence[Row]) -> list[Conversation] | list[Handoff] | None:
+        """Return what only the sharer has read: passages, or handoffs of passage, question and draft."""
+        if not self.private:
+            return None
+        if self.name in _HANDED_OVER:
+            sharer, longest = self.pair.sharer, self.config.draft_tokens
+            asked = [passage_with_question(row) for row in rows]
+            sharer.answer(asked, max_new_tokens=longest, do_sample=False)  # all at once; stored for the next line
+            return [sharer.read(conversation, draft_tokens=longest) for conversation in asked]
+        return [row.sharer_messages or [] for row in rows]
 
 
-def _is_article(text: str, match: re.Match[str]) -> bool:
-    """Whether an A opens a phrase ("A lamp")."""
-    return match.group(1) == "A" and re.match(r"\s+[a-z]", text[match.end() :]) is not None
+def decoding(config: EvalConfig) -> dict[str, Any]:
+    """Return the arguments of ``generate``."""
+    return {"max_new_tokens": config.max_new_tokens, "do_sample": False}
+
+
+def _written(result: GenerationResult, row: Row, config: EvalConfig) -> dict[str, Any]:
+    """Score a generated answer: the letter of an option, or how close it is to the references."""
+    record: dict[str, Any] = {"text": result.text}
+    if result.message is not None:
+        record["message"] = result.message.text
+    if config.mode == "generate":
+        return {"chosen": read_letter(row.answer_prefix + result.text, len(row.choices))} | record
+    return record | {"f1": f1(result.text, row.references), "exact": exact(result.text, row.references)}
+
+
+def _choices(prompt: PrefilledPrompt, rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Compare the options' tokens at the place where the answer names one."""
+    tokenizer = prompt.model.tokenizer
+    named = [choice_tokens(tokenizer, row.lead, row.choices) for row in rows]
+    leads = [
+        tokenizer.encode(row.lead + row.choices[0], add_special_tokens=False)[:at]
+        for row, (at, _) in zip(rows, named, strict=True)
+    ]
+    logits = _continued(prompt, leads)
+    records = []
+    for index, (at, ids) in enumerate(named):
+        scores = logits[index, at, ids].float().log_softmax(-1)
+        records.append({"chosen": int(scores.argmax()), "scores": [round(value, 4) for value in scores.tolist()]})
+    for record, message in zip(records, prompt.messages, strict=False):
+        record["message"] = message.text
+    return records
+
+
+def _losses(prompt: PrefilledPrompt, rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Measure the mean loss of the reference's tokens, in nats."""
+    responses = [response_tokens(prompt.model.tokenizer, row) for row in rows]
+    targets = _right_pad(responses, -100).to(prompt.model.device)
+    logits = _continued(prompt, [response[:-1] for response in responses])
+    losses = nn.functional.cross_entropy(logits.transpose(1, 2).float(), targets, ignore_index=-100, reduction="none")
+    means = losses.sum(-1) / (targets != -100).sum(-1)
+    return [{"nll": value} for value in means.tolist()]
+
+
+def _continued(prompt: PrefilledPrompt, continuations: Sequence[Sequence[int]]) -> Tensor:
+    """Return the logits after each prompt and after each token that follows it, ``[rows, 1 + longest, vocab]``."""
+    model = prompt.model
+    tokens = prompt.tokens.to(model.device)
+    cache = model.prefill(tokens, tokens.length - 1, prompt.cache)
+    ids = _right_pad(continuations, -1).to(model.device)
+    return continued_logits(model.model, tokens, ids.clamp_min(0), ids >= 0, cache)
+
+
+def _right_pad(rows: Sequence[Sequence[int]], filler: int) -> Tensor:
+    return pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], batch_first=True, padding_value=filler)

@@ -1,184 +1,200 @@
-"""What to evaluate: a fuser, items, systems and how answers are read."""
+"""The configuration of an evaluation. Help of a field is also that of its command-line option; imports no torch."""
 
 from __future__ import annotations
 
 import dataclasses
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from c2c.config import build, read_yaml
 from c2c.data.config import DataSource
 from c2c.errors import C2CError, did_you_mean
 from c2c.evaluation.tasks import source
 
-# Always there; the others are named in `fusers` or need a setting.
-SYSTEMS = (
-    "receiver",
-    "sharer",
-    "matched",
-    "deranged",
-    "zero",
-    "untrained",
-    "text",
-    "text_published",
-    "adapter",
-    "router",
-    "abstain",
-    "reader",
-    "draft",
-    "draft_deranged",
-    "draft_text",
-    "summary_50",
-    "summary_100",
-    "summary_200",
-)
-# Of a fuser of private context only; and of one of shared context only.
-PRIVATE_SYSTEMS = ("reader", "draft", "draft_deranged", "draft_text", "summary_50", "summary_100", "summary_200")
-SHARED_SYSTEMS = ("text", "text_published", "adapter", "untrained", "router", "abstain")
+Mode = Literal["logits", "generate", "answers", "nll"]
 DEFAULT_SYSTEMS = ("receiver", "sharer", "matched", "deranged", "zero")
-# Made of other systems' answers, with a rule fitted on dev.
-DERIVED = {"router": ("receiver", "sharer"), "abstain": ("receiver", "matched")}
-# Systems that have a loss over the receiver's own tokens.
-_WITH_LOSS = frozenset({"receiver", "matched", "deranged", "zero", "untrained"})
-MODES = ("logits", "generate", "answers", "nll")
+ROUTER = "router"  # picks one of two systems' answers, and so is no system of its own
+# Systems of one kind of context only.
+SHARED_SYSTEMS = ("text", "text_published", "adapter", "untrained", ROUTER)
+PRIVATE_SYSTEMS = ("reader", "draft", "draft_deranged", "draft_text", "summary")
+_WITH_LOSS = ("receiver", "matched", "deranged", "zero", "untrained")  # a loss over the receiver's own tokens
 
 
 class EvaluationError(C2CError, ValueError):
-    """An evaluation that can't be run as asked."""
+    """An evaluation that can't be run as configured."""
 
 
 @dataclass(frozen=True)
 class EvalConfig:
     """One evaluation.
 
-    Attributes:
-        fuser: folder or hub id.
-        data: the items; multiple choice, or rows with a reference answer for ``nll``.
-        systems: any of ``receiver`` (alone), ``sharer`` (alone), ``matched``, ``deranged`` (the sharer cache of
-            another item), ``zero`` (a sharer cache of zeros), ``untrained`` (a new fuser of the same shape), ``text``
-            and ``text_published`` (the sharer writes, the receiver reads; may say the answer, or must not),
-            ``adapter`` (a trained adapter of the receiver, without sharer), ``router`` (each question to one of the
-            two models), ``abstain`` (the fused cache only where it seems to help), and the names in ``fusers``. For
-            private context, where the sharer alone has read a passage, ``receiver`` and ``matched``, ``deranged`` and
-            ``zero`` as above, ``sharer`` (passage and question), ``reader`` (the receiver with the passage in its
-            prompt), ``summary_50``, ``_100``, ``_200`` (the receiver with a summary of so many tokens that the sharer
-            wrote), ``draft`` (the sharer is asked too, drafts an answer, and hands over its cache of that as well),
-            ``draft_deranged`` (another item's), and ``draft_text`` (the receiver reads the draft as text).
-        mode: ``logits`` compares the options' tokens at the place of the letter, ``generate`` decodes and reads the
-            letter from the text, ``answers`` decodes and compares with the reference answers (token F1, exact match),
-            ``nll`` measures the reference answer, in nats per token.
-        fusers: further fusers to compare with, name to folder; for instance a linear one, or one that the receiver
-            uses with itself as sharer.
-        adapter: folder of the receiver's adapter, for the system of that name.
-        dev: items that ``router`` and ``abstain`` are fitted on; never those that are reported.
-        routed: share of the questions that the router sends to the sharer.
-        timed: so many items of each source are also answered one by one, as a user would, to measure seconds, tokens,
-            bytes and memory.
-        data_dir: folder that paths of the data start from.
-        limit: at most this many items of each source, drawn with the seed.
-        seed: of the draw and of the bootstrap.
-        batch_size: items at a time; a deranged cache comes from the same batch.
-        max_new_tokens: of an answer that is generated.
-        message_tokens: at most so many tokens from the sharer in text-to-text; 256 as published.
-        draft_tokens: at most so many tokens of a draft.
-        receiver: in place of the recorded receiver.
-        sharer: in place of the recorded sharer.
-        output_dir: where per-item outputs and the result go; an unfinished run there is resumed, and systems can be
-            added to a finished one. None writes nothing.
-        reuse: ``output_dir`` of a finished evaluation with the same models, items and settings, perhaps of another
-            fuser: the answers of systems that the fuser takes no part in come from there. What is measured with
-            ``timed`` does not.
-        store_dir: folder of a prefill store to use and to fill; None keeps nothing.
-        store_budget_gb: size of that store.
-        dtype: of the models' weights; by default float32 on a CPU, else as stored.
-        sharer_dtype: of the sharer's, where it differs.
-        device_map: as in ``from_pretrained``.
+    Raises:
+        EvaluationError: unknown or impossible systems, an unknown mode, no data, or numbers out of range.
     """
 
-    fuser: str
-    data: list[DataSource]
-    systems: tuple[str, ...] = DEFAULT_SYSTEMS
-    mode: str = "logits"
-    fusers: dict[str, str] = field(default_factory=dict)
-    adapter: str | None = None
-    dev: list[DataSource] = field(default_factory=list)
-    routed: float = 0.5
-    timed: int = 0
-    data_dir: str = "."
-    limit: int | None = None
-    seed: int = 0
-    batch_size: int = 8
-    max_new_tokens: int = 32
-    message_tokens: int = 256
-    draft_tokens: int = 64
-    receiver: str | None = None
-    sharer: str | None = None
-    output_dir: str | None = None
-    reuse: str | None = None
-    store_dir: str | None = None
-    store_budget_gb: float = 20.0
-    dtype: str | None = None
-    sharer_dtype: str | None = None
-    device_map: str | None = None
+    fuser: str = field(metadata={"help": "Folder or hub id of the fuser."})
+    data: list[DataSource] = field(metadata={"help": "Items to evaluate on.", "cli": False})
+    systems: tuple[str, ...] = field(
+        default=DEFAULT_SYSTEMS,
+        metadata={
+            "help": "Systems to compare, of c2c.systems: receiver, reader, sharer, text, text_published, summary_N, "
+            "draft_text, matched, draft, deranged, draft_deranged, zero, untrained, adapter; also router, and --other.",
+            "cli": False,
+        },
+    )
+    mode: Mode = field(
+        default="logits",
+        metadata={
+            "help": "logits compares the options' tokens, generate reads the letter from a generated text, answers "
+            "compares generated texts with references (token F1, exact match), nll measures the reference's loss."
+        },
+    )
+    fusers: dict[str, str] = field(
+        default_factory=dict, metadata={"help": "Further fusers as systems, name to folder.", "cli": False}
+    )
+    adapter: str | None = field(
+        default=None, metadata={"help": "Folder of the receiver's LoRA adapter, for the system adapter."}
+    )
+    dev: list[DataSource] = field(
+        default_factory=list, metadata={"help": "Items that the router is fitted on; never reported.", "cli": False}
+    )
+    routed: float = field(default=0.5, metadata={"help": "Share of the questions that the router sends to the sharer."})
+    timed: int = field(
+        default=0, metadata={"help": "Items of each source that are also answered one by one to measure the cost."}
+    )
+    data_dir: str = field(default=".", metadata={"help": "Folder that tasks and relative paths start from."})
+    limit: int | None = field(default=None, metadata={"help": "At most this many items per source, drawn with seed."})
+    seed: int = field(default=0, metadata={"help": "Seed of the draw and of the bootstrap."})
+    batch_size: int = field(default=8, metadata={"help": "Items at a time; a deranged cache is from the same batch."})
+    max_new_tokens: int = field(default=32, metadata={"help": "Longest generated answer, in tokens."})
+    message_tokens: int = field(
+        default=256, metadata={"help": "Longest text of the sharer in text-to-text, in tokens; 256 as published."}
+    )
+    draft_tokens: int = field(default=64, metadata={"help": "Longest draft of the sharer, in tokens."})
+    receiver: str | None = field(default=None, metadata={"help": "Receiver in place of the recorded one."})
+    sharer: str | None = field(default=None, metadata={"help": "Sharer in place of the recorded one."})
+    output_dir: str | None = field(
+        default=None,
+        metadata={"help": "Folder of the items' records and the result; an interrupted run there is resumed."},
+    )
+    reuse: str | None = field(
+        default=None,
+        metadata={"help": "output_dir of another fuser's evaluation, to take over answers that need no fuser."},
+    )
+    store_dir: str | None = field(default=None, metadata={"help": "Folder of a prefill store to use and fill."})
+    store_budget_gb: float = field(default=20.0, metadata={"help": "Size of the prefill store in GB."})
+    dtype: str | None = field(
+        default=None, metadata={"help": "Type of the models' weights; by default float32 on a CPU, else as stored."}
+    )
+    sharer_dtype: str | None = field(default=None, metadata={"help": "Type of the sharer's weights, if another."})
+    device_map: str | None = field(default=None, metadata={"help": "As in from_pretrained of transformers."})
 
     def __post_init__(self) -> None:
-        """Refuse what can't be run.
+        """Refuse what can't be run."""
+        modes = get_args(Mode)
+        problems = {
+            "no data to evaluate on: give at least one file or task": not self.data,
+            f"unknown mode {self.mode!r}.{did_you_mean(self.mode, modes)} Known: {', '.join(modes)}": (
+                self.mode not in modes
+            ),
+            f"batch_size is {self.batch_size}; give at least 2: a deranged cache is another item's": (
+                self.batch_size < 2
+            ),
+            f"limit is {self.limit}; give at least 2 items, one for another's deranged cache, or no limit": (
+                self.limit is not None and self.limit < 2
+            ),
+            f"routed is {self.routed} (a share, 0 to 1) and timed {self.timed} (0 or more)": (
+                not 0 <= self.routed <= 1 or self.timed < 0
+            ),
+        }
+        for problem, found in problems.items():
+            if found:
+                raise EvaluationError(f"{problem}.")
+        self._check_names()
+        self._check_needs()
 
-        Raises:
-            EvaluationError: unknown or impossible systems, an unknown mode, no data, or numbers out of range.
-        """
-        if not self.data:
-            raise EvaluationError("no data to evaluate on: give at least one file or task.")
-        if self.mode not in MODES:
-            raise EvaluationError(
-                f"unknown mode {self.mode!r}.{did_you_mean(self.mode, MODES)} Known: {', '.join(MODES)}."
-            )
-        self._check_systems()
-        if self.batch_size < 2:
-            raise EvaluationError(
-                f"batch_size is {self.batch_size}; give at least 2: a deranged cache is another item's."
-            )
-        if self.limit is not None and self.limit < 2:
-            raise EvaluationError(
-                f"limit is {self.limit}; give at least 2 items, one for another's deranged cache, or no limit."
-            )
-        if not 0 <= self.routed <= 1 or self.timed < 0:
-            raise EvaluationError(f"routed is {self.routed} (a share, 0 to 1) and timed {self.timed} (0 or more).")
+    def _check_names(self) -> None:
+        """Refuse systems that are not known, and fusers named like one that is."""
+        from c2c.systems import systems  # imports torch
 
-    def _check_systems(self) -> None:
-        known = (*SYSTEMS, *self.fusers)
-        unknown = [system for system in self.systems if system not in known]
+        known = {*systems(), ROUTER, *self.fusers}
+        unknown = [name for name in self.systems if system_kind(name) not in known]
         if unknown or not self.systems:
-            hints = "".join(did_you_mean(name, set(known) - set(self.systems)) for name in unknown)
+            hints = "".join(did_you_mean(name, known - set(self.systems)) for name in unknown)
+            removed = " abstain is no longer there." if "abstain" in unknown else ""
             raise EvaluationError(
-                f"{f'unknown systems {unknown}.' if unknown else 'no system was given.'}{hints} Known: "
-                f"{', '.join(known)}; others are named by a fuser: NAME=FOLDER."
+                f"{f'unknown systems {unknown}.' if unknown else 'no system was given.'}{hints}{removed} Known: "
+                f"{', '.join(sorted(known))}; others are named by a fuser: NAME=FOLDER."
             )
-        taken = [name for name in self.fusers if name in SYSTEMS]
+        taken = [name for name in self.fusers if name in (*systems(), ROUTER)]
         if taken:
             raise EvaluationError(f"{', '.join(taken)}: a further fuser can't have the name of a system.")
+
+    def _check_needs(self) -> None:
+        """Refuse systems that lack what they need."""
         if "adapter" in self.systems and self.adapter is None:
             raise EvaluationError("the system 'adapter' needs the folder of an adapter: see `c2c train --family`.")
-        losses = [system for system in self.systems if system not in _WITH_LOSS and system not in self.fusers]
-        if self.mode == "nll" and losses:
+        without = [name for name in self.systems if name not in (*_WITH_LOSS, *self.fusers)]
+        if self.mode == "nll" and without:
             raise EvaluationError(
                 "mode 'nll' compares losses over the receiver's tokens, which these do not share or do not have: "
-                f"leave {', '.join(losses)} out of the systems."
+                f"leave {', '.join(without)} out of the systems."
             )
-        for name, parts in DERIVED.items():
-            missing = [part for part in parts if part not in self.systems]
-            if name in self.systems and (missing or not self.dev):
-                raise EvaluationError(
-                    f"the system {name!r} is made of {' and '.join(parts)} with a rule fitted on dev items: add "
-                    f"{', '.join([*missing, *['dev data'] * (not self.dev)])}."
-                )
-        if "abstain" in self.systems and self.mode != "logits":
-            raise EvaluationError("the system 'abstain' compares the options' scores: use mode 'logits'.")
+        missing = [name for name in ("receiver", "sharer") if name not in self.systems]
+        if ROUTER in self.systems and (missing or not self.dev):
+            raise EvaluationError(
+                "the router picks between receiver and sharer with a rule fitted on dev items: add "
+                f"{', '.join([*missing, *['dev data'] * (not self.dev)])}."
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for result files."""
         return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class HarnessConfig:
+    """One run of the lm-evaluation-harness; see ``c2c lm-eval``."""
+
+    fuser: str = field(metadata={"help": "Folder or hub id of the fuser."})
+    tasks: str = field(metadata={"help": "Names of tasks or groups, or task files, with commas."})
+    system: str = field(
+        default="matched", metadata={"help": "receiver, sharer, matched, deranged; several with commas."}
+    )
+    limit: float | None = field(default=None, metadata={"help": "Documents per task; below 1 a share of them."})
+    num_fewshot: int | None = field(
+        default=None, metadata={"help": "Examples in the prompt, in place of the task's number unless that is 0."}
+    )
+    apply_chat_template: bool = field(
+        default=False,
+        metadata={"flag": "--apply-chat-template", "help": "Render messages, each model with its own template."},
+    )
+    system_instruction: str | None = field(
+        default=None, metadata={"help": "System message, or text before the prompt."}
+    )
+    gen_kwargs: str | None = field(
+        default=None, metadata={"help": "For generation: max_gen_toks=64,do_sample=True,..."}
+    )
+    batch_size: int = field(default=8, metadata={"help": "Contexts, and continuations, at a time.", "min": 1})
+    max_length: int | None = field(default=None, metadata={"help": "Truncate contexts to this many tokens."})
+    include_path: list[str] = field(default_factory=list, metadata={"help": "Folder with task files; may be repeated."})
+    output: str | None = field(default=None, metadata={"help": "File for the result, as JSON."})
+    log_samples: bool = field(
+        default=False,
+        metadata={"flag": "--log-samples", "help": "Every request and answer in the output file."},
+    )
+    receiver: str | None = field(default=None, metadata={"help": "Receiver in place of the recorded one."})
+    sharer: str | None = field(default=None, metadata={"help": "Sharer in place of the recorded one."})
+    dtype: str | None = field(default=None, metadata={"help": "Type of the models' weights."})
+    device_map: str | None = field(default=None, metadata={"help": "As in from_pretrained of transformers."})
+
+
+def system_kind(name: str) -> str:
+    """Return the name under which a system is registered: ``summary`` for ``summary_50``."""
+    return re.sub(r"_\d+$", "", name)
 
 
 def load_eval_config(path: str | Path, **overrides: Any) -> EvalConfig:
@@ -190,24 +206,23 @@ def load_eval_config(path: str | Path, **overrides: Any) -> EvalConfig:
         **overrides: values that replace those of the file; None is ignored.
 
     Raises:
-        ConfigError: not a mapping, an unknown key, task, or a missing key. EvaluationError: impossible values.
+        ConfigError: not a mapping, an unknown key or task, or a missing key. EvaluationError: impossible values.
     """
     return make_eval_config(read_yaml(Path(path)), str(path), **overrides)
 
 
-def make_eval_config(values: dict[str, Any], where: str, /, **overrides: Any) -> EvalConfig:
-    """An evaluation from plain data, see :func:`load_eval_config`.
+def make_eval_config(values: Mapping[str, Any], where: str, /, **overrides: Any) -> EvalConfig:
+    """Make an evaluation from plain data, see :func:`load_eval_config`.
 
     Args:
         values: keys of :class:`EvalConfig`.
-        where: what to call the data in an error.
+        where: name of the data in an error.
         **overrides: values that replace those of the data; None is ignored.
     """
-    data = values | {key: value for key, value in overrides.items() if value is not None}
+    data = dict(values) | {key: value for key, value in overrides.items() if value is not None}
     folder = Path(data.get("data_dir") or ".")
     for name in ("data", "dev"):
         data[name] = [source(entry, folder, f"{where}: {name}") for entry in data.get(name) or []]
     if isinstance(data.get("systems"), list):
         data["systems"] = tuple(data["systems"])
-    config: EvalConfig = build(EvalConfig, data, where)
-    return config
+    return build(EvalConfig, data, where)

@@ -1,4 +1,4 @@
-"""Per-item records on disk: what a killed run goes on from, and what is left to look at afterwards."""
+"""Per-item records on disk: the state that an interrupted run is resumed from, and what can be inspected afterwards."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from c2c.evaluation.config import EvaluationError
 from c2c.utils import write_text
 
 Record = dict[str, Any]
-TIMED = "timed: "  # begins the names of sources that were measured, one item at a time
+TIMED = "timed: "  # prefix of the source in records of costs
 
 
 class Journal:
     """Records of each source and system, in the order of the items; with a folder line by line in ``items.jsonl``.
 
     Args:
-        folder: where to write; None for memory only.
-        key: what the evaluation is; a journal of another one is not continued.
+        folder: output folder; None for memory only.
+        key: hash of the evaluation; a journal with another one is not continued.
         batch: items per batch; a batch that was not written whole is done again.
 
     Raises:
@@ -29,26 +29,29 @@ class Journal:
     def __init__(self, folder: str | None, key: str, batch: int) -> None:
         self.path = None if folder is None else Path(folder) / "items.jsonl"
         self.batch = batch
+        self._header = json.dumps({"key": key}) + "\n"
         self._records: dict[tuple[str, str], list[Record]] = {}
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._resume(self.path, key)
+            self._load(self.path, key)
 
     def records(self, source: str, system: str) -> list[Record]:
-        """A system's records of a source so far."""
+        """Return a system's records of a source so far."""
         return self._records.setdefault((source, system), [])
 
     def done(self, source: str, system: str, total: int) -> int:
-        """How many of ``total`` items a system has done; those of a batch that is not whole are forgotten."""
+        """Return how many of ``total`` items a system has done; those of an incomplete batch are dropped."""
         records = self.records(source, system)
         rest = len(records) % self.batch
         if rest and len(records) < total:
             del records[-rest:]
-            self._rewrite()
+            if self.path is not None:
+                lines = [_line(*name, record) for name, part in self._records.items() for record in part]
+                write_text(self.path, self._header + "".join(lines))
         return len(records)
 
     def add(self, source: str, system: str, records: Sequence[Record]) -> None:
-        """Note a system's records of a batch.
+        """Append a system's records of a batch.
 
         Raises:
             EvaluationError: they can't be written, for instance to a full disk.
@@ -61,10 +64,10 @@ class Journal:
             except OSError as error:  # a line that was cut is dropped by the next run
                 raise EvaluationError(
                     f"could not write {self.path}: {error.strerror}. What was written before is kept: make room, and "
-                    "start the same command again to go on."
+                    "start the same command again to resume."
                 ) from error
 
-    def _resume(self, path: Path, key: str) -> None:
+    def _load(self, path: Path, key: str) -> None:
         text = path.read_text(encoding="utf-8") if path.exists() else ""
         lines = [line + "\n" for line in text.split("\n")[:-1]]  # without the last one where it was cut
         if lines and json.loads(lines[0]).get("key") != key:
@@ -75,14 +78,8 @@ class Journal:
         for line in lines[1:]:
             record = json.loads(line)
             self.records(record.pop("source"), record.pop("system")).append(record)
-        self._first = json.dumps({"key": key}) + "\n"
         if "".join(lines) != text or not lines:
-            write_text(path, "".join(lines) or self._first)
-
-    def _rewrite(self) -> None:
-        if self.path is not None:
-            kept = [_line(*name, record) for name, records in self._records.items() for record in records]
-            write_text(self.path, self._first + "".join(kept))
+            write_text(path, "".join(lines) or self._header)
 
 
 def _line(source: str, system: str, record: Record) -> str:

@@ -1,43 +1,41 @@
 """A pair of models as a model of the lm-evaluation-harness, so that any of its tasks runs on it.
 
-The harness asks with strings: a context, and a continuation to score or stop strings to generate up to. All systems
-here cut, truncate and score as the harness's own ``hf`` model does, so that their numbers can stand beside each other
-and beside published ones. The fused ones differ in the cache of the context, and in nothing else.
+:class:`C2CLM` is the harness's own ``hf`` model (``HFLM``), which cuts, truncates, scores and generates; a model alone
+is left to it. The fused receiver differs in the KV cache of the context, and in nothing else.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from itertools import chain
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import Cache
 
 from c2c import kv_cache
 from c2c.alignment import Prompt
-from c2c.alignment.base import derange, fit, merge
+from c2c.alignment.base import derange, fit
 from c2c.errors import PromptError
+from c2c.generation import PrefilledPrompt
 from c2c.integrations import IntegrationError, MissingExtraError
 from c2c.language_model import LanguageModel
 from c2c.messages import Conversation
 from c2c.model import C2CModel
 from c2c.prefill import continued_logits
 from c2c.prompting import RenderOptions, render_text, require_tokenizer
-from c2c.tokens import TokenBatch, left_pad
+from c2c.tokens import left_pad
 from c2c.utils import install_command
 
 try:
-    from lm_eval.api.model import LM
-    from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text, resolve_max_length
-    from lm_eval.models.utils_hf import stop_sequences_criteria
-    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.models.utils import Collator, normalize_gen_kwargs, resolve_max_length
 except ModuleNotFoundError as error:
     raise MissingExtraError(
         f"the lm-evaluation-harness is not installed ({error}). Install it: {install_command('lm-eval')}."
@@ -45,55 +43,43 @@ except ModuleNotFoundError as error:
 
 System = Literal["receiver", "sharer", "matched", "deranged"]
 SYSTEMS: tuple[str, ...] = get_args(System)
-
-DEFAULT_GEN_TOKENS = 256  # the harness's own default
 _CHAT = '{"c2c_chat": '
 
 Likelihood = tuple[float, bool]
 Tokens = tuple[int, ...]
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
 class Chat:
-    """What :meth:`C2CLM.apply_chat_template` hands through the harness as a string: every model renders it itself.
+    """A conversation as a string, which the harness passes on; each model renders it with its own template.
 
     Attributes:
         messages: the conversation.
-        answer_prefix: what the answer continues (``gen_prefix`` of a task).
+        answer_prefix: beginning of the answer (``gen_prefix`` of a task).
     """
 
     messages: Conversation
     answer_prefix: str = ""
 
     def dump(self) -> str:
-        """As JSON, which the harness passes on and logs."""
+        """Return JSON, which the harness also logs."""
         return json.dumps({"c2c_chat": self.messages, "answer_prefix": self.answer_prefix}, ensure_ascii=False)
 
     @classmethod
     def load(cls, text: str) -> Chat | None:
-        """The conversation in a context, or None if it is raw text."""
+        """Read the conversation in a context, or None if that is raw text."""
         if not text.startswith(_CHAT):
             return None
         data = json.loads(text)
         return cls(data["c2c_chat"], data["answer_prefix"])
 
 
-@dataclass(frozen=True)
-class Context:
-    """What is read before something is scored or generated. Requests with equal ones share a prefill.
-
-    Attributes:
-        text: a :class:`Chat`, or raw text; empty where there is no prompt.
-        ids: the tokens of the model that answers, before truncation.
-        cut: how many of them are dropped on the left.
-        document: task and document that it belongs to; another one's cache is never taken from the same.
-    """
+class Context(NamedTuple):
+    """A prompt of one request: its text, the answering model's tokens, and how many are cut off on the left."""
 
     text: str
     ids: Tokens
     cut: int = 0
-    document: tuple[Any, Any] = field(default=(None, None), compare=False)
 
     @property
     def tokens(self) -> Tokens:
@@ -101,7 +87,7 @@ class Context:
         return self.ids[self.cut :]
 
 
-class C2CLM(LM):  # type: ignore[misc]
+class C2CLM(HFLM):  # type: ignore[misc]
     """A pair of models for ``lm_eval.simple_evaluate(model=C2CLM(model, "matched"), tasks=[...])``.
 
     Example:
@@ -110,15 +96,15 @@ class C2CLM(LM):  # type: ignore[misc]
         >>> lm_eval.simple_evaluate(model=lm, tasks=["arc_easy"], limit=100, apply_chat_template=True)
 
     Args:
-        model: the pair.
-        system: who answers: ``receiver`` or ``sharer`` (the first one) alone, the fused receiver (``matched``), or the
-            receiver fused with what the sharer read of another document (``deranged``).
+        pair: the models with their fuser.
+        system: ``receiver`` or ``sharer`` (the first one) alone, the fused receiver (``matched``), or the receiver
+            fused with what the sharer read of another document (``deranged``).
         batch_size: contexts to prefill at a time, and continuations to score at a time.
         max_length: shorter contexts than the models were made for.
-        enable_thinking: passed to chat templates that know it.
+        enable_thinking: passed to chat templates that have such a switch.
 
     Attributes:
-        counts: what was done to contexts on the way, by reason: truncated, nothing to fuse, system message dropped.
+        counts: contexts, and how many were truncated, had nothing to fuse, or lost their system message.
 
     Raises:
         IntegrationError: unknown system, or a batch size that is no positive number.
@@ -127,59 +113,45 @@ class C2CLM(LM):  # type: ignore[misc]
 
     def __init__(
         self,
-        model: C2CModel,
+        pair: C2CModel,
         system: System = "matched",
         *,
         batch_size: int = 1,
         max_length: int | None = None,
         enable_thinking: bool = False,
     ) -> None:
-        super().__init__()
         if system not in SYSTEMS:
             raise IntegrationError(f"unknown system {system!r}. Known: {', '.join(SYSTEMS)}.")
         if not isinstance(batch_size, int) or batch_size < 1:
             raise IntegrationError(f"batch_size is {batch_size!r}; expected a positive integer ('auto' is not there).")
-        self.model, self.system, self.batch_size = model, system, batch_size
+        self.pair, self.system = pair, system
         self.fused = system in ("matched", "deranged")
-        self.scorer: LanguageModel = model.sharers[0] if system == "sharer" else model.receiver
-        self.readers: list[LanguageModel] = [model.receiver, *model.sharers] if self.fused else [self.scorer]
+        self.language_model: LanguageModel = pair.sharers[0] if system == "sharer" else pair.receiver
+        self.readers = [pair.receiver, *pair.sharers] if self.fused else [self.language_model]
         for reader in self.readers:
             require_tokenizer(reader.tokenizer, reader.role)
         self.counts: Counter[str] = Counter()
+        self._others: dict[str, str] = {}  # per text of a call, whose sharer cache it gets
+        self._batch: list[Context] = []  # the prompts of the generation under way
         self._limit, self._thinking = max_length, enable_thinking
-        self._device = self.scorer.device
+        tokenizer = copy.deepcopy(self.language_model.tokenizer)  # the harness gives it a pad token
+        super().__init__(self.language_model.model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length)
 
-    # -- what the harness asks about the model -------------------------------------------------------------------------
-
-    @property
-    def tokenizer(self) -> Any:
-        """The tokenizer of the model that answers."""
-        return self.scorer.tokenizer
-
-    @property
-    def max_length(self) -> int:
-        """Tokens that the model that answers can read."""
-        return self._length(self.scorer)
-
-    @property
-    def eot_token_id(self) -> int | None:
-        """The end token of the model that answers."""
-        token: int | None = self.tokenizer.eos_token_id
-        return token
+    # -- models and templates ------------------------------------------------------------------------------------------
 
     @property
     def tokenizer_name(self) -> str:
-        """Names all tokenizers and templates that a request goes through; the harness keys its request cache by it."""
+        """Names of all tokenizers that read a request; the harness keys its request cache by it."""
         return "__".join(reader.tokenizer.name_or_path.replace("/", "__") for reader in self.readers)
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """The templates of all models that read, one after the other; None where none is asked for."""
+        """Return the templates of all models that read, one after the other; None where none is asked for."""
         if chat_template is False or chat_template is None:
             return None
         return "\n\n".join(f"{reader.role}: {reader.tokenizer.chat_template}" for reader in self.readers)
 
     def apply_chat_template(self, chat_history: Conversation, add_generation_prompt: bool = True) -> str:
-        """The conversation as JSON, not as any model's text: receiver and sharer have templates of their own.
+        """Return the conversation as JSON, since receiver and sharer have templates of their own.
 
         An assistant message at the end without ``add_generation_prompt`` is the beginning of the answer. As with the
         harness's ``hf`` model, system messages are dropped where a template refuses them (for all models, then).
@@ -190,47 +162,45 @@ class C2CLM(LM):  # type: ignore[misc]
         messages, prefix = list(chat_history), ""
         if not add_generation_prompt and messages and messages[-1]["role"] == "assistant":
             prefix = messages.pop()["content"]
-        chat = Chat(messages, prefix)
-        try:
-            self._try(chat)
-        except PromptError:
-            chat = Chat([message for message in messages if message["role"] != "system"], prefix)
-            if chat.messages == messages:
-                raise
-            self._try(chat)
-            self.counts["system messages dropped"] += 1
+        without = [message for message in messages if message["role"] != "system"]
+        for kept in (messages, without):
+            chat = Chat(kept, prefix)
+            try:
+                for reader in self.readers:
+                    render_text(reader.tokenizer, chat.messages, self._options(chat))
+            except PromptError:
+                if kept == without:
+                    raise
+            else:
+                self.counts["system messages dropped"] += len(kept) < len(messages)
+                break
         return chat.dump()
 
     def get_model_info(self) -> dict[str, Any]:
-        """Who the models are, for the results."""
+        """Return the identities of the models, for the results."""
         return {
-            "model_name": self.scorer.name,
+            "model_name": self.language_model.name,
             "system": self.system,
-            "receiver": self.model.receiver.identity.to_dict(),
-            "sharers": [sharer.identity.to_dict() for sharer in self.model.sharers],
-            "fuser_trained": self.model.trained,
+            "receiver": self.pair.receiver.identity.to_dict(),
+            "sharers": [sharer.identity.to_dict() for sharer in self.pair.sharers],
+            "fuser_trained": self.pair.trained,
         }
 
     # -- requests ------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[Likelihood]:
-        """Log-likelihood of each continuation given its context, and whether greedy decoding would give it.
-
-        A context is prefilled and fused once for all its continuations.
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[Likelihood]:
+        """Score continuations of contexts: log-likelihood, and whether greedy decoding would give them.
 
         Raises:
             PromptError: an empty continuation, or one longer than the model.
         """
-        pairs = [self._pair(request.args[0], request.args[1], _document(request)) for request in requests]
-        answers = self._score(pairs, disable_tqdm)
-        for request, answer in zip(requests, answers, strict=True):
-            self.cache_hook.add_partial("loglikelihood", request.args, answer)
-        return answers
+        self._start(requests)
+        scores: list[Likelihood] = super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+        return scores
 
-    @torch.no_grad()
-    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood of whole texts, in windows; for a model alone.
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        """Score whole texts, in windows; for a model alone.
 
         Raises:
             IntegrationError: for a fused system: a text that is scored from its first token on has no prompt to fuse.
@@ -240,108 +210,175 @@ class C2CLM(LM):  # type: ignore[misc]
                 f"system {self.system!r} can't score whole texts (loglikelihood_rolling, as in wikitext): there is no "
                 "prompt whose cache could be fused. Use system 'receiver' or 'sharer'."
             )
-        windows = [self._windows(request.args[0]) for request in requests]
-        answers = iter(self._score([window for text in windows for window in text], disable_tqdm))
-        sums = [sum(next(answers)[0] for _ in text) for text in windows]
-        for request, total in zip(requests, sums, strict=True):
-            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
-        return sums
+        scores: list[float] = super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)
+        return scores
 
     @torch.no_grad()
-    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """What follows each context, up to a stop string, the end token or ``max_gen_toks``.
-
-        Sampling arguments go to the model's own ``generate``.
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """Generate what follows each context, up to a stop string, the end token or ``max_gen_toks``.
 
         Raises:
             PromptError: ``max_gen_toks`` leaves no room for a context.
         """
-        groups: dict[str, list[int]] = {}
-        for index, request in enumerate(requests):
-            groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(index)
-        texts: dict[int, str] = {}
-        with tqdm(total=len(requests), disable=disable_tqdm, desc="generate_until") as bar:
-            for indices in groups.values():
-                arguments = normalize_gen_kwargs(requests[indices[0]].args[1], DEFAULT_GEN_TOKENS)
-                contexts = {
-                    index: self._prompt_context(
-                        requests[index].args[0], arguments["max_gen_toks"], _document(requests[index])
-                    )
-                    for index in indices
-                }
-                for part, batch in self._batches(contexts):
-                    texts |= zip(part, self._generate(batch, arguments), strict=True)
-                    bar.update(len(part))
-        for index, request in enumerate(requests):
-            self.cache_hook.add_partial("generate_until", request.args, texts[index])
-        return [texts[index] for index in range(len(requests))]
+        self._start(requests)
+        longest = max(normalize_gen_kwargs(r.args[1], self.max_gen_toks)["max_gen_toks"] for r in requests)
+        if longest >= self.max_length:
+            raise PromptError(
+                f"max_gen_toks is {longest}, and the {self.language_model.role} {self.language_model.name} was made "
+                f"for {self.max_length} tokens, prompt included. Lower it: --gen-kwargs max_gen_toks=...."
+            )
+        texts: list[str] = super().generate_until(requests, disable_tqdm=disable_tqdm)
+        return texts
 
-    # -- strings to tokens, as the harness's hf model does ------------------------------------------------------------
+    # -- what the harness calls for a batch ----------------------------------------------------------------------------
 
-    def _pair(self, context: str, continuation: str, document: tuple[Any, Any]) -> tuple[Context, Tokens]:
-        """Tokens of a context and its continuation, to which trailing whitespace of the context is moved."""
-        chat = Chat.load(context)
-        text = context if chat is None else self._render(self.scorer, chat)
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Encode a context and its continuation, to which trailing whitespace of the context is moved."""
+        text, special = self._render(context)
         stripped = text.rstrip()
-        if not stripped:
-            continued = self._encode(text + continuation, special=False)
-            start = self._prefix == continued[0] if continued else False
-            ids, continued = (continued[:1], continued[1:]) if start else ([self._prefix], continued)
-            shown = ""
-        else:
-            ids = self._encode(stripped, chat is None)
-            continued = self._encode(text + continuation, chat is None)[len(ids) :]
-            shown = stripped if chat is None else context
-        if not 0 < len(continued) <= self.max_length:
+        if not stripped:  # the harness's own model refuses a context of spaces where texts begin with no token
+            return [self.prefix_token_id], self.tok_encode(text + continuation, add_special_tokens=False)
+        ids = self.tok_encode(stripped, add_special_tokens=special)
+        return ids, self.tok_encode(text + continuation, add_special_tokens=special)[len(ids) :]
+
+    def tok_batch_encode(
+        self, strings: Sequence[str], padding_side: str = "left", left_truncate_len: int | None = None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Encode contexts for generation: ids and mask, ``[batch, tokens]``, left-padded."""
+        limit = left_truncate_len or self.max_length
+        rows = [tuple(self._encode(text)) for text in strings]
+        self._batch = [Context(text, ids, max(0, len(ids) - limit)) for text, ids in zip(strings, rows, strict=True)]
+        self._count(self._batch)
+        batch = left_pad([ids[-limit:] for ids in rows], self.tokenizer.pad_token_id or 0)
+        return batch.ids, batch.mask.long()
+
+    def tok_decode(self, tokens: Any, skip_special_tokens: bool = True) -> str:
+        """Decode tokens up to the end token: a row goes on until all rows of its batch have stopped."""
+        if skip_special_tokens and self.eot_token_id in tokens:
+            tokens = tokens[: tokens.index(self.eot_token_id)]
+        return str(super().tok_decode(tokens, skip_special_tokens))
+
+    def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **kwargs: Any) -> Tensor:
+        """Generate from the contexts of :meth:`tok_batch_encode`; returns ids ``[batch, context + new]``."""
+        if not self.fused:
+            whole: Tensor = super()._model_generate(context, max_length, stop, **kwargs)
+            return whole
+        prompt = self._fuse(self._batch)
+        tokens, width = prompt.tokens, context.shape[1]
+        kwargs |= {"attention_mask": tokens.mask.long(), "past_key_values": prompt.cache}
+        kwargs |= {} if tokens.natural else {"position_ids": tokens.positions}
+        whole = super()._model_generate(tokens.ids, max_length - width + tokens.length, stop, **kwargs)
+        return torch.cat([context, whole[:, tokens.length :]], dim=1)
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[Any], disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[Likelihood]:
+        """Score continuations, given as ((context, continuation), context ids, continuation ids)."""
+        pairs = [self._context(*request) for request in requests]
+        self._count({context for context, _ in pairs})
+        fusable = [self.fused and len(context.tokens) > 1 for context, _ in pairs]
+        rest = [request for request, fuse in zip(requests, fusable, strict=True) if not fuse]
+        alone = iter(super()._loglikelihood_tokens(rest, disable_tqdm, override_bs))
+        fused = self._score_fused([pair for pair, fuse in zip(pairs, fusable, strict=True) if fuse], disable_tqdm)
+        for pair, (strings, _, _) in zip(pairs, requests, strict=True):
+            if pair in fused:
+                self.cache_hook.add_partial("loglikelihood", strings, fused[pair])
+        return [fused[pair] if pair in fused else next(alone) for pair in pairs]
+
+    def _context(
+        self, strings: tuple[str, str] | None, ids: list[int], continuation: list[int]
+    ) -> tuple[Context, Tokens]:
+        """Return the context of a scoring request, cut as the harness does, and its continuation."""
+        if not 0 < len(continuation) <= self.max_length:
             raise PromptError(
-                f"the continuation {continuation!r} has {len(continued)} tokens for the {self.scorer.role} "
-                f"{self.scorer.name}; expected 1 to {self.max_length}."
+                f"a continuation has {len(continuation)} tokens for the {self.language_model.role} "
+                f"{self.language_model.name}; expected 1 to {self.max_length}."
             )
-        cut = max(0, len(ids) + len(continued) - self.max_length - 1)
-        return Context(shown, tuple(ids), cut, document), tuple(continued)
+        text = strings[0] if strings and strings[0].strip() else ""
+        cut = max(0, len(ids) + len(continuation) - self.max_length - 1)
+        return Context(text, tuple(ids), cut), tuple(continuation)
 
-    def _prompt_context(self, text: str, new_tokens: int, document: tuple[Any, Any]) -> Context:
-        """The context of a generation, with room for the new tokens."""
-        chat = Chat.load(text)
-        room = self.max_length - new_tokens
-        if room < 1:
-            raise PromptError(
-                f"max_gen_toks is {new_tokens}, and the {self.scorer.role} {self.scorer.name} was made for "
-                f"{self.max_length} tokens, prompt included. Lower it: --gen-kwargs max_gen_toks=...."
-            )
-        ids = self._encode(text if chat is None else self._render(self.scorer, chat), chat is None)
-        if not ids:
-            return Context("", (self._prefix,), 0, document)
-        return Context(text, tuple(ids), max(0, len(ids) - room), document)
+    # -- fusion --------------------------------------------------------------------------------------------------------
 
-    def _windows(self, text: str) -> list[tuple[Context, Tokens]]:
-        ids = self._encode(text, special=True)
-        windows = get_rolling_token_windows(ids, self._prefix, self.max_length, context_len=1)
-        disjoint = [make_disjoint_window(window) for window in windows]
-        return [(Context("", tuple(context)), tuple(continued)) for context, continued in disjoint]
+    def _score_fused(
+        self, pairs: Sequence[tuple[Context, Tokens]], quiet: bool
+    ) -> dict[tuple[Context, Tokens], Likelihood]:
+        """Score continuations, each on a copy of its context's cache; those of one context share its prefill."""
+        groups: dict[Context, list[Tokens]] = {}
+        for context, continuation in dict.fromkeys(pairs):
+            groups.setdefault(context, []).append(continuation)
+        scores: dict[tuple[Context, Tokens], Likelihood] = {}
+        order = sorted(groups, key=lambda context: -len(context.tokens))
+        with tqdm(total=len(groups), disable=quiet, desc="loglikelihood of fused contexts") as bar:
+            for part in Collator.get_chunks(order, n=self.batch_size):
+                prompt = self._fuse(part)
+                asked = [(row, text) for row, context in enumerate(part) for text in groups[context]]
+                for some in Collator.get_chunks(sorted(asked, key=lambda item: len(item[1])), n=self.batch_size):
+                    for (row, text), score in zip(some, self._score(prompt, some), strict=True):
+                        scores[part[row], text] = score
+                bar.update(len(part))
+        return scores
 
-    def _encode(self, text: str, special: bool) -> list[int]:
-        tokenizer = self.tokenizer
-        ids: list[int] = tokenizer.encode(text, add_special_tokens=special and not _opens(tokenizer, text))
-        return ids
+    def _score(self, prompt: PrefilledPrompt, asked: Sequence[tuple[int, Tokens]]) -> list[Likelihood]:
+        """Score continuations of rows of a prompt: log-likelihood, and whether each token is the likeliest."""
+        rows, tokens = [row for row, _ in asked], prompt.tokens
+        targets = [torch.tensor(text, device=tokens.ids.device) for _, text in asked]
+        ids = pad_sequence([target[:-1] for target in targets], batch_first=True, padding_value=-1)
+        cache = kv_cache.select_rows(prompt.cache, torch.tensor(rows))
+        logits = continued_logits(self._model, tokens.select(rows), ids.clamp_min(0), ids >= 0, cache)
+        scores = []
+        for target, row in zip(targets, logits.float().log_softmax(-1), strict=True):
+            found = row[: len(target)]
+            total = float(found.gather(1, target.unsqueeze(1)).sum())
+            scores.append((total, bool((found.argmax(-1) == target).all())))
+        return scores
 
-    @cached_property
-    def _prefix(self) -> int:
-        """What stands before a text without a context."""
-        token = _opening(self.tokenizer)
-        if token is None:
-            raise PromptError(
-                f"a request has no context, and the tokenizer of the {self.scorer.role} {self.scorer.name} has neither "
-                "a bos nor an eos token to put before it."
-            )
-        return token
+    def _fuse(self, contexts: Sequence[Context]) -> PrefilledPrompt:
+        """Prefill and fuse contexts, up to the last token.
 
-    def _render(self, reader: LanguageModel, chat: Chat) -> str:
-        return render_text(reader.tokenizer, chat.messages, self._options(chat))
+        Raises:
+            PromptError: a context of a single token, which leaves nothing to fuse.
+        """
+        if any(len(context.tokens) < 2 for context in contexts):
+            raise PromptError(f"system {self.system!r} can't answer an empty prompt: there is nothing to fuse.")
+        prompts = []
+        for context in contexts:
+            prompt, other = self._align(context), self._others.get(context.text, context.text)
+            if other != context.text:
+                prompt = derange(prompt, self._align(Context(other, tuple(self._encode(other)))))
+            prompts.append(prompt)
+        fused = self.pair.fuse_prompts(prompts)
+        fused.cache = self.pair.receiver.prefill(fused.tokens, fused.tokens.length - 1, fused.cache)
+        return fused
 
-    def _try(self, chat: Chat) -> None:
-        for reader in self.readers:
-            self._render(reader, chat)
+    def _align(self, context: Context) -> Prompt:
+        """Align a context for all models, cut to their lengths."""
+        chat = Chat.load(context.text)
+        options = RenderOptions(chat_template=False) if chat is None else self._options(chat)
+        messages = [{"role": "user", "content": context.text}] if chat is None else chat.messages
+        (prompt,) = self.pair.align([messages], options)
+        limits = [self._length(sharer) for sharer in self.pair.sharers]
+        too_long = any(theirs.length > limit for theirs, limit in zip(prompt.sharers, limits, strict=True))
+        self.counts["sharer contexts truncated"] += too_long
+        return fit(prompt, context.ids, context.cut, limits)
+
+    def _start(self, requests: Sequence[Any]) -> None:
+        """Choose the document whose sharer cache each context of a call gets."""
+        if self.system == "deranged":
+            documents = {request.args[0]: _document(request) for request in reversed(requests)}
+            self._others = _derangement({text: d for text, d in documents.items() if text.strip()})
+
+    def _encode(self, context: str) -> list[int]:
+        """Encode a context for the model that answers; an empty one as the token that texts begin with."""
+        ids: list[int] = self.tok_encode(*self._render(context))
+        return ids or [self.prefix_token_id]
+
+    def _render(self, context: str) -> tuple[str, bool | None]:
+        """Return the text that the answering model reads, and whether its tokenizer adds special tokens."""
+        chat = Chat.load(context)
+        if chat is None:
+            return context, None  # as the harness decides
+        return render_text(self.tokenizer, chat.messages, self._options(chat)), False
 
     def _options(self, chat: Chat) -> RenderOptions:
         return RenderOptions(answer_prefix=chat.answer_prefix, enable_thinking=self._thinking)
@@ -350,198 +387,31 @@ class C2CLM(LM):  # type: ignore[misc]
         own = int(resolve_max_length(reader.model.config, reader.tokenizer))
         return own if self._limit is None else min(own, self._limit)
 
-    # -- prefilling ----------------------------------------------------------------------------------------------------
-
-    def _batches(self, contexts: dict[_T, Context]) -> Iterator[tuple[list[_T], list[tuple[Context, Context | None]]]]:
-        """Contexts with the one whose message each gets, longest first; those with nothing to fuse apart."""
-        messages = self._messages(contexts.values())
-        order = sorted(contexts, key=lambda key: -len(contexts[key].tokens))
-        for fused in (True, False):
-            keys = [key for key in order if (messages[contexts[key]] is not None) == fused]
-            for part in _chunks(keys, self.batch_size):
-                yield part, [(contexts[key], messages[contexts[key]]) for key in part]
-
-    def _messages(self, contexts: Any) -> dict[Context, Context | None]:
-        """For each context the one whose sharer caches it is fused with; None where it is read alone."""
-        fusable = list(dict.fromkeys(c for c in contexts if self.fused and c.text and len(c.tokens) > 1))
-        messages: dict[Context, Context | None] = dict.fromkeys(contexts)
-        messages |= _derangement(fusable) if self.system == "deranged" else dict(zip(fusable, fusable, strict=True))
-        self.counts["contexts"] += len(messages)
-        self.counts["contexts truncated"] += sum(context.cut > 0 for context in messages)
+    def _count(self, contexts: Collection[Context]) -> None:
+        self.counts["contexts"] += len(contexts)
+        self.counts["contexts truncated"] += sum(context.cut > 0 for context in contexts)
         if self.fused:
-            self.counts["contexts with nothing to fuse"] += len(messages) - len(fusable)
-        return messages
-
-    def _prefill(self, batch: Sequence[tuple[Context, Context | None]]) -> tuple[TokenBatch, Cache]:
-        """Tokens of the contexts and the cache of all but the last, fused or not."""
-        prompts = [self._fused_prompt(context, message) for context, message in batch if message is not None]
-        if not prompts:
-            tokens = left_pad([context.tokens for context, _ in batch], 0).to(self.scorer.device)
-            self.scorer.check_prompt(tokens)
-            return tokens, self.scorer.prefill(tokens, tokens.length - 1)
-        fused = self.model.fuse_prompts(merge(prompts))
-        return fused.tokens, self.scorer.prefill(fused.tokens, fused.tokens.length - 1, fused.cache)
-
-    def _fused_prompt(self, context: Context, message: Context) -> Prompt:
-        prompt = self._aligned(context)
-        return prompt if message == context else derange(prompt, self._aligned(message))
-
-    def _aligned(self, context: Context) -> Prompt:
-        """The context for all models, cut to their lengths."""
-        chat = Chat.load(context.text)
-        tokenizers = [reader.tokenizer for reader in self.readers]
-        if chat is None:
-            tokenizers = [_RawText(tokenizer) for tokenizer in tokenizers]
-            chat = Chat([{"role": "user", "content": context.text}])
-        ours, *theirs = tokenizers
-        prompt = self.model.aligner.align(ours, theirs, [chat.messages], self._options(chat))[0]
-        limits = [self._length(sharer) for sharer in self.model.sharers]
-        too_long = any(s.length > limit for s, limit in zip(prompt.sharers, limits, strict=True))
-        self.counts["sharer contexts truncated"] += too_long
-        return fit(prompt, context.ids, context.cut, limits)
-
-    # -- scoring and generating ----------------------------------------------------------------------------------------
-
-    def _score(self, pairs: Sequence[tuple[Context, Tokens]], quiet: bool) -> list[Likelihood]:
-        groups: dict[Context, set[Tokens]] = {}
-        for context, continuation in pairs:
-            groups.setdefault(context, set()).add(continuation)
-        answers: dict[tuple[Context, Tokens], Likelihood] = {}
-        with tqdm(total=sum(map(len, groups.values())), disable=quiet, desc="loglikelihood") as bar:
-            for contexts, batch in self._batches({context: context for context in groups}):
-                tokens, cache = self._prefill(batch)
-                asked = [(row, text) for row, context in enumerate(contexts) for text in sorted(groups[context])]
-                found = self._likelihoods(tokens, cache, asked)
-                answers |= {(contexts[row], text): answer for (row, text), answer in found.items()}
-                bar.update(len(asked))
-        return [answers[pair] for pair in pairs]
-
-    def _likelihoods(
-        self, tokens: TokenBatch, cache: Cache, asked: Sequence[tuple[int, Tokens]]
-    ) -> dict[tuple[int, Tokens], Likelihood]:
-        """Score continuations of rows of a prefilled batch, each on a copy of its row.
-
-        Continuations that differ in their last token alone (letters) are one forward pass.
-        """
-        targets: dict[tuple[int, Tokens], list[Tokens]] = {}
-        for row, text in asked:
-            targets.setdefault((row, text[:-1]), []).append(text)
-        found: dict[tuple[int, Tokens], Likelihood] = {}
-        for part in _chunks(sorted(targets, key=lambda item: len(item[1])), self.batch_size):
-            predictions = self._continue(tokens, cache, part)
-            for (row, read), rows in zip(part, predictions, strict=True):
-                found |= {(row, text): _likelihood(rows, text) for text in targets[row, read]}
-        return found
-
-    def _continue(self, tokens: TokenBatch, cache: Cache, part: Sequence[tuple[int, Tokens]]) -> Tensor:
-        """Log-probabilities after the last context token and after each one read on, ``[part, read + 1, vocab]``."""
-        rows = torch.tensor([row for row, _ in part])
-        chosen = tokens.select(rows.tolist())
-        width = max(len(read) for _, read in part)
-        padded = torch.tensor([[*read, *[0] * (width - len(read))] for _, read in part], dtype=torch.long)
-        real = torch.tensor([[True] * len(read) + [False] * (width - len(read)) for _, read in part], dtype=torch.bool)
-        device = chosen.ids.device
-        logits = continued_logits(
-            self.scorer.model, chosen, padded.to(device), real.to(device), kv_cache.select_rows(cache, rows)
-        )
-        return torch.log_softmax(logits.float(), dim=-1)
-
-    def _generate(self, batch: Sequence[tuple[Context, Context | None]], arguments: dict[str, Any]) -> list[str]:
-        """Texts that follow the contexts of a batch."""
-        kwargs = dict(arguments)
-        stops = [*kwargs.pop("until")]
-        new_tokens = kwargs.pop("max_gen_toks")
-        if self.eot_token_id is not None:
-            stops.append(self.tokenizer.decode(self.eot_token_id))
-        if not kwargs.get("do_sample"):
-            kwargs.pop("temperature", None)
-        tokens, cache = self._prefill(batch)
-        if self.tokenizer.pad_token_id is not None:
-            kwargs["pad_token_id"] = self.tokenizer.pad_token_id
-        ids = self.scorer.generate(
-            tokens,
-            cache,
-            max_new_tokens=new_tokens,
-            stopping_criteria=stop_sequences_criteria(self.tokenizer, stops, tokens.length, tokens.rows),
-            **kwargs,
-        )
-        return [str(postprocess_generated_text(self._text(row), stops, None)) for row in ids.tolist()]
-
-    def _text(self, ids: list[int]) -> str:
-        """New tokens as text, up to the end token: a row goes on until all rows of its batch have stopped."""
-        end = ids.index(self.eot_token_id) if self.eot_token_id in ids else len(ids)
-        return str(self.tokenizer.decode(ids[:end], skip_special_tokens=True))
-
-
-class _RawText:
-    """A tokenizer whose chat template shows a message as it stands, with the special tokens that texts get.
-
-    An aligner takes it for any other, so that raw text is aligned as a message is.
-    """
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-        self.chat_template = "the message as it stands"
-
-    def apply_chat_template(self, conversation: Conversation, **kwargs: Any) -> str:
-        return "".join(message["content"] for message in conversation)
-
-    def __call__(self, text: str, **kwargs: Any) -> Any:
-        return self._tokenizer(text, **kwargs | {"add_special_tokens": not _opens(self._tokenizer, text)})
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._tokenizer, name)
-
-
-def _opening(tokenizer: Any) -> int | None:
-    token: int | None = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    return token
-
-
-def _opens(tokenizer: Any, text: str) -> bool:
-    """Whether a text brings the token that texts begin with."""
-    token = _opening(tokenizer)
-    return token is not None and text.startswith(tokenizer.decode(token))
+            self.counts["contexts with nothing to fuse"] += sum(len(c.tokens) < 2 for c in contexts)
 
 
 def _document(request: Any) -> tuple[Any, Any]:
-    """Task and document of a request; a request that names none is a document of its own."""
+    """Return task and document of a request; a request that names none is a document of its own."""
     number = getattr(request, "doc_id", None)
     return (getattr(request, "task_name", None), request.args[0] if number is None else number)
 
 
-def _derangement(contexts: Sequence[Context]) -> dict[Context, Context]:
-    """Each context with the next one of another document, of the same task where there is one.
+def _derangement(documents: dict[str, tuple[Any, Any]]) -> dict[str, str]:
+    """Return for each context the next one of another document, of the same task where there is one.
 
     Raises:
         IntegrationError: all contexts belong to one document.
     """
-    tasks: dict[Any, list[Context]] = {}
-    for context in contexts:
-        tasks.setdefault(context.document[0], []).append(context)
-    chosen: dict[Context, Context] = {}
-    for own in tasks.values():
-        for index, context in enumerate(own):
-            following = (own[(index + step) % len(own)] for step in range(1, len(own)))
-            others = (c for c in chain(following, contexts) if c.document != context.document)
-            other = next((c for c in others if c.text != context.text), None)
-            if other is None:
-                raise IntegrationError(
-                    "system 'deranged' needs the prompts of at least two documents, and only one was asked about: "
-                    "raise the limit."
-                )
-            chosen[context] = other
+    if len(set(documents.values())) < 2:
+        raise IntegrationError("system 'deranged' needs the prompts of at least two documents: raise the limit.")
+    texts, chosen = list(documents), {}
+    for index, text in enumerate(texts):
+        own = documents[text]
+        following = (texts[(index + step) % len(texts)] for step in range(1, len(texts)))
+        same_task = (other for other in following if documents[other][0] == own[0] and documents[other] != own)
+        chosen[text] = next(chain(same_task, (other for other in texts if documents[other] != own)))
     return chosen
-
-
-def _likelihood(predictions: Tensor, continuation: Tokens) -> Likelihood:
-    """Of one continuation, from log-probabilities ``[tokens, vocab]``."""
-    rows = predictions[: len(continuation)]
-    wanted = torch.tensor(continuation, device=rows.device)
-    total = float(rows.gather(1, wanted.unsqueeze(1)).sum())
-    return total, bool((rows.argmax(-1) == wanted).all())
-
-
-def _chunks(items: Sequence[_T], size: int) -> Iterator[list[_T]]:
-    for start in range(0, len(items), size):
-        yield list(items[start : start + size])

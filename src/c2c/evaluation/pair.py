@@ -1,58 +1,39 @@
-"""A pair under evaluation: its models, its prefill stores, and items as its fusers read them."""
+"""The pair of models under evaluation: loading, other fusers, prefill stores, and which items both can read."""
 
 from __future__ import annotations
 
-import copy
-from collections import Counter
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
 from c2c.data.formats import Row
+from c2c.data.prompts import choice_tokens, response_tokens
+from c2c.errors import PromptError
 from c2c.evaluation.config import EvalConfig, EvaluationError
+from c2c.evaluation.prefills import EvaluationPrefills, StoredSharer
 from c2c.fusers import Fuser
 from c2c.fusers.base import load_fuser
-from c2c.language_model import LanguageModel, Sharer
+from c2c.handoff import reading
+from c2c.language_model import Sharer
 from c2c.model import C2CModel
-from c2c.training.drafts import Drafts
-from c2c.training.examples import build_examples
-from c2c.training.objective import Objective
-from c2c.training.private import PrivateTraining, build_private_examples
-from c2c.training.step import FuserTraining
-from c2c.training.store import PrefillStore
-
-_UNLIMITED = 10**9
+from c2c.private_context import first_user_column
+from c2c.prompting import RenderOptions
 
 
 class Pair:
-    """One receiver with one sharer, and their prefills of all layers (a model alone needs them all).
+    """One receiver with one sharer, whose prefills all systems share.
 
     Args:
-        model: the pair with its fuser.
-        config: where its store lies and how large it may be.
+        config: the fuser, which names the models, and the stores.
 
     Raises:
-        EvaluationError: the model has several sharers.
+        EvaluationError: the fuser has several sharers, or one on another machine.
     """
 
-    def __init__(self, model: C2CModel, config: EvalConfig) -> None:
-        if len(model.sharers) != 1:
-            raise EvaluationError(
-                f"{config.fuser} has {len(model.sharers)} sharers; one is evaluated at a time: give one of its fusers."
-            )
-        self.model, self.config = model, config
-        self.sharer = model.sharers[0]
-        self.stores = (_store(model.receiver, config), _store(self.sharer, config))
-        self.drafts = Drafts(self.stores[1], self.sharer)
-        self.training = self._through(model)
-        self._last: tuple[list[Row], Any] | None = None
-
-    @classmethod
-    def open(cls, config: EvalConfig) -> Pair:
-        """Load the fuser with the models that it names."""
-        model = C2CModel.from_pretrained(
+    def __init__(self, config: EvalConfig) -> None:
+        self.config = config
+        self.model = C2CModel.from_pretrained(
             config.fuser,
             receiver=config.receiver,
             sharer=config.sharer,
@@ -60,69 +41,72 @@ class Pair:
             sharer_dtype=config.sharer_dtype,
             device_map=config.device_map,
         )
-        return cls(model, config)
+        sharers = self.model.sharers
+        if len(sharers) != 1 or not sharers[0].generates:
+            raise EvaluationError(
+                f"{config.fuser} has {len(sharers)} sharers; one that is loaded here is evaluated at a time: give one "
+                "of its fusers."
+            )
+        self.receiver, self.sharer = self.model.receiver, StoredSharer.of(sharers[0], config)
+        self.model.sharers = [self.sharer]
+        self._prefills = EvaluationPrefills(self.receiver, config)
+        self._sharers = {self.sharer.identity.weights: self.sharer}
 
-    def examples(self, rows: Sequence[Row]) -> tuple[Sequence[Any], Counter[str]]:
-        """Rows as this pair reads them, and how many do not fit, by reason."""
-        longest = self.model.receiver.context_length or _UNLIMITED
-        if self.model.private:
-            return build_private_examples(self.model, rows, longest, _UNLIMITED)
-        return build_examples(self.model, rows, longest, _UNLIMITED)
+    @contextmanager
+    def stores(self, *, prefills: bool, texts: bool) -> Iterator[None]:
+        """Take prefills and generated texts from the stores inside the block; outside, all is computed."""
+        self.receiver.stored = self._prefills if prefills else None
+        for sharer in self._sharers.values():
+            sharer.use_stores(prefills=prefills, texts=texts)
+        try:
+            yield
+        finally:
+            self.receiver.stored = None
+            for sharer in self._sharers.values():
+                sharer.use_stores(prefills=False, texts=False)
 
-    def batch(self, rows: Sequence[Row]) -> Any:
-        """Rows with their stored caches; the last batch is kept, since several systems answer it in turn.
+    def with_fuser(self, folder: str) -> C2CModel:
+        """Return the same receiver with another fuser, whose sharer may be the receiver itself or another model.
 
         Raises:
-            EvaluationError: a row does not fit this pair.
-        """
-        if self._last is None or self._last[0] != list(rows):
-            examples, dropped = self.examples(rows)
-            if dropped:
-                raise EvaluationError(f"{self.sharer.name} can't read some items that the other systems can: {dropped}")
-            self._last = (list(rows), self.training.collate(examples))
-        return self._last[1]
-
-    def untrained(self) -> Objective:
-        """The same pair with a new fuser of the same shape."""
-        fuser: Fuser = self.model.fusers[0]  # type: ignore[assignment]
-        torch.manual_seed(self.config.seed)
-        config = copy.deepcopy(fuser.config)
-        config.training = None
-        return self._through(C2CModel(self.model.receiver, [self.sharer], [type(fuser)(config)]))
-
-    def with_fuser(self, folder: str) -> tuple[Pair, Objective]:
-        """The same receiver through another fuser, and the pair whose batches that fuser reads.
-
-        That is this pair where the fuser has the same sharer and token alignment. The sharer may be the receiver
-        itself, or another model, which is loaded.
+            EvaluationError: the fuser does not name its sharer.
         """
         fuser = load_fuser(folder, dtype=torch.float32)
-        model = C2CModel(self.model.receiver, [self._sharer_of(fuser, folder)], [fuser])
-        same = model.sharers[0] is self.sharer and model.aligner.to_dict() == self.model.aligner.to_dict()
-        if same:
-            return self, self._through(model)
-        other = Pair(model, self.config)
-        return other, other.training
+        model = C2CModel(self.receiver, [self._sharer_of(fuser, folder)], [fuser])
+        model.fusers.to(self.receiver.device).eval()
+        return model
 
-    def _sharer_of(self, fuser: Fuser, folder: str) -> Sharer:
+    def unreadable(self, row: Row) -> str | None:
+        """Return why these models can't read an item, None where they can."""
+        try:
+            lengths = self._lengths(row)
+            response_tokens(self.receiver.tokenizer, row)
+            choice_tokens(self.receiver.tokenizer, row.lead, row.choices)
+        except PromptError as error:
+            return type(error).__name__
+        limits = [limit for limit in (self.receiver.context_length, self.sharer.context_length) if limit]
+        return "prompt too long" if max(lengths) > min(limits, default=max(lengths)) else None
+
+    def _lengths(self, row: Row) -> tuple[int, int]:
+        """Return the tokens of both models' prompts."""
+        options = RenderOptions(answer_prefix=row.answer_prefix)
+        if not self.model.private:
+            (prompt,) = self.model.align([row.messages], options)
+            return prompt.receiver.length, prompt.sharers[0].length
+        first_user_column(self.receiver.tokenizer, row.messages, options)  # where the entries will stand
+        read = reading(self.sharer.tokenizer, row.sharer_messages or [], options)
+        return self.receiver.encode([row.messages], options).length, len(read.ids)
+
+    def _sharer_of(self, fuser: Fuser, folder: str) -> StoredSharer:
         recorded = fuser.config.identity("sharer")
         if recorded is None:
-            raise EvaluationError(f"{folder} does not say which sharer it was made for.")
-        if recorded.weights == self.sharer.identity.weights:
-            return self.sharer
-        receiver = self.model.receiver
-        if recorded.weights == receiver.identity.weights:
-            return Sharer(receiver.model, receiver.tokenizer, receiver.name)
-        dtype = self.config.sharer_dtype or self.config.dtype
-        return Sharer.from_pretrained(recorded.name, dtype=dtype, device_map=self.config.device_map)
-
-    def _through(self, model: C2CModel) -> Objective:
-        model.fusers.to(model.receiver.device).eval()
-        kind = PrivateTraining if model.private else FuserTraining
-        return kind(model, *self.stores).eval()
-
-
-def _store(model: LanguageModel, config: EvalConfig) -> PrefillStore:
-    folder = Path(config.store_dir) if config.store_dir is not None else None
-    budget = int(config.store_budget_gb * 5e8) if folder is not None else 0
-    return PrefillStore(model, range(model.geometry.layers), folder=folder, budget=budget, batch=4)
+            raise EvaluationError(f"{folder} does not record which sharer it was made for.")
+        if recorded.weights not in self._sharers:
+            receiver, config = self.receiver, self.config
+            if recorded.weights == receiver.identity.weights:
+                model: Sharer = Sharer(receiver.model, receiver.tokenizer, receiver.name)
+            else:
+                dtype = config.sharer_dtype or config.dtype
+                model = Sharer.from_pretrained(recorded.name, dtype=dtype, device_map=config.device_map)
+            self._sharers[recorded.weights] = StoredSharer.of(model, config)
+        return self._sharers[recorded.weights]

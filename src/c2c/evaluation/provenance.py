@@ -1,4 +1,4 @@
-"""All that is needed to repeat an evaluation: hashes, identities, versions, command."""
+"""Provenance of an evaluation: all that is needed to repeat it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from c2c.evaluation.pair import Pair
 from c2c.fusers.base import fuser_hash, training_facts
 from c2c.utils import command, file_hash, short_path, versions
 
-# Places on a machine, and what may be added later: they don't make it another evaluation.
+# Paths of a machine, and what may be added later: they do not make it another evaluation.
 _NOT_COMPARED = (
     "output_dir",
     "reuse",
@@ -32,14 +32,16 @@ _NOT_COMPARED = (
 
 
 def provenance(config: EvalConfig, pair: Pair) -> dict[str, Any]:
-    """Facts about an evaluation, and under ``key`` a hash of those that decide its answers."""
+    """Return hashes, identities, versions and command, and under ``key`` a hash of what determines the answers."""
+    compared = {name: value for name, value in config.to_dict().items() if name not in _NOT_COMPARED}
+    for name in ("data", "dev"):
+        compared[name] = [dataclasses.asdict(s) | {"path": source_name(s)} for s in getattr(config, name)]
     facts = {
         "fuser": fuser_hash(config.fuser),
-        "receiver": pair.model.receiver.identity.to_dict(),
+        "receiver": pair.receiver.identity.to_dict(),
         "sharer": pair.sharer.identity.to_dict(),
-        "data": {short(s): _hash(s, config) for s in (*config.data, *config.dev)},
-        "config": {name: value for name, value in config.to_dict().items() if name not in _NOT_COMPARED}
-        | {name: [_portable(s) for s in getattr(config, name)] for name in ("data", "dev")},
+        "data": {source_name(source): _hash(source, config) for source in (*config.data, *config.dev)},
+        "config": compared,
     }
     return facts | {
         "systems": list(config.systems),
@@ -51,8 +53,8 @@ def provenance(config: EvalConfig, pair: Pair) -> dict[str, Any]:
     }
 
 
-def short(source: DataSource) -> str:
-    """A file by its folder and name: what tells tasks apart in a table, and not where they lie on this machine."""
+def source_name(source: DataSource) -> str:
+    """Return a file's folder and name, which tell tasks apart without the folders of a machine; or the data set."""
     if source.path is not None:
         return short_path(source.name)
     return f"{source.name}/{source.subset}" if source.subset not in (None, "*") else source.name
@@ -60,7 +62,3 @@ def short(source: DataSource) -> str:
 
 def _hash(source: DataSource, config: EvalConfig) -> str | None:
     return file_hash(Path(config.data_dir) / source.path) if source.path is not None else None
-
-
-def _portable(source: DataSource) -> dict[str, Any]:
-    return dataclasses.asdict(source) | {"path": short(source)}

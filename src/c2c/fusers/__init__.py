@@ -5,7 +5,10 @@ A third party adds one with the entry point group ``c2c.fusers``: ``name = "modu
 
 from __future__ import annotations
 
+from functools import cache
+from importlib import import_module
 from importlib.metadata import entry_points
+from pkgutil import iter_modules
 
 from c2c.errors import FuserError, did_you_mean
 from c2c.fusers.base import Entries, Fuser, FuserConfig
@@ -14,25 +17,26 @@ from c2c.fusers.c2c import C2CFuser, C2CFuserConfig
 from c2c.fusers.linear import LinearConfig, LinearFuser
 from c2c.fusers.memory import MemoryConfig, MemoryFuser
 
-_FAMILIES: dict[str, type[Fuser]] = {
-    "bottleneck": BottleneckFuser,
-    "c2c": C2CFuser,
-    "linear": LinearFuser,
-    "memory": MemoryFuser,
-}
-
 
 def families() -> dict[str, type[Fuser]]:
-    """All fuser families by name, those of other packages included."""
-    found = dict(_FAMILIES)
+    """Return all fuser families by name: those of this package, and of others by entry point."""
+    found = dict(_own_families())
     for entry in entry_points(group="c2c.fusers"):
         if entry.name not in found:
             found[entry.name] = entry.load()
     return found
 
 
+@cache
+def _own_families() -> dict[str, type[Fuser]]:
+    """Collect the families of the modules beside this one."""
+    modules = [import_module(f"{__name__}.{info.name}") for info in iter_modules(__path__)]
+    kinds = {value for module in modules for value in vars(module).values() if isinstance(value, type)}
+    return {kind.family: kind for kind in kinds if issubclass(kind, Fuser) and "family" in vars(kind)}
+
+
 def family(name: str) -> type[Fuser]:
-    """The fuser class of a family.
+    """Return the fuser class of a family.
 
     Raises:
         FuserError: no such family.

@@ -1,20 +1,22 @@
-"""What every fuser is: a ``PreTrainedModel`` from aligned cache entries to fused ones."""
+"""The base class of fusers: a ``PreTrainedModel`` from aligned cache entries to fused ones, and how one is loaded."""
 
 from __future__ import annotations
 
 import dataclasses
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.dataclasses import strict
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from c2c import rope
 from c2c.errors import FuserError, ModelLoadError, did_you_mean
 from c2c.identity import ModelIdentity
 from c2c.kv_cache import KeyValue, KVGeometry
@@ -38,13 +40,53 @@ class Entries:
     rotary: Sequence[Rotary] | None = None
 
     def layer(self, index: int) -> KeyValue:
-        """Keys and values of one item."""
+        """Return keys and values of one item."""
         return self.keys[index], self.values[index]
+
+    def channels(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Join keys without rotation and values to ``[layers, batch * tokens, 2 * kv_heads * head_dim]``.
+
+        Converted to ``dtype`` before the rotation is removed, which bfloat16 would round.
+        """
+        keys, values = torch.stack(list(self.keys)).to(dtype), torch.stack(list(self.values)).to(dtype)
+        if self.rotary is not None:
+            keys = rope.stack(self.rotary).undo(keys)
+        return torch.cat([x.transpose(2, 3).flatten(3).flatten(1, 2) for x in (keys, values)], dim=-1)
+
+    def plus(self, keys: Tensor, values: Tensor) -> list[KeyValue]:
+        """Add to all entries; ``[layers, batch, kv_heads, tokens, head_dim]`` each, keys without rotation."""
+        if self.rotary is not None:
+            keys = rope.stack(self.rotary).apply(keys)
+        own_keys, own_values = torch.stack(list(self.keys)), torch.stack(list(self.values))
+        fused_keys, fused_values = own_keys + keys.to(own_keys.dtype), own_values + values.to(own_values.dtype)
+        return list(zip(fused_keys.unbind(), fused_values.unbind(), strict=True))
+
+
+def split_channels(x: Tensor, batch: int, geometry: KVGeometry) -> tuple[Tensor, Tensor]:
+    """Undo :meth:`Entries.channels`: keys and values, ``[layers, batch, kv_heads, tokens, head_dim]`` each."""
+    shaped = x.view(len(x), batch, -1, 2, geometry.kv_heads, x.shape[-1] // (2 * geometry.kv_heads))
+    keys, values = shaped.permute(3, 0, 1, 4, 2, 5).unbind()
+    return keys, values
+
+
+@dataclass(frozen=True)
+class AlignedEntries:
+    """Entries of both models at corresponding tokens, which a new fuser is initialised from.
+
+    Attributes:
+        sharer: the sharer's entries.
+        receiver: the receiver's own entries of the same text.
+        weight: weight of each token pair, ``[layers, pairs]``; None for equal weights.
+    """
+
+    sharer: Entries
+    receiver: Entries
+    weight: Tensor | None = None
 
 
 @strict
 class FuserConfig(PreTrainedConfig):
-    """What all fuser families store.
+    """Configuration that all fuser families share.
 
     Attributes:
         layer_map: for each receiver layer the sharer layer that it reads, or None.
@@ -53,7 +95,7 @@ class FuserConfig(PreTrainedConfig):
         sharer: identity of the sharer, None if not recorded.
         receiver: identity of the receiver, None if not recorded.
         alignment: the aligner that the fuser was trained with.
-        training: what it was trained on and how; None for an untrained fuser.
+        training: record of its training; None for an untrained fuser.
         c2c_version: the package version that wrote it.
     """
 
@@ -78,7 +120,7 @@ class FuserConfig(PreTrainedConfig):
         return [source for source in self.layer_map if source is not None]
 
     def identity(self, role: str) -> ModelIdentity | None:
-        """The recorded identity of the ``sharer`` or ``receiver``."""
+        """Return the recorded identity of the ``sharer`` or ``receiver``."""
         data = getattr(self, role)
         return ModelIdentity.from_dict(data) if data else None
 
@@ -86,14 +128,16 @@ class FuserConfig(PreTrainedConfig):
 class Fuser(PreTrainedModel):
     """Projects a sharer's cache entries into the receiver's space and merges them.
 
-    A family sets ``config_class``, ``family``, ``needs_rotary``, and implements ``forward`` and
-    ``gates``. A new one should leave the receiver as it is.
+    A family sets ``config_class`` and ``family``, and implements ``forward`` and ``gates``; the other class attributes
+    and the hooks (``initialise_from_data`` to ``output_length``) have defaults. An untrained fuser should leave the
+    receiver as it is.
 
     Attributes:
-        family: its name.
+        family: name of the family.
         context: ``shared``: both models read the same prompt, and entries are merged; ``private``: the sharer has read
             something else, and its entries are added.
-        needs_rotary: whether keys are to be read without their rotation.
+        needs_rotary: whether keys are read without their rotation.
+        closed_form: whether ``initialise_from_data`` is the whole training, without gradients.
     """
 
     config_class = FuserConfig
@@ -102,6 +146,7 @@ class Fuser(PreTrainedModel):
     family: ClassVar[str]
     context: ClassVar[str] = "shared"
     needs_rotary: ClassVar[bool] = False
+    closed_form: ClassVar[bool] = False
 
     @abstractmethod
     def forward(self, sharer: Entries, receiver: Entries) -> list[KeyValue]:
@@ -119,6 +164,38 @@ class Fuser(PreTrainedModel):
     def gates(self) -> Tensor:
         """How open each fused layer is at inference, from 0 to 1: ``[layers, 2]``, keys and values."""
 
+    def initialise_from_data(self, data: Iterable[AlignedEntries]) -> bool:
+        """Set parameters from entries of training prompts, before the first step; by default nothing is set.
+
+        Args:
+            data: batches of aligned entries; read once.
+
+        Returns:
+            Whether the fuser is of use already, so that training must beat it: it is then scored as step 0.
+        """
+        return False
+
+    def tune(self, score: Callable[[], float]) -> dict[str, Any]:
+        """Choose hyperparameters of a fitted ``closed_form`` fuser on a dev set; by default there are none.
+
+        Args:
+            score: scores the fuser as it is now; higher is better.
+
+        Returns:
+            What was tried and chosen, for the training record.
+        """
+        return {}
+
+    def on_train_begin(self, steps: int) -> None:
+        """Prepare for a training of ``steps`` optimizer steps."""
+
+    def on_step(self, step: int) -> None:
+        """Follow schedules of the family's own; called before optimizer step ``step``, counted from 0."""
+
+    def output_length(self, positions: int) -> int:
+        """Return how many entries a fuser of private context makes of ``positions`` handed-over ones."""
+        return positions
+
     def _init_weights(self, module: nn.Module) -> None:
         """Families initialise their weights in the constructor."""
 
@@ -126,7 +203,7 @@ class Fuser(PreTrainedModel):
     def from_geometry(
         cls, sharer: KVGeometry, receiver: KVGeometry, layer_map: list[int | None], **options: Any
     ) -> Self:
-        """A new, untrained fuser for these cache shapes; ``options`` go to the family's config.
+        """Make an untrained fuser for these cache shapes; ``options`` go to the family's config.
 
         Raises:
             FuserError: an option that the family does not have.
@@ -222,7 +299,7 @@ def _load_weights(kind: type[Fuser], folder: Path, kwargs: dict[str, Any]) -> Fu
 
 
 def resolve(source: str | Path) -> Path:
-    """The local folder of a fuser, downloaded first if ``source`` is a hub id."""
+    """Return the local folder of a fuser, downloaded first if ``source`` is a hub id."""
     path = Path(source).expanduser()
     if path.is_dir():
         return path
@@ -244,7 +321,7 @@ _EXPECTED = "Expected a fuser's folder, as `c2c train` and `c2c convert` write i
 
 
 def _what_file(path: Path) -> str:
-    """What was given in place of a fuser's folder, where that can be seen."""
+    """Describe a file that was given in place of a fuser's folder."""
     try:
         with safe_open(path, framework="pt") as file:
             if "manifest" in (file.metadata() or {}):
@@ -255,12 +332,12 @@ def _what_file(path: Path) -> str:
 
 
 def fuser_hash(folder: str) -> str:
-    """Hash of a fuser's weights."""
+    """Return the sha256 of a fuser's weights."""
     return file_hash(resolve(folder) / "model.safetensors")
 
 
 def training_facts(fuser: Any) -> dict[str, Any]:
-    """What tells one trained fuser from another, without its lists of data."""
+    """Return what distinguishes one trained fuser from another, without its lists of data."""
     record = fuser.config.training or {}
     config = record.get("config")
     settings = config if isinstance(config, dict) else {}

@@ -1,23 +1,22 @@
 """The default fuser: both models' keys and values through one narrow layer, all layers in one batched product.
 
 Keys are read without their rotation, and the rotation is put back on what is added. Gates are soft and in float32.
-The way up starts at zero, so that a new fuser changes nothing. A few megabytes where the published fuser has a
+The up projection starts at zero, so that a new fuser changes nothing. A few megabytes where the published fuser has a
 gigabyte.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import ClassVar
 
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 
-from c2c import rope
 from c2c.errors import FuserError
-from c2c.fusers.base import Entries, Fuser, FuserConfig
-from c2c.fusers.gating import soft_gate
+from c2c.fusers.base import AlignedEntries, Entries, Fuser, FuserConfig, split_channels
+from c2c.fusers.ridge import float64
 from c2c.kv_cache import KeyValue, KVGeometry
 
 
@@ -63,75 +62,61 @@ class BottleneckFuser(Fuser):
         self.head_weight = nn.Parameter(torch.zeros(layers, rank, 2 * receiver.kv_heads))
         self.head_bias = nn.Parameter(torch.zeros(layers, 1, 2 * receiver.kv_heads))
         self.gate_logit = nn.Parameter(torch.zeros(layers, 2))
-        self._moments: list[Tensor] | None = None  # running sums while calibrating
         nn.init.normal_(self.down, std=inputs**-0.5)
         self.post_init()
 
     def gates(self) -> Tensor:
-        """Layer gates, ``[layers, 2]``."""
+        """Return the layer gates, ``[layers, 2]``."""
         return soft_gate(self.gate_logit.detach())
 
-    def start_calibration(self) -> None:
-        """Collect channel statistics in the following forward passes."""
-        self._moments = [torch.zeros_like(self.mean), torch.zeros_like(self.mean), torch.zeros(())]
+    @torch.no_grad()
+    def initialise_from_data(self, data: Iterable[AlignedEntries]) -> bool:
+        """Standardise every channel by its mean and deviation in the data.
 
-    def finish_calibration(self) -> None:
-        """Standardise every channel by the mean and deviation of what was seen."""
-        if self._moments is None or float(self._moments[2]) == 0:
-            raise FuserError("nothing to calibrate on: run the fuser between start_calibration and finish_calibration.")
-        total, squares, count = self._moments
-        self._moments = None
-        mean = total / count.to(total.device)
+        Raises:
+            FuserError: there are no entries.
+        """
+        count, total, squares = 0, torch.zeros(()), torch.zeros(())
+        for batch in data:
+            x = float64(self._features(batch.sharer, batch.receiver))
+            count += x.shape[1]
+            total = total.to(x) + x.sum(1, keepdim=True)
+            squares = squares.to(x) + x.square().sum(1, keepdim=True)
+        if count == 0:
+            raise FuserError("there are no aligned entries to take channel statistics from: give more examples.")
+        mean = total / count
         self.mean.copy_(mean)
-        self.scale.copy_((squares / count.to(total.device) - mean.square()).clamp_min(1e-8).sqrt())
+        self.scale.copy_((squares / count - mean.square()).clamp_min(1e-8).sqrt())
+        return False
 
     def forward(self, sharer: Entries, receiver: Entries) -> list[KeyValue]:
         """See :meth:`Fuser.forward`."""
-        keys, values = torch.stack(list(receiver.keys)), torch.stack(list(receiver.values))
-        layers, batch, heads, tokens, dim = keys.shape
-        hidden = self._hidden(sharer, receiver, keys, values)
+        batch = receiver.keys[0].shape[0]
+        x = (self._features(sharer, receiver) - self.mean) / self.scale
+        hidden = nn.functional.gelu(torch.baddbmm(self.down_bias, x, self.down))
         delta = torch.baddbmm(self.up_bias, hidden, self.up).to(self.up.dtype)  # autocast would rotate in bfloat16
-        delta = delta.view(layers, batch, tokens, 2, heads, dim).permute(3, 0, 1, 4, 2, 5)
-        weight = self._weights(hidden).view(layers, batch, tokens, 2, heads, 1).permute(3, 0, 1, 4, 2, 5)
-        added_keys, added_values = (delta * weight.to(delta.dtype)).unbind()
-        if receiver.rotary is not None:
-            added_keys = rope.stack(receiver.rotary).apply(added_keys)
-        fused_keys = keys + added_keys.to(keys.dtype)
-        fused_values = values + added_values.to(values.dtype)
-        return list(zip(fused_keys.unbind(), fused_values.unbind(), strict=True))
+        weight = self._weights(hidden)
+        geometry = KVGeometry(**self.config.receiver_kv)
+        keys, values = (
+            part * factor.to(part.dtype)
+            for part, factor in zip(
+                split_channels(delta, batch, geometry), split_channels(weight, batch, geometry), strict=True
+            )
+        )
+        return receiver.plus(keys, values)
 
-    def _hidden(self, sharer: Entries, receiver: Entries, keys: Tensor, values: Tensor) -> Tensor:
-        """The narrow layer, ``[layers, batch * tokens, rank]``."""
-        x = self.features(sharer, receiver, keys, values)
-        if self._moments is not None:
-            self._moments[0] += x.sum(1, keepdim=True)
-            self._moments[1] += x.square().sum(1, keepdim=True)
-            self._moments[2] += x.shape[1]
-        x = (x - self.mean) / self.scale
-        return nn.functional.gelu(torch.baddbmm(self.down_bias, x, self.down))
-
-    def features(self, sharer: Entries, receiver: Entries, keys: Tensor, values: Tensor) -> Tensor:
-        """What the fuser reads, ``[layers, batch * tokens, channels]``: both models' entries without rotation."""
-        dtype = self.down.dtype  # before the rotation comes off: bfloat16 would round it
-        their_keys = torch.stack(list(sharer.keys)).to(dtype)
-        their_values = torch.stack(list(sharer.values)).to(dtype)
-        ours = _unrotated(keys.to(dtype), receiver.rotary), values.to(dtype)
-        parts = [_unrotated(their_keys, sharer.rotary), their_values, *ours]
-        return torch.cat([_flatten(part) for part in parts], dim=-1)
+    def _features(self, sharer: Entries, receiver: Entries) -> Tensor:
+        """Return both models' entries without rotation, ``[layers, batch * tokens, channels]``."""
+        return torch.cat([entries.channels(self.down.dtype) for entries in (sharer, receiver)], dim=-1)
 
     def _weights(self, hidden: Tensor) -> Tensor:
-        """Head weight times layer gate, ``[layers, batch * tokens, 2 * kv_heads]``, float32."""
+        """Return head weight times layer gate, ``[layers, batch * tokens, 2 * kv_heads]``, float32."""
         with torch.autocast(hidden.device.type, enabled=False):
             heads = torch.sigmoid(torch.baddbmm(self.head_bias.float(), hidden.float(), self.head_weight.float()))
         gate = soft_gate(self.gate_logit).repeat_interleave(heads.shape[-1] // 2, dim=1)
         return heads * gate.unsqueeze(1)
 
 
-def _unrotated(keys: Tensor, tables: Sequence[rope.Rotary] | None) -> Tensor:
-    return keys if tables is None else rope.stack(tables).undo(keys)
-
-
-def _flatten(x: Tensor) -> Tensor:
-    """``[layers, batch, heads, tokens, dim]`` to ``[layers, batch * tokens, heads * dim]``."""
-    layers, batch, heads, tokens, dim = x.shape
-    return x.transpose(2, 3).reshape(layers, batch * tokens, heads * dim)
+def soft_gate(logit: Tensor) -> Tensor:
+    """``sigmoid(logit)`` in float32: near zero a hard gate flips a whole layer between seeds."""
+    return torch.sigmoid(logit.float())

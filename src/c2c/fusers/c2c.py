@@ -7,6 +7,7 @@ per layer decides whether anything is added. Keys are read as they lie in the ca
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -14,12 +15,12 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 
 from c2c.errors import FuserError
-from c2c.fusers import gating
 from c2c.fusers.base import Entries, Fuser, FuserConfig
-from c2c.fusers.residual import ResidualBlock
 from c2c.kv_cache import KeyValue, KVGeometry
 
 KINDS = ("key", "value")
+_PUBLISHED_STEPS = 1929
+UniformSource = Callable[[tuple[int, ...]], Tensor]
 
 
 @strict
@@ -34,8 +35,8 @@ class C2CFuserConfig(FuserConfig):
         zero_init: start the feature branch at zero.
         initial_temperature: of the training gate.
         final_temperature: after ``anneal_steps``.
-        anneal_steps: optimizer steps of the schedule.
-        gate_temperature: where the schedule stands.
+        anneal_steps: optimizer steps of the schedule; None for the length of the training.
+        gate_temperature: present value of the schedule.
     """
 
     model_type = "c2c_fuser_c2c"
@@ -46,8 +47,25 @@ class C2CFuserConfig(FuserConfig):
     zero_init: bool = False
     initial_temperature: float = 1.0
     final_temperature: float = 0.001
-    anneal_steps: int = 1929
+    anneal_steps: int | None = None
     gate_temperature: float = 1.0
+
+
+class ResidualBlock(nn.Module):
+    """``x + Dropout(W2 GELU(W1 RMSNorm(x)))``, without biases."""
+
+    def __init__(self, width: int, inner: int, dropout: float) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(width, eps=1e-6)
+        self.w1 = nn.Linear(width, inner, bias=False)
+        self.w2 = nn.Linear(inner, width, bias=False)
+        self.dropout = dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[..., width]`` to the same shape; under autocast the norm stays in the type of its weight."""
+        normed = self.norm(x.to(self.norm.weight.dtype))
+        out: Tensor = self.w2(nn.functional.gelu(self.w1(normed)))
+        return x + nn.functional.dropout(out, self.dropout, self.training)
 
 
 class ResidualStack(nn.Module):
@@ -58,14 +76,14 @@ class ResidualStack(nn.Module):
         self.blocks = nn.ModuleList([ResidualBlock(width, inner, dropout) for _ in range(blocks)])
 
     def forward(self, x: Tensor) -> Tensor:
-        """Shape in and out: ``[..., width]``."""
+        """Map ``[..., width]`` to the same shape."""
         for block in self.blocks:
             x = block(x)
         return x
 
 
 class Projector(nn.Module):
-    """The fuser of one receiver layer. Parameter names are those of the published ``projector_*.pt``."""
+    """Projector of one receiver layer. Parameter names are those of the published ``projector_*.pt``."""
 
     def __init__(self, config: C2CFuserConfig) -> None:
         super().__init__()
@@ -85,7 +103,7 @@ class Projector(nn.Module):
                 nn.init.zeros_(self.get_parameter(f"{kind}_proj_out.bias"))
 
     def fuse(self, kind: str, sharer: Tensor, receiver: Tensor, gate: Tensor) -> Tensor:
-        """``receiver + gate * weight * projection``; all ``[batch, kv_heads, tokens, head_dim]``."""
+        """Return ``receiver + gate * weight * projection``; all ``[batch, kv_heads, tokens, head_dim]``."""
         batch, heads, tokens, dim = receiver.shape
         weight_dtype = self.get_parameter(f"{kind}_in.weight").dtype
         x = torch.cat([_flatten(sharer), _flatten(receiver)], dim=-1).to(weight_dtype)
@@ -115,14 +133,19 @@ class C2CFuser(Fuser):
         if not 0 <= config.dropout < 1:
             raise FuserError(f"dropout is {config.dropout}; expected a share from 0 to below 1.")
         self.temperature = config.gate_temperature
-        self.uniform: gating.UniformSource | None = None
+        self._anneal_steps = _PUBLISHED_STEPS if config.anneal_steps is None else config.anneal_steps
+        self.uniform: UniformSource | None = None
         self.layers = nn.ModuleList([Projector(config) for _ in config.fused_layers])
         self.post_init()
 
-    def set_step(self, step: int) -> None:
+    def on_train_begin(self, steps: int) -> None:
+        """Anneal the gates over the whole training, unless the config has a number of steps."""
+        self._anneal_steps = steps if self.config.anneal_steps is None else self.config.anneal_steps
+
+    def on_step(self, step: int) -> None:
         """Move the temperature schedule to an optimizer step."""
         c = self.config
-        self.temperature = gating.annealed_temperature(step, c.initial_temperature, c.final_temperature, c.anneal_steps)
+        self.temperature = annealed_temperature(step, c.initial_temperature, c.final_temperature, self._anneal_steps)
         self.config.gate_temperature = self.temperature
 
     def forward(self, sharer: Entries, receiver: Entries) -> list[KeyValue]:
@@ -133,11 +156,11 @@ class C2CFuser(Fuser):
         ]
 
     def gates(self) -> Tensor:
-        """0 or 1 for every layer: ``[layers, 2]``."""
-        return gating.hard_gate(self.gate_logits())
+        """Return 0 or 1 for every layer, ``[layers, 2]``."""
+        return hard_gate(self.gate_logits())
 
     def gate_logits(self) -> Tensor:
-        """The raw gate parameters, ``[layers, 2]``."""
+        """Return the raw gate parameters, ``[layers, 2]``."""
         rows = [torch.stack([p.get_parameter(f"{kind}_gate_logit") for kind in KINDS]) for p in self.layers]
         return torch.stack(rows).detach()
 
@@ -150,12 +173,38 @@ class C2CFuser(Fuser):
 
     def _gate(self, logit: Tensor, receiver: Tensor) -> Tensor:
         if not self.training:
-            return gating.hard_gate(logit)
+            return hard_gate(logit)
         shape = (*receiver.shape[:3], 1)
         uniform = self.uniform(shape) if self.uniform else torch.rand(shape, device=logit.device, dtype=logit.dtype)
-        return gating.gumbel_gate(logit, uniform, self.temperature)
+        return gumbel_gate(logit, uniform, self.temperature)
 
 
 def _flatten(x: Tensor) -> Tensor:
-    """``[batch, heads, tokens, dim]`` to ``[batch, tokens, heads * dim]``, head 0 first."""
+    """Reshape ``[batch, heads, tokens, dim]`` to ``[batch, tokens, heads * dim]``, head 0 first."""
     return x.transpose(1, 2).flatten(2)
+
+
+def gumbel_gate(logit: Tensor, uniform: Tensor, temperature: float) -> Tensor:
+    """Compute the published training gate, ``sigmoid((logit + g) / T)`` with a single Gumbel draw ``g``.
+
+    One draw and not the difference of two, so at logit 0 it is open in 63 % of the draws; kept, because published
+    fusers were trained so.
+
+    Args:
+        logit: scalar.
+        uniform: numbers from [0, 1), of the shape wanted.
+        temperature: ``T``, above 0.
+    """
+    noise = -torch.log(-torch.log(uniform + 1e-20) + 1e-20)
+    return torch.sigmoid((logit + noise) / temperature)
+
+
+def hard_gate(logit: Tensor) -> Tensor:
+    """Compute the published inference gate: 1 if the logit is above 0, else 0 (0 itself is closed). Float32."""
+    return (logit > 0).float()
+
+
+def annealed_temperature(step: int, initial: float, final: float, anneal_steps: int) -> float:
+    """Compute the published schedule: geometric from ``initial`` to ``final`` over ``anneal_steps`` optimizer steps."""
+    progress = min(step / anneal_steps, 1.0) if anneal_steps > 0 else 1.0
+    return float(initial * (final / initial) ** progress)

@@ -1,22 +1,26 @@
 """A closed-form fuser: the receiver's entries predicted from the sharer's by one affine map per layer.
 
-Fitted by ridge regression (:mod:`c2c.training.ridge`), without a gradient. It is what training must beat. Keys are
-read and predicted without their rotation, since an affine map of rotated keys would have to be another one at every
-position.
+Fitted by ridge regression, without a gradient; a baseline that training must beat. Keys are read and predicted without
+their rotation, since an affine map of rotated keys would have to be another one at every position. Ridge maps between
+caches are from Heo et al. (2026, arXiv:2608.03893), weights by attention from CacheBridge (2026, arXiv:2609.00891); in
+both the map replaces the receiver's prefill, while here it is blended into it.
 """
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar
 
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 
-from c2c import rope
 from c2c.errors import FuserError
-from c2c.fusers.base import Entries, Fuser, FuserConfig
+from c2c.fusers.base import AlignedEntries, Entries, Fuser, FuserConfig, split_channels
+from c2c.fusers.ridge import RidgeRegression
 from c2c.kv_cache import KeyValue, KVGeometry
+
+BLENDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
 @strict
@@ -25,7 +29,7 @@ class LinearConfig(FuserConfig):
 
     Attributes:
         ridge: penalty, relative to the variance of each of the sharer's channels.
-        blend: how far fitting opens the fuser: 0 keeps the receiver's entries, 1 takes the predicted ones.
+        blend: how far the fitted fuser is open: 0 keeps the receiver's entries, 1 takes the predicted ones.
     """
 
     model_type = "c2c_fuser_linear"
@@ -47,6 +51,7 @@ class LinearFuser(Fuser):
     config: LinearConfig
     family: ClassVar[str] = "linear"
     needs_rotary: ClassVar[bool] = True
+    closed_form: ClassVar[bool] = True
     # means are large beside what varies around them, and a blend rounded to bfloat16 is not the one chosen
     _keep_in_fp32_modules_strict = ["mean", "bias", "blend"]  # noqa: RUF012 - as the base class has it
 
@@ -63,16 +68,42 @@ class LinearFuser(Fuser):
         self.post_init()
 
     def gates(self) -> Tensor:
-        """The blend, ``[layers, 2]``, float32."""
+        """Return the blend, ``[layers, 2]``, float32."""
         return self.blend.detach().float().clone()
 
     @torch.no_grad()
-    def set_map(self, weight: Tensor, mean: Tensor, bias: Tensor) -> None:
-        """Take a fitted map, shapes as in the attributes, and open the fuser by ``config.blend``."""
-        self.weight.copy_(weight)
-        self.mean.copy_(mean)
-        self.bias.copy_(bias)
+    def initialise_from_data(self, data: Iterable[AlignedEntries]) -> bool:
+        """Fit the map by ridge regression, and open the fuser by ``config.blend``.
+
+        Raises:
+            FuserError: an impossible ridge, fewer than two aligned pairs, or singular equations.
+        """
+        regression = RidgeRegression()
+        for batch in data:
+            regression.add(batch.sharer.channels(), batch.receiver.channels(), batch.weight)
+        found = regression.solve(self.config.ridge)
+        self.weight.copy_(found.weight)
+        self.mean.copy_(found.mean)
+        self.bias.copy_(found.bias)
         self.set_blend(self.config.blend)
+        self.config.training = {"ridge": self.config.ridge, "pairs": regression.pairs}
+        return True
+
+    def tune(self, score: Callable[[], float]) -> dict[str, Any]:
+        """Set the best of ten blends, and of equal ones the smallest.
+
+        Raises:
+            FuserError: the fuser is not fitted.
+        """
+        if not self.trained:
+            raise FuserError("this linear fuser is not fitted: call initialise_from_data before tune.")
+        scores: dict[float, float] = {}
+        for blend in BLENDS:
+            self.set_blend(blend)
+            scores[blend] = score()
+        best = max(scores, key=lambda blend: scores[blend])  # the first of equals
+        self.set_blend(best)
+        return {"blends": scores, "blend": best}
 
     @torch.no_grad()
     def set_blend(self, blend: float) -> None:
@@ -87,32 +118,17 @@ class LinearFuser(Fuser):
 
     def forward(self, sharer: Entries, receiver: Entries) -> list[KeyValue]:
         """See :meth:`Fuser.forward`."""
-        keys, values = torch.stack(list(receiver.keys)), torch.stack(list(receiver.values))
-        layers, batch, heads, tokens, dim = keys.shape
+        batch, heads, _, dim = receiver.keys[0].shape
         blend = self.blend.float().repeat_interleave(heads * dim, dim=1).unsqueeze(1)
-        delta = blend * (self.predict(sharer) - channels(receiver))
-        delta = delta.view(layers, batch, tokens, 2, heads, dim).permute(3, 0, 1, 4, 2, 5)
-        added_keys, added_values = delta.unbind()
-        if receiver.rotary is not None:
-            added_keys = rope.stack(receiver.rotary).apply(added_keys)
-        fused_keys = keys + added_keys.to(keys.dtype)
-        fused_values = values + added_values.to(values.dtype)
-        return list(zip(fused_keys.unbind(), fused_values.unbind(), strict=True))
+        delta = blend * (self.predict(sharer) - receiver.channels())
+        return receiver.plus(*split_channels(delta, batch, KVGeometry(**self.config.receiver_kv)))
 
     def predict(self, sharer: Entries) -> Tensor:
-        """The receiver's entries as the sharer's give them, ``[layers, batch * tokens, outputs]``, float32."""
-        centred = channels(sharer) - self.mean.float()
+        """Predict the receiver's entries from the sharer's, ``[layers, batch * tokens, outputs]``, float32."""
+        centred = sharer.channels() - self.mean.float()
         return torch.bmm(centred.to(self.weight.dtype), self.weight).float() + self.bias.float()
 
 
 def _check(blend: float) -> None:
     if not 0 <= blend <= 1:
         raise FuserError(f"blend is {blend}; expected 0 (the receiver's own entries) to 1 (the predicted ones).")
-
-
-def channels(entries: Entries) -> Tensor:
-    """Keys without rotation, then values, heads side by side: ``[layers, batch * tokens, 2 * width]``, float32."""
-    keys, values = torch.stack(list(entries.keys)).float(), torch.stack(list(entries.values)).float()
-    if entries.rotary is not None:
-        keys = rope.stack(entries.rotary).undo(keys)
-    return torch.cat([x.transpose(2, 3).flatten(3).flatten(1, 2) for x in (keys, values)], dim=-1)

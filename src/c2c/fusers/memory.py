@@ -1,14 +1,16 @@
 """Private context: the sharer's entries become extra entries of the receiver's cache, which its prompt attends to.
 
-The receiver's own entries stay as they are. Keys are read and written without their rotation; whoever places the
-entries rotates them to where they stand. One affine map per layer, which ridge regression can set, and a narrow
-nonlinear part that starts at zero. With ``slots``, learned queries pool all positions to so many entries.
+The receiver's own entries stay as they are. Keys are read and written without their rotation; the caller rotates them
+to their place. One affine map per layer, initialised by ridge regression onto the entries that the receiver would hold
+if it had read the passage itself, and a narrow nonlinear part that starts at zero. With ``slots``, learned queries pool
+all positions to so many entries.
 
-Side memory of projected entries is what studies of communication without a shared prompt use: LCF-X and XKV (2026).
+Memory entries that are projected from another model's cache are also in LCF-X and XKV (2026).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import ClassVar
 
 import torch
@@ -16,8 +18,8 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 
 from c2c.errors import FuserError
-from c2c.fusers.base import Entries, Fuser, FuserConfig
-from c2c.fusers.linear import channels
+from c2c.fusers.base import AlignedEntries, Entries, Fuser, FuserConfig, split_channels
+from c2c.fusers.ridge import RidgeRegression
 from c2c.kv_cache import KeyValue, KVGeometry
 
 
@@ -33,6 +35,9 @@ class MemoryConfig(FuserConfig):
     model_type = "c2c_fuser_memory"
     rank: int = 64
     slots: int | None = None
+
+
+_RIDGE = 1e-2  # penalty of the initial map
 
 
 class MemoryFuser(Fuser):
@@ -77,8 +82,29 @@ class MemoryFuser(Fuser):
         self.post_init()
 
     def gates(self) -> Tensor:
-        """Open, ``[layers, 2]``: side memory has no gate."""
+        """Return ones, ``[layers, 2]``: memory entries have no gate."""
         return torch.ones(self.weight.shape[0], 2)
+
+    @torch.no_grad()
+    def initialise_from_data(self, data: Iterable[AlignedEntries]) -> bool:
+        """Fit the affine map by ridge regression onto the receiver's own entries of the passages.
+
+        Raises:
+            FuserError: fewer than two aligned pairs.
+        """
+        regression = RidgeRegression()
+        for batch in data:
+            regression.add(batch.sharer.channels(), batch.receiver.channels(), batch.weight)
+        found = regression.solve(_RIDGE)
+        self.mean.copy_(found.mean)
+        self.scale.copy_(found.deviation)
+        self.weight.copy_(found.weight * found.deviation.transpose(1, 2))
+        self.bias.copy_(found.bias)
+        return True
+
+    def output_length(self, positions: int) -> int:
+        """Return the number of slots, or one entry per position."""
+        return positions if self.config.slots is None else self.config.slots
 
     def forward(self, sharer: Entries, receiver: Entries | None = None, mask: Tensor | None = None) -> list[KeyValue]:
         """Project.
@@ -90,33 +116,26 @@ class MemoryFuser(Fuser):
 
         Returns:
             Keys without rotation and values, one pair per receiver layer, ``[batch, kv_heads, slots, head_dim]``.
-            Without ``slots`` entries of padding are there too; whoever places them masks them.
+            Without ``slots`` padding has entries too; the caller masks them.
         """
         batch, positions = sharer.keys[0].shape[0], sharer.keys[0].shape[2]
-        x = (channels(sharer) - self.mean) / self.scale
-        x = x.to(self.weight.dtype)
+        x = ((sharer.channels() - self.mean) / self.scale).to(self.weight.dtype)
         hidden = nn.functional.gelu(torch.baddbmm(self.down_bias, x, self.down))
         entries = torch.bmm(x, self.weight) + torch.bmm(hidden, self.up) + self.bias.to(x.dtype)
-        entries = entries.view(len(entries), batch, positions, -1)
         if self.config.slots is not None:
-            entries = self._pool(entries, hidden.view(len(hidden), batch, positions, -1), mask)
-        return self._split(entries)
+            shape = (len(entries), batch, positions, -1)
+            entries = self._pool(entries.view(shape), hidden.view(shape), mask).flatten(1, 2)
+        keys, values = split_channels(entries, batch, KVGeometry(**self.config.receiver_kv))
+        return list(zip(keys.unbind(), values.unbind(), strict=True))
 
     def _pool(self, entries: Tensor, hidden: Tensor, mask: Tensor | None) -> Tensor:
-        """Slots as weighted means over positions, ``[layers, batch, slots, outputs]``."""
+        """Pool positions to slots as weighted means, ``[layers, batch, slots, outputs]``."""
         if not self.config.slots:
             return entries[:, :, :0]
         scores = torch.einsum("lbpr,lsr->lbsp", hidden, self.query) / self.config.rank**0.5
         if mask is not None:
             scores = scores.masked_fill(~mask[None, :, None, :], float("-inf"))
         return torch.einsum("lbsp,lbpo->lbso", scores.softmax(-1), entries)
-
-    def _split(self, entries: Tensor) -> list[KeyValue]:
-        receiver = KVGeometry(**self.config.receiver_kv)
-        layers, batch, slots, _ = entries.shape
-        shaped = entries.view(layers, batch, slots, 2, receiver.kv_heads, receiver.head_dim)
-        keys, values = shaped.permute(3, 0, 1, 4, 2, 5).unbind()
-        return list(zip(keys.unbind(), values.unbind(), strict=True))
 
     @staticmethod
     def _check(config: MemoryConfig, receiver: KVGeometry) -> None:

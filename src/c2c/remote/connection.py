@@ -225,7 +225,8 @@ def ssl_context(verify: Any, client_cert: str | Path | None) -> Any:
         advice = (
             "Pass files in PEM form: verify=... (c2c serve: --sharer-ca) with those to trust, client_cert=... with "
         )
-        message = f"verify={trusted!r} or client_cert={str(client_cert)!r} holds no certificates: {error}. {advice}"
+        given = [f"{name}={str(path)!r}" for name, path in (("verify", trusted), ("client_cert", client_cert)) if path]
+        message = f"{' or '.join(given)} holds no certificates: {error}. {advice}"
         raise RemoteError(f"{message}your own and its key.", "certificate") from error
     return context
 

@@ -22,7 +22,7 @@ from starlette.types import ASGIApp, Lifespan, Message, Receive, Scope, Send
 
 from c2c.errors import C2CError
 from c2c.serving.errors import ApiError, client_gone, internal, shutting_down, to_api_error, validation_error
-from c2c.serving.http_config import HTTPConfig
+from c2c.serving.http_config import HTTPConfig, KeyRing
 from c2c.serving.logs import log, log_failure
 
 OPEN_PATHS = frozenset({"/health", "/ready", "/metrics"})  # without key, log line and limits
@@ -100,7 +100,7 @@ def create_app(
     """
     app = FastAPI(lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.server = state
-    app.add_middleware(RequestMiddleware, config=config, state=state)
+    app.add_middleware(RequestMiddleware, config=config, state=state, keys=config.keys())
     app.add_exception_handler(C2CError, _on_error)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(RequestValidationError, _on_validation_error)
@@ -121,15 +121,14 @@ def create_app(
         status, facts = health()
         return JSONResponse({"status": facts["status"]}, status)
 
-    config.keys()
     return app
 
 
 class RequestMiddleware:
     """The outermost middleware: request id, key, rate, body limit, faults, log."""
 
-    def __init__(self, app: ASGIApp, config: HTTPConfig, state: ServerState) -> None:
-        self._app, self._config, self._state, self._keys = app, config, state, config.keys()
+    def __init__(self, app: ASGIApp, config: HTTPConfig, state: ServerState, keys: KeyRing) -> None:
+        self._app, self._config, self._state, self._keys = app, config, state, keys
         self._counts: TTLCache[str, list[float]] = TTLCache(10_000, ttl=60)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

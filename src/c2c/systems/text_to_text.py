@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from c2c.errors import PromptError
-from c2c.generation import GenerationResult, PrefilledPrompt
+from c2c.generation import Cancellation, FirstTokenTimer, GenerationResult, PrefilledPrompt, unbatch
 from c2c.language_model import LanguageModel
 from c2c.messages import Conversation, conversations
 from c2c.model import C2CModel
@@ -41,8 +41,22 @@ class TextToText(System):
         Raises:
             PromptError: a conversation that does not end with a user message.
         """
+        return self._prefill(messages, sharer_messages, options, ())
+
+    def generate(
+        self, messages: Any, sharer_messages: Any = None, *, options: RenderOptions | None = None, **kwargs: Any
+    ) -> Any:
+        """Answer; a closed stream ends the sharer's writing as well. See :meth:`System.generate`."""
+        timer = FirstTokenTimer()
+        stops = [stop for stop in kwargs.get("stopping_criteria") or () if isinstance(stop, Cancellation)]
+        prompt = self._prefill(messages, sharer_messages, options, stops)
+        return unbatch(prompt.generate(timer, **kwargs), messages)
+
+    def _prefill(
+        self, messages: Any, sharer_messages: Any, options: RenderOptions | None, stops: Sequence[Cancellation]
+    ) -> PrefilledPrompt:
         batch, passages = self._inputs(messages, sharer_messages, options)
-        written = self.write(self.requests(batch, passages))
+        written = self.write(self.requests(batch, passages), stops)
         texts = [result.text for result in written]
         prompt = self.model.receiver.prefill_messages(self.replies(batch, passages, texts), options)
         prompt.messages = tuple(written)
@@ -66,10 +80,12 @@ class TextToText(System):
             raise PromptError("text-to-text needs conversations that end with a user message.")
         return batch, None if sharer_messages is None else context_texts(sharer_messages, len(batch))
 
-    def write(self, requests: Sequence[Conversation]) -> list[GenerationResult]:
-        """Generate the sharer's texts, greedily."""
-        sharer, longest = self.model.sharers[0], self.options.message_tokens
-        results: list[GenerationResult] = sharer.answer(list(requests), max_new_tokens=longest, do_sample=False)
+    def write(self, requests: Sequence[Conversation], stops: Sequence[Cancellation] = ()) -> list[GenerationResult]:
+        """Generate the sharer's texts, greedily, until one of ``stops``."""
+        longest = self.options.message_tokens
+        results: list[GenerationResult] = self.model.sharers[0].answer(
+            list(requests), max_new_tokens=longest, do_sample=False, stopping_criteria=list(stops)
+        )
         return results
 
     def requests(self, batch: Sequence[Conversation], passages: Sequence[str] | None) -> list[Conversation]:

@@ -1,4 +1,4 @@
-"""Checkpoints that a kill can't spoil: one counts only when it was written whole, and only for the run it is of."""
+"""Checkpoints that a kill can't spoil: each counts only when it was written whole, and only for its own run."""
 
 from __future__ import annotations
 
@@ -10,64 +10,50 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from c2c.training.config import ConfigError, TrainConfig
+from c2c.config import ConfigError
+from c2c.training.config import TrainConfig
 from c2c.utils import check_writable, read_json_object, write_json
 
-_MARK = "complete"
+_COMPLETE = "complete"
 _RUN = "run.json"
-# what may change when a run goes on: where things lie, how long it takes, and how often it tells
-_FREE = frozenset(
-    {
-        "data_dir",
-        "output_dir",
-        "store_dir",
-        "store_budget_gb",
-        "report_to",
-        "epochs",
-        "max_steps",
-        "eval_steps",
-        "save_steps",
-        "logging_steps",
-        "fill",
-        "prefill_batch",
-        "device_map",
-    }
-)
+# fields that may change when a run is resumed: paths, lengths, and how often it reports
+_FREE = {"data_dir", "output_dir", "store_dir", "store_budget_gb", "report_to", "epochs", "max_steps"}
+_FREE |= {"eval_steps", "save_steps", "logging_steps", "fill", "prefill_batch", "device_map"}
 
 
 class CompleteCheckpoints(TrainerCallback):
     """Marks each checkpoint after its last file was written."""
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Called by the Trainer when a checkpoint is there."""
+        """Mark the checkpoint of this step."""
         if state.is_world_process_zero:
-            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / _MARK).touch()
+            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / _COMPLETE).touch()
 
 
 def last_complete(folder: Path) -> str | None:
-    """The last whole checkpoint of a run, None if there is none; what a kill left half written is removed."""
+    """Return the last whole checkpoint of a run, None if there is none; half-written ones are removed."""
     found: dict[int, Path] = {}
     for path in folder.glob("checkpoint-*") if folder.is_dir() else ():
         step = re.fullmatch(r"checkpoint-(\d+)", path.name)
-        if step and (path / _MARK).exists():
+        if step and (path / _COMPLETE).exists():
             found[int(step[1])] = path
         elif step:
             shutil.rmtree(path, ignore_errors=True)
     return str(found[max(found)]) if found else None
 
 
-def find_start(config: TrainConfig, resume: bool) -> str | None:
-    """The checkpoint that a run goes on from, None for a fresh start; looked for before anything is loaded.
+def find_checkpoint(config: TrainConfig, resume: bool) -> str | None:
+    """Return the checkpoint to resume from, None for a fresh start; called before anything is loaded.
 
     Raises:
         ConfigError: ``output_dir`` can't be written to, or holds the run of another configuration.
     """
     check_writable(config.output_dir, "output_dir", ConfigError)
     last = last_complete(Path(config.output_dir)) if resume else None
-    noted = Path(config.output_dir) / _RUN
-    if last is not None and noted.is_file():
-        before = read_json_object(noted, ConfigError)
-        now = _facts(config)
+    recorded = Path(config.output_dir) / _RUN
+    if last is not None and recorded.is_file():
+        before = read_json_object(recorded, ConfigError)
+        now = _fixed_fields(config)
         other = [f"{key} was {before[key]!r}, is {now[key]!r}" for key in now if before.get(key, now[key]) != now[key]]
         if other:
             raise ConfigError(
@@ -77,12 +63,12 @@ def find_start(config: TrainConfig, resume: bool) -> str | None:
     return last
 
 
-def note_run(config: TrainConfig) -> None:
-    """Write down what the checkpoints to come are of."""
-    write_json(Path(config.output_dir) / _RUN, _facts(config))
+def record_run(config: TrainConfig) -> None:
+    """Write the configuration that the checkpoints to come belong to."""
+    write_json(Path(config.output_dir) / _RUN, _fixed_fields(config))
 
 
-def _facts(config: TrainConfig) -> dict[str, Any]:
-    facts = {key: value for key, value in config.to_dict().items() if key not in _FREE}
-    plain: dict[str, Any] = json.loads(json.dumps(facts, default=str))  # as it will be read again
+def _fixed_fields(config: TrainConfig) -> dict[str, Any]:
+    fields = {key: value for key, value in config.to_dict().items() if key not in _FREE}
+    plain: dict[str, Any] = json.loads(json.dumps(fields, default=str))  # as it will be read again
     return plain

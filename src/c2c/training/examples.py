@@ -5,71 +5,111 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 from c2c.alignment import Alignment
 from c2c.data.formats import Row
+from c2c.data.prompts import choice_tokens, passage_with_question, response_tokens
 from c2c.errors import PromptError
-from c2c.model import C2CModel
-from c2c.prompting import RenderOptions
+from c2c.handoff import reading
+from c2c.private_context import first_user_column
+from c2c.prompting import RenderOptions, encode, render
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Example:
     """One row, ready to train on.
 
     Attributes:
-        row: where it came from.
+        row: the row.
         receiver_ids: the receiver's prompt.
-        sharer_ids: what of the sharer's prompt is read.
-        alignment: which entries are fused; of one row.
+        prefix: how many of these tokens are prefilled and stored: all but the last, or those before the memory entries.
+        sharer_ids: the part of the sharer's prompt that is prefilled.
         response_ids: the receiver's tokens to learn.
-        weights: what each of them counts in the loss; they add up to 1, or to 2 for multiple choice, where the token
-            that names the choice counts 1 and the others share 1.
+        weights: loss weight of each of them; they add up to 1, or to 2 for multiple choice, where the token that names
+            the choice has 1 and the others share 1.
         decisive: index of the response token that names the choice; 0 without choices.
         choice_ids: for multiple choice, the token that names each choice.
-        passage_ids: the receiver's tokens of the last message, cut to the longest response allowed; what is learned
-            while reconstructing.
-        beliefs: how probable the sharer finds each choice, where that is a target as well.
+        message_ids: the receiver's tokens of the message, cut to the longest response allowed; the response while the
+            receiver learns to reconstruct it.
+        soft_target: the sharer's probability of each choice, where that is part of the target.
     """
 
     row: Row
     receiver_ids: list[int]
+    prefix: int
     sharer_ids: list[int]
-    alignment: Alignment
     response_ids: list[int]
     weights: list[float]
     decisive: int
     choice_ids: list[int]
-    passage_ids: list[int]
-    beliefs: tuple[float, ...] | None = None
+    message_ids: list[int]
+    soft_target: tuple[float, ...] | None = None
 
     @property
     def receiver_prefix(self) -> list[int]:
-        """What of the receiver's prompt is prefilled and stored: all but the last token."""
-        return self.receiver_ids[:-1]
+        """The part of the receiver's prompt that is prefilled and stored."""
+        return self.receiver_ids[: self.prefix]
 
-    def reconstructing(self) -> Example:
-        """The same prompt, with its last message as the response."""
-        length = len(self.passage_ids)
+    def reconstructing(self) -> Self:
+        """Return the same prompt with its message as the response."""
+        length = len(self.message_ids)
         return replace(
-            self, response_ids=self.passage_ids, weights=[1 / length] * length, decisive=0, choice_ids=[], beliefs=None
+            self,
+            response_ids=self.message_ids,
+            weights=[1 / length] * length,
+            decisive=0,
+            choice_ids=[],
+            soft_target=None,
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class SharedExample(Example):
+    """A row whose messages both models read.
+
+    Attributes:
+        alignment: the token pairs that are fused, of one row.
+    """
+
+    alignment: Alignment
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrivateExample(Example):
+    """A row whose passage only the sharer reads.
+
+    Attributes:
+        kept: the sharer's columns that are handed over.
+    """
+
+    kept: list[int]
+
+
 def build_examples(
-    model: C2CModel, rows: Sequence[Row], max_prompt: int, max_response: int
-) -> tuple[list[Example], Counter[str]]:
-    """Encode rows; those that do not fit are dropped and counted by reason."""
+    pair: Any, rows: Sequence[Row], max_prompt: int, max_response: int
+) -> tuple[list[Any], Counter[str]]:
+    """Encode rows; those that do not fit are dropped and counted by reason.
+
+    Args:
+        pair: a :class:`~c2c.model.C2CModel`, or anything with its ``receiver``, ``sharers``, ``aligner``, ``private``.
+        rows: the rows.
+        max_prompt: longest prompt in tokens, of either model.
+        max_response: longest response in tokens.
+
+    Returns:
+        :class:`PrivateExample` where the pair's fuser is of private context, else :class:`SharedExample`.
+    """
+    encode_row = _private_example if pair.private else _shared_example
     dropped: Counter[str] = Counter()
     examples = []
     for row in rows:
         try:
-            example = _build(model, row, max_response)
+            example = encode_row(pair, row, max_response)
         except PromptError as error:
             dropped[type(error).__name__] += 1
             continue
-        if max(len(example.receiver_ids), len(example.sharer_ids)) > max_prompt:
+        if max(len(example.receiver_ids), len(example.sharer_ids) + row.draft) > max_prompt:
             dropped["prompt too long"] += 1
         elif len(example.response_ids) > max_response:
             dropped["response too long"] += 1
@@ -78,63 +118,53 @@ def build_examples(
     return examples, dropped
 
 
-def _build(model: C2CModel, row: Row, max_response: int) -> Example:
-    options = RenderOptions(answer_prefix=row.answer_prefix)
-    tokenizer = model.receiver.tokenizer
-    prompt = model.aligner.align(tokenizer, [s.tokenizer for s in model.sharers], [row.messages], options)[0]
+def _shared_example(pair: Any, row: Row, max_response: int) -> SharedExample:
+    options, tokenizer = RenderOptions(answer_prefix=row.answer_prefix), pair.receiver.tokenizer
+    prompt = pair.aligner.align(tokenizer, [s.tokenizer for s in pair.sharers], [row.messages], options)[0]
     alignment = prompt.chunks[0].alignments[0]
     if len(prompt.chunks) != 1 or alignment is None:
         raise PromptError("training needs an aligner with a single chunk, such as 'spans'")
-    stop = int(alignment.sharer.max()) + 1
-    response = response_tokens(tokenizer, row)
-    decisive, choices = choice_tokens(tokenizer, row.lead, row.choices)
-    return Example(
-        row,
-        prompt.receiver.ids[0].tolist(),
-        prompt.sharers[0].ids[0, :stop].tolist(),
-        alignment,
-        response,
-        response_weights(len(response), decisive if choices else None),
-        decisive,
-        choices,
-        tokenizer.encode(row.messages[-1]["content"], add_special_tokens=False)[:max_response],
+    return SharedExample(
+        row=row,
+        receiver_ids=prompt.receiver.ids[0].tolist(),
+        prefix=prompt.receiver.length - 1,
+        sharer_ids=prompt.sharers[0].ids[0, : int(alignment.sharer.max()) + 1].tolist(),
+        alignment=alignment,
+        **_target(tokenizer, row, row.messages[-1]["content"], max_response),
     )
 
 
-def response_tokens(tokenizer: Any, row: Row) -> list[int]:
-    """The receiver's tokens of a row's response, with the end token where it belongs to it.
-
-    Raises:
-        PromptError: there are none.
-    """
-    response: list[int] = tokenizer.encode(row.response, add_special_tokens=False)
-    if row.ends and tokenizer.eos_token_id is not None:
-        response = [*response, tokenizer.eos_token_id]
-    if not response:
-        raise PromptError(f"row {row.id} has an empty response")
-    return response
-
-
-def choice_tokens(tokenizer: Any, lead: str, choices: Sequence[str]) -> tuple[int, list[int]]:
-    """Where in ``lead + choice`` the choice is named, and the token that names each choice there.
-
-    Raises:
-        PromptError: two choices are spelled alike.
-    """
-    spelled = [tokenizer.encode(lead + choice, add_special_tokens=False) for choice in choices]
-    if not spelled:
-        return 0, []
-    for at in range(min(map(len, spelled))):
-        ids = [tokens[at] for tokens in spelled]
-        if len(set(ids)) == len(ids):
-            return at, ids
-        if len(set(ids)) > 1:
-            break
-    raise PromptError(f"no single token tells the choices {list(choices)} apart in the receiver's or sharer's words")
+def _private_example(pair: Any, row: Row, max_response: int) -> PrivateExample:
+    if row.sharer_messages is None:
+        raise PromptError(f"row {row.id} has no private context")
+    options, tokenizer = RenderOptions(answer_prefix=row.answer_prefix), pair.receiver.tokenizer
+    messages = passage_with_question(row) if row.draft else row.sharer_messages
+    theirs = reading(pair.sharers[0].tokenizer, messages, RenderOptions())
+    return PrivateExample(
+        row=row,
+        receiver_ids=encode(tokenizer, render(tokenizer, row.messages, options)).ids,
+        prefix=first_user_column(tokenizer, row.messages, options),
+        sharer_ids=theirs.ids,
+        kept=theirs.kept,
+        **_target(tokenizer, row, row.sharer_messages[-1]["content"], max_response),
+    )
 
 
-def response_weights(length: int, decisive: int | None) -> list[float]:
-    """Loss weights: a letter must not drown among the words around it."""
+def _target(tokenizer: Any, row: Row, message: str, max_response: int) -> dict[str, Any]:
+    """Encode the response, its loss weights, and the message to reconstruct."""
+    response = response_tokens(tokenizer, row)
+    decisive, choices = choice_tokens(tokenizer, row.lead, row.choices)
+    return {
+        "response_ids": response,
+        "weights": _loss_weights(len(response), decisive if choices else None),
+        "decisive": decisive,
+        "choice_ids": choices,
+        "message_ids": tokenizer.encode(message, add_special_tokens=False)[:max_response],
+    }
+
+
+def _loss_weights(length: int, decisive: int | None) -> list[float]:
+    """Weigh response tokens: the token that names the choice as much as all others together."""
     if decisive is None:
         return [1 / length] * length
     return [1.0 if index == decisive else 1 / (length - 1) for index in range(length)]

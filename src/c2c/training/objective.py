@@ -1,130 +1,217 @@
-"""What is learned: the next-token loss on the responses, and the guard against wrong messages."""
+"""The training objective: next-token loss on the responses, and the guard against other examples' messages."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from c2c.fusers import Fuser
+from c2c.fusers.base import AlignedEntries, load_fuser
 from c2c.model import C2CModel
 from c2c.training.config import Precision
-from c2c.training.store import PrefillStore
+from c2c.training.examples import Example
+from c2c.training.losses import cross_entropy, soft_target_loss
+from c2c.training.prefill_store import PrefillStore
 
+# The sharer cache of the example itself, of another one, zeros, or none at all: the receiver alone.
 Message = Literal["matched", "deranged", "zero", "none"]
 
 
+@dataclass(frozen=True)
+class Batch:
+    """Examples with their targets.
+
+    Attributes:
+        examples: the examples, in order.
+        responses: ids to learn, ``[batch, response]``, right-padded with -100.
+        weights: their loss weights, ``[batch, response]``, 0 on padding.
+    """
+
+    examples: Sequence[Any]
+    responses: Tensor
+    weights: Tensor
+
+
 class Objective(nn.Module, ABC):
-    """A fuser with its two frozen models: what the Trainer trains. Only the fuser is a submodule.
+    """What the Trainer trains: parameters, and the loss of a batch of examples.
+
+    Attributes:
+        kind: name of what is trained, in summaries.
+        has_sharer: whether there are messages of a sharer, so that a deranged one can be scored.
+        precision: of the arithmetic, see :class:`~c2c.training.config.TrainConfig`.
+        soft_targets: share of the sharer's own answer in the target of multiple choice.
+        accepts_loss_kwargs: read by the Trainer.
+    """
+
+    kind: ClassVar[str]
+    has_sharer: ClassVar[bool] = True
+    accepts_loss_kwargs: ClassVar[bool] = False
+    precision: Precision = "float32"
+    soft_targets: float = 0.0
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Device of the receiver, where everything is computed."""
+
+    @abstractmethod
+    def collate(self, examples: Sequence[Any]) -> Any:
+        """Pad examples to a :class:`Batch`, with whatever ``logits`` needs."""
+
+    @abstractmethod
+    def logits(self, batch: Any, message: Message, width: int | None = None) -> Tensor:
+        """Compute the receiver's logits of the first ``width`` response tokens, ``[batch, response, vocab]``."""
+
+    @abstractmethod
+    def summary(self) -> dict[str, Any]:
+        """Return facts for the summary of a run."""
+
+    @abstractmethod
+    def save(self, folder: Path, record: dict[str, Any] | None = None) -> None:
+        """Write what is trained, with the record of its training."""
+
+    @abstractmethod
+    def load(self, folder: Path) -> None:
+        """Read what :meth:`save` wrote."""
+
+    def forward(self, examples: Sequence[Any], share: float = 1.0) -> dict[str, Tensor]:
+        """Compute the mean loss of examples, times their ``share`` of a batch."""
+        batch = self.collate(examples)
+        # not the Trainer's own bf16, which would round the prefills of a step too, and those are stored
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
+            return {"loss": share * self.loss(batch)}
+
+    def loss(self, batch: Any) -> Tensor:
+        """Compute the loss of a batch, a scalar."""
+        return self.losses(batch, "matched").mean()
+
+    def losses(self, batch: Any, message: Message) -> Tensor:
+        """Compute the weighted loss of each example's response, with soft targets; ``[batch]``."""
+        logits = self.logits(batch, message)
+        losses = cross_entropy(logits, batch.responses)
+        if self.soft_targets > 0:
+            losses = soft_target_loss(losses, logits, batch.examples, self.soft_targets)
+        weighted: Tensor = losses * batch.weights
+        return weighted.sum(-1)
+
+    def micro_batches(self, examples: Sequence[Any]) -> list[Sequence[Any]]:
+        """Split the examples of a step into parts that run at once; by default there is one part."""
+        return [examples]
+
+    def on_train_begin(self, steps: int) -> None:
+        """Prepare for a training of ``steps`` optimizer steps."""
+
+    def on_step(self, step: int) -> None:
+        """Follow schedules; called before optimizer step ``step``, counted from 0."""
+
+
+class FuserObjective(Objective):
+    """A fuser with its two frozen models, of which only the fuser is a submodule.
 
     Args:
         model: the pair.
         receiver_store: the receiver's prefills.
         sharer_store: the sharer's prefills.
-        guard_weight: see :class:`~c2c.training.config.TrainConfig`.
-
-    Attributes:
-        reconstructing: learn to repeat what was read in place of the response.
-        soft_targets: share of the sharer's own belief in the target of the token that names a choice.
-        precision: of the arithmetic, see :class:`~c2c.training.config.TrainConfig`.
+        guard_weight: weight of the guard: with another example's message the loss must not be lower than the
+            receiver's alone.
+        soft_targets: share of the sharer's own answer in the target of multiple choice.
+        reconstruction_steps: first steps, in which the message is the response.
     """
 
+    kind = "fuser"
+
     def __init__(
-        self, model: C2CModel, receiver_store: PrefillStore, sharer_store: PrefillStore, guard_weight: float = 0.0
+        self,
+        model: C2CModel,
+        receiver_store: PrefillStore,
+        sharer_store: PrefillStore,
+        guard_weight: float = 0.0,
+        soft_targets: float = 0.0,
+        reconstruction_steps: int = 0,
     ) -> None:
         super().__init__()
         self.fuser: Fuser = model.fusers[0]  # type: ignore[assignment]
-        # in a tuple, so that the frozen models are neither parameters nor saved
-        self._frozen = (model, receiver_store, sharer_store)
-        self.guard_weight = guard_weight
-        self.reconstructing = False
-        self.soft_targets = 0.0
-        self.precision: Precision = "float32"
-        self.accepts_loss_kwargs = False
+        self._model = (model,)  # in a tuple, so that the frozen models are neither parameters nor saved
+        self.receiver_store, self.sharer_store = receiver_store, sharer_store
+        self.guard_weight, self.soft_targets = guard_weight, soft_targets
+        self.reconstruction_steps, self.reconstructing = reconstruction_steps, False
 
     @property
     def model(self) -> C2CModel:
         """The frozen pair with its fuser."""
-        return self._frozen[0]
+        return self._model[0]
 
     @property
-    def receiver_store(self) -> PrefillStore:
-        """The receiver's prefills."""
-        return self._frozen[1]
-
-    @property
-    def sharer_store(self) -> PrefillStore:
-        """The sharer's prefills."""
-        return self._frozen[2]
+    def device(self) -> torch.device:
+        """Device of the receiver."""
+        return self.model.receiver.device
 
     @abstractmethod
-    def collate(self, examples: Sequence[Any]) -> Any:
-        """Fetch the caches of examples and pad them to a batch, with ``responses`` and ``weights``."""
+    def observe(self, examples: Sequence[Any], weighting: str = "none") -> Iterator[AlignedEntries]:
+        """Yield entries of both models at corresponding tokens, which a new fuser is initialised from.
 
-    @abstractmethod
-    def logits(self, batch: Any, message: Message, width: int | None = None) -> Tensor:
-        """The receiver's predictions of the first ``width`` response tokens, ``[batch, response, vocab]``."""
+        Args:
+            examples: one batch.
+            weighting: ``attention`` weighs token pairs by the attention that they receive, ``none`` does not.
+        """
 
-    def forward(self, examples: Sequence[Any]) -> dict[str, Tensor]:
-        """The loss of a batch of examples: next-token loss on the responses, plus the guard."""
+    def forward(self, examples: Sequence[Any], share: float = 1.0) -> dict[str, Tensor]:
+        """Compute the loss of examples; in the first steps that of reconstructing their messages."""
         if self.reconstructing:
             examples = [example.reconstructing() for example in examples]
-        batch = self.collate(examples)  # may prefill, and what is stored must not depend on the run's precision
-        with computing_in(self.precision, self.model.receiver.device):
-            loss = self.losses(batch, "matched").mean()
-            if self.guard_weight > 0 and len(examples) > 1:
-                with torch.no_grad():
-                    alone = self.losses(batch, "none")
-                guard = torch.relu(alone - self.losses(batch, "deranged")).mean()
-                loss = loss + self.guard_weight * guard
-        return {"loss": loss}
+        return super().forward(examples, share)
 
-    def losses(self, batch: Any, message: Message) -> Tensor:
-        """Loss of each example's response, its tokens weighted by ``weights``, with soft targets; ``[batch]``."""
-        logits = self.logits(batch, message)
-        losses = cross_entropy(logits, batch.responses)
-        if self.soft_targets > 0:
-            losses = _softened(losses, logits, batch.examples, self.soft_targets)
-        weighted: Tensor = losses * batch.weights
-        return weighted.sum(-1)
+    def loss(self, batch: Any) -> Tensor:
+        """Compute the next-token loss plus the guard."""
+        loss = self.losses(batch, "matched").mean()
+        if self.guard_weight > 0 and len(batch.examples) > 1:
+            with torch.no_grad():
+                alone = self.losses(batch, "none")
+            guard = torch.relu(alone - self.losses(batch, "deranged")).mean()
+            loss = loss + self.guard_weight * guard
+        return loss
 
-    def token_losses(self, batch: Any, message: Message) -> Tensor:
-        """Next-token loss of each response token in nats, 0 on padding; ``[batch, response]``."""
-        return cross_entropy(self.logits(batch, message), batch.responses)
+    def summary(self) -> dict[str, Any]:
+        """Return how many prompts were prefilled."""
+        stores = {"receiver": self.receiver_store, "sharer": self.sharer_store}
+        return {"prefilled": {name: store.computed for name, store in stores.items()}}
 
+    def save(self, folder: Path, record: dict[str, Any] | None = None) -> None:
+        """Write the fuser."""
+        if record is not None:
+            self.fuser.config.training = record
+        self.fuser.save_pretrained(folder)
 
-def computing_in(precision: Precision, device: torch.device) -> AbstractContextManager[Any]:
-    """The context that a step computes in.
+    def load(self, folder: Path) -> None:
+        """Read the fuser's weights."""
+        self.fuser.load_state_dict(load_fuser(folder, dtype=torch.float32).state_dict())
 
-    The Trainer's own ``bf16`` is not used: it would round the prefills of a step too, and those are stored.
-    """
-    return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bfloat16" else nullcontext()
+    def on_train_begin(self, steps: int) -> None:
+        """Pass the length of the training to the fuser."""
+        self.fuser.on_train_begin(steps)
 
-
-def cross_entropy(logits: Tensor, responses: Tensor) -> Tensor:
-    """Loss of each response token in nats, 0 on padding; ``[batch, response]``."""
-    loss = nn.functional.cross_entropy(
-        logits.flatten(0, 1).float(), responses.flatten(), ignore_index=-100, reduction="none"
-    )
-    return loss.view(responses.shape)
+    def on_step(self, step: int) -> None:
+        """Move the fuser's schedules, and end the reconstruction."""
+        self.fuser.on_step(step)
+        self.reconstructing = step < self.reconstruction_steps
 
 
-def _softened(losses: Tensor, logits: Tensor, examples: Sequence[Any], share: float) -> Tensor:
-    """Losses in which a share of the target of each decisive token is the sharer's belief about the options."""
-    losses = losses.clone()
-    for row, example in enumerate(examples):
-        if getattr(example, "beliefs", None) is not None:
-            scores = logits[row, example.decisive].float().log_softmax(-1)[example.choice_ids]
-            soft = -(torch.tensor(example.beliefs, device=scores.device) * scores).sum()
-            losses[row, example.decisive] = (1 - share) * losses[row, example.decisive] + share * soft
-    return losses
+def targets(examples: Sequence[Example], device: torch.device) -> dict[str, Any]:
+    """Pad responses and weights, as arguments of a :class:`Batch`."""
+    return {
+        "examples": examples,
+        "responses": right_pad([example.response_ids for example in examples], -100).to(device),
+        "weights": right_pad([example.weights for example in examples], 0.0).to(device),
+    }
 
 
 def right_pad(rows: Sequence[Sequence[float]], filler: float) -> Tensor:
-    """Rows of numbers as one tensor, ``[rows, longest]``."""
+    """Pad rows of numbers to one tensor, ``[rows, longest]``."""
     tensors = [torch.tensor(row) for row in rows]
     return nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=filler)

@@ -1,22 +1,95 @@
-"""``train``: from a configuration to a chosen fuser, resumable at any moment."""
+"""Training runs: from a configuration to a selected fuser (or its control), resumable at any moment."""
 
 from __future__ import annotations
 
 import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from c2c.fusers import LinearFuser, MemoryFuser
-from c2c.heap import ask_for_large_pages, keep_freed_memory
-from c2c.training.adapter import train_adapter
-from c2c.training.checkpoints import find_start, note_run
-from c2c.training.config import ADAPTER, ConfigError, TrainConfig
-from c2c.training.distributed import Processes
-from c2c.training.prepared import Prepared, calibrate, fill, prepare
-from c2c.training.ridge import Batches, choose_blend, fit
-from c2c.training.selection import DevScore, DevSet
+from accelerate import PartialState  # type: ignore[import-untyped]
+from transformers import set_seed
+
+from c2c.alignment import SpanAligner
+from c2c.config import ConfigError
+from c2c.data.sources import load_rows, questions
+from c2c.fusers.base import AlignedEntries, fuser_hash
+from c2c.model import C2CModel
+from c2c.training.checkpoints import find_checkpoint, record_run
+from c2c.training.config import ADAPTER, TrainConfig
+from c2c.training.dev_set import DevScore, DevSet
+from c2c.training.drafts import with_drafts
+from c2c.training.examples import build_examples
+from c2c.training.lora import load_adapter_pair, make_adapter_objective
+from c2c.training.objective import FuserObjective, Objective
+from c2c.training.prefill_store import PrefillStore
+from c2c.training.private_context import PrivateContextObjective
+from c2c.training.shared_context import SharedContextObjective
+from c2c.training.soft_targets import with_soft_targets
 from c2c.training.trainer import Selection, make_arguments, make_trainer
 from c2c.utils import OnProgress, write_json
+
+# paths of this machine, which do not belong in a fuser's record
+_PATHS = ("data_dir", "output_dir", "store_dir", "report_to")
+
+
+@dataclass
+class Run:
+    """A run with its models, rows and stores, before the first step.
+
+    Attributes:
+        config: the configuration.
+        objective: what is trained.
+        train: examples to train on.
+        dev: examples to select on.
+        dropped: rows left out, by reason.
+        processes: this process among those that train together (``torchrun``, ``accelerate launch``).
+        started_from: hash of the fuser that training starts from, None for a new one.
+    """
+
+    config: TrainConfig
+    objective: Any
+    train: list[Any]
+    dev: list[Any]
+    dropped: Counter[str]
+    processes: PartialState
+    started_from: str | None = None
+    output: Path = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.output = Path(self.config.output_dir)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in one pass over the data."""
+        return max(1, len(self.train) // (self.config.batch_size * self.config.gradient_accumulation))
+
+    def keep(self, facts: dict[str, Any]) -> None:
+        """Save what is trained as the best so far, with all that is needed to train it again."""
+        record = {
+            **facts,
+            **({"started_from": self.started_from} if self.started_from else {}),
+            "config": {key: value for key, value in self.config.to_dict().items() if key not in _PATHS},
+            "examples": len(self.train),
+            "dropped": dict(self.dropped),
+        }
+        self.objective.save(self.output / "best", record)
+
+    def summarise(self, seconds: float, facts: dict[str, Any]) -> dict[str, Any]:
+        """Write ``summary.json``: the best folder, its dev scores, counts and seconds."""
+        summary = {
+            self.objective.kind: str(self.output / "best"),
+            **facts,
+            **self.objective.summary(),
+            "train_examples": len(self.train),
+            "dropped": dict(self.dropped),
+            "train_seconds": round(seconds, 1),
+            "processes": self.processes.num_processes,
+        }
+        write_json(self.output / "summary.json", summary)
+        return summary
 
 
 def train(config: TrainConfig, *, resume: bool = True, progress: OnProgress | None = None) -> dict[str, Any]:
@@ -28,77 +101,199 @@ def train(config: TrainConfig, *, resume: bool = True, progress: OnProgress | No
         progress: called with (stage, done, total) while prompts are prefilled and after every step.
 
     Returns:
-        A summary: the chosen fuser's folder, its dev scores, counts and seconds.
+        A summary: the selected fuser's folder, its dev scores, counts and seconds; empty in all but the first process.
     """
-    if config.family == ADAPTER:
-        return train_adapter(config, resume=resume, progress=progress)
-    last = find_start(config, resume)
+    checkpoint = find_checkpoint(config, resume)
     arguments = make_arguments(config)
-    processes = Processes(arguments.process_index, arguments.world_size)
-    ask_for_large_pages()
-    prepared = prepare(config, processes)
+    run = prepare(config, arguments.distributed_state)
+    first = run.processes.is_main_process
     if config.fill == "ahead":
-        fill(prepared, progress)
-    output = Path(config.output_dir)
-    if isinstance(prepared.training.fuser, LinearFuser):
-        return solve(prepared, output, progress)
-    if last is None and config.start_from is None:  # else it was calibrated when it began
-        calibrate(prepared, progress)
-    if prepared.training.model.receiver.device.type == "cpu":
-        keep_freed_memory()
-    selection = Selection(prepared, config.eval_steps or prepared.steps_per_epoch, output)
-    trainer = make_trainer(prepared, arguments, selection, progress)
-    if processes.first:
-        note_run(config)
-    begun = isinstance(prepared.training.fuser, MemoryFuser) or config.start_from is not None
-    if last is None and processes.first and begun:
-        selection.score(0)  # the ridge map or trained fuser that training must beat, and that is kept if it does not
-    outcome = trainer.train(resume_from_checkpoint=last)
-    processes.wait()
-    if not processes.first:
-        return {}
-    step, dev = max(selection.scores.items(), key=lambda item: item[1]["value"])
-    return _summary(prepared, output, outcome.metrics["train_runtime"], {"step": int(step), "dev": dev})
+        fill(run, progress)
+    if isinstance(run.objective, FuserObjective) and run.objective.fuser.closed_form:
+        return fit(run, progress)
+    fresh = checkpoint is None
+    useful = fresh and (config.start_from is not None or initialise(run, progress))
+    if fresh and first:
+        (run.output / "dev.json").unlink(missing_ok=True)  # scores of an earlier run
+    every = config.eval_steps or run.steps_per_epoch
+    selection = Selection(run.objective, DevSet(run.dev, config.batch_size), every, run.output, run.keep)
+    trainer = make_trainer(run.objective, run.train, arguments, selection, progress)
+    if first:
+        record_run(config)
+        if useful:
+            selection.score(0)  # what training must beat, and what is kept if it does not
+    outcome = trainer.train(resume_from_checkpoint=checkpoint)
+    run.processes.wait_for_everyone()
+    return run.summarise(outcome.metrics["train_runtime"], selection.best) if first else {}
 
 
-def solve(prepared: Prepared, output: Path, progress: OnProgress | None = None) -> dict[str, Any]:
-    """Fit a linear fuser in closed form and choose its blend on the dev set.
+def prepare(config: TrainConfig, processes: PartialState | None = None) -> Run:
+    """Load models, read rows, open the stores.
+
+    Args:
+        config: the run.
+        processes: this process among those that train together; by default as the environment says.
 
     Raises:
-        ConfigError: asked for in several processes. FuserError: too few examples.
+        ConfigError: the configuration asks for something that can't be done; says what.
     """
-    training: Any = prepared.training
-    config = prepared.config
-    fuser: Any = training.fuser
-    if prepared.processes.count > 1:
-        raise ConfigError("a linear fuser is solved for in one process, in seconds: start it without a launcher.")
+    processes = processes or PartialState(cpu=config.device_map in (None, "cpu"))
+    set_seed(config.seed)
+    pair: Any = load_adapter_pair(config) if config.family == ADAPTER else _load_pair(config)
+    examples, dev, dropped = _read_examples(config, pair)
+    objective: Objective
+    if config.family == ADAPTER:
+        objective = make_adapter_objective(config, pair)
+    else:
+        objective = _fuser_objective(config, pair, processes.num_processes)
+    objective.precision = config.precision
+    started_from = None if config.start_from is None else fuser_hash(config.start_from)
+    return Run(config, objective, examples, dev, dropped, processes, started_from)
+
+
+def fill(run: Run, progress: OnProgress | None = None) -> None:
+    """Prefill every prompt that the stores do not hold yet, after the drafts; several processes share the work.
+
+    In memory each process keeps its own prompts, so there is nothing to share: they are then computed when they are
+    needed. Progress is counted in tokens, which the time left can be estimated from.
+    """
+    objective, config, processes = run.objective, run.config, run.processes
+    if not isinstance(objective, FuserObjective):
+        return
+    first = progress if processes.is_main_process else None
+    sharer, store = objective.model.sharers[0], objective.sharer_store
+    run.train, run.dev = (with_drafts(examples, sharer, store, first) for examples in (run.train, run.dev))
+    examples = [*run.train, *run.dev]
+    if processes.num_processes == 1 or config.store_dir is not None:
+        stores = {
+            "receiver prefill": (objective.receiver_store, [example.receiver_prefix for example in examples]),
+            "sharer prefill": (store, [example.sharer_ids for example in examples]),
+        }
+        for stage, (target, prompts) in stores.items():
+            ordered = sorted(prompts, key=len)  # so that all processes get as much
+            target.fill(ordered[processes.process_index :: processes.num_processes], _stage(stage, first))
+        processes.wait_for_everyone()
+    if config.soft_targets > 0 and not objective.model.private:
+        run.train = with_soft_targets(run.train, sharer, store, config.soft_temperature, first)
+    if all(example.sharer_ids in store for example in examples):
+        sharer.release()  # from now on only the receiver runs
+
+
+def initialise(run: Run, progress: OnProgress | None = None) -> bool:
+    """Initialise a new fuser from entries of training prompts.
+
+    Returns:
+        Whether it is of use already, see :meth:`c2c.fusers.Fuser.initialise_from_data`.
+    """
+    if not isinstance(run.objective, FuserObjective):
+        return False
+    objective, fuser, size = run.objective, run.objective.fuser, run.config.batch_size
+    examples = run.train if fuser.closed_form else run.train[: run.config.calibration]
+    if objective.model.private:  # each passage once, whatever the number of its questions
+        examples = list({tuple(example.sharer_ids): example for example in examples}.values())
+
+    def data() -> Iterator[AlignedEntries]:
+        for start in range(0, len(examples), size):
+            yield from objective.observe(examples[start : start + size], run.config.linear_weight)
+            if progress is not None:
+                progress("initialisation", min(start + size, len(examples)), len(examples))
+
+    return bool(examples) and fuser.initialise_from_data(data())
+
+
+def fit(run: Run, progress: OnProgress | None = None) -> dict[str, Any]:
+    """Fit a fuser in closed form, and tune it on the dev set.
+
+    Raises:
+        ConfigError: in several processes. FuserError: too few examples.
+    """
+    if run.processes.num_processes > 1:
+        raise ConfigError("a fuser in closed form is fitted by one process, in seconds: start it without a launcher.")
     began = time.perf_counter()
-    batches = Batches(training, prepared.train, config.batch_size)
-    fit(fuser, batches, training.model, ridge=fuser.config.ridge, weight=config.linear_weight, progress=progress)
+    initialise(run, progress)
     seconds = time.perf_counter() - began
-    scores: dict[float, DevScore] = {}
-    dev = DevSet(prepared.dev, config.batch_size)
+    dev, scores = DevSet(run.dev, run.config.batch_size), list[DevScore]()
 
-    def value(fuser: LinearFuser) -> float:
-        blend = float(fuser.gates().max())
-        scores[blend] = dev.score(training)
-        return scores[blend].value
+    def score() -> float:
+        scores.append(dev.score(run.objective))
+        return scores[-1].value
 
-    blends = choose_blend(fuser, value, progress=progress)
-    blend, chosen = max(scores.items(), key=lambda item: (item[1].value, -item[0]))
-    prepared.keep(output, {"blends": blends, "blend": blend, "dev": chosen.to_dict()})
-    return _summary(prepared, output, seconds, {"blend": blend, "dev": chosen.to_dict()})
+    tuned = run.objective.fuser.tune(score)
+    best = max(scores or [dev.score(run.objective)], key=lambda entry: entry.value)
+    facts = {**tuned, "dev": best.to_dict()}
+    run.keep(facts)
+    return run.summarise(seconds, facts)
 
 
-def _summary(prepared: Prepared, output: Path, seconds: float, facts: dict[str, Any]) -> dict[str, Any]:
-    summary = {
-        "fuser": str(output / "best"),
-        **facts,
-        "train_examples": len(prepared.train),
-        "dropped": dict(prepared.dropped),
-        "train_seconds": round(seconds, 1),
-        "prefilled": {"receiver": prepared.receiver_store.computed, "sharer": prepared.sharer_store.computed},
-        "processes": prepared.processes.count,
+def _load_pair(config: TrainConfig) -> C2CModel:
+    """Load the pair with a new fuser, or with the one that training starts from."""
+    options: dict[str, Any] = {
+        "dtype": config.dtype,
+        "sharer_dtype": config.sharer_dtype,
+        "device_map": config.device_map,
     }
-    write_json(output / "summary.json", summary)
-    return summary
+    if config.start_from is None:
+        return C2CModel.from_models(
+            config.receiver,
+            config.sharer,
+            fuser=config.family,
+            layer_map=config.layer_map,
+            aligner=SpanAligner(cue=config.sharer_cue),
+            fuser_options=config.fuser_options,
+            **options,
+        )
+    model = C2CModel.from_pretrained(config.start_from, receiver=config.receiver, sharer=config.sharer, **options)
+    fusers: Any = model.fusers
+    names = [str(fuser.family) for fuser in fusers]
+    if names != [config.family]:
+        raise ConfigError(
+            f"start_from: {config.start_from} holds {' and '.join(names)}; expected one fuser of family "
+            f"{config.family!r}."
+        )
+    return model
+
+
+def _fuser_objective(config: TrainConfig, model: C2CModel, writers: int) -> FuserObjective:
+    fuser: Any = model.fusers[0]
+    options: dict[str, Any] = {
+        "folder": Path(config.store_dir) if config.store_dir else None,
+        "budget": int(config.store_budget_gb * 5e8),
+        "batch": config.prefill_batch,
+        "writers": writers,
+    }
+    kind = PrivateContextObjective if model.private else SharedContextObjective
+    return kind(
+        model,
+        PrefillStore(model.receiver, range(model.receiver.geometry.layers), **options),
+        PrefillStore(model.sharers[0], fuser.config.source_layers, **options),
+        guard_weight=config.guard_weight,
+        soft_targets=config.soft_targets,
+        reconstruction_steps=config.reconstruction_steps,
+    )
+
+
+def _read_examples(config: TrainConfig, pair: Any) -> tuple[list[Any], list[Any], Counter[str]]:
+    """Return the examples to train and to select on, and how many rows were left out, by reason.
+
+    Raises:
+        ConfigError: none is left, or fewer than a batch.
+    """
+    data = Path(config.data_dir)
+    excluded = questions([data / name for name in config.exclude])
+    rows, dropped = load_rows(config.train, data, config.data_seed, excluded)
+    dev_rows, _ = load_rows(config.dev, data, config.data_seed)
+    train, too_long = build_examples(pair, rows, config.max_prompt_tokens, config.max_response_tokens)
+    dev, _ = build_examples(pair, dev_rows, config.max_prompt_tokens, config.max_response_tokens)
+    if not train or not dev:
+        raise ConfigError(f"no examples are left: {len(train)} to train, {len(dev)} dev; {too_long}.")
+    if len(train) < config.batch_size:
+        raise ConfigError(
+            f"{len(train)} examples to train are less than one batch of {config.batch_size}: give more rows, or a "
+            "smaller batch_size."
+        )
+    return train, dev, dropped + too_long
+
+
+def _stage(name: str, progress: OnProgress | None) -> Any:
+    """Bind the name of a stage."""
+    return None if progress is None else lambda done, total: progress(f"{name} (tokens)", done, total)

@@ -1,1 +1,18 @@
-"""Made-up rows: questions with answers that only a text can tell, without end and without a licence."""
+"""Synthetic rows, one kind per file: questions whose answer only the context gives, without end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from c2c.data.synthetic.facts import facts
+from c2c.data.synthetic.halves import halves
+from c2c.data.synthetic.relay import relay
+from c2c.data.synthetic.skeleton import skeleton
+
+GENERATORS: dict[str, Callable[[str, int], Iterator[dict[str, Any]]]] = {
+    "relay": relay,
+    "facts": facts,
+    "halves": halves,
+    "skeleton": skeleton,
+}

@@ -1,4 +1,4 @@
-"""Made-up rows: what is asked in a test never occurs in training, whatever the seeds."""
+"""Generators of synthetic rows: keys of the test split never occur in training, whatever the seeds."""
 
 from __future__ import annotations
 
@@ -11,32 +11,34 @@ NAMES = ("Anna", "Bruno", "Carla", "David", "Elena", "Felix", "Greta", "Hugo", "
 NUMBERS = ("access code", "locker number", "room number", "ticket number", "badge number", "table number")
 OBJECTS = ("umbrella", "suitcase", "bicycle", "hat", "piano", "lamp", "kite", "basket", "clock", "boat", "drum")
 TOWNS = ("Lisbon", "Oslo", "Vienna", "Cairo", "Lima", "Dublin", "Kyoto", "Quebec", "Athens", "Havana", "Prague")
+COLOURS = ("red", "blue", "green", "white", "black", "yellow", "purple", "orange", "brown", "grey")
 _TEST = 5  # one key in so many is kept for tests
 
 
-def _answer(row: dict[str, str]) -> str:
-    return row["answer"]
+def words(text: str, separator: str = " ") -> tuple[str, ...]:
+    """Split a list of words that is too long for one line as a tuple."""
+    return tuple(text.split(separator))
 
 
-def made_up(
+def generate(
     name: str,
-    facts: Callable[[random.Random], dict[str, str]],
+    make: Callable[[random.Random], dict[str, str]],
     split: str,
     draw: random.Random,
-    key: Callable[[dict[str, str]], str] = _answer,
+    key: Callable[[dict[str, str]], str] = lambda row: row["answer"],
 ) -> Iterator[dict[str, Any]]:
-    """Rows without end whose keys belong to the split.
+    """Generate rows without end whose keys belong to the split.
 
     Args:
-        name: what their ids begin with.
-        facts: draws the fields of a row.
+        name: prefix of their ids.
+        make: draws the fields of a row.
         split: ``train`` or ``test``.
-        draw: where randomness comes from.
-        key: what of a row decides which split it belongs to.
+        draw: random generator.
+        key: the part of a row that decides its split.
     """
     count = 0
     while True:
-        row = facts(draw)
+        row = make(draw)
         if (zlib.crc32(key(row).encode()) % _TEST == 0) == (split == "test"):
             yield {"id": f"{name}/{split}/{count}"} | row
             count += 1

@@ -1,6 +1,6 @@
-"""Facts: a page with several facts of one kind, one of which is asked for. What is learned is to find the right one.
+"""Facts: a page with several facts of one kind, one of which is asked for.
 
-With one fact per page a receiver need only repeat what it was handed. Here the name in the question decides.
+With one fact per page a receiver need only repeat what was handed over. Here the name in the question decides.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from c2c.data.synthetic.base import NAMES, NUMBERS, OBJECTS, TOWNS, made_up
+from c2c.data.synthetic.base import NAMES, NUMBERS, OBJECTS, TOWNS, generate
 
 _FIRST = (*NAMES, "Maria", "Nils", "Olga", "Peter", "Rosa", "Simon", "Tessa", "Viktor", "Wanda", "Yusuf", "Zoe", "Ben")
 _LAST = ("Berger", "Holm", "Costa", "Novak", "Lind", "Moreau", "Okafor", "Sato", "Weber", "Rossi", "Khan", "Dunn")
@@ -24,24 +24,24 @@ _DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Su
 
 @dataclass(frozen=True)
 class Kind:
-    """What is said of a subject, and asked.
+    """Templates of one kind of fact.
 
     Attributes:
-        says: sentences with ``{who}``, ``{what}`` and perhaps ``{number}``.
-        asks: questions with ``{who}``, answered by ``{what}``.
-        turned: a question with ``{what}``, answered by ``{who}``; empty where there is none.
-        who: where ``{who}`` comes from.
-        what: where ``{what}`` comes from.
+        statements: sentences with ``{who}``, ``{what}`` and perhaps ``{number}``.
+        questions: questions with ``{who}``, answered by ``{what}``.
+        reverse: a question with ``{what}``, answered by ``{who}``; empty where there is none.
+        who: kind of value of ``{who}``.
+        what: kind of value of ``{what}``.
     """
 
-    says: tuple[str, ...]
-    asks: tuple[str, ...]
-    turned: str
+    statements: tuple[str, ...]
+    questions: tuple[str, ...]
+    reverse: str
     who: str
     what: str
 
 
-_KINDS = (
+KINDS = (
     Kind(
         ("The {number} of {who} is {what}.", "{who} has {number} {what}."),
         ("What is the {number} of {who}?", "Which {number} does {who} have?"),
@@ -92,7 +92,7 @@ _KINDS = (
 
 
 def facts(split: str, seed: int) -> Iterator[dict[str, Any]]:
-    """Rows with ``context``, ``question`` and ``answer``, without end.
+    """Generate rows with ``context``, ``question`` and ``answer``, without end.
 
     What is asked about whom in ``test`` is never asked in ``train``.
 
@@ -100,25 +100,26 @@ def facts(split: str, seed: int) -> Iterator[dict[str, Any]]:
         split: ``train`` or ``test``.
         seed: of the draw.
     """
-    return made_up("facts", _page, split, random.Random(f"{split} {seed}"), key=_asked)
+    return generate("facts", _page, split, random.Random(f"{split} {seed}"), key=_asked)
 
 
 def _page(draw: random.Random) -> dict[str, str]:
     """Two to five sentences; most pages say the same of everybody, so that only the name tells them apart."""
     count, number = draw.randint(2, 5), draw.choice(NUMBERS)
-    same = draw.choice(_KINDS)
-    kinds = [same if draw.random() < 0.7 else draw.choice(_KINDS) for _ in range(count)]
+    same = draw.choice(KINDS)
+    kinds = [same if draw.random() < 0.7 else draw.choice(KINDS) for _ in range(count)]
     values: list[tuple[str, str]] = []
     for kind in kinds:
         taken = {value for pair in values for value in pair}
         values.append((_value(draw, kind.who, taken), _value(draw, kind.what, taken)))
     said = [
-        _sentence(draw.choice(kind.says), who, what, number) for kind, (who, what) in zip(kinds, values, strict=True)
+        _sentence(draw.choice(kind.statements), who, what, number)
+        for kind, (who, what) in zip(kinds, values, strict=True)
     ]
     kind, (who, what) = draw.choice(list(zip(kinds, values, strict=True)))
-    turned = bool(kind.turned) and draw.random() < 0.25
-    question = _sentence(kind.turned if turned else draw.choice(kind.asks), who, what, number)
-    return {"context": " ".join(said), "question": question, "answer": who if turned else what}
+    reverse = bool(kind.reverse) and draw.random() < 0.25
+    question = _sentence(kind.reverse if reverse else draw.choice(kind.questions), who, what, number)
+    return {"context": " ".join(said), "question": question, "answer": who if reverse else what}
 
 
 def _sentence(form: str, who: str, what: str, number: str) -> str:

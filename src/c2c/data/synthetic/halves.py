@@ -1,7 +1,7 @@
-"""Halves: a line that needs what the sharer has read and what the receiver alone has read.
+"""Halves: answers that need both what the sharer has read and what the receiver alone has read.
 
-The receiver knows what was ordered, the sharer where the customer lives; the label needs both. Neither model alone can
-write it, and nothing has to be concluded: each half stands in what one of them has read.
+For instance the receiver has read what was ordered, the sharer where the customer lives, and the label needs both.
+Neither model alone can write it, and nothing has to be inferred: each half stands in the text of one of them.
 """
 
 from __future__ import annotations
@@ -10,26 +10,18 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
-from c2c.data.synthetic.base import NAMES, made_up
+from c2c.data.synthetic.base import COLOURS, NAMES, generate, words
 
-_COLOURS = ("red", "blue", "green", "white", "black", "yellow", "purple", "orange", "brown", "grey")
 _THINGS = ("lamps", "chairs", "boxes", "cups", "bags", "books", "plates", "shirts")
-_STREETS = (
-    "Mill Road",
-    "High Street",
-    "Park Lane",
-    "Station Road",
-    "Church Street",
-    "Garden Way",
-    "Harbour Street",
-    "Hill Road",
-    "Market Square",
-    "River Lane",
+_STREETS = words(
+    "Mill Road, High Street, Park Lane, Station Road, Church Street, "
+    "Garden Way, Harbour Street, Hill Road, Market Square, River Lane",
+    ", ",
 )
 
 
 def halves(split: str, seed: int) -> Iterator[dict[str, Any]]:
-    """Rows with ``context``, ``known``, ``question`` and ``answer``, without end.
+    """Generate rows with ``context``, ``known``, ``question`` and ``answer``, without end.
 
     What the sharer reads in ``test`` it never reads in ``train``, whoever it is about.
 
@@ -37,16 +29,16 @@ def halves(split: str, seed: int) -> Iterator[dict[str, Any]]:
         split: ``train`` or ``test``.
         seed: of the draw.
     """
-    return made_up("halves", _facts, split, random.Random(f"{split} {seed}"), key=_secret)
+    return generate("halves", _row, split, random.Random(f"{split} {seed}"), key=_secret)
 
 
-def _facts(draw: random.Random) -> dict[str, str]:
+def _row(draw: random.Random) -> dict[str, str]:
     return draw.choice((_label, _visit, _code))(draw)
 
 
 def _label(draw: random.Random) -> dict[str, str]:
     name = draw.choice(NAMES)
-    what = f"{draw.randint(2, 9)} {draw.choice(_COLOURS)} {draw.choice(_THINGS)}"
+    what = f"{draw.randint(2, 9)} {draw.choice(COLOURS)} {draw.choice(_THINGS)}"
     where = f"{draw.randint(11, 99)} {draw.choice(_STREETS)}"
     return {
         "context": f"{name} lives at {where}.",

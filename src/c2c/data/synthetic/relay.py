@@ -1,4 +1,4 @@
-"""Relay: a random key that only the sharer has read is asked of the receiver. The plainest test that content crosses.
+"""Relay: a random key that only the sharer has read is asked of the receiver. The simplest test of transfer.
 
 Nothing in a question hints at its answer, so a receiver alone, or one with a wrong message, is right by luck only.
 """
@@ -9,19 +9,21 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
-from c2c.data.synthetic.base import NAMES, NUMBERS, OBJECTS, TOWNS, made_up
+from c2c.data.synthetic.base import COLOURS, NAMES, NUMBERS, OBJECTS, TOWNS, generate
 
-_COLOURS = ("red", "blue", "green", "white", "black", "yellow", "purple", "orange", "brown", "grey", "silver")
+_COLOURS = (*COLOURS, "silver")
 
 
 def relay(split: str, seed: int) -> Iterator[dict[str, Any]]:
-    """Rows with ``context``, ``question`` and ``answer``, without end; keys of ``test`` never occur in ``train``.
+    """Generate rows with ``context``, ``question`` and ``answer``, without end.
+
+    Keys of ``test`` never occur in ``train``.
 
     Args:
         split: ``train`` or ``test``.
         seed: of the draw.
     """
-    return made_up("relay", lambda draw: draw.choice((_number, _thing))(draw), split, random.Random(f"{split} {seed}"))
+    return generate("relay", lambda draw: draw.choice((_number, _thing))(draw), split, random.Random(f"{split} {seed}"))
 
 
 def _number(draw: random.Random) -> dict[str, str]:

@@ -1,8 +1,8 @@
-"""Skeletons: the sharer reads the skeleton of a page, the receiver writes a text into an element of it.
+"""Skeletons: the sharer reads the skeleton of a page, and the receiver writes a text into an element of it.
 
 The Coder-to-Writer story of the original work as rows that can be scored: the text stands in the question, and which
-element it belongs into, with its tag, id and class, only in the page. An element's topic stands before it: what the
-sharer hands over of a token has read only what precedes it, and must know what the element is for.
+element it belongs into, with its tag, id and class, only in the page. An element's topic precedes it, since the
+sharer's entry of a token depends only on what precedes the token.
 """
 
 from __future__ import annotations
@@ -11,58 +11,31 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
-from c2c.data.synthetic.base import made_up
+from c2c.data.synthetic.base import generate, words
 
 _TOPICS = ("opening hours", "address", "prices", "contact", "history", "news", "team", "directions", "menu", "events")
 _TAGS = ("p", "div", "section", "li", "span", "article", "aside", "footer")
-_IDS = (
-    "amber",
-    "birch",
-    "cedar",
-    "delta",
-    "ember",
-    "fjord",
-    "grove",
-    "haven",
-    "inlet",
-    "jade",
-    "kiosk",
-    "lotus",
-    "maple",
-)
+_IDS = words("amber birch cedar delta ember fjord grove haven inlet jade kiosk lotus maple")
 _CLASSES = ("wide", "note", "small", "bold", "dark", "plain", "round", "left", "muted", "framed", "large", "quiet")
-_SUBJECTS = (
-    "The shop",
-    "Our kitchen",
-    "The museum",
-    "The harbour",
-    "My brother",
-    "The library",
-    "Everybody",
-    "The team",
-)
-_DOINGS = (
-    "opens",
-    "is closed",
-    "moves to the market square",
-    "sells tea",
-    "meets us",
-    "has a new door",
-    "rests",
-    "sings",
+_SUBJECTS = words("The shop, Our kitchen, The museum, The harbour, My brother, The library, Everybody, The team", ", ")
+_DOINGS = words(
+    "opens, is closed, moves to the market square, sells tea, meets us, has a new door, rests, sings",
+    ", ",
 )
 _TIMES = ("at nine", "on Mondays", "in summer", "after lunch", "every day", "until six", "in winter", "before noon")
 _ELEMENTS = 3  # in a page
 
 
 def skeleton(split: str, seed: int) -> Iterator[dict[str, Any]]:
-    """Rows with ``context``, ``question`` and ``answer``, without end; elements asked in ``test`` are not in ``train``.
+    """Generate rows with ``context``, ``question`` and ``answer``, without end.
+
+    Elements that ``test`` asks for never occur in ``train``.
 
     Args:
         split: ``train`` or ``test``.
         seed: of the draw.
     """
-    return made_up("skeleton", _page, split, random.Random(f"skeleton {split} {seed}"), key=_element)
+    return generate("skeleton", _page, split, random.Random(f"skeleton {split} {seed}"), key=_element)
 
 
 def _page(draw: random.Random) -> dict[str, str]:

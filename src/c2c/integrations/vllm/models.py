@@ -85,7 +85,8 @@ class VLLMModel(LanguageModel):
             UnsupportedError: other arguments. ApiError: the engine did not answer.
         """
         limit = kwargs.pop("max_new_tokens", DEFAULT_NEW_TOKENS)
-        if kwargs.pop("do_sample", False) or kwargs or cache.layers:
+        sampled, stops = kwargs.pop("do_sample", False), kwargs.pop("stopping_criteria", None)
+        if sampled or stops or kwargs or cache.layers:
             raise UnsupportedError(
                 f"a model in a vLLM engine decodes greedily here, got {sorted(kwargs)}. Send requests to the server."
             )

@@ -1,0 +1,222 @@
+"""Accuracy when only a part of the message is fused: some positions, some layers, or entries of lower precision."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache
+
+from c2c import kv_cache
+from c2c.alignment import Alignment
+from c2c.analysis.capture import Experiment
+from c2c.analysis.config import AnalysisConfig, PrecisionConfig
+from c2c.analysis.results import accuracies, analysis, difference, gains
+from c2c.handoff import Packed, Precision
+from c2c.training.shared_context import SharedBatch
+from c2c.utils import OnProgress
+
+Part = Literal["former", "latter"]
+PARTS: tuple[Part, ...] = get_args(Part)
+FRACTIONS = (0.0, 0.125, 0.25, 0.5, 0.75, 1.0)
+STORED: Precision = "bfloat16"  # precision of a prefill store, so of what fusers are trained and evaluated on
+
+
+@analysis("progressive")
+def measure_progressive(config: AnalysisConfig, progress: OnProgress | None = None) -> dict[str, Any]:
+    """Measure accuracy by the share of the aligned positions that is fused, from the start or up to the end.
+
+    Cache-to-Cache (ICLR 2026, arXiv:2510.03215) does so by prompt tokens: accuracy falls, then rises, and the latter
+    positions matter more. Aligned positions are those that the fuser reads, so that 1 is matched and 0 the receiver.
+
+    Returns:
+        ``former`` and ``latter``: a list of ``fraction``, ``accuracy`` (percent) and ``ci95``; ``deranged`` and
+        ``zero``: accuracy with another item's cache and with zeros, at all positions; ``G`` and ``P``: matched minus
+        receiver and matched minus deranged, in ``points`` with ``ci95``.
+    """
+    experiment = Experiment(config, progress)
+
+    def caches(batch: SharedBatch) -> Iterator[tuple[str, Cache]]:
+        yield from _controls(experiment, batch)
+        for part in PARTS:
+            for fraction in FRACTIONS[1:-1]:
+                some = part_of(batch.matched, fraction, part)
+                cache = experiment.fuse(batch, "matched" if len(some) else "none", matched=some)
+                yield _part_name(part, fraction), cache
+
+    scores = experiment.score(caches)
+    found = accuracies(scores, config.seed)
+    numbers: dict[str, Any] = {
+        part: [{"fraction": fraction} | found[_part_name(part, fraction)] for fraction in FRACTIONS] for part in PARTS
+    }
+    numbers |= {"deranged": found["deranged"], "zero": found["zero"]} | gains(scores, config.seed)
+    return numbers | experiment.facts()
+
+
+def part_of(alignment: Alignment, fraction: float, part: Part) -> Alignment:
+    """Return the first (``former``) or last (``latter``) ``floor(fraction * pairs)`` pairs of every row."""
+    kept = []
+    for row in alignment.rows.unique():
+        index = (alignment.rows == row).nonzero().flatten()
+        index = index[alignment.receiver[index].argsort(stable=True)]
+        count = math.floor(fraction * len(index))
+        kept.append(index[:count] if part == "former" else index[len(index) - count :])
+    chosen = torch.cat(kept).sort().values
+    return Alignment(alignment.rows[chosen], alignment.receiver[chosen], alignment.sharer[chosen])
+
+
+@analysis("layers")
+def measure_layers(config: AnalysisConfig, progress: OnProgress | None = None) -> dict[str, Any]:
+    """Measure accuracy with only keys, only values, all but a third of the layers, and each layer alone.
+
+    Cache-to-Cache (ICLR 2026, arXiv:2510.03215) enriches one layer at a time in an oracle: most layers alone do harm.
+
+    Returns:
+        ``systems``: ``receiver``, ``matched``, ``keys only``, ``values only``, ``without ... third``, ``deranged`` and
+        ``zero``, each with ``accuracy`` (percent) and ``ci95``; ``single``: the same for each layer alone, with
+        ``layer`` and ``gain`` over the receiver; ``thirds``: which layers they are; ``G`` and ``P`` as for
+        :func:`measure_progressive`.
+    """
+    experiment = Experiment(config, progress)
+    fused_layers = experiment.fuser.config.fused_layers
+    thirds = split_in_thirds(fused_layers)
+    mixtures: dict[str, tuple[Sequence[int], Sequence[int]]] = {
+        "keys only": (fused_layers, []),
+        "values only": ([], fused_layers),
+    }
+    for name, third in thirds.items():
+        rest = [layer for layer in fused_layers if layer not in third]
+        mixtures[f"without {name} third"] = (rest, rest)
+    singles = {layer: f"layer {layer}" for layer in fused_layers}
+    mixtures |= {name: ([layer], [layer]) for layer, name in singles.items()}
+
+    def caches(batch: SharedBatch) -> Iterator[tuple[str, Cache]]:
+        yield from _controls(experiment, batch)
+        fused = experiment.fuse(batch)
+        for name, chosen in mixtures.items():
+            yield name, mix(batch.receiver_cache, fused, *chosen)
+
+    scores = experiment.score(caches)
+    found = accuracies(scores, config.seed)
+    numbers = {
+        "systems": {name: score for name, score in found.items() if name not in singles.values()},
+        "single": [
+            {"layer": layer} | found[name] | {"gain": difference(scores[name], scores["receiver"], config.seed)}
+            for layer, name in singles.items()
+        ],
+        "thirds": thirds,
+    } | gains(scores, config.seed)
+    return numbers | experiment.facts()
+
+
+def mix(clean: Cache, fused: Cache, keys: Sequence[int], values: Sequence[int]) -> DynamicCache:
+    """Return a cache with fused keys in some layers, fused values in some, and clean ones elsewhere; nothing is copied.
+
+    Layers are fused from the clean cache, independently of each other, so that this is fusing these layers only.
+    """
+    pairs = zip(kv_cache.layers(clean), kv_cache.layers(fused), strict=True)
+    return kv_cache.from_layers(
+        (new[0] if layer in keys else own[0], new[1] if layer in values else own[1])
+        for layer, (own, new) in enumerate(pairs)
+    )
+
+
+def split_in_thirds(layers: Sequence[int]) -> dict[str, list[int]]:
+    """Split fused layers into ``early``, ``middle`` and ``late``; fewer where there are fewer than three layers."""
+    chunks = torch.tensor(list(layers)).tensor_split(3)
+    return {name: chunk.tolist() for name, chunk in zip(("early", "middle", "late"), chunks, strict=True) if len(chunk)}
+
+
+@analysis("precision")
+def measure_precision(config: PrecisionConfig, progress: OnProgress | None = None) -> dict[str, Any]:
+    """Measure accuracy and bytes by the precision in which the sharer's entries are sent.
+
+    Prefill stores are in bfloat16, which is the first row. With ``unrounded`` the sharer prefills every prompt again,
+    and the first row is of its entries in its own dtype.
+
+    Returns:
+        ``precisions``: a list of ``precision``, ``accuracy`` (percent) and ``ci95``, ``bytes`` (mean per item, scales
+        included), ``cost`` (difference to the first row) and ``differ`` (percent of items that are right in one of both
+        only); ``receiver`` and ``deranged``; ``G`` and ``P`` of the first row, as for :func:`measure_progressive`.
+    """
+    experiment = Experiment(config, progress, needs_sharer=config.unrounded)
+    sharer = experiment.model.sharers[0]
+    own: Any = str(sharer.dtype).removeprefix("torch.")
+    precisions: list[Precision] = [STORED, "int8", "float8"]
+    if config.unrounded:
+        precisions = list(dict.fromkeys([own if own in get_args(Precision) else "float32", *precisions]))
+    sizes: dict[str, int] = dict.fromkeys(precisions, 0)
+
+    def caches(batch: SharedBatch) -> Iterator[tuple[str, Cache]]:
+        yield "receiver", batch.receiver_cache
+        cache = sharer.prefill(batch.sharer) if config.unrounded else batch.sharer_cache
+        yield "deranged", experiment.fuse(batch, "deranged", sharer_cache=cache)
+        for precision in precisions:
+            sent, nbytes = quantize(cache, batch.matched, precision, experiment.fuser.config.source_layers)
+            sizes[precision] += nbytes
+            yield precision, experiment.fuse(batch, sharer_cache=sent)
+
+    scores = experiment.score(caches)
+    found, first = accuracies(scores, config.seed), scores[precisions[0]]
+    numbers = {
+        "precisions": [
+            {"precision": name, "bytes": sizes[name] / len(first)}
+            | found[name]
+            | {
+                "cost": difference(scores[name], first, config.seed),
+                "differ": 100 * sum(a != b for a, b in zip(scores[name], first, strict=True)) / len(first),
+            }
+            for name in precisions
+        ],
+        "receiver": found["receiver"],
+        "deranged": found["deranged"],
+    } | gains(scores | {"matched": first}, config.seed)
+    return numbers | experiment.facts()
+
+
+def quantize(
+    cache: Cache, alignment: Alignment, precision: Precision, layers: Sequence[int]
+) -> tuple[DynamicCache, int]:
+    """Round a sharer's aligned entries as they are sent from another machine.
+
+    Args:
+        cache: of the sharer.
+        alignment: which of its columns are sent, by row; others become zero.
+        precision: of the entries sent; 8 bits have a scale per channel of keys and per token of values.
+        layers: layers that are sent; others stay as they are.
+
+    Returns:
+        The cache as it arrives, and the bytes sent, scales included.
+    """
+    columns = {row: alignment.sharer[alignment.rows == row].unique() for row in alignment.rows.unique().tolist()}
+    nbytes = 0
+
+    def rounded(x: Tensor, along: int) -> Tensor:
+        nonlocal nbytes
+        out = torch.zeros_like(x)
+        for row, sent in columns.items():
+            packed = Packed.pack(x[row : row + 1].index_select(2, sent.to(x.device)), precision, along)
+            out[row, :, sent] = packed.unpack(x.dtype)[0]
+            nbytes += packed.nbytes
+        return out
+
+    arrived = [
+        (rounded(keys, 2), rounded(values, 3)) if layer in layers else (keys, values)
+        for layer, (keys, values) in enumerate(kv_cache.layers(cache))
+    ]
+    return kv_cache.from_layers(arrived), nbytes
+
+
+def _controls(experiment: Experiment, batch: SharedBatch) -> Iterator[tuple[str, Cache]]:
+    """Yield the clean cache, the whole fused one, and those of another item's message and of zeros."""
+    yield "receiver", batch.receiver_cache
+    yield "matched", experiment.fuse(batch)
+    yield "deranged", experiment.fuse(batch, "deranged")
+    yield "zero", experiment.fuse(batch, "zero")
+
+
+def _part_name(part: Part, fraction: float) -> str:
+    return {0.0: "receiver", 1.0: "matched"}.get(fraction, f"{part} {fraction}")

@@ -1,0 +1,315 @@
+"""Plots of analyses with matplotlib: as SVG files, PNG files and figures of an HTML page."""
+
+from __future__ import annotations
+
+import io
+import textwrap
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import matplotlib.style
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.ticker import MaxNLocator
+
+from c2c.analysis.capture import KINDS, SIDES
+from c2c.analysis.config import AnalysisError
+from c2c.analysis.measures import project
+from c2c.utils import save_atomically, write_text
+
+WIDTH = 6.4  # inches
+STYLE = {
+    "axes.grid": True,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlesize": "medium",
+    "figure.constrained_layout.use": True,
+    "font.size": 9,
+    "grid.alpha": 0.3,
+    "legend.frameon": False,
+    "lines.markersize": 4,
+    "svg.fonttype": "none",  # a browser has fonts for characters that matplotlib's lacks
+    "text.parse_math": False,  # tokens may hold dollar signs
+}
+COLOURS = {"receiver": "tab:gray", "sharer": "tab:orange", "fused": "tab:blue"}
+MARKERS = {"receiver": "o", "sharer": "s", "fused": "D"}
+_lock = Lock()  # matplotlib's style is global
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A plot that is drawn when it is needed, into a figure of its own or a part of one.
+
+    Attributes:
+        title: what it shows.
+        caption: how to read it.
+        height: in inches, for a width of 6.4.
+        draw: draws it into an empty figure.
+    """
+
+    title: str
+    caption: str
+    height: float
+    draw: Callable[[Figure | SubFigure], None]
+
+    def figure(self) -> Figure:
+        """Draw the plot into a figure of its own."""
+        with _style():
+            figure = Figure(figsize=(WIDTH, self.height))
+            self.draw(figure)
+        return figure
+
+    def svg(self) -> str:
+        """Return the plot as an SVG document, the same for the same numbers."""
+        return self._render("svg", metadata={"Date": None}).decode()
+
+    def _repr_png_(self) -> bytes:
+        """Return the plot as a PNG file, which notebooks show."""
+        return self._render("png", dpi=110)
+
+    def _render(self, kind: str, **options: Any) -> bytes:
+        figure, file = self.figure(), io.BytesIO()
+        with _style(self.title):  # the ids of several SVG plots on one page must differ
+            figure.savefig(file, format=kind, **options)
+        return file.getvalue()
+
+
+def html_figures(plots: Sequence[Plot]) -> str:
+    """Return plots as ``<figure>`` elements with headings and captions."""
+    pairs = ((plot, plot.svg()) for plot in plots)
+    return "\n".join(
+        f"<figure><h2>{escape(plot.title)}</h2>{svg[svg.index('<svg') :]}"
+        f"<figcaption>{escape(plot.caption)}</figcaption></figure>"
+        for plot, svg in pairs
+    )
+
+
+def save_plots(path: Path, title: str, plots: Sequence[Plot]) -> None:
+    """Write plots to one PNG or HTML file.
+
+    Raises:
+        AnalysisError: the file can't be written.
+    """
+    try:
+        if path.suffix.lower() == ".html":
+            head = f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title></head>'
+            write_text(path, f"{head}<body><h1>{escape(title)}</h1>\n{html_figures(plots)}\n</body></html>\n")
+        else:
+            save_atomically(path.parent, lambda folder: _save_png(Path(folder) / path.name, title, plots))
+    except OSError as error:
+        raise AnalysisError(f"the plots could not be written to {path}: {error}.") from error
+
+
+def _save_png(path: Path, title: str, plots: Sequence[Plot]) -> None:
+    captions = [textwrap.fill(plot.caption, 100) for plot in plots]
+    heights = [plot.height + 0.4 + 0.15 * caption.count("\n") for plot, caption in zip(plots, captions, strict=True)]
+    with _style():
+        figure = Figure(figsize=(WIDTH, sum(heights) + 0.4))
+        figure.suptitle(title)
+        parts = figure.subfigures(len(plots), 1, height_ratios=heights, squeeze=False)[:, 0]
+        for part, plot, caption in zip(parts, plots, captions, strict=True):
+            plot.draw(part)
+            part.suptitle(plot.title, weight="bold")
+            part.supxlabel(caption, fontsize=8)
+        figure.savefig(path, format="png", dpi=144)
+
+
+@contextmanager
+def _style(salt: str = "c2c") -> Iterator[None]:
+    """Use this module's style and not the user's, so that the same numbers give the same file."""
+    with _lock, matplotlib.style.context(["default", STYLE | {"svg.hashsalt": salt}]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")
+        yield
+
+
+def plot_ranks(numbers: Mapping[str, Any], kinds: Sequence[str] = ("keys", "keys_unrotated", "values")) -> Plot:
+    """Plot effective ranks by layer, see :func:`c2c.analysis.measures.layer_ranks`."""
+    titles = {"keys": "Keys as they lie in the cache", "keys_unrotated": "Keys without their rotary embedding"}
+    layers = numbers["layers"]
+
+    def draw(figure: Figure | SubFigure) -> None:
+        for axes, kind in zip(figure.subplots(len(kinds), 1, sharex=True), kinds, strict=True):
+            for side in SIDES:
+                ranks = [layer[kind][side] for layer in layers]
+                axes.plot([layer["layer"] for layer in layers], ranks, MARKERS[side] + "-", c=COLOURS[side], label=side)
+            axes.set(title=titles.get(kind, "Values"), ylabel="effective rank", ylim=(0, None))
+        axes.set_xlabel("receiver layer")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.legend(ncols=3)
+
+    caption = (
+        f"Over {numbers['tokens']} aligned positions ({numbers['sharer_tokens']} of the sharer, whose layer is the one "
+        "that the receiver's layer reads). A rank is at most the number of positions or channels: compare ranks of the "
+        "same positions only. Higher is no proof of content."
+    )
+    return Plot("Effective rank by layer", caption, 2 * len(kinds), draw)
+
+
+def plot_gates(layers: Sequence[Mapping[str, Any]]) -> Plot:
+    """Plot gates by layer, and norms by layer and head where ``layers`` has them."""
+    heads = range(len(layers[0]["relative"]["keys"])) if "relative" in layers[0] else ()
+    norms = [[layer["relative"][kind][head] for layer in layers] for kind in KINDS for head in heads]
+    names = [str(layer["layer"]) for layer in layers]
+    step = max(1, len(names) // 10)
+
+    def draw(figure: Figure | SubFigure) -> None:
+        above, *below = figure.subplots(2 if norms else 1, 1, squeeze=False)[:, 0]
+        for kind, look in zip(KINDS, ("fused", "sharer"), strict=True):
+            gates = [layer["gate"][kind] for layer in layers]
+            above.plot(gates, MARKERS[look] + "-", c=COLOURS[look], label=kind)
+        above.set(title="Gates", ylabel="openness", ylim=(-0.04, 1.04), xlim=(-0.5, len(layers) - 0.5))
+        above.legend(ncols=2)
+        for axes in below:
+            image = axes.imshow(norms, aspect="auto", vmin=0, interpolation="nearest")
+            axes.figure.colorbar(image, ax=axes, label="norm added / own norm")
+            axes.grid(visible=False)
+            axes.set_yticks(range(len(norms)), [f"{letter} {head}" for letter in "KV" for head in heads])
+            axes.set_title("What is added, by KV head")
+        for axes in (above, *below):
+            axes.set_xticks(range(0, len(names), step), names[::step])
+        axes.set_xlabel("receiver layer")
+
+    caption = "How open each layer is to the sharer, keys and values; a gate says nothing of what stands behind it."
+    if norms:
+        caption += (
+            " Below: mean norm of what is added over the mean norm of the receiver's own keys (K) and values (V)."
+        )
+    return Plot("Gate and weight by layer and head", caption, 2 + (0.25 * len(norms) + 1 if norms else 0), draw)
+
+
+def plot_cache_map(
+    entries: Mapping[tuple[int, str], Mapping[str, Any]], sources: Mapping[int, int], method: str = "pca", seed: int = 0
+) -> Plot:
+    """Plot entries in the plane: receiver and fused ones on axes of both together, the sharer's on their own."""
+
+    def scatter(axes: Axes, points: Any, side: str, names: tuple[str, str]) -> None:
+        axes.plot(*points.T, MARKERS[side], c=COLOURS[side], alpha=0.6, ms=3, label=side)
+        axes.set(xlabel=names[0], ylabel=names[1], xticklabels=[], yticklabels=[])
+
+    def draw(figure: Figure | SubFigure) -> None:
+        rows = figure.subplots(len(entries), 2, squeeze=False)
+        for (left, right), ((layer, kind), sides) in zip(rows, entries.items(), strict=True):
+            both, names = project(torch.cat([sides["receiver"], sides["fused"]]), method, seed)
+            own, fused = both[: len(both) // 2], both[len(both) // 2 :]
+            left.plot(*zip(own.T, fused.T, strict=True), color="lightgray", lw=0.5, zorder=1)
+            scatter(left, own, "receiver", names)
+            scatter(left, fused, "fused", names)
+            points, names = project(sides["sharer"], method, seed)
+            scatter(right, points, "sharer", names)
+            left.set_title(f"Layer {layer}, {kind}")
+            right.set_title(f"Sharer layer {sources[layer]}, {kind}")
+        rows[0, 0].legend()
+        rows[0, 1].legend()
+
+    count = len(next(iter(entries.values()))["receiver"])
+    caption = (
+        f"{count} aligned positions. Left: the receiver's entries and what fusion made of them, joined by lines. "
+        "Right: the sharer's entries that they read, on axes of their own, as their channels differ: compare their "
+        "shape, not their place. Keys without their rotary embedding."
+    )
+    return Plot(f"{'t-SNE' if method == 'tsne' else 'PCA'} of the three caches", caption, 1.9 * len(entries), draw)
+
+
+def plot_accuracies(title: str, estimates: Mapping[str, Mapping[str, Any]], caption: str) -> Plot:
+    """Plot a row for each estimate: its name, its accuracy and its 95 % interval."""
+
+    def draw(figure: Figure | SubFigure) -> None:
+        axes = figure.subplots()
+        for row, estimate in enumerate(estimates.values()):
+            axes.plot(estimate["ci95"], [row, row], c="tab:blue")
+            axes.plot(estimate["accuracy"], row, "o", c="tab:blue")
+        axes.set_yticks(range(len(estimates)), [f"{name}  {one['accuracy']:.1f}" for name, one in estimates.items()])
+        axes.invert_yaxis()
+        axes.set_xlabel("accuracy, percent")
+
+    return Plot(title, caption, 0.6 + 0.25 * len(estimates), draw)
+
+
+def plot_curves(
+    title: str, curves: Mapping[str, Sequence[tuple[float, Mapping[str, Any]]]], caption: str, **axis: Any
+) -> Plot:
+    """Plot accuracies with their 95 % intervals shaded; ``curves`` has points (x, estimate) by label."""
+
+    def draw(figure: Figure | SubFigure) -> None:
+        axes = figure.subplots()
+        for index, (label, points) in enumerate(curves.items()):
+            x, estimates = zip(*points, strict=True)
+            low, high = zip(*(estimate["ci95"] for estimate in estimates), strict=True)
+            axes.fill_between(x, low, high, color=f"C{index}", alpha=0.15, lw=0)
+            values = [estimate["accuracy"] for estimate in estimates]
+            axes.plot(x, values, "osDv^"[index] + "-", c=f"C{index}", label=label)
+        axes.set(ylabel="accuracy, percent", **axis)
+        axes.minorticks_off()
+        axes.legend()
+
+    return Plot(title, f"{caption} Shaded: 95 % intervals.", 3.6, draw)
+
+
+# -- plots of the analyses --------------------------------------------------------------------------------------------
+
+
+def _cache_map(numbers: Mapping[str, Any]) -> Plot:
+    sources = {layer["layer"]: layer["sharer_layer"] for layer in numbers["layers"]}
+    return plot_cache_map(numbers["_entries"], sources, numbers["method"], numbers["_seed"])
+
+
+def _progressive(numbers: Mapping[str, Any]) -> Plot:
+    curves = {f"{part} part": [(one["fraction"], one) for one in numbers[part]] for part in ("former", "latter")}
+    curves["deranged, all positions"] = [(fraction, numbers["deranged"]) for fraction in (0.0, 1.0)]
+    caption = f"{numbers['n']} questions. 0 is the receiver alone and 1 the whole fused cache."
+    return plot_curves("Progressive fusion", curves, caption, xlabel="share of the aligned positions that is fused")
+
+
+def _layers(numbers: Mapping[str, Any]) -> Plot:
+    rows = dict(numbers["systems"]) | {f"layer {one['layer']} only": one for one in numbers["single"]}
+    caption = f"{numbers['n']} questions, 95 % intervals. Thirds of the fused layers: {numbers['thirds']}."
+    return plot_accuracies("Which layers carry the message", rows, caption)
+
+
+def _precision(numbers: Mapping[str, Any]) -> Plot:
+    rows = {f"{one['precision']}, {one['bytes'] / 1e3:,.0f} kB": one for one in numbers["precisions"]}
+    rows |= {"deranged": numbers["deranged"], "receiver alone": numbers["receiver"]}
+    caption = f"{numbers['n']} questions, 95 % intervals; kilobytes of the sharer's entries per question."
+    return plot_accuracies("Accuracy by precision", rows, caption)
+
+
+def _enrichment(numbers: Mapping[str, Any]) -> Plot:
+    rows = {name.replace("_", "-"): score for name, score in numbers["systems"].items()}
+    tokens = numbers["tokens"]
+    caption = (
+        f"{numbers['n']} questions, 95 % intervals. Few-shot: {numbers['shots']} exemplars before the question "
+        f"({tokens['few_shot']:.0f} tokens). Oracle: the same, then the exemplars' entries are dropped, so that the "
+        f"cache is as long as that of direct ({tokens['direct']:.0f})."
+    )
+    return plot_accuracies("Cache enrichment", rows, caption)
+
+
+def _scaling(numbers: Mapping[str, Any]) -> Plot:
+    rows = numbers["rows"]
+    curves = {
+        name: [(row["parameters"], row["systems"][name]) for row in rows if name in row["systems"]]
+        for name in dict.fromkeys(name for row in rows for name in row["systems"])
+    }
+    sizes = sorted({row["parameters"] for row in rows})
+    axis = {"xscale": "log", "xticks": sizes, "xticklabels": [f"{size / 1e9:.3g}B" for size in sizes]}
+    caption = f"Receiver {numbers['receiver']}, {numbers['n']} questions."
+    return plot_curves("Accuracy by the size of the sharer", curves, caption, xlabel="parameters of the sharer", **axis)
+
+
+ANALYSES: dict[str, Callable[[Mapping[str, Any]], Plot]] = {
+    "effective-rank": plot_ranks,
+    "cache-map": _cache_map,
+    "gates": lambda numbers: plot_gates(numbers["layers"]),
+    "progressive": _progressive,
+    "precision": _precision,
+    "layers": _layers,
+    "enrichment": _enrichment,
+    "scaling": _scaling,
+}

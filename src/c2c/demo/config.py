@@ -1,0 +1,24 @@
+"""Options of the demo."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from c2c.config import option
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """Options of ``c2c demo``; their help is in the fields' metadata."""
+
+    fuser: list[str] | None = field(
+        default=None, metadata={"help": "Folder or hub id of a fuser; may be repeated. The first is shown first."}
+    )
+    host: str = option("127.0.0.1", "Address to listen at; 0.0.0.0 for all.")
+    port: int = option(7860, "Port to listen at; 0 takes a free one.", min=0, max=65535)
+    open_browser: bool = option(False, "Open the page in a browser.", flag="--open")
+    max_new_tokens: int = option(16, "At most this many tokens per answer, at first.", min=1)
+    message_tokens: int = option(64, "At most this many for the text that is passed.", min=1)
+    dtype: str | None = option(None, "float32, bfloat16, float16 or auto.")
+    device: str | None = option(None, "Device map: cpu, cuda, auto.")
+    allow_mismatch: bool = option(False, "Accept models with other weights than the fuser's.")

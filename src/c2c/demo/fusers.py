@@ -1,0 +1,149 @@
+"""The fusers that the demo offers, read from their configs alone so that the page need not wait for torch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from c2c.errors import FuserError
+from c2c.hub_aliases import ALIASES, is_pulled
+from c2c.utils import read_json_object
+
+
+@dataclass(frozen=True)
+class FuserChoice:
+    """One fuser and the pair of models that it names.
+
+    Attributes:
+        source: its folder.
+        name: the folder's name.
+        family: of the fuser.
+        receiver: name of the model that answers.
+        sharer: name of the model that shares.
+        trained: whether it was trained.
+        score: on the dev set of its training; None where there is none.
+        answer_prefix: that it was trained with, if any.
+        given: whether the user named it.
+    """
+
+    source: str
+    name: str
+    family: str
+    receiver: str
+    sharer: str
+    trained: bool
+    score: float | None
+    answer_prefix: str
+    given: bool
+
+    @property
+    def private(self) -> bool:
+        """Whether the sharer hands over what it alone has read."""
+        return self.family == "memory"
+
+    @property
+    def pulled(self) -> bool:
+        """Whether both models are on this machine; names that are no alias are taken to be."""
+        return all(is_pulled(name) for name in (self.receiver, self.sharer) if name in ALIASES)
+
+    @property
+    def label(self) -> str:
+        """The text of its entry in the page's list."""
+        return f"{self.name} ({self.family}{'' if self.trained else ', untrained: it adds nothing'})"
+
+
+def find_fusers(given: Sequence[str]) -> list[FuserChoice]:
+    """Return the fusers that the user named, then those of the zoo, each once.
+
+    Raises:
+        FuserError: a folder that is no fuser of one pair, or nothing was found at all.
+    """
+    found: dict[Path, FuserChoice] = {}
+    for source in given:
+        choice = read_choice(_folder(source), given=True)
+        found.setdefault(Path(choice.source).resolve(), choice)
+    for folder in _shipped():
+        found.setdefault(folder.resolve(), read_choice(folder))
+    if not found:
+        raise FuserError(
+            "no fuser to show: there is no zoo/ here, and none was given. Pass --fuser FOLDER (a folder of `c2c train`,"
+            " or a hub id), or start the demo in a clone of the repository, which has one in zoo/."
+        )
+    return _with_unique_names(list(found.values()))
+
+
+def default_fuser(choices: Sequence[FuserChoice], private: bool) -> FuserChoice | None:
+    """Choose what the page starts with.
+
+    The first fuser that the user named; else a shipped one, if possible one whose models are pulled, and of those the
+    one with the best dev score.
+    """
+    fitting = [choice for choice in choices if choice.private is private]
+    named = [choice for choice in fitting if choice.given]
+    if named:
+        return named[0]
+    return max(fitting, key=lambda choice: (choice.pulled, choice.trained, choice.score or 0.0), default=None)
+
+
+def read_choice(folder: Path, given: bool = False) -> FuserChoice:
+    """Read a fuser's folder, without its weights.
+
+    Raises:
+        FuserError: it holds no fuser, or one that does not name its models.
+    """
+    if not (folder / "config.json").is_file():
+        several = sorted(part.parent.name for part in folder.glob("fuser_*/config.json"))
+        hint = f" It holds several fusers; name one of them: {', '.join(several)}." if several else ""
+        raise FuserError(f"{folder} holds no fuser: config.json is missing.{hint} Expected a folder of `c2c train`.")
+    config = read_json_object(folder / "config.json", FuserError)
+    kind = str(config.get("model_type", ""))
+    if not kind.startswith("c2c_fuser_"):
+        raise FuserError(f"{folder} is no fuser: its model_type is {kind!r}, expected 'c2c_fuser_<family>'.")
+    names = {role: (config.get(role) or {}).get("name") for role in ("receiver", "sharer")}
+    missing = [role for role, name in names.items() if not name]
+    if missing:
+        raise FuserError(f"{folder} does not say which {' and '.join(missing)} it was made for; it can't be loaded.")
+    training = config.get("training") or {}
+    return FuserChoice(
+        source=str(folder),
+        name=folder.resolve().name,
+        family=kind.removeprefix("c2c_fuser_"),
+        receiver=str(names["receiver"]),
+        sharer=str(names["sharer"]),
+        trained=bool(config.get("training")),
+        score=(training.get("dev") or {}).get("value"),
+        answer_prefix="The answer is" if _trained_on_letters(training) else "",
+        given=given,
+    )
+
+
+def _shipped() -> list[Path]:
+    """Return the folders of the zoo, here or in the clone that the package is installed from."""
+    places = (Path("zoo"), Path(__file__).resolve().parents[3] / "zoo")
+    return [path.parent for place in places for path in sorted(place.glob("*/config.json"))]
+
+
+def _folder(source: str) -> Path:
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path
+    from c2c.fusers.base import resolve  # a hub id; imports torch
+
+    return resolve(source)
+
+
+def _trained_on_letters(training: dict[str, Any]) -> bool:
+    sources = (training.get("config") or {}).get("train") or []
+    return any(part.get("form") == "letter" and part.get("kind") == "multiple_choice" for part in sources)
+
+
+def _with_unique_names(choices: list[FuserChoice]) -> list[FuserChoice]:
+    """Add the parent's name where several folders have one name, such as ``best``."""
+    counts = Counter(choice.name for choice in choices)
+    return [
+        replace(choice, name="/".join(Path(choice.source).resolve().parts[-2:])) if counts[choice.name] > 1 else choice
+        for choice in choices
+    ]

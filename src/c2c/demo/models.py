@@ -1,0 +1,80 @@
+"""Models of the demo: loaded on demand, one pair at a time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Lock
+from typing import TYPE_CHECKING, Any
+
+from c2c.demo.fusers import FuserChoice
+from c2c.errors import C2CError, ModelLoadError
+
+if TYPE_CHECKING:
+    from c2c.model import C2CModel
+
+
+class ModelCache:
+    """Keep the two models that were used last and every fuser between them.
+
+    Args:
+        dtype: of the models' weights.
+        device_map: as in ``from_pretrained``.
+        allow_mismatch: accept models with other weights than a fuser's.
+    """
+
+    def __init__(self, dtype: Any = None, device_map: Any = None, allow_mismatch: bool = False) -> None:
+        self._load_options = {"dtype": dtype, "device_map": device_map}
+        self._allow_mismatch = allow_mismatch
+        self._lock = Lock()
+        self._models: dict[tuple[str, str], Any] = {}
+        self._pairs: dict[str, C2CModel] = {}
+        self._seconds: dict[str, float] = {}
+
+    @contextmanager
+    def use(self, choice: FuserChoice) -> Iterator[C2CModel]:
+        """Load a pair where it is not loaded, and hold it: other users wait.
+
+        Gradio's queue runs one event at a time, but gives way to the next before a cancelled one has ended.
+
+        Raises:
+            C2CError: the pair can't be loaded; the next use tries again.
+        """
+        with self._lock:
+            if choice.source not in self._pairs:
+                self._load(choice)
+            yield self._pairs[choice.source]
+
+    def seconds(self, choice: FuserChoice) -> float | None:
+        """Return how long a pair took to load; None where it is not loaded."""
+        return self._seconds.get(choice.source)
+
+    def _load(self, choice: FuserChoice) -> None:
+        began = time.perf_counter()
+        try:
+            self._pairs[choice.source] = self._load_pair(choice)
+        except C2CError:
+            raise
+        except Exception as error:  # whatever it is, the page must show it and go on
+            raise ModelLoadError(f"{type(error).__name__}: {error}") from error
+        self._seconds[choice.source] = time.perf_counter() - began
+
+    def _load_pair(self, choice: FuserChoice) -> C2CModel:
+        from c2c.language_model import Receiver, Sharer
+        from c2c.model import C2CModel
+
+        ours, theirs = ("receiver", choice.receiver), ("sharer", choice.sharer)
+        if set(self._models) - {ours, theirs}:  # two pairs may not fit into memory
+            self._models = {key: model for key, model in self._models.items() if key in (ours, theirs)}
+            self._pairs.clear()
+            self._seconds.clear()
+        for (role, name), kind in ((ours, Receiver), (theirs, Sharer)):
+            if (role, name) not in self._models:
+                self._models[role, name] = kind.from_pretrained(name, **self._load_options)
+        return C2CModel.from_pretrained(
+            choice.source,
+            receiver=self._models[ours],
+            sharer=self._models[theirs],
+            allow_mismatch=self._allow_mismatch,
+        )

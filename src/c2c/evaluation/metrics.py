@@ -1,0 +1,102 @@
+"""Scores of generated answers: the chosen letter; token F1, exact match and containment of the references.
+
+F1 and exact match are SQuAD's (Rajpurkar et al. 2016, arXiv:1606.05250); they punish a right answer in a whole
+sentence. Containment does not, and rewards long answers.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections import Counter
+from collections.abc import Sequence
+
+from c2c.data.config import LETTERS
+
+_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+_PHRASES = [
+    re.compile(pattern, re.IGNORECASE)
+    for pattern in (
+        r"correct\s+answer\s+is\s*:?",
+        r"correct\s+answer\s*:",
+        r"answer\s+is\s*:?",
+        r"answer\s*:",
+        r"correct\s+(?:option|choice)\s+is\s*:?",
+        r"(?:option|choice)\s*:",
+        r"(?:option|choice)\s",
+        r"答案(?:是|为)?\s*[::]?",
+        r"jibu\s*(?:ni|sahihi)?\s*:?",
+    )
+]
+
+
+def read_letter(text: str, options: int) -> int | None:
+    """Return the index of the option that a generated text chooses, or None where it names none.
+
+    In the order of the published evaluation: an answer phrase, a lone letter at the end or before punctuation, any
+    lone letter. Unlike there, the letters are the item's own (E and further too), and "a" as a word is no answer.
+
+    Args:
+        text: the generated answer.
+        options: number of options of the item.
+    """
+    letters = LETTERS[:options]
+    for phrase in _PHRASES:
+        for match in phrase.finditer(text):
+            rest = text[match.end() :].split("\n", 1)[0]
+            found = re.search(rf"(?<![A-Za-z])([{letters}])(?![A-Za-z])", rest)
+            if found:
+                return letters.index(found.group(1))
+    for pattern in (
+        rf"(?<![A-Za-z])([{letters}])(?=[.):,\]]|\s*$)",
+        rf"(?<![A-Za-z])([{letters}])(?![A-Za-z'’])",
+    ):
+        lone = [match for match in re.finditer(pattern, text) if not _is_article(text, match)]
+        if lone:
+            return letters.index(lone[-1].group(1))
+    lower = re.fullmatch(rf"\W*([{letters.lower()}])\W*", text)
+    return letters.lower().index(lower.group(1)) if lower else None
+
+
+def f1(text: str, references: Sequence[str]) -> float:
+    """Return the best overlap of words with a reference, 0 to 1: harmonic mean of precision and recall."""
+    return max(_overlap(words(text), words(reference)) for reference in references)
+
+
+def exact(text: str, references: Sequence[str]) -> float:
+    """Return 1 if the answer is a reference but for case, punctuation and articles; a number if it is the last one."""
+    if all(_NUMBER.fullmatch(reference.strip()) for reference in references):
+        found = _NUMBER.findall(text)
+        return float(bool(found) and any(_value(found[-1]) == _value(reference) for reference in references))
+    return float(any(words(text) == words(reference) for reference in references))
+
+
+def contains(text: str, references: Sequence[str]) -> float:
+    """Return 1 if the words of a reference stand in a row in the answer; of numbers, if any in the answer is one."""
+    if all(_NUMBER.fullmatch(reference.strip()) for reference in references):
+        found = {_value(number) for number in _NUMBER.findall(text)}
+        return float(any(_value(reference) in found for reference in references))
+    answer = f" {' '.join(words(text))} "
+    return float(any(f" {' '.join(words(reference))} " in answer for reference in references))
+
+
+def words(text: str) -> list[str]:
+    """Return lower-case words without punctuation and articles."""
+    bare = "".join(" " if character in string.punctuation else character for character in text.lower())
+    return [word for word in bare.split() if word not in ("a", "an", "the")]
+
+
+def _is_article(text: str, match: re.Match[str]) -> bool:
+    """Whether an A opens a phrase ("A lamp")."""
+    return match.group(1) == "A" and re.match(r"\s+[a-z]", text[match.end() :]) is not None
+
+
+def _overlap(ours: Sequence[str], theirs: Sequence[str]) -> float:
+    if not ours or not theirs:
+        return float(ours == theirs)
+    common = sum((Counter(ours) & Counter(theirs)).values())
+    return 2 * common / (len(ours) + len(theirs))
+
+
+def _value(number: str) -> float:
+    return float(number.replace(",", ""))

@@ -1,0 +1,117 @@
+"""Name systems, differences and data in a report, and shorten paths of the machine that measured them."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterable
+
+POOLED = "all questions"
+
+# Systems in the order of the tables, each with what it is; a system that is not here comes after these.
+SYSTEMS: dict[str, str] = {
+    "receiver": "the receiver alone",
+    "sharer": "the sharer alone",
+    "matched": "the receiver with the sharer's cache of the same question, through the fuser",
+    "deranged": "the same fuser with the sharer's cache of another question",
+    "zero": "the same fuser with a sharer cache of zeros",
+    "untrained": "a fuser that was not trained",
+    "text": "text-to-text: the sharer answers briefly in words, the receiver reads that and answers",
+    "text_published": "text-to-text with the published prompt, in which the sharer must not name the answer",
+    "adapter": "the receiver with a LoRA adapter trained on the same rows, without a sharer",
+    "router": "each question goes to the sharer or to the receiver, chosen by its words",
+    "abstain": "matched where it is surer than the receiver alone, else the receiver",
+    "reader": "the receiver with the passage in its own prompt",
+    "summary_50": "the receiver with the sharer's summary of the passage, at most 50 tokens",
+    "summary_100": "the same, at most 100 tokens",
+    "summary_200": "the same, at most 200 tokens",
+    "draft": "matched, where the sharer drafts an answer first, whose cache is fused too",
+    "draft_deranged": "the same with passage and draft of another question",
+    "draft_text": "the receiver reads the sharer's draft as text",
+    "linear": "a linear fuser, fitted in closed form",
+    "self": "a fuser that reads the receiver's own cache",
+}
+# Differences between two systems, by their letter.
+DIFFERENCES: dict[str, tuple[str, str]] = {
+    "G": ("matched", "receiver"),
+    "P": ("matched", "deranged"),
+    "S": ("matched", "sharer"),
+    "T": ("matched", "text"),
+    "A": ("matched", "adapter"),
+    "Z": ("matched", "zero"),
+    "D": ("deranged", "receiver"),
+}
+# Changes of single answers from the receiver alone to matched.
+CHANGES = ("mended", "spoiled", "gap_recovered")
+# Parts of the seconds, in the order in which they pass.
+STAGES = ("sharer_prefill", "sharer_decode", "receiver_prefill", "fuse", "decode")
+COSTS = ("seconds", "first_token", *STAGES, "tokens", "bytes", "memory")
+
+_TASKS = {
+    "arc_challenge": "ARC-Challenge",
+    "arc_easy": "ARC-Easy",
+    "ceval": "C-Eval",
+    "gsm8k": "GSM8K",
+    "hotpotqa": "HotpotQA",
+    "mmlu": "MMLU",
+    "mmlu_redux": "MMLU-Redux",
+    "openbookqa": "OpenBookQA",
+    "squad": "SQuAD",
+}
+
+
+def in_order(names: Iterable[str], known: Iterable[str]) -> list[str]:
+    """Sort names in the known order, unknown ones after them by the alphabet."""
+    rank = {name: position for position, name in enumerate(known)}
+    return sorted(set(names), key=lambda name: (rank.get(name, len(rank)), name))
+
+
+def spaced(name: str) -> str:
+    """Write the name of a system or field with spaces."""
+    return name.replace("_", " ")
+
+
+def task_titles(sources: Iterable[str]) -> dict[str, str]:
+    """Map data files to short titles; a title that several files share stays the whole name."""
+    short = {source: task_title(source) for source in sources}
+    titles = list(short.values())
+    return {source: title if titles.count(title) == 1 else source for source, title in short.items()}
+
+
+def task_title(source: str) -> str:
+    """Shorten the name of a data file: ``arc_easy/test.jsonl (8 options)`` is ``ARC-Easy (8 options)``."""
+    match = re.fullmatch(r"(?P<path>.+?)\.jsonl?(?P<options> \(.*\))?", source, flags=re.DOTALL)
+    if match is None:
+        return short_path(source)
+    *folders, name = re.split(r"[/\\]", short_path(match["path"], 2))
+    folder, options = folders[-1] if folders else "", match["options"] or ""
+    if folder and name == "test":
+        return _TASKS.get(folder, folder) + options
+    if folder in _TASKS:
+        return f"{_TASKS[folder]} {name}{options}"
+    return _TASKS.get(name, f"{folder}/{name}" if folder else name) + options
+
+
+def short_path(path: str, parts: int = 1) -> str:
+    """Shorten a path that starts at a machine's root or home to its last ``parts`` names; others stay as they are."""
+    if not re.match(r"[/~]|[A-Za-z]:[/\\]", path):
+        return path
+    inside = re.sub(
+        r"^(~[^/\\]*|/root|/home/[^/]+|/Users/[^/]+|[A-Za-z]:([/\\]Users[/\\][^/\\]+)?)(?=[/\\]|$)", "", path
+    )
+    return "/".join([name for name in re.split(r"[/\\]", inside) if name][-parts:]) or "home"
+
+
+def short_command(command: str) -> str:
+    """Shorten all paths of a command line, so that it shows no folders of a machine."""
+    try:
+        words = shlex.split(command)
+    except ValueError:  # an open quote
+        words = command.split()
+    return shlex.join(_short_word(word) for word in words)
+
+
+def _short_word(word: str) -> str:
+    option, equals, path = word.rpartition("=")
+    short = short_path(path, 2)
+    return option + equals + (path if short == path else f".../{short}")

@@ -1,0 +1,167 @@
+"""Render a report as Markdown, as one HTML page and as the table of a README, and write or check its files."""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections.abc import Mapping, Sequence
+from difflib import unified_diff
+from itertools import islice
+from os.path import relpath
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+
+from c2c.report.evaluations import Evaluation
+from c2c.report.load import ReportError
+from c2c.report.names import SYSTEMS, in_order, spaced
+from c2c.report.plots import draw_plots
+from c2c.report.tables import LEGEND, readme_table, result_tables, summary_table
+from c2c.utils import write_text
+
+_BEGIN, _END = "<!-- results -->", "<!-- /results -->"
+_DIFF_LINES = 12
+
+
+def make_files(
+    evaluations: Sequence[Evaluation],
+    title: str,
+    *,
+    html: Path | None = None,
+    markdown: Path | None = None,
+    plots: Path | None = None,
+    readme: Path | None = None,
+) -> dict[Path, str]:
+    """Make the text of every file that is asked for.
+
+    Args:
+        evaluations: what to report, at least one.
+        title: heading.
+        html: where the page goes.
+        markdown: where the Markdown goes.
+        plots: folder of the plots, which the Markdown then shows.
+        readme: a file with lines ``<!-- results -->`` and ``<!-- /results -->``, between which the table goes.
+
+    Raises:
+        ReportError: the readme can't be read, or has not each of the marks once.
+    """
+    files: dict[Path, str] = {}
+    drawn = draw_plots(evaluations) if html is not None or plots is not None else {}
+    if readme is not None:
+        files[readme] = _fill_readme(readme, _render("summary.md", summary=readme_table(evaluations)))
+    if html is not None:
+        images = {_data_address(svg): caption for caption, svg in drawn.values()}
+        files[html] = _report("report.html", evaluations, title, images)
+    images = {}
+    if plots is not None:
+        files |= {plots / f"{name}.svg": svg for name, (_, svg) in drawn.items()}
+        folder = quote(Path(relpath(plots, (markdown or plots).parent)).as_posix())
+        images = {f"{folder}/{name}.svg": caption for name, (caption, _) in drawn.items()}
+    if markdown is not None:
+        files[markdown] = _report("report.md", evaluations, title, images)
+    return files
+
+
+def report_markdown(evaluations: Sequence[Evaluation], title: str) -> str:
+    """Render the whole report without plots."""
+    return _report("report.md", evaluations, title, {})
+
+
+def summary_markdown(evaluations: Sequence[Evaluation]) -> str:
+    """Render the table with a row for each evaluation, and its legend."""
+    return _render("summary.md", summary=summary_table(evaluations))
+
+
+def write_files(files: Mapping[Path, str]) -> None:
+    """Write every file, whole or not at all.
+
+    Raises:
+        ReportError: one can't be written.
+    """
+    for path, text in files.items():
+        try:
+            write_text(path, text)
+        except OSError as error:
+            raise ReportError(f"{path} can't be written: {error}.") from error
+
+
+def check_files(files: Mapping[Path, str], command: str) -> None:
+    """Compare the files that are there with those that would be written; of plots only which there are.
+
+    Args:
+        files: what would be written.
+        command: what writes them.
+
+    Raises:
+        ReportError: a file is missing or differs, or a plot is there that would not be written.
+    """
+    found = {path: path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None for path in files}
+    stale = [path for path, text in found.items() if text is None or (path.suffix != ".svg" and text != files[path])]
+    folders = {path.parent for path in files if path.suffix == ".svg"}
+    extra = sorted(path for folder in folders for path in folder.glob("*.svg") if path not in files)
+    if extra:
+        raise ReportError(f"{', '.join(map(str, extra))} are no plots of these results: delete them.")
+    if stale:
+        names = ", ".join(map(str, stale))
+        raise ReportError(f"{names}: not what the results say. Run: {command}{_diff(found[stale[0]], files[stale[0]])}")
+
+
+def _diff(found: str | None, expected: str) -> str:
+    if found is None:
+        return " (there is no such file yet)"
+    lines = unified_diff(found.splitlines(), expected.splitlines(), "found", "expected", lineterm="", n=0)
+    return "\n" + "\n".join(line[:200] for line in islice(lines, _DIFF_LINES))
+
+
+def _report(template: str, evaluations: Sequence[Evaluation], title: str, images: Mapping[str, str]) -> str:
+    systems = in_order({name for one in evaluations for name in one.systems}, SYSTEMS)
+    return _render(
+        template,
+        title=title,
+        systems={spaced(name): SYSTEMS[name] for name in systems if name in SYSTEMS},
+        summary=summary_table(evaluations),
+        images=images,
+        evaluations=evaluations,
+        result_tables=result_tables,
+    )
+
+
+def _render(template: str, **values: Any) -> str:
+    """Fill a template; values are escaped for HTML by the environment, for Markdown by the filter ``md``."""
+    environment = Environment(
+        loader=PackageLoader("c2c.report"),
+        autoescape=select_autoescape(["html"]),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["md"] = escape_markdown
+    return environment.get_template(template).render(values, legend=LEGEND)
+
+
+def escape_markdown(text: str) -> str:
+    """Escape a text so that Markdown shows it as it is, on one line and inside a table."""
+    text = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;")
+    return re.sub(r"[\\`*|~$\[\]]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", text)
+
+
+def _data_address(svg: str) -> str:
+    return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
+
+
+def _fill_readme(path: Path, table: str) -> str:
+    """Return the text of a file with the table between its marks."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ReportError(f"{path} can't be read: {error}.") from error
+    before, begin, rest = text.partition(_BEGIN)
+    _, end, after = rest.partition(_END)
+    if not begin or not end or text.count(_BEGIN) != 1 or text.count(_END) != 1:
+        raise ReportError(
+            f"{path} must have {_BEGIN} and {_END} once each, in this order, on lines of their own: put them where the "
+            "results belong."
+        )
+    return f"{before}{_BEGIN}\n\n{table.strip()}\n\n{_END}{after}"

@@ -1,0 +1,177 @@
+"""Make the tables of a report: a row for each evaluation, and all numbers of one evaluation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+from matplotlib.ticker import EngFormatter
+
+from c2c.report.evaluations import Evaluation, flag_losses
+from c2c.report.load import Run
+from c2c.report.names import CHANGES, COSTS, DIFFERENCES, SYSTEMS, in_order, spaced
+
+MISSING, AHEAD, LOSS = "\u2013", "\u25b2", "\u2717"
+LEGEND = (
+    "Bold: the best system. In square brackets: 95 % intervals over the questions; in round ones: lowest and highest "
+    f"of several runs, whose mean stands before. {AHEAD} better than matched. {LOSS} a loss, in any of the runs: the "
+    "interval of a difference to matched is not wholly on the better side, deranged is better than the receiver (D), "
+    f"or a system is faster than matched. {MISSING} not measured."
+)
+_SUMMARY = ("receiver", "sharer", "matched", "deranged", "text")
+# Titles of measures that say more than their name, the most important first.
+_TITLES = {
+    "score": "",
+    "exact": "exact answers, %",
+    "holds": "answers that hold a reference, %",
+    "difference": "differences",
+    "change": "changes against the receiver alone, %",
+    "mcnemar_p": "McNemar's test of mended against spoiled",
+    "seconds": "seconds of an answer",
+    "ratio": "seconds over those of matched",
+}
+_SCORES = ("score", "exact", "holds")
+_DIGITS = {"exact": 1, "holds": 1, "change": 1, "ratio": 2}
+
+
+class Cell(NamedTuple):
+    """A table entry: a number or title, interval or range, whether it is the best, a mark, an anchor to link to."""
+
+    text: str
+    detail: str = ""
+    best: bool = False
+    mark: str = ""
+    anchor: str = ""
+
+
+class Table(NamedTuple):
+    """A table whose rows stand in titled groups; the first cell of a row names it."""
+
+    caption: str
+    columns: list[str]
+    groups: list[tuple[str, list[list[Cell]]]]
+
+
+class _Numbers:
+    """Format the numbers of an evaluation, or of one of its runs, as cells."""
+
+    def __init__(self, evaluation: Evaluation, run: Run | None = None) -> None:
+        values = evaluation.values if run is None else flag_losses(run).assign(runs=1)
+        self.rows: dict[Any, Any] = dict(zip(values.index, values.itertuples(index=False), strict=True))
+        self.sign, self.runs = evaluation.runs[0].sign, 1 if run else len(evaluation.runs)
+
+    def names(self, measure: str) -> list[str]:
+        """Return the systems, letters or changes that have a measure."""
+        names = (name for _, other, name in self.rows if other == measure)
+        return in_order(names, {"difference": DIFFERENCES, "change": CHANGES}.get(measure, SYSTEMS))
+
+    def size(self, task: str) -> str:
+        """Return the number of questions, a range where runs differ."""
+        row = self.rows.get((task, "n", ""))
+        return MISSING if row is None else " to ".join(dict.fromkeys(f"{n:,.0f}" for n in (row.low, row.high)))
+
+    def cell(self, task: str, measure: str, name: str, among: Iterable[str] = ()) -> Cell:
+        """Return a number with its interval or range, and its marks; ``among`` are the systems to be best of."""
+        row = self.rows.get((task, measure, name))
+        if row is None:
+            return Cell(MISSING)
+        text = "+" * (measure == "difference" and row.value >= 0) + self._text(measure, row.value)
+        detail = "" if math.isnan(row.low) else self._bounds(measure, row)
+        if measure not in _SCORES:
+            return Cell(text, detail, mark=LOSS if row.loss else "")
+        found = (self.rows.get((task, measure, other)) for other in ("matched", *among))
+        matched, *others = (row if other is None else other for other in found)
+        best = all(row.value * self.sign >= other.value * self.sign for other in others)
+        return Cell(text, detail, best, AHEAD if row.value * self.sign > matched.value * self.sign else "")
+
+    def _bounds(self, measure: str, row: Any) -> str:
+        """Write the 95 % interval of one run, or the lowest and highest of several and how many have the number."""
+        low, high = (self._text(measure, value) for value in (row.low, row.high))
+        if self.runs == 1:
+            return f"[{low}, {high}]"
+        if row.runs < self.runs:
+            return f"({row.runs} of {self.runs} runs)"
+        return f"({low} to {high})" if low != high else ""  # the models alone are the same in every run
+
+    def _text(self, measure: str, value: float) -> str:
+        if measure in ("bytes", "memory"):
+            return EngFormatter(unit="B", places=1)(value)
+        digits = _DIGITS.get(measure, 3 if self.sign < 0 else 1)
+        if measure in ("score", "difference", *_DIGITS):
+            return f"{round(value, digits) + 0.0:.{digits}f}"  # without a negative zero
+        return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
+def summary_table(evaluations: Sequence[Evaluation]) -> Table:
+    """Make a row for each evaluation, over all its data."""
+    return _summary([(one.title, one, one) for one in evaluations], ("G", "P", "S", "T", "A"))
+
+
+def readme_table(evaluations: Sequence[Evaluation]) -> Table:
+    """Make a row for each pair and task family, from the evaluation with the most questions.
+
+    Where another evaluation of the family measured text-to-text, its numbers stand there with their n.
+    """
+    families: dict[Any, list[Evaluation]] = {}
+    for one in sorted(evaluations, key=lambda one: (-one.n, -len(one.tasks))):
+        run, task = one.runs[0], one.tasks[0].partition(" (")[0]
+        families.setdefault((one.pair, run.unit, run.mode, run.kind, task), []).append(one)
+    rows = []
+    for family in sorted(families.values(), key=lambda family: evaluations.index(family[0])):
+        text = next((one for one in family if "text" in one.systems), family[0])
+        rows.append((family[0].data, family[0], text))
+    return _summary(rows, ("P",))
+
+
+def _summary(rows: Iterable[tuple[str, Evaluation, Evaluation]], letters: Sequence[str]) -> Table:
+    """Make a row of a title, an evaluation, and the evaluation whose text-to-text is shown beside it."""
+    groups: dict[str, list[list[Cell]]] = {}
+    for title, shown, other in rows:
+        numbers, texts, task, text_task = _Numbers(shown), _Numbers(other), shown.tasks[-1], other.tasks[-1]
+        unit = "" if shown.runs[0].unit == "percent" else f" ({shown.metric})"
+        text = texts.cell(text_task, "score", "text", _SUMMARY)
+        seconds = [texts.cell(text_task, "seconds", system).text for system in ("text", "matched")]
+        ratio = texts.cell(text_task, "ratio", "text")
+        groups.setdefault(shown.pair, []).append([
+            Cell(title + unit, anchor=shown.anchor),
+            Cell(numbers.size(task), f"({numbers.runs} runs)" * (numbers.runs > 1)),
+            *(numbers.cell(task, "score", system, _SUMMARY)._replace(detail="") for system in _SUMMARY[:-1]),
+            *(numbers.cell(task, "difference", letter) for letter in letters),
+            text._replace(detail="" if other is shown else f"(n {texts.size(text_task)})"),
+            Cell(MISSING if MISSING in seconds else " / ".join(seconds), mark=ratio.mark),
+        ])  # fmt: skip
+    return Table(
+        "Summary", ["data", "n", *_SUMMARY[:-1], *letters, "text", "seconds, text / matched"], [*groups.items()]
+    )
+
+
+def result_tables(evaluation: Evaluation, run: Run | None = None) -> list[Table]:
+    """Make a table of all numbers and one of further costs, with a column for each task; of one run if given."""
+    numbers, runs = _Numbers(evaluation, run), len(evaluation.runs)
+    caption = run.title if run else f"Mean of {runs} runs" if runs > 1 else evaluation.runs[0].title
+    further = in_order({measure for _, measure, _ in numbers.rows} - {"n", *_TITLES}, COSTS)
+    parts = {caption: list(_TITLES), "Costs of an answer, of those that were answered one by one (timed)": further}
+    columns = [evaluation.metric, *(f"{task}, n {numbers.size(task)}" for task in evaluation.tasks)]
+    return [
+        Table(title, columns, _groups(numbers, measures, evaluation.tasks))
+        for title, measures in parts.items()
+        if measures
+    ]
+
+
+def _groups(numbers: _Numbers, measures: Iterable[str], tasks: Sequence[str]) -> list[tuple[str, list[list[Cell]]]]:
+    """Make a group for each measure, with a row for each system, letter or change."""
+    groups = []
+    for measure in measures:
+        names = numbers.names(measure)
+        rows = [
+            [Cell(_title(name or "p")), *(numbers.cell(task, measure, name, names) for task in tasks)] for name in names
+        ]
+        groups += [(_TITLES.get(measure, spaced(measure)), rows)] if rows else []
+    return groups
+
+
+def _title(name: str) -> str:
+    """Write out the name of a system, or a letter as ``P = matched - deranged``."""
+    return f"{name} = {' - '.join(DIFFERENCES[name])}" if name in DIFFERENCES else spaced(name)

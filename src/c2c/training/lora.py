@@ -1,0 +1,162 @@
+"""The control of a fuser: a LoRA adapter of equal size in the receiver alone, trained on the same rows.
+
+The rows, their order, the batches and the loss weights are those of the fuser's run. An adapter changes every layer,
+so that no prefill can be stored: each step runs the receiver over whole sequences.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import set_seed
+
+from c2c.alignment import Aligner, SpanAligner
+from c2c.config import ConfigError
+from c2c.fusers import family
+from c2c.language_model import LanguageModel, Receiver, Sharer
+from c2c.layer_map import layer_map
+from c2c.prefill import logits_after
+from c2c.systems.lora import nearest_rank, new_adapter, restore_adapter, save_adapter, trainable
+from c2c.tokens import TokenBatch, left_pad
+from c2c.training.config import TrainConfig
+from c2c.training.examples import Example
+from c2c.training.objective import Batch, Message, Objective, targets
+
+log = logging.getLogger("c2c.training")
+
+
+@dataclass(frozen=True)
+class TokenizerPair:
+    """A pair of which only the receiver runs, to build the fuser's examples with."""
+
+    receiver: LanguageModel
+    sharers: Sequence[LanguageModel]
+    aligner: Aligner
+    private: Sequence[int] = ()
+
+
+@dataclass(frozen=True)
+class AdapterBatch(Batch):
+    """Examples with the receiver's prompts, left-padded."""
+
+    prompt: TokenBatch
+
+
+class AdapterObjective(Objective):
+    """The receiver with its adapter.
+
+    Args:
+        adapter: from :func:`~c2c.systems.lora.new_adapter`.
+        receiver: the model that it is in.
+        matched: the fuser whose size it has: ``family`` and ``parameters``.
+    """
+
+    kind = "adapter"
+    has_sharer = False
+
+    def __init__(self, adapter: Any, receiver: LanguageModel, matched: dict[str, Any] | None = None) -> None:
+        super().__init__()
+        self.adapter, self.matched = adapter.eval(), matched or {}
+        self.receiver = receiver
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the receiver."""
+        return self.receiver.device
+
+    def train(self, mode: bool = True) -> AdapterObjective:
+        """Record the mode; the receiver stays in ``eval()`` as it does beside a fuser."""
+        self.training = mode
+        return self
+
+    def collate(self, examples: Sequence[Example]) -> AdapterBatch:
+        """Pad."""
+        prompt = left_pad([example.receiver_ids for example in examples], 0)
+        return AdapterBatch(**targets(examples, self.device), prompt=prompt.to(self.device))
+
+    def logits(self, batch: AdapterBatch, message: Message = "matched", width: int | None = None) -> Tensor:
+        """Compute logits of the response tokens, ``[batch, response, vocab]``; ``none`` turns the adapter off."""
+        responses = batch.responses[:, :width]
+        prompt, read = batch.prompt, responses[:, :-1]
+        padded = prompt.padded or bool((read == -100).any())
+        after = prompt.positions[:, -1:] + 1 + torch.arange(read.shape[1], device=read.device)
+        with self.adapter.disable_adapter() if message == "none" else contextlib.nullcontext():
+            return logits_after(
+                self.adapter.get_base_model(),
+                torch.cat([prompt.ids, read.clamp_min(0)], dim=1),
+                torch.cat([prompt.mask, read != -100], dim=1) if padded else None,
+                torch.cat([prompt.positions, after], dim=1),
+                None,
+                keep=responses.shape[1],
+            )
+
+    def micro_batches(self, examples: Sequence[Example]) -> list[Sequence[Example]]:
+        """Split a batch by length; on a CPU into small parts, which need little padding and memory."""
+        size = len(examples)
+        if self.device.type == "cpu":
+            size = 1 if self.precision == "float32" else 4
+        ordered = sorted(examples, key=lambda example: len(example.receiver_ids) + len(example.response_ids))
+        return [ordered[start : start + size] for start in range(0, len(ordered), size)]
+
+    def summary(self) -> dict[str, Any]:
+        """Return rank and size of the adapter, and the fuser that it matches."""
+        rank = next(iter(self.adapter.peft_config.values())).r
+        size = sum(parameter.numel() for parameter in trainable(self.adapter))
+        return {"rank": rank, "parameters": size, "matched": self.matched}
+
+    def save(self, folder: Path, record: dict[str, Any] | None = None) -> None:
+        """Write the adapter."""
+        facts = None if record is None else {"matched": self.matched, "training": record}
+        save_adapter(self.adapter, self.receiver, folder, facts)
+
+    def load(self, folder: Path) -> None:
+        """Read the adapter's weights."""
+        restore_adapter(self.adapter, folder)
+
+
+def load_adapter_pair(config: TrainConfig) -> TokenizerPair:
+    """Load the receiver, and of the sharer the tokenizer and geometry, without its weights in memory."""
+    receiver = Receiver.from_pretrained(config.receiver, dtype=config.dtype, device_map=config.device_map)
+    if config.sharer.endswith(".gguf"):
+        sharer = Sharer.from_pretrained(config.sharer)
+        sharer.release()
+    else:
+        sharer = Sharer.from_pretrained(config.sharer, device_map="meta")
+    return TokenizerPair(receiver, [sharer], SpanAligner(cue=config.sharer_cue))
+
+
+def make_adapter_objective(config: TrainConfig, pair: TokenizerPair) -> AdapterObjective:
+    """Add an adapter of the fuser's size to the receiver.
+
+    Raises:
+        ConfigError: the fuser is of private context. AdapterError: an impossible rank; ``peft`` is missing.
+    """
+    receiver = pair.receiver
+    size = _fuser_size(config, receiver, pair.sharers[0])
+    rank = nearest_rank(receiver.model, size) if config.adapter_rank is None else config.adapter_rank
+    set_seed(config.seed)
+    matched = {"family": config.adapter_of, "parameters": size}
+    objective = AdapterObjective(new_adapter(receiver, rank), receiver, matched)
+    log.info("adapter: %s", objective.summary())
+    return objective
+
+
+def _fuser_size(config: TrainConfig, receiver: LanguageModel, sharer: LanguageModel) -> int:
+    """Count the parameters of the fuser of a configuration, ``adapter_of`` being its family."""
+    kind = family(config.adapter_of)
+    if kind.context != "shared":
+        raise ConfigError(
+            f"adapter_of is {config.adapter_of!r}, a fuser of private context; there is no control for it, since its "
+            "receiver has not read what an adapter would learn from."
+        )
+    layers = layer_map(config.layer_map, receiver.geometry.layers, sharer.geometry.layers)
+    with torch.device("meta"):
+        fuser = kind.from_geometry(sharer.geometry, receiver.geometry, layers, **config.fuser_options)
+    return sum(parameter.numel() for parameter in fuser.parameters())

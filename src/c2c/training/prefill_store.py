@@ -1,0 +1,274 @@
+"""The prefill store: the KV caches of prompts, computed once and reused across epochs, seeds and fusers.
+
+Both models are frozen, so the prefill of a prompt never changes. An entry's key is a hash of the model's identity and
+the token ids, so a stale entry cannot be found. One file per prompt, written whole or not at all: a killed run loses at
+most the prompts under way. What is stored is as confidential as the prompts: only its owner can read it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import Cache, DynamicCache
+
+from c2c import kv_cache
+from c2c.language_model import LanguageModel
+from c2c.prefill import prefill
+from c2c.tokens import left_pad
+from c2c.utils import save_atomically
+
+_RECORDS = 16  # prompts at a time
+
+
+@dataclass(frozen=True)
+class PromptCache:
+    """One model's cache of one prompt.
+
+    Attributes:
+        layers: keys and values of the stored layers, each ``[1, kv_heads, tokens, head_dim]``, bfloat16.
+    """
+
+    layers: dict[int, kv_cache.KeyValue]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(keys.nbytes + values.nbytes for keys, values in self.layers.values())
+
+    def first(self, tokens: int) -> PromptCache:
+        """Return the cache of the first tokens, as views."""
+        return PromptCache({i: (k[:, :, :tokens], v[:, :, :tokens]) for i, (k, v) in self.layers.items()})
+
+
+class PrefillStore:
+    """Prompt caches of one model, in memory or on disk, within a budget.
+
+    Args:
+        model: the frozen model.
+        layers: the layers to keep.
+        folder: folder of the files; None for memory.
+        budget: at most so many bytes; what does not fit is computed again at each use.
+        batch: prompts per prefill.
+        writers: how many processes fill the same folder; each gets an equal part of the rest of the budget.
+
+    Attributes:
+        computed: prompts that were prefilled.
+        used: bytes stored.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        layers: Sequence[int],
+        *,
+        folder: Path | None = None,
+        budget: int = 8 * 10**9,
+        batch: int = 4,
+        writers: int = 1,
+    ) -> None:
+        self.model, self.kept, self.batch = model, sorted(set(layers)), batch
+        self._memory: dict[str, PromptCache] = {}
+        identity = model.identity.to_dict()
+        for informative in ("name", "revision"):  # the same model under another path is the same model
+            identity.pop(informative)
+        identity["dtype"] = str(model.dtype)
+        self._identity = json.dumps(identity, sort_keys=True)
+        self.folder = None if folder is None else folder / _digest(self._identity)[:16]
+        if folder is not None and self.folder is not None:
+            for path in (folder, self.folder):
+                path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.used = sum(p.stat().st_size for p in self.folder.glob("*.safetensors")) if self.folder else 0
+        self.budget = self.used + max(0, budget - self.used) // writers
+        self.computed = 0
+
+    def key(self, ids: Sequence[int]) -> str:
+        """Hash model and tokens."""
+        return _digest(self._identity + json.dumps(list(ids)))
+
+    def __contains__(self, ids: Sequence[int]) -> bool:
+        key = self.key(ids)
+        path = self._path(key)
+        if path is None or not path.exists():
+            return key in self._memory
+        with safe_open(path, framework="pt") as file:
+            return self._complete(file.keys())
+
+    def get(self, prompts: Sequence[Sequence[int]]) -> list[PromptCache]:
+        """Return the caches of these prompts; missing ones are computed, equal ones once."""
+        keys = [self.key(ids) for ids in prompts]
+        found: dict[str, PromptCache | None] = {key: self._read(key) for key in dict.fromkeys(keys)}
+        missing = {key: ids for key, ids in zip(keys, prompts, strict=True) if found[key] is None}
+        order = list(missing)
+        for start in range(0, len(order), self.batch):
+            part = order[start : start + self.batch]
+            found |= dict(zip(part, self._compute([missing[key] for key in part]), strict=True))
+        return [entry for entry in (found[key] for key in keys) if entry is not None]
+
+    def fill(self, prompts: Sequence[Sequence[int]], progress: Callable[[int, int], None] | None = None) -> None:
+        """Compute the missing prompts, short ones first, until the budget is used up.
+
+        Prompts of similar length are prefilled together, so that little of the work goes into padding.
+
+        Args:
+            prompts: token ids.
+            progress: called with the tokens done and those to do, which the time left can be estimated from.
+        """
+        unique = {self.key(ids): ids for ids in prompts if ids not in self}
+        order = sorted(unique.values(), key=len)
+        done, total = 0, sum(map(len, order))
+        for start in range(0, len(order), self.batch):
+            part = order[start : start + self.batch]
+            self.get(part)
+            done += sum(map(len, part))
+            if progress is not None:
+                progress(done, total)
+            if part[-1] not in self:  # nor would the longer ones that follow fit
+                return
+
+    def put(self, prompts: Sequence[Sequence[int]], cache: Cache, first: Sequence[int]) -> None:
+        """Store entries that were computed elsewhere, such as by ``generate``.
+
+        Args:
+            prompts: token ids, one row of the cache each; a prompt that the cache does not cover to its end is skipped.
+            cache: of the model, all layers.
+            first: column of each prompt's first token.
+        """
+        length = kv_cache.length(cache)
+        for row, (ids, start) in enumerate(zip(prompts, first, strict=True)):
+            if start + len(ids) <= length and ids not in self:
+                self._write(self.key(ids), self._extract(cache, row, start, start + len(ids)))
+
+    def _compute(self, prompts: Sequence[Sequence[int]]) -> list[PromptCache]:
+        self.computed += len(prompts)
+        tokens = left_pad(prompts, 0)
+        cache = prefill(self.model.model, tokens.to(self.model.device), tokens.length)
+        entries = []
+        for row, ids in enumerate(prompts):
+            entries.append(self._extract(cache, row, tokens.length - len(ids), tokens.length))
+            self._write(self.key(ids), entries[-1])
+        return entries
+
+    def _extract(self, cache: Cache, row: int, start: int, stop: int) -> PromptCache:
+        """Copy the stored layers of one row's columns to the host, in bfloat16."""
+
+        def copy(x: Tensor) -> Tensor:
+            return x[row : row + 1, :, start:stop].to(device="cpu", dtype=torch.bfloat16).contiguous()
+
+        pairs = {index: kv_cache.layer(cache, index) for index in self.kept}
+        return PromptCache({index: (copy(keys), copy(values)) for index, (keys, values) in pairs.items()})
+
+    def _read(self, key: str) -> PromptCache | None:
+        path = self._path(key)
+        if path is None or not path.exists():
+            return self._memory.get(key)
+        with safe_open(path, framework="pt") as file:
+            if not self._complete(file.keys()):
+                return None
+            return PromptCache({i: (file.get_tensor(f"{i}.key"), file.get_tensor(f"{i}.value")) for i in self.kept})
+
+    def _complete(self, names: Sequence[str]) -> bool:
+        """Whether a file has all stored layers; it may have been written for another layer map."""
+        return {f"{index}.key" for index in self.kept} <= set(names)
+
+    def _write(self, key: str, entry: PromptCache) -> None:
+        if self.used + entry.nbytes > self.budget:
+            return
+        self.used += entry.nbytes
+        path = self._path(key)
+        if path is None:
+            self._memory[key] = entry
+            return
+        tensors = {f"{i}.key": keys for i, (keys, _) in entry.layers.items()}
+        tensors |= {f"{i}.value": values for i, (_, values) in entry.layers.items()}
+        save_atomically(path.parent, lambda folder: save_file(tensors, Path(folder) / path.name), private=True)
+
+    def _path(self, key: str) -> Path | None:
+        return None if self.folder is None else self.folder / f"{key}.safetensors"
+
+
+class PromptRecords:
+    """Slow results about one model's prompts, such as drafts, in a JSON file beside its prefills.
+
+    In memory where the store has no folder.
+
+    Args:
+        store: the model's store; its key tells models and prompts apart.
+        name: of the file.
+    """
+
+    def __init__(self, store: PrefillStore, name: str) -> None:
+        self._store = store
+        self._path = None if store.folder is None else Path(store.folder) / f"{name}.json"
+        self._records: dict[str, Any] = self._read()
+
+    def get(
+        self,
+        prompts: Sequence[Sequence[int]],
+        settings: Sequence[Any],
+        compute: Callable[[list[int]], Sequence[Any]],
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[Any]:
+        """Return the result of each prompt; missing ones are computed, short prompts first, and stored.
+
+        Args:
+            prompts: token ids.
+            settings: what each result depends on besides; JSON.
+            compute: computes the results of some prompts, given by index.
+            progress: called with the number done and the number to do.
+        """
+        keys = [
+            _digest(json.dumps([self._store.key(ids), setting])) for ids, setting in zip(prompts, settings, strict=True)
+        ]
+        missing = {key: index for index, key in enumerate(keys) if key not in self._records}
+        order = sorted(missing.values(), key=lambda index: len(prompts[index]))  # little padding
+        for start in range(0, len(order), _RECORDS):
+            part = order[start : start + _RECORDS]
+            self._add({keys[index]: result for index, result in zip(part, compute(part), strict=True)})
+            if progress is not None:
+                progress(start + len(part), len(order))
+        return [self._records[key] for key in keys]
+
+    def _add(self, records: Mapping[str, Any]) -> None:
+        """Store records, beside those that other processes have written meanwhile."""
+        self._records = self._read() | self._records | dict(records)
+        if self._path is not None:
+            path, text = self._path, json.dumps(self._records)
+            save_atomically(path.parent, lambda folder: (Path(folder) / path.name).write_text(text), private=True)
+
+    def _read(self) -> dict[str, Any]:
+        if self._path is None or not self._path.exists():
+            return {}
+        read: dict[str, Any] = json.loads(self._path.read_text(encoding="utf-8"))
+        return read
+
+
+def stack(entries: Sequence[PromptCache], total_layers: int, dtype: torch.dtype, device: torch.device) -> DynamicCache:
+    """Join prompt caches to one left-padded batch; layers that are not stored are empty."""
+    width = max(next(iter(entry.layers.values()))[0].shape[2] for entry in entries)
+    kept = entries[0].layers.keys()
+    nothing = torch.empty(len(entries), 0, width, 0, device=device)
+
+    def join(layer: int, side: int) -> Tensor:
+        rows = [entry.layers[layer][side] for entry in entries]
+        first = rows[0]
+        out = torch.zeros(len(rows), first.shape[1], width, first.shape[3], dtype=dtype, device=device)
+        for row, tensor in enumerate(rows):
+            out[row, :, width - tensor.shape[2] :] = tensor[0].to(device)
+        return out
+
+    return kv_cache.from_layers(
+        (join(layer, 0), join(layer, 1)) if layer in kept else (nothing, nothing) for layer in range(total_layers)
+    )
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

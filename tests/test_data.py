@@ -1,0 +1,308 @@
+"""Rows: kinds, forms, layouts, sources, synthetic ones, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from itertools import islice
+
+import pytest
+
+from c2c.config import ConfigError
+from c2c.data.config import LETTERS, DataSource
+from c2c.data.formats import FORMS, multiple_choice, normalise, vary_options
+from c2c.data.prompts import choice_tokens
+from c2c.data.sources import load_rows, questions
+from c2c.data.synthetic import GENERATORS
+from c2c.data.synthetic.facts import KINDS
+from c2c.training.examples import build_examples
+from tiny import pair, tokenizer
+
+QUESTION = {"id": 1, "question": "2 + 2?", "choices": ["3", "4"], "answer": 1}
+
+
+def write(folder, name, rows):
+    (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def one(folder, data, **source):
+    write(folder, "rows.jsonl", [data])
+    return load_rows([DataSource("rows.jsonl", **source)], folder, 0)[0][0]
+
+
+def numbered(count, options=4):
+    return [
+        {"question": f"q{i}", "choices": [f"{i}{letter}" for letter in "abcd"[:options]], "answer": i % options}
+        for i in range(count)
+    ]
+
+
+# -- multiple choice -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"question": "q", "choices": {"text": ["x", "y", "z"], "label": ["A", "B", "C"]}, "answerKey": "B"},
+        {"question_stem": "q", "choices": {"text": ["x", "y", "z"], "label": ["1", "2", "3"]}, "answerKey": "2"},
+        {"question": "q", "A": "x", "B": "y", "C": "z", "answer": "B", "explanation": ""},
+        {"question": "q", "options": ["x", "y", "z"], "answer": 1},
+        {"question": "q", "choices": ["x", "y", "z"], "answer": 1},
+    ],
+)
+def test_layouts_of_well_known_data_sets(data):
+    row = multiple_choice(normalise(data), DataSource())
+    assert (row.choices, row.answer) == ((" A", " B", " C"), 1)
+    assert "Question: q\nA. x\nB. y\nC. z" in row.messages[-1]["content"]
+
+
+def test_worked_answers_are_split_from_their_result():
+    data = normalise({"question": "q", "answer": "2 + 2 = 4\n#### 4"})
+    assert (data["answer"], data["solution"]) == ("4", "2 + 2 = 4\n#### 4")
+    assert normalise({"question": "q", "answer": "four"}) == {"question": "q", "answer": "four"}
+
+
+@pytest.mark.parametrize(
+    ("form", "prefix", "lead", "response"),
+    [
+        ("letter", "The answer is", "", " B"),
+        ("published", "", "The correct answer is", "The correct answer is B"),
+        ("sentence", "", "The correct answer is", "The correct answer is B. 4"),
+    ],
+)
+def test_forms(form, prefix, lead, response):
+    row = multiple_choice(QUESTION, DataSource(form=form))
+    assert (row.answer_prefix, row.lead, row.response) == (prefix, lead, response)
+    assert row.choices == (" A", " B")
+    assert "B. 4" in row.messages[-1]["content"]
+    many = FORMS[form].row("q", [str(i) for i in range(26)], 25)
+    assert f" {LETTERS[25]}" in many.response
+
+
+@pytest.mark.parametrize(("options", "counts"), [([6, 10], {6, 7, 8, 9, 10}), (2, {2}), (5, {5}), (8, {8})], ids=str)
+def test_every_question_gets_the_number_of_options_given(options, counts):
+    rows = numbered(400)
+    varied = vary_options(rows, DataSource(options=options), seed=0)
+    found = Counter(len(row["choices"]) for row in varied)
+    assert set(found) == counts
+    assert min(found.values()) > 50
+    most = max(counts)
+    assert {row["answer"] for row in varied if len(row["choices"]) == most} == set(range(most))
+    for row, old in zip(varied, rows, strict=True):
+        assert row["choices"][row["answer"]] == old["choices"][old["answer"]]
+        assert len(set(row["choices"])) == len(row["choices"])
+
+
+def test_a_share_of_the_questions_gets_other_options():
+    rows = numbered(200)
+    varied = vary_options(rows, DataSource(vary_options=0.5), seed=0)
+    changed = [row for row, before in zip(varied, rows, strict=True) if row is not before]
+    assert 70 < len(changed) < 130
+    assert {len(row["choices"]) for row in changed} == set(range(2, 9))
+    assert varied == vary_options(rows, DataSource(vary_options=0.5), seed=0)
+    few = [{"question": "q", "choices": ["yes", "no"], "answer": 0}] * 5
+    assert len(vary_options(few, DataSource(vary_options=1.0), seed=1)) == 5, "few different options do not hang"
+
+
+@pytest.mark.parametrize("bad", [1, 27, [6, 4], [2, 3, 4], []])
+def test_impossible_numbers_of_options_are_refused(bad):
+    with pytest.raises(ConfigError, match="options is"):
+        DataSource(options=bad)
+
+
+def test_choices_that_no_single_token_distinguishes_are_dropped_and_counted():
+    words = tokenizer("chatml")  # " A" is a token there, " B" and " C" share their first
+    assert choice_tokens(words, "", [" A", " B"])[0] == 0
+    with pytest.raises(ValueError, match="no single token"):
+        choice_tokens(words, "", [" A", " B", " C"])
+    row = multiple_choice(QUESTION | {"choices": ["3", "4", "5"]}, DataSource())
+    examples, dropped = build_examples(pair(), [row], 512, 64)
+    assert examples == []
+    assert sum(dropped.values()) == 1
+
+
+def test_the_letter_counts_as_much_as_all_other_tokens():
+    model = pair(tokenizers=("chatml", "llama3"))
+    for words in (model.receiver.tokenizer, model.sharers[0].tokenizer):
+        words.add_tokens([" B", " C"])
+    example = build_examples(model, [multiple_choice(QUESTION, DataSource(form="sentence"))], 512, 64)[0][0]
+    assert example.weights[example.decisive] == 1
+    assert sum(example.weights) == pytest.approx(2)
+    assert example.response_ids[example.decisive] == example.choice_ids[1]
+
+
+# -- open answers ----------------------------------------------------------------------------------------------------
+
+
+def test_open_kinds(tmp_path):
+    solved = one(tmp_path, {"id": 1, "question": "q", "answer": "4", "solution": "2 + 2 = 4"}, kind="question")
+    assert solved.response == "2 + 2 = 4"
+    columns = {"instruction": "prompt", "output": "completion"}
+    renamed = {"prompt": "do", "input": "this", "completion": "done"}
+    done = one(tmp_path, renamed, kind="instruction", columns=columns)
+    assert (done.messages[-1]["content"], done.response) == ("do\n\nthis", "done")
+    read = one(tmp_path, {"context": "c", "question": "q", "answers": ["x", "y"]}, kind="context_question")
+    assert (read.response, read.references) == ("x", ("x", "y"))
+    assert "Passage: c" in read.messages[-1]["content"]
+
+
+@pytest.mark.parametrize("keys", [("role", "content", "user", "assistant"), ("from", "value", "human", "gpt")])
+def test_conversations_teach_their_last_turn_only(tmp_path, keys):
+    role, content, user, assistant = keys
+    turns = [(user, "hi"), (assistant, "hello"), (user, "again"), (assistant, "bye")]
+    row = one(tmp_path, {"messages": [{role: who, content: text} for who, text in turns]}, kind="chat")
+    assert [m["role"] for m in row.messages] == ["user", "assistant", "user"]
+    model = pair()
+    example = build_examples(model, [row], 512, 64)[0][0]
+    words = model.receiver.tokenizer
+    assert "hello" in words.decode(example.receiver_ids)
+    assert "bye" not in words.decode(example.receiver_ids)
+    assert words.decode(example.response_ids, skip_special_tokens=True) == "bye"
+    assert sum(example.weights) == pytest.approx(1)
+
+
+# -- sources ---------------------------------------------------------------------------------------------------------
+
+
+def test_all_subsets_of_a_data_set_and_rows_to_keep(tmp_path):
+    pytest.importorskip("datasets")
+    header = "---\nconfigs:\n"
+    for name in ("law", "art"):
+        rows = [{"id": i, "question": f"{name} {i}", "A": "x", "B": "y", "answer": "AB"[i % 2]} for i in range(3)]
+        write(tmp_path, f"{name}.jsonl", [row | {"error_type": "ok" if row["id"] else "wrong"} for row in rows])
+        header += f"- config_name: {name}\n  data_files: {name}.jsonl\n"
+    (tmp_path / "README.md").write_text(header + "---\n")
+    rows, _ = load_rows([DataSource(dataset=str(tmp_path), subset="*", keep={"error_type": "ok"})], tmp_path, 0)
+    assert sorted(row.id for row in rows) == ["art/1", "art/2", "law/1", "law/2"]
+    assert {row.answer for row in rows} == {0, 1}
+    with pytest.raises(ConfigError, match="could not read data set"):
+        load_rows([DataSource(dataset=str(tmp_path / "nowhere"))], tmp_path, 0)
+
+
+def test_questions_of_excluded_files_are_dropped_and_counted(tmp_path):
+    write(tmp_path, "train.jsonl", [QUESTION | {"question": f"What is {i}?"} for i in range(10)])
+    write(tmp_path, "test.jsonl", [QUESTION | {"question": "what  is 3?"}])
+    rows, dropped = load_rows([DataSource("train.jsonl")], tmp_path, 0, questions([tmp_path / "test.jsonl"]))
+    assert len(rows) == 9
+    assert sum(dropped.values()) == 1
+
+
+def test_skip_makes_sources_of_one_file_disjoint(tmp_path):
+    write(tmp_path, "train.jsonl", [QUESTION | {"id": i} for i in range(20)])
+    sources = [DataSource("train.jsonl", limit=5), DataSource("train.jsonl", form="sentence", skip=5, limit=5)]
+    assert len({row.id for row in load_rows(sources, tmp_path, 0)[0]}) == 10
+
+
+@pytest.mark.parametrize("kind", ["private_question", "context_question"])
+def test_rows_with_an_empty_passage_are_dropped_and_counted_and_without_one_refused(kind, tmp_path):
+    """HotpotQA has two such rows among five hundred."""
+    rows = [{"question": f"Who signed {n}?", "answer": "Anna", "context": "Anna signed." * (n > 0)} for n in range(4)]
+    write(tmp_path, "pages.jsonl", rows)
+    kept, dropped = load_rows([DataSource("pages.jsonl", kind=kind)], tmp_path, 0)
+    assert sorted(row.question for row in kept) == [row["question"] for row in rows[1:]]
+    assert dropped == {"context is empty": 1}
+    with pytest.raises(ConfigError, match="'context' is missing or empty"):
+        one(tmp_path, {"question": "Who?", "answer": "Anna"}, kind=kind)
+
+
+@pytest.mark.parametrize(
+    ("data", "source", "message"),
+    [
+        ({"id": "x", "question": "q", "choices": ["a"], "answer": 0}, {}, "line 1, row 'x' as multiple_choice: 'choi"),
+        ({"id": "x", "question": "q", "choices": ["a", "b"], "answer": True}, {}, "'answer' is True"),
+        ({"id": "x", "question": "q", "choices": ["a", "b"], "answer": 0}, {"form": "poem"}, "unknown form 'poem'"),
+        ({"id": "x", "instruction": "do"}, {"kind": "instruction"}, "'output' is missing"),
+        ({"id": "x", "messages": [{"role": "user", "content": "hi"}]}, {"kind": "chat"}, "end with the assistant's"),
+        ({"id": "x", "messages": ["hi", "hello"]}, {"kind": "chat"}, "end with the assistant's"),
+        ({"id": "x", "question": "q", "answers": "yes"}, {"kind": "question"}, "line 1.*'answers' is 'yes'"),
+        ({"id": "x"}, {"kind": "songs"}, "unknown kind of rows 'songs'"),
+    ],
+)
+def test_broken_rows_are_named(tmp_path, data, source, message):
+    with pytest.raises(ConfigError, match=message):
+        one(tmp_path, data, **source)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("{}\n[1]\n", "line 2: expected an object"), ("{}\n{", "line 2: not JSON"), (b"\xff\xfe", "no text in UTF-8")],
+)
+def test_broken_files_are_named(tmp_path, content, message):
+    (tmp_path / "a.jsonl").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ConfigError, match=message):
+        load_rows([DataSource("a.jsonl", kind="question")], tmp_path, 0)
+
+
+def test_a_source_is_a_file_a_data_set_or_synthetic(tmp_path):
+    with pytest.raises(ConfigError, match="either 'path' or 'dataset'"):
+        load_rows([DataSource()], tmp_path, 0)
+    with pytest.raises(ConfigError, match="how many rows"):
+        load_rows([DataSource(synthetic="relay", kind="private_question")], tmp_path, 0)
+    with pytest.raises(ConfigError, match=r"expected one of relay, relay_test"):
+        load_rows([DataSource(synthetic="poems", kind="private_question", limit=1)], tmp_path, 0)
+    with pytest.raises(ConfigError, match="Set data_dir"):
+        load_rows([DataSource("nothing.jsonl")], tmp_path, 0)
+
+
+# -- synthetic rows --------------------------------------------------------------------------------------------------
+
+
+def synthetic(name, limit, seed=0):
+    return load_rows([DataSource(synthetic=name, kind="private_question", limit=limit)], ".", seed)[0]
+
+
+def secret(kind, row) -> str:
+    """The part of an answer that only the sharer has read, or what it is about."""
+    if kind == "halves":
+        return row.response.partition(", ")[2]
+    return {"skeleton": row.response.partition(">")[0], "facts": row.question + row.response}.get(kind, row.response)
+
+
+@pytest.mark.parametrize("kind", GENERATORS)
+def test_what_is_asked_in_the_test_split_is_never_trained(kind):
+    rows, tests = synthetic(kind, 600), synthetic(f"{kind}_test", 150)
+    assert not {secret(kind, row) for row in rows} & {secret(kind, row) for row in tests}
+    assert synthetic(kind, 9) == synthetic(kind, 9) != synthetic(kind, 9, seed=1)
+
+
+@pytest.mark.parametrize("kind", ["relay", "facts"])
+def test_the_answer_stands_in_the_passage_alone(kind):
+    for row in synthetic(kind, 200):
+        assert row.response.lower() in row.sharer_messages[-1]["content"].lower()
+        assert row.response not in row.messages[-1]["content"]
+
+
+def test_facts_have_several_sentences_of_one_kind():
+    """Otherwise the kind of the question would give the answer away, and no name need be read."""
+    pages = list(islice(GENERATORS["facts"]("train", 0), 600))
+    assert {len(page["context"].removesuffix(".").split(". ")) for page in pages} == {2, 3, 4, 5}
+    assert len({" ".join(page["question"].split()[:3]) for page in pages}) > len(KINDS)
+    numbers = [page for page in pages if page["answer"].isdigit() and len(page["answer"]) == 4]
+    several = [page for page in numbers if sum(word.strip(".").isdigit() for word in page["context"].split()) > 1]
+    assert len(several) > 0.7 * len(numbers) > 50
+
+
+def test_halves_need_both_models():
+    kinds = set()
+    for row in synthetic("halves", 60):
+        asked, passage = row.messages[-1]["content"], row.sharer_messages[-1]["content"]
+        mine, theirs = row.response.split(", ")
+        assert asked == f"{row.known} {row.question}"
+        assert (mine in row.known, theirs in row.known) == (True, False)
+        assert (mine in passage, theirs in passage) == (False, True)
+        assert not re.search(r"\d", row.question)
+        kinds.add(row.question.split(":")[0].split(" for ")[0])
+    assert len(kinds) == 3
+
+
+def test_a_skeleton_names_the_topic_before_its_element():
+    """The sharer's entries of an element depend only on what precedes it."""
+    for row in synthetic("skeleton", 80):
+        opening, rest = row.response.split(">", 1)
+        passage, asked = row.sharer_messages[-1]["content"], row.messages[-1]["content"]
+        topic = re.search(r"for the (.+?), with this text", asked)[1]
+        assert passage.count(f"<!-- {topic} --> {opening}></") == 1
+        assert opening not in asked
+        assert asked.endswith(rest.split("<")[0])
