@@ -238,8 +238,9 @@ async def _on_error(request: Request, error: Exception) -> JSONResponse:
 async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
     status, headers = getattr(error, "status_code", 500), dict(getattr(error, "headers", None) or {})
     messages = {404: f"there is nothing at {request.url.path}.", 405: f"{request.url.path} takes no {request.method}."}
-    code = {404: "not_found", 405: "method_not_allowed"}.get(status)
-    return await _on_error(request, ApiError(status, messages.get(status, "refused."), code=code, headers=headers))
+    code = {400: "invalid_json", 404: "not_found", 405: "method_not_allowed"}.get(status)
+    message = messages.get(status) or str(getattr(error, "detail", "refused."))
+    return await _on_error(request, ApiError(status, message, code=code, headers=headers))
 
 
 async def _on_validation_error(request: Request, error: Exception) -> JSONResponse:
