@@ -234,4 +234,4 @@ def read_upload(path: str) -> tuple[Any, str]:
         text = read_text(Path(path), Path(path).name, PromptError)
     except PromptError as error:
         return gr.skip(), status_html("failed", str(error))
-    return text, status_html("ready", f"{Path(path).name}: {len(text):,} letters, for the sharer alone.")
+    return text, status_html("ready", f"Read {Path(path).name}: {len(text):,} letters, for the sharer alone.")
