@@ -19,6 +19,20 @@ class ConfigError(C2CError, ValueError):
     """A configuration with unknown keys or impossible values."""
 
 
+def option(default: Any, help: str, **metadata: Any) -> Any:
+    """Make a dataclass field whose help is also that of its command-line option.
+
+    Args:
+        default: its default; lists and mappings are copied.
+        help: one sentence.
+        **metadata: more for the command line, see :func:`c2c.cli.options.from_config`.
+    """
+    metadata["help"] = help
+    if isinstance(default, list | dict):
+        return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read the mapping in a YAML file.
 

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from c2c.cli.options import Json, from_config
 from c2c.cli.output import err, human_bytes, out, print_json
+from c2c.config import option
 from c2c.errors import PromptError
 from c2c.hub_aliases import DEFAULT_RECEIVER, DEFAULT_SHARER
 from c2c.utils import read_text
@@ -45,35 +46,31 @@ With --context, only the sharer reads that file; the receiver, and what is text-
 over."""
 
 
-def _option(default: Any, text: str, **more: Any) -> Any:
-    return field(default=default, metadata={"help": text, **more})
-
-
 @dataclass(frozen=True)
 class RunConfig:
     """Options of ``c2c run``."""
 
-    fuser: str | None = _option(None, "Folder or hub id of a fuser; untrained if not given.")
-    receiver: str | None = _option(
+    fuser: str | None = option(None, "Folder or hub id of a fuser; untrained if not given.")
+    receiver: str | None = option(
         None, f"Alias, hub id, folder or GGUF. [default: the fuser's, else {DEFAULT_RECEIVER}]"
     )
-    sharer: str | None = _option(None, f"Alias, hub id, folder or GGUF. [default: the fuser's, else {DEFAULT_SHARER}]")
-    mode: str = _option("all", f"Which system answers; all is {', '.join(ALL)}; others are reader, zero, untrained.")
-    max_new_tokens: int = _option(64, "At most this many tokens per answer.", min=1)
-    message_tokens: int = _option(64, "At most this many for the text-to-text message.", min=1)
+    sharer: str | None = option(None, f"Alias, hub id, folder or GGUF. [default: the fuser's, else {DEFAULT_SHARER}]")
+    mode: str = option("all", f"Which system answers; all is {', '.join(ALL)}; others are reader, zero, untrained.")
+    max_new_tokens: int = option(64, "At most this many tokens per answer.", min=1)
+    message_tokens: int = option(64, "At most this many for the text-to-text message.", min=1)
     context: Path | None = field(
         default=None, metadata={"help": "Text that only the sharer reads; for a fuser of private context."}
     )
-    draft_tokens: int = _option(
+    draft_tokens: int = option(
         0, "With --context: the sharer drafts so many tokens of an answer, handed over as well.", min=0
     )
-    system: str | None = _option(None, "System message for both models.")
-    answer_prefix: str = _option("", "Text that the answer continues, such as 'The answer is'.")
-    sample: bool = _option(False, "Sample instead of greedy decoding.", flag="--sample")
-    seed: int = _option(0, "Seed for sampling.")
-    dtype: str | None = _option(None, "float32, bfloat16, float16 or auto.")
-    device: str | None = _option(None, "Device map: cpu, cuda, auto.")
-    allow_mismatch: bool = _option(False, "Accept models with other weights than the fuser's.")
+    system: str | None = option(None, "System message for both models.")
+    answer_prefix: str = option("", "Text that the answer continues, such as 'The answer is'.")
+    sample: bool = option(False, "Sample instead of greedy decoding.", flag="--sample")
+    seed: int = option(0, "Seed for sampling.")
+    dtype: str | None = option(None, "float32, bfloat16, float16 or auto.")
+    device: str | None = option(None, "Device map: cpu, cuda, auto.")
+    allow_mismatch: bool = option(False, "Accept models with other weights than the fuser's.")
 
 
 def register(app: typer.Typer) -> None:
