@@ -17,8 +17,8 @@ from c2c.remote.protocol import fuser_hash
 from c2c.remote.wire import packed_bytes
 from c2c.tokens import left_pad
 from remote_rig import KEY, make_server, serving
-from test_private import DOCUMENT, LONGER, QUESTION, logits, private
-from tiny import build, open_fusers, pair, pair_folders, tokenizer
+from test_private import DOCUMENT, LONGER, QUESTION, logits
+from tiny import build, memory_pair, open_fusers, pair, pair_folders, tokenizer
 
 TEXTS = ["A dog and a cat.", "Hi", "The fox sleeps in a red house by the sea, they say."]
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
@@ -257,7 +257,7 @@ def test_the_server_sets_the_finest_precision(local):
 
 @pytest.fixture(scope="module")
 def reader():
-    return private()
+    return memory_pair()
 
 
 @pytest.fixture(scope="module")
@@ -384,7 +384,7 @@ def test_the_weights_of_a_fuser_are_hashed_once_and_again_when_they_change(monke
 
 def test_what_was_read_for_one_fuser_is_for_no_other(reader, library, tmp_path):
     away = far(reader, library)
-    small = private()
+    small = memory_pair()
     small.fusers[0].config.layer_map = [0, 0, 0, 0, 0]
     part = away.sharers[0].for_fuser(small.fusers[0]).read(DOCUMENT)
     with pytest.raises(HandoffError, match=r"another fuser: layers \[1, 2\]"):
@@ -430,7 +430,7 @@ def test_the_server_refuses_what_it_can_not_serve(local):
     for sharer, options, match in (
         (local.sharers[0], {"layers": [0, 3]}, r"layers \[3\] do not exist"),
         (local.sharers[0], {"fusers": list(local.fusers)}, "merges into the receiver's entries"),
-        (strange, {"fusers": list(private().fusers)}, "weights"),
+        (strange, {"fusers": list(memory_pair().fusers)}, "weights"),
     ):
         with pytest.raises(C2CError, match=match):
             make_server(sharer, **options)

@@ -91,7 +91,7 @@ def validation_error(first: Mapping[str, Any]) -> ApiError:
             return invalid(f"{param} is missing.", param, "missing_parameter")
         case "json_invalid":
             return invalid("the body is not valid JSON.", code="invalid_json")
-        case "missing" | "model_attributes_type" if not param:
+        case "missing" | "model_attributes_type" | "dataclass_type" if not param:
             return invalid("send a JSON object as body, with Content-Type: application/json.", code="invalid_json")
     message = str(first.get("msg", "it is not valid")).removeprefix("Value error, ")
     return invalid(f"{param or 'the body'}: {message}.", param or None)
