@@ -142,8 +142,8 @@ def restore_adapter(adapter: Any, folder: Path) -> None:
         stored = load_file(folder / _WEIGHTS)
     except (OSError, SafetensorError) as error:
         raise AdapterError(f"{folder} holds no whole adapter: {error}") from error
-    own = _state(adapter)
-    if {name: t.shape for name, t in own.items()} != {name: t.shape for name, t in stored.items()}:
+    expected, given = ({name: tensor.shape for name, tensor in part.items()} for part in (_state(adapter), stored))
+    if expected != given:
         raise AdapterError(f"{folder / _WEIGHTS} does not fit this receiver and {_CONFIG}: other layers or rank.")
     _peft().set_peft_model_state_dict(adapter, stored, adapter_name=_NAME)
 
