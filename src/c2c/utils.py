@@ -124,11 +124,12 @@ def file_hash(path: Path) -> str:
 
 
 def folder_size(folder: Path) -> int:
-    """Return the bytes of all files below a folder, of which some may vanish meanwhile."""
+    """Return the bytes of all files below a folder, of which files and folders may vanish meanwhile."""
     size = 0
-    for path in folder.rglob("*"):
-        with suppress(FileNotFoundError):
-            size += path.stat().st_size if path.is_file() else 0
+    for parent, _, names in os.walk(folder):  # which passes over a folder that is gone, as rglob does not
+        for name in names:
+            with suppress(FileNotFoundError):
+                size += Path(parent, name).stat().st_size
     return size
 
 
