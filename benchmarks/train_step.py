@@ -187,6 +187,7 @@ def _example(arguments: argparse.Namespace, vocab_size: int) -> SharedExample:
     return SharedExample(
         row=Row("0", [], "", ""),
         receiver_ids=prompt,
+        prefix=len(prompt) - 1,
         sharer_ids=prompt[:-1],
         alignment=Alignment.from_pairs([(0, column, column) for column in range(len(prompt) - 1)]),
         response_ids=response,

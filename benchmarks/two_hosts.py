@@ -32,18 +32,20 @@ PORT = 8650
 FUSER = str(Path(__file__).parent.parent / "zoo" / "smollm2-135m_from_qwen2.5-coder-1.5b")
 PRECISIONS = ("float32", "bfloat16", "int8")
 MESSAGE_TOKENS = 128
+KEY = "key-of-this-benchmark"  # servers that others can reach want one; both sides read it from the environment
 
 
 def main() -> None:
     """Run as the parent, or as the receiver's host."""
     arguments = _arguments()
+    os.environ |= {"C2C_TOKEN": KEY, "C2C_API_KEY": KEY}
     if arguments.client:
         _client(arguments)
         return
     found: dict[str, Any] = {}
     with hosts(arguments.rate, arguments.delay) as netem:
         link = ["--held", str(0 if netem else arguments.delay)]
-        with served("share", _sharer(arguments.fuser), "--insecure", "--rate", "0"):
+        with served("share", _sharer(arguments.fuser), "--rate", "0"):
             found |= _ask(arguments, "cache", link)
         with served("serve", arguments.fuser, "--name", "pair"):
             found |= _ask(arguments, "text", link)
@@ -238,7 +240,7 @@ def _text(arguments: argparse.Namespace, url: str) -> dict[str, Any]:
     recorded = load_fuser(arguments.fuser).config.identity("receiver")
     assert recorded is not None
     receiver = Receiver.from_pretrained(recorded.name)
-    client = httpx.Client(base_url=url, timeout=600)
+    client = httpx.Client(base_url=url, timeout=600, headers={"Authorization": f"Bearer {KEY}"})
 
     def answer(row: Any) -> str:
         asked = {"messages": request(row.messages, "fair"), "max_tokens": MESSAGE_TOKENS, "temperature": 0}

@@ -96,7 +96,7 @@ class Proxy:
         change: makes another answer of the whole answer.
         rate: bytes per second of the answer.
         answer: given instead of the server's.
-        requests, answers: what has passed.
+        requests: what has passed.
     """
 
     port: int
@@ -106,7 +106,6 @@ class Proxy:
     rate: float | None = None
     answer: bytes | None = None
     requests: list[bytes] = field(default_factory=list)
-    answers: list[bytes] = field(default_factory=list)
 
     def __enter__(self) -> Proxy:
         self._socket = socket.create_server(("127.0.0.1", 0))
@@ -150,20 +149,15 @@ class Proxy:
     def _forward(self, client: socket.socket, request: bytes, spoiled: bool) -> None:
         with socket.create_connection(("127.0.0.1", self.port)) as server:
             server.sendall(_closing(request))
-            if spoiled and self.change is not None:
-                client.sendall(self.change(b"".join(iter(lambda: server.recv(1 << 16), b""))))
-                return
-            passed, kept = 0, []
-            while piece := server.recv(int(self.rate / 20) or 1 if spoiled and self.rate else 1 << 16):
-                if spoiled and self.cut is not None and passed + len(piece) > self.cut:
-                    client.sendall(piece[: self.cut - passed])
-                    return
-                if spoiled and self.rate:
-                    time.sleep(len(piece) / self.rate)
-                client.sendall(piece)
-                passed += len(piece)
-                kept.append(piece)
-            self.answers.append(b"".join(kept))
+            answer = b"".join(iter(lambda: server.recv(1 << 16), b""))
+        if spoiled and self.change is not None:
+            answer = self.change(answer)
+        if spoiled and self.cut is not None:
+            answer = answer[: self.cut]
+        step = int(self.rate / 20) if spoiled and self.rate else 1 << 20
+        for start in range(0, len(answer), step):
+            client.sendall(answer[start : start + step])
+            time.sleep(0.05 if spoiled and self.rate else 0)
 
 
 def _message(source: socket.socket) -> bytes:

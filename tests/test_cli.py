@@ -191,11 +191,14 @@ def test_run_with_context_for_the_sharer_alone(tiny_pair_folders, tmp_path):
         runner.invoke(app, [*arguments, "--mode", "c2c"], catch_exceptions=False)
 
 
-def test_run_reads_stdin(tiny_pair_folders):
+@pytest.mark.parametrize("mode", ["c2c", "zero", "untrained", "summary_5"])
+def test_run_reads_stdin_and_answers_with_any_system(tiny_pair_folders, mode):
     receiver, sharer = tiny_pair_folders
-    arguments = ["run", "-", "--receiver", receiver, "--sharer", sharer, "--mode", "c2c", "--max-new-tokens", "2"]
+    arguments = ["run", "-", "--receiver", receiver, "--sharer", sharer, "--mode", mode, "--max-new-tokens", "2"]
     result = runner.invoke(app, [*arguments, "--json"], input="from a pipe\n")
-    assert json.loads(result.stdout)["prompt"] == "from a pipe"
+    data = json.loads(result.stdout)
+    assert data["prompt"] == "from a pipe"
+    assert set(data["results"]) == {mode}
 
 
 def test_a_log_shows_progress_line_by_line(monkeypatch):

@@ -26,11 +26,6 @@ def test_options_exist(name):
     typer.main.get_command(app).commands[command].make_context(command, arguments)
 
 
-def test_an_option_that_does_not_exist_is_found():
-    with pytest.raises(Exception, match="No such option"):
-        typer.main.get_command(app).commands["serve"].make_context("serve", ["--no-such-thing"])
-
-
 def test_a_fuser_that_is_named_is_there():
     for call in CALLS.values():
         for folder in re.findall(r"zoo/\S+", call):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from c2c import C2CModel, pull
+from c2c import C2CModel, hub_aliases
 from tiny import pair_folders
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -81,7 +81,7 @@ def test_with_the_shipped_fuser(run, monkeypatch, name):
         monkeypatch.delenv("C2C_CACHE", raising=False)
     else:
         monkeypatch.setenv("C2C_CACHE", CACHE)
-    missing = [alias for alias in ("smollm2-135m", "qwen2.5-coder-0.5b") if not pull.is_pulled(alias)]
+    missing = [alias for alias in ("smollm2-135m", "qwen2.5-coder-0.5b") if not hub_aliases.is_pulled(alias)]
     if missing and os.environ.get("C2C_REAL"):
         pytest.fail(f"not pulled: {missing}")
     if missing:

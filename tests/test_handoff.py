@@ -11,11 +11,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from c2c import kv_cache
 from c2c.errors import HandoffError
 from c2c.handoff import Handoff
 from c2c.language_model import Sharer
-from tiny import build, tokenizer
+from tiny import assert_equal_caches, build, entries, tokenizer
 
 DOCUMENT = "The fox sleeps in a red house by the sea, and the dog does not know where."
 
@@ -30,9 +29,13 @@ def handoff(sharer):
     return sharer.read(DOCUMENT)
 
 
-def same(first: Handoff, second: Handoff) -> bool:
-    caches = [kv_cache.layers(h.cache(torch.float32, torch.device("cpu"))) for h in (first, second)]
-    return all(torch.equal(a, b) for one, other in zip(*caches, strict=True) for a, b in zip(one, other, strict=True))
+def cache(handoff: Handoff):
+    return handoff.cache(torch.float32, torch.device("cpu"))
+
+
+def assert_same(first: Handoff, second: Handoff):
+    assert_equal_caches(cache(first), cache(second))
+    assert first.kept.tolist() == second.kept.tolist()
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8", "float8"])
@@ -40,19 +43,16 @@ def test_saved_and_loaded(handoff, tmp_path, precision):
     packed = handoff.to(precision)
     packed.save(tmp_path / "a.safetensors", bound_to="talk 1", key=b"secret")
     again = Handoff.load(tmp_path / "a.safetensors", bound_to="talk 1", key=b"secret")
-    assert same(packed, again)
+    assert_same(packed, again)
     assert (again.id, again.precision, again.sharer) == (handoff.id, precision, handoff.sharer)
-    assert again.kept.tolist() == handoff.kept.tolist()
 
 
 def test_fewer_bits_are_close_and_small(handoff):
-    whole = kv_cache.layers(handoff.cache(torch.float32, torch.device("cpu")))
     for precision, size, error in (("bfloat16", 0.5, 0.005), ("int8", 0.45, 0.01), ("float8", 0.45, 0.05)):
         packed = handoff.to(precision)
         assert packed.nbytes <= size * handoff.nbytes
-        for pair, kept in zip(whole, kv_cache.layers(packed.cache(torch.float32, torch.device("cpu"))), strict=True):
-            for x, y in zip(pair, kept, strict=True):
-                assert float((x - y).norm() / x.norm()) < error
+        for exact, close in zip(entries(cache(handoff)), entries(cache(packed)), strict=True):
+            assert float((exact - close).norm() / exact.norm()) < error
     with pytest.raises(HandoffError, match="unknown precision 'int3'"):
         handoff.to("int3")
 
@@ -79,8 +79,7 @@ def test_every_changed_byte_is_found(handoff, tmp_path):
             loaded = Handoff.load(path, key=b"secret")
         except HandoffError:
             continue
-        assert same(loaded, handoff)  # what is left are bytes that mean nothing: spaces of the header
-        assert loaded.kept.tolist() == handoff.kept.tolist()
+        assert_same(loaded, handoff)  # what is left are bytes that mean nothing: spaces of the header
 
 
 def test_a_forged_manifest_needs_the_key(handoff, tmp_path):
@@ -99,19 +98,17 @@ def test_a_forged_manifest_needs_the_key(handoff, tmp_path):
         Handoff.load(path)
 
 
-def test_foreign_files_are_refused(handoff, tmp_path):
-    path = tmp_path / "a.safetensors"
-    with pytest.raises(HandoffError, match="no such handoff"):
-        Handoff.load(path)
-    path.write_text("not a tensor in sight")
-    with pytest.raises(HandoffError, match="cut off or no safetensors"):
-        Handoff.load(path)
-    save_file({"x": torch.zeros(2)}, path)
-    with pytest.raises(HandoffError, match="no handoff"):
-        Handoff.load(path)
-    save_file({"x": torch.zeros(2)}, path, metadata={"manifest": "[]", "digest": ""})
-    with pytest.raises(HandoffError, match="no handoff"):
-        Handoff.load(path)
+def test_other_files_are_refused(tmp_path):
+    path, tensors = tmp_path / "a.safetensors", {"x": torch.zeros(2)}
+    for write, message in [
+        (lambda: None, "no such handoff"),
+        (lambda: path.write_text("not a tensor in sight"), "cut off or no safetensors"),
+        (lambda: save_file(tensors, path), "no handoff"),
+        (lambda: save_file(tensors, path, metadata={"manifest": "[]", "digest": ""}), "no handoff"),
+    ]:
+        write()
+        with pytest.raises(HandoffError, match=message):
+            Handoff.load(path)
 
 
 def test_a_whole_file_with_missing_parts_is_refused(handoff, tmp_path):
@@ -133,7 +130,7 @@ def test_a_file_is_readable_by_its_owner_alone(handoff, tmp_path):
     assert (tmp_path / "new").stat().st_mode & 0o077 == 0
 
 
-def test_a_handoff_is_not_replayed(handoff, tmp_path):
+def test_a_handoff_of_another_conversation_or_an_expired_one_is_refused(handoff, tmp_path):
     path = tmp_path / "a.safetensors"
     handoff.save(path, bound_to="talk 1")
     with pytest.raises(HandoffError, match="'talk 1', and is to be used for 'talk 2'"):
@@ -144,10 +141,10 @@ def test_a_handoff_is_not_replayed(handoff, tmp_path):
     with pytest.raises(HandoffError, match="expired"):
         Handoff.load(path)
     handoff.save(path, expires=time.time() + 60)
-    assert same(Handoff.load(path), handoff)
+    assert_same(Handoff.load(path), handoff)
 
 
-def test_an_id_tells_what_was_read_and_by_whom(sharer, handoff):
+def test_the_id_depends_on_text_and_sharer(sharer, handoff):
     assert sharer.read(DOCUMENT).id == handoff.id
     assert sharer.read(DOCUMENT + "!").id != handoff.id
     assert Sharer(build("qwen2", 3), tokenizer("llama3"), "qwen2").read(DOCUMENT).id != handoff.id

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from c2c import C2CModel, kv_cache
 from c2c.language_model import Receiver, Sharer
 from c2c.prompting import RenderOptions
-from tiny import FIXTURES, WINDOW, Scores, build, open_fusers, pair, pair_folders, tokenizer
+from tiny import (
+    WINDOW,
+    Scores,
+    assert_equal_caches,
+    build,
+    entries,
+    open_fusers,
+    pair,
+    pair_folders,
+    token_ids,
+    tokenizer,
+)
 
 PAIRS = [("llama", "qwen2"), ("qwen3", "gemma3"), ("gemma3", "llama"), ("gemma3", "gemma3")]
 OPTIONS = {"bottleneck": {"rank": 16}, "c2c": {"hidden_dim": 16, "intermediate_dim": 16, "dropout": 0.0}}
@@ -31,14 +41,6 @@ def made(names, fuser, **kwargs):
     return pair(*names, fuser=fuser, fuser_options=OPTIONS[fuser], **kwargs)
 
 
-def entries(cache):
-    return [entry for both in kv_cache.layers(cache) for entry in both]
-
-
-def ids(results):
-    return [result.ids.tolist() for result in results]
-
-
 @cases
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_closed_is_the_receiver_bit_for_bit(names, fuser, dtype):
@@ -50,7 +52,7 @@ def test_closed_is_the_receiver_bit_for_bit(names, fuser, dtype):
         own = receiver.prefill(fused.tokens, fused.tokens.length - 1)
         assert kv_cache.length(fused.cache) == fused.tokens.length - 1
         assert {entry.dtype for entry in entries(fused.cache)} == {dtype}
-        assert all(torch.equal(a, b) for a, b in zip(entries(fused.cache), entries(own), strict=True))
+        assert_equal_caches(fused.cache, own)
         mine, plain = Scores(), Scores()
         model.generate(prompts, max_new_tokens=5, logits_processor=[mine])
         receiver.answer(prompts, max_new_tokens=5, logits_processor=[plain])
@@ -59,7 +61,7 @@ def test_closed_is_the_receiver_bit_for_bit(names, fuser, dtype):
 
 
 @cases
-def test_open_changes_what_is_aligned_and_nothing_else(names, fuser):
+def test_open_changes_aligned_positions_and_nothing_else(names, fuser):
     model = open_fusers(made(names, fuser))
     batch = [p if isinstance(p, list) else [{"role": "user", "content": p}] for p in PROMPTS]
     tokenizers = [model.sharers[0].tokenizer]
@@ -82,7 +84,7 @@ def test_open_changes_what_is_aligned_and_nothing_else(names, fuser):
 def test_a_batch_is_its_rows_in_any_order(names, fuser):
     model = open_fusers(made(names, fuser))
     together = model.prefill(PROMPTS)
-    answers = ids(model.generate(PROMPTS, max_new_tokens=6))
+    answers = token_ids(model.generate(PROMPTS, max_new_tokens=6))
     for row, prompt in enumerate(PROMPTS):
         alone = model.prefill(prompt)
         n = kv_cache.length(alone.cache)
@@ -90,21 +92,20 @@ def test_a_batch_is_its_rows_in_any_order(names, fuser):
             assert torch.allclose(batched[row, :, -n:], single[0], atol=2e-4 * max(1.0, float(single.abs().max())))
         assert model.generate(prompt, max_new_tokens=6).ids.tolist() == answers[row]
     order = [2, 0, 1]
-    assert ids(model.generate([PROMPTS[i] for i in order], max_new_tokens=6)) == [answers[i] for i in order]
-    assert answers != ids(model.receiver.answer(PROMPTS, max_new_tokens=6))
+    assert token_ids(model.generate([PROMPTS[i] for i in order], max_new_tokens=6)) == [answers[i] for i in order]
+    assert answers != token_ids(model.receiver.answer(PROMPTS, max_new_tokens=6))
 
 
 @cases
 def test_the_same_call_gives_the_same_bits(names, fuser):
     model = open_fusers(made(names, fuser))
-    one, other = (entries(model.prefill(PROMPTS).cache) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    assert_equal_caches(*(model.prefill(PROMPTS).cache for _ in range(2)))
     again = open_fusers(made(names, fuser)) if fuser == "bottleneck" else model
-    assert ids(again.generate(PROMPTS, max_new_tokens=5)) == ids(model.generate(PROMPTS, max_new_tokens=5))
+    assert token_ids(again.generate(PROMPTS, max_new_tokens=5)) == token_ids(model.generate(PROMPTS, max_new_tokens=5))
 
 
 @cases
-def test_what_the_sharer_read_matters(names, fuser):
+def test_the_sharers_prompt_matters(names, fuser):
     """The receiver reads the same; the sharer reads other words of the same length."""
     model = open_fusers(made(names, fuser))
     mine = torch.arange(20, 40).unsqueeze(0)
@@ -164,7 +165,7 @@ def test_types_of_the_two_models_may_differ(fuser):
     assert len(model.generate(PROMPTS, max_new_tokens=2)) == 3
 
 
-def test_the_models_are_not_changed_by_use():
+def test_use_leaves_the_models_unchanged():
     model = open_fusers(pair("qwen3", "gemma3"))
     before = [{n: p.clone() for n, p in m.model.state_dict().items()} for m in (model.receiver, model.sharers[0])]
     alone = model.receiver.answer(TALK, max_new_tokens=5).ids
@@ -172,76 +173,6 @@ def test_the_models_are_not_changed_by_use():
     for state, m in zip(before, (model.receiver, model.sharers[0]), strict=True):
         assert all(torch.equal(p, state[n]) for n, p in m.model.state_dict().items())
     assert torch.equal(model.receiver.answer(TALK, max_new_tokens=5).ids, alone)
-
-
-# -- the published scores, token by token ------------------------------------------------------------------------------
-
-
-def published(name, mode="sequential"):
-    folder = FIXTURES / name
-    if name == "pair_a":
-        return C2CModel.from_published(
-            folder / "checkpoint", receiver=folder / "receiver", sharer=folder / "sharer", dtype="float32", mode=mode
-        )
-    return C2CModel.from_published(
-        [folder / "checkpoint1", folder / "checkpoint2"],
-        receiver=folder / "receiver",
-        sharer=[folder / "sharer1", folder / "sharer2"],
-        dtype="float32",
-        mode=mode,
-    )
-
-
-def assert_scores(model, prompt, fuse_mask, expected, prefix):
-    seen = Scores()
-    new = model.generate_ids(prompt, prompt, fuse_mask=fuse_mask, max_new_tokens=16, logits_processor=[seen])
-    assert new.tolist() == expected[f"{prefix}generate.sequences"][:, prompt.shape[1] :].tolist()
-    scores = torch.stack(seen.seen, dim=1)
-    assert scores.shape == expected[f"{prefix}generate.scores"].shape
-    assert (scores - expected[f"{prefix}generate.scores"]).abs().max() < 1e-4
-
-
-@pytest.mark.parametrize("mode", ["sequential", "parallel"])
-def test_published_scores_of_every_step(mode):
-    expected = load_file(FIXTURES / "pair_a" / "eval.safetensors")
-    prompt = expected["input_ids"]
-    assert_scores(published("pair_a", mode), prompt, torch.tensor([1] * 12 + [0]), expected, "")
-    expected, model = load_file(FIXTURES / "pair_c" / "eval.safetensors"), published("pair_c", mode)
-    for bits in (1, 2, 3):
-        fuse_mask = torch.tensor([bits] * 14 + [0])
-        assert_scores(model, expected["input_ids"], fuse_mask, expected, f"{mode}.mask{bits}.")
-
-
-def test_published_sharer_cache():
-    expected = load_file(FIXTURES / "pair_a" / "eval.safetensors")
-    model = published("pair_a").sharers[0].model
-    with torch.no_grad():
-        cache = model(expected["input_ids"][:, :12], use_cache=True).past_key_values
-    for layer in range(3):
-        keys, values = kv_cache.layer(cache, layer)
-        assert (keys - expected[f"sharer.layer{layer}.key"]).abs().max() < 1e-4
-        assert (values - expected[f"sharer.layer{layer}.value"]).abs().max() < 1e-4
-
-
-@pytest.mark.parametrize("mode", ["sequential", "parallel"])
-def test_two_sharers_left_padded_and_with_masks_of_their_own(mode):
-    """Every row of a ragged batch is what it is alone, whichever sharers it takes."""
-    model = published("pair_c", mode)
-    prompt = load_file(FIXTURES / "pair_c" / "eval.safetensors")["input_ids"]
-    rows = [(15, 3), (9, 1), (12, 2), (9, 3)]
-    batch = torch.zeros(4, 15, dtype=torch.long)
-    real, fuse = torch.zeros(4, 15, dtype=torch.bool), torch.zeros(4, 15, dtype=torch.long)
-    for row, (n, bits) in enumerate(rows):
-        batch[row, -n:], real[row, -n:], fuse[row, -n:-1] = prompt[0, :n], True, bits
-    together = model.fuse_ids(batch, batch, fuse_mask=fuse, receiver_mask=real, sharer_mask=real)
-    new = model.generate_ids(batch, batch, fuse_mask=fuse, receiver_mask=real, sharer_mask=real, max_new_tokens=8)
-    for row, (n, bits) in enumerate(rows):
-        one, mask = prompt[:, :n], torch.tensor([bits] * (n - 1) + [0])
-        alone = model.fuse_ids(one, one, fuse_mask=mask)
-        assert (together.last_logits[row] - alone.last_logits[0]).abs().max() < 1e-4
-        for a, b in zip([*together.keys, *together.values], [*alone.keys, *alone.values], strict=True):
-            assert (a[row, :, -n:] - b[0]).abs().max() < 1e-4
-        assert new[row].tolist() == model.generate_ids(one, one, fuse_mask=mask, max_new_tokens=8)[0].tolist()
 
 
 @pytest.mark.parametrize("fuser", ["bottleneck", "c2c", "linear", "memory"])

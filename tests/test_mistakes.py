@@ -16,7 +16,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from transformers import AutoTokenizer
 
@@ -28,34 +27,39 @@ from tiny import build, pair_folders, tokenizer
 FIXTURES = Path(__file__).parent / "fixtures"
 
 
-# -- a folder as newcomers have it -----------------------------------------------------------------------------------
+QUESTIONS = [{"question": f"What is {i}?", "choices": ["a", "b", "c", "d"], "answer": i % 4} for i in range(8)]
+DATA = {
+    "questions": QUESTIONS,
+    "broken": [*QUESTIONS[:3], '{"question": oops', *QUESTIONS],
+    "no_choices": [*QUESTIONS[:2], "", {"question": "Why?", "answer": 0}, *QUESTIONS],
+    "no_such_answer": [*QUESTIONS[:2], {"question": "Why?", "choices": ["a", "b"], "answer": 2}],
+    "one": QUESTIONS[:1],
+}
+CONFIG = {
+    "receiver": "receiver",
+    "sharer": "sharer",
+    "train": [{"path": "questions.jsonl"}],
+    "dev": [{"path": "questions.jsonl"}],
+    "output_dir": "run",
+    "batch_size": 4,
+    "fuser_options": {"rank": 8},
+    "max_steps": 1,
+    "save_steps": 1,
+    "calibration": 4,
+}
 
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory):
-    """Models, fusers, data and configs, some of them wrong."""
+    """Models, fusers, data and a config, some of them wrong."""
     folder = tmp_path_factory.mktemp("workspace")
-
-    def inside(name):
+    for name in ("receiver", "sharer", "empty"):
         (folder / name).mkdir()
-        return folder / name
-
-    make_models(pair_folders({"chatml": inside("receiver"), "llama3": inside("sharer")}.get), folder)
-    make_data(folder)
-    make_configs(folder)
-    (folder / "empty").mkdir()
-    (folder / "file").write_text("not a folder")
-    (folder / "blank.txt").write_text("\n")
-    return folder
-
-
-def make_models(names, folder):
-    for family, options in (("bottleneck", {"rank": 8}), ("memory", {"rank": 4})):
-        model = C2CModel.from_models(*names, fuser=family, fuser_options=options)
-        if family == "memory":
-            torch.nn.init.normal_(model.fusers[0].weight, std=0.3)
+    names = pair_folders({"chatml": folder / "receiver", "llama3": folder / "sharer"}.get)
+    for name, family in (("fuser", "bottleneck"), ("memory", "memory")):
+        model = C2CModel.from_models(*names, fuser=family, fuser_options={"rank": 8})
         model.fusers[0].config.training = {"config": {}}
-        model.save_pretrained(folder / ("fuser" if family == "bottleneck" else "memory"))
+        model.save_pretrained(folder / name)
     model.sharers[0].read("The fox sleeps.").save(folder / "handoff.safetensors")
     build("llama", 9).save_pretrained(folder / "other")  # of the receiver's shape, with other weights
     tokenizer("chatml").save_pretrained(folder / "other")
@@ -63,48 +67,13 @@ def make_models(names, folder):
     short.config.max_position_embeddings = 24
     short.save_pretrained(folder / "short")
     AutoTokenizer.from_pretrained(names[1]).save_pretrained(folder / "short")
-
-
-def make_data(folder):
-    rows = [{"question": f"What is {i}?", "choices": ["a", "b", "c", "d"], "answer": i % 4} for i in range(8)]
-
-    def write(name, *lines):
-        text = "".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines)
-        (folder / name).write_text(text)
-
-    write("questions.jsonl", *rows)
-    write("broken.jsonl", *rows[:3], '{"question": oops', *rows)
-    write("no_choices.jsonl", *rows[:2], "", {"question": "Why?", "answer": 0}, *rows)
-    write("no_such_answer.jsonl", *rows[:2], {"question": "Why?", "choices": ["a", "b"], "answer": 2})
-    write("one.jsonl", rows[0])
-
-
-def make_configs(folder):
-    questions = [{"path": "questions.jsonl"}]
-    base = {
-        "receiver": "receiver",
-        "sharer": "sharer",
-        "train": questions,
-        "dev": questions,
-        "output_dir": "run",
-        "batch_size": 4,
-        "fuser_options": {"rank": 8},
-        "max_steps": 1,
-        "save_steps": 1,
-        "calibration": 4,
-    }
-    changes = {
-        "good": {},
-        "misspelt": {"learning_rat": 1},
-        "misspelt_inside": {"train": [{"pth": "questions.jsonl"}]},
-        "misspelt_family": {"family": "botleneck"},
-        "misspelt_option": {"fuser_options": {"rnk": 8}},
-        "misspelt_schedule": {"schedule": "cosin"},
-        "text_for_a_number": {"batch_size": "four"},
-        "number_as_text": {"learning_rate": "2e-3"},  # what YAML makes of 2e-3 without quotes
-    }
-    for name, change in changes.items():
-        (folder / f"{name}.yaml").write_text(yaml.safe_dump(base | change))
+    for name, rows in DATA.items():
+        lines = (row if isinstance(row, str) else json.dumps(row) for row in rows)
+        (folder / f"{name}.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    (folder / "good.yaml").write_text(yaml.safe_dump(CONFIG))
+    (folder / "file").write_text("not a folder")
+    (folder / "blank.txt").write_text("\n")
+    return folder
 
 
 @pytest.fixture
@@ -150,7 +119,8 @@ def refused(c2c, workspace):
 
 # -- mistakes --------------------------------------------------------------------------------------------------------
 
-RUN_MISTAKES = {
+EVAL = "eval --fuser fuser --data questions.jsonl"
+MISTAKES = {
     "swapped models": ("run hi --fuser fuser --receiver sharer --sharer receiver", "swap receiver and sharer"),
     "a fuser for another model": ("run hi --fuser fuser --receiver other", "receiver weights", "made for", "train a"),
     "an empty folder as a fuser": ("run hi --fuser empty", "empty holds no fuser", "Expected a fuser's folder"),
@@ -182,40 +152,14 @@ RUN_MISTAKES = {
     ),
     "a fuser in place of a checkpoint": ("convert fuser out", "no published checkpoint", "expected projector_"),
     "a picture of another kind": ("inspect fuser --plot x.gif", "x.gif", "expected", ".png or .html"),
-}
-
-
-@pytest.mark.parametrize("mistake", RUN_MISTAKES)
-def test_models_fusers_and_prompts(refused, mistake):
-    refused(*RUN_MISTAKES[mistake])
-
-
-CONFIG_MISTAKES = {
     "no such config": ("train gone.yaml", "no such config: gone.yaml", "Expected a YAML file", "configs/"),
     "a folder as a config": ("train empty", "empty is a folder, no config", "Expected a YAML file"),
     "a binary file as a config": ("train handoff.safetensors", "is not YAML", "Expected a YAML file"),
     "data as a config": ("train questions.jsonl", "is not YAML", "Expected a YAML file"),
-    "a misspelt key": ("train misspelt.yaml", "['learning_rat']", "Did you mean 'learning_rate'?", "Known: receiver"),
-    "a misspelt key inside": ("train misspelt_inside.yaml", "train: unknown keys ['pth']", "Did you mean 'path'?"),
-    "a misspelt family": ("train misspelt_family.yaml", "'botleneck'", "Did you mean 'bottleneck'?", "Known:"),
-    "a misspelt option": ("train misspelt_option.yaml", "unknown rnk", "Did you mean 'rank'?"),
-    "a misspelt schedule": ("train misspelt_schedule.yaml", "cosin is not a valid SchedulerType", "'cosine'"),
-    "a text for a number": ("train text_for_a_number.yaml", "batch_size is 'four'; expected a whole number"),
-    "a number that YAML takes for text": ("train number_as_text.yaml", "'2e-3'; expected a number", "2.0e-3"),
     "data elsewhere": ("train good.yaml --data-dir empty", "no such data file: empty/questions.jsonl", "data_dir"),
     "an output that is a file": ("train good.yaml --output-dir file", "output_dir is file", "is a file; expected a"),
     "an output below a file": ("train good.yaml --output-dir file/run", "output_dir is file/run", "is a file"),
     "nowhere to keep prefills": ("prefill good.yaml", "--store-dir FOLDER"),
-}
-
-
-@pytest.mark.parametrize("mistake", CONFIG_MISTAKES)
-def test_configs(refused, mistake):
-    refused(*CONFIG_MISTAKES[mistake])
-
-
-EVAL = "eval --fuser fuser --data questions.jsonl"
-EVAL_MISTAKES = {
     "no fuser": ("eval --data questions.jsonl", "missing keys ['fuser']", "--fuser"),
     "no data": ("eval --fuser fuser", "no data to evaluate on", "give at least one"),
     "data that is missing": ("eval --fuser fuser --data gone.jsonl", "no such data file: gone.jsonl", "data_dir"),
@@ -231,22 +175,39 @@ EVAL_MISTAKES = {
     "a misspelt kind": (f"{EVAL} --kind multiplechoice", "Did you mean 'multiple_choice'?", "Known:"),
     "no questions asked for": (f"{EVAL} --limit 0", "limit is 0; give at least 2 items"),
     "one at a time": (f"{EVAL} --batch-size 1", "batch_size is 1; give at least 2"),
-    "an output that is a file": (f"{EVAL} --output-dir file", "output_dir is file", "is a file; expected a folder"),
+    "results into a file": (f"{EVAL} --output-dir file", "output_dir is file", "is a file; expected a folder"),
     "a system of private context": (f"{EVAL} --systems receiver,reader", "shared context", "no reader"),
     "an empty folder to report": ("report empty", "empty holds no result.json", "c2c eval --output-dir"),
     "nothing to report": ("report gone", "gone does not exist", "Expected the result.json"),
     "data to report": ("report questions.jsonl", "questions.jsonl is not JSON", "Expected the result.json"),
-    "no limit for an analysis": (
-        "analyze layers --fuser fuser --data questions.jsonl --limit 0",
-        "--limit",
-        "greater than or equal to 2",
-    ),
 }
 
 
-@pytest.mark.parametrize("mistake", EVAL_MISTAKES)
-def test_evaluations(refused, mistake):
-    refused(*EVAL_MISTAKES[mistake], code=2 if mistake == "no limit for an analysis" else 1)
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes(refused, mistake):
+    refused(*MISTAKES[mistake])
+
+
+CONFIG_MISTAKES = {
+    "a misspelt key": ({"learning_rat": 1}, "['learning_rat']", "Did you mean 'learning_rate'?", "Known: receiver"),
+    "a misspelt key inside": (
+        {"train": [{"pth": "questions.jsonl"}]},
+        "train: unknown keys ['pth']",
+        "Did you mean 'path'?",
+    ),
+    "a misspelt family": ({"family": "botleneck"}, "'botleneck'", "Did you mean 'bottleneck'?", "Known:"),
+    "a misspelt option": ({"fuser_options": {"rnk": 8}}, "unknown rnk", "Did you mean 'rank'?"),
+    "a misspelt schedule": ({"schedule": "cosin"}, "cosin is not a valid SchedulerType", "'cosine'"),
+    "a text for a number": ({"batch_size": "four"}, "batch_size is 'four'; expected a whole number"),
+    "a number that YAML takes for text": ({"learning_rate": "2e-3"}, "'2e-3'; expected a number", "2.0e-3"),
+}
+
+
+@pytest.mark.parametrize("mistake", CONFIG_MISTAKES)
+def test_configs(refused, workspace, mistake):
+    change, *parts = CONFIG_MISTAKES[mistake]
+    (workspace / "changed.yaml").write_text(yaml.safe_dump(CONFIG | change))
+    refused("train changed.yaml", *parts)
 
 
 USAGE_MISTAKES = {
@@ -255,6 +216,11 @@ USAGE_MISTAKES = {
     "a misspelt mode": ("run hi --mode c2", "'c2' is not one of", "c2c"),
     "no tokens": ("run hi --max-new-tokens 0", "--max-new-tokens", "greater than or equal to 1"),
     "a misspelt model to pull": ("pull smolm2-135m", "Did you mean 'smollm2-135m'?", "qwen2.5-coder-0.5b"),
+    "no limit for an analysis": (
+        "analyze layers --fuser fuser --data questions.jsonl --limit 0",
+        "--limit",
+        "greater than or equal to 2",
+    ),
 }
 
 

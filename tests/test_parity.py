@@ -10,11 +10,9 @@ from safetensors.torch import load_file
 
 from c2c import C2CModel, kv_cache
 from c2c.alignment import Alignment, Chunk
-from c2c.alignment.slots import align_conversation, translate
 from c2c.fusion import Source, fuse
-from c2c.prompting import RenderOptions
 from c2c.tokens import TokenBatch
-from tiny import FIXTURES, tokenizer
+from tiny import FIXTURES, Scores, entries, published_pair
 
 A, C = FIXTURES / "pair_a", FIXTURES / "pair_c"
 TOLERANCE = 1e-4
@@ -22,7 +20,12 @@ TOLERANCE = 1e-4
 
 @pytest.fixture(scope="module")
 def model():
-    return C2CModel.from_published(A / "checkpoint", receiver=A / "receiver", sharer=A / "sharer", dtype="float32")
+    return published_pair("pair_a")
+
+
+@pytest.fixture(scope="module", params=["sequential", "parallel"])
+def two_sharers(request):
+    return published_pair("pair_c", request.param)
 
 
 @pytest.fixture(scope="module")
@@ -30,142 +33,146 @@ def expected():
     return load_file(A / "eval.safetensors")
 
 
-def pair_c(mode):
-    return C2CModel.from_published(
-        [C / "checkpoint1", C / "checkpoint2"],
-        receiver=C / "receiver",
-        sharer=[C / "sharer1", C / "sharer2"],
-        dtype="float32",
-        mode=mode,
-    )
-
-
 def mask(*runs):
+    """A mask of runs, each a value and its length."""
     return torch.tensor([value for value, count in runs for _ in range(count)])
 
 
-def assert_equal(fused, expected, prefix):
-    assert (fused.last_logits - expected[f"{prefix}.last_logits"]).abs().max() < TOLERANCE
+WHOLE = mask((1, 12), (0, 1))
+
+
+def assert_close(one, other):
+    assert (one - other).abs().max() < TOLERANCE
+
+
+def assert_published(fused, expected, prefix):
+    assert_close(fused.last_logits, expected[f"{prefix}.last_logits"])
     for layer, (keys, values) in enumerate(zip(fused.keys, fused.values, strict=True)):
-        assert (keys - expected[f"{prefix}.layer{layer}.key"]).abs().max() < TOLERANCE
-        assert (values - expected[f"{prefix}.layer{layer}.value"]).abs().max() < TOLERANCE
+        assert_close(keys, expected[f"{prefix}.layer{layer}.key"])
+        assert_close(values, expected[f"{prefix}.layer{layer}.value"])
+
+
+def assert_published_scores(model, ids, fuse_mask, expected, prefix=""):
+    """The ids and the scores of every step of greedy decoding."""
+    seen = Scores()
+    new = model.generate_ids(ids, ids, fuse_mask=fuse_mask, max_new_tokens=16, logits_processor=[seen])
+    assert new.tolist() == expected[f"{prefix}generate.sequences"][:, ids.shape[1] :].tolist()
+    assert_close(torch.stack(seen.seen, dim=1), expected[f"{prefix}generate.scores"])
+
+
+def assert_rows_equal_singles(model, ids, real, masks, new_tokens=8):
+    """Each row of a left-padded batch is what its real tokens are alone."""
+    padding = {"receiver_mask": real, "sharer_mask": real}
+    together = model.fuse_ids(ids, ids, fuse_mask=masks, **padding)
+    new = model.generate_ids(ids, ids, fuse_mask=masks, max_new_tokens=new_tokens, **padding)
+    for row, own in enumerate(real):
+        one, fuse_mask = ids[row : row + 1, own], masks[row, own]
+        alone = model.fuse_ids(one, one, fuse_mask=fuse_mask)
+        assert_close(together.last_logits[row], alone.last_logits[0])
+        for a, b in zip([*together.keys, *together.values], [*alone.keys, *alone.values], strict=True):
+            assert_close(a[row, :, -one.shape[1] :], b[0])
+        single = model.generate_ids(one, one, fuse_mask=fuse_mask, max_new_tokens=new_tokens)
+        assert new[row].tolist() == single[0].tolist()
 
 
 @pytest.mark.parametrize(
-    ("prefix", "runs", "sections"),
+    ("prefix", "fuse_mask", "sections"),
     [
-        ("fused", [(1, 12), (0, 1)], None),
-        ("partial_front", [(1, 7), (0, 6)], None),
-        ("partial_back", [(0, 5), (1, 7), (0, 1)], None),
-        ("two_fused_sections", [(1, 12), (0, 1)], [4, 8, 1]),
+        ("fused", WHOLE, None),
+        ("partial_front", mask((1, 7), (0, 6)), None),
+        ("partial_back", mask((0, 5), (1, 7), (0, 1)), None),
+        ("two_fused_sections", WHOLE, [4, 8, 1]),
     ],
 )
-def test_fused_cache_and_logits(model, expected, prefix, runs, sections):
+def test_fused_cache_and_logits(model, expected, prefix, fuse_mask, sections):
     ids = expected["input_ids"]
-    assert_equal(model.fuse_ids(ids, ids, fuse_mask=mask(*runs).bool(), sections=sections), expected, prefix)
+    assert_published(model.fuse_ids(ids, ids, fuse_mask=fuse_mask.bool(), sections=sections), expected, prefix)
 
 
 def test_receiver_alone_is_what_nothing_selected_gives(model, expected):
     ids = expected["input_ids"]
     fused = model.fuse_ids(ids, ids, fuse_mask=torch.zeros_like(ids, dtype=torch.bool))
-    assert_equal(fused, expected, "receiver_alone")
+    assert_published(fused, expected, "receiver_alone")
     assert fused.report.fused_tokens == 0
     assert any("nothing was fused" in note for note in fused.report.notes)
 
 
-def test_greedy_ids(model, expected):
-    ids = expected["input_ids"]
-    new = model.generate_ids(ids, ids, fuse_mask=mask((1, 12), (0, 1)).bool(), max_new_tokens=16)
-    assert new.tolist() == expected["generate.sequences"][:, 13:].tolist()
+@pytest.mark.parametrize("mode", ["sequential", "parallel"])
+def test_scores_of_every_step(mode, expected):
+    assert_published_scores(published_pair("pair_a", mode), expected["input_ids"], WHOLE, expected)
 
 
 def test_the_end_token_is_kept(model, expected):
     """The published code writes the pad id in its place; everything before is the same."""
     ids = expected["input_ids"]
-    new = model.generate_ids(
-        ids, ids, fuse_mask=mask((1, 12), (0, 1)).bool(), max_new_tokens=16, eos_token_id=11, pad_token_id=0
-    )
+    new = model.generate_ids(ids, ids, fuse_mask=WHOLE, max_new_tokens=16, eos_token_id=11, pad_token_id=0)
     reference = expected["eos_case.sequences"][0, 13:].tolist()
     assert new[0].tolist() == [*reference[:-1], 11]
     assert reference[-1] == 0
 
 
 def test_batch(model, expected):
-    ids, fuse_mask = expected["batch2.input_ids"], mask((1, 12), (0, 1)).bool()
-    fused = model.fuse_ids(ids, ids, fuse_mask=fuse_mask)
-    assert (fused.last_logits - expected["batch2.last_logits"]).abs().max() < TOLERANCE
-    new = model.generate_ids(ids, ids, fuse_mask=fuse_mask, max_new_tokens=8)
+    ids = expected["batch2.input_ids"]
+    assert_close(model.fuse_ids(ids, ids, fuse_mask=WHOLE).last_logits, expected["batch2.last_logits"])
+    new = model.generate_ids(ids, ids, fuse_mask=WHOLE, max_new_tokens=8)
     assert new.tolist() == expected["batch2.generate.sequences"][:, 13:].tolist()
 
 
-def test_rows_with_their_own_masks_equal_single_runs(model, expected):
+def test_rows_with_their_own_masks_equal_singles(model, expected):
     ids = expected["batch2.input_ids"].repeat(2, 1)
-    masks = torch.stack(
-        [mask((1, 12), (0, 1)), mask((0, 5), (1, 7), (0, 1)), mask((1, 7), (0, 6)), mask((1, 12), (0, 1))]
-    )
-    together = model.fuse_ids(ids, ids, fuse_mask=masks.bool())
-    new = model.generate_ids(ids, ids, fuse_mask=masks.bool(), max_new_tokens=8)
-    for row in range(4):
-        one = ids[row : row + 1]
-        alone = model.fuse_ids(one, one, fuse_mask=masks[row].bool())
-        assert (together.last_logits[row] - alone.last_logits[0]).abs().max() < TOLERANCE
-        for a, b in zip(together.keys, alone.keys, strict=True):
-            assert (a[row] - b[0]).abs().max() < TOLERANCE
-        assert (
-            new[row].tolist() == model.generate_ids(one, one, fuse_mask=masks[row].bool(), max_new_tokens=8)[0].tolist()
-        )
+    masks = torch.stack([WHOLE, mask((0, 5), (1, 7), (0, 1)), mask((1, 7), (0, 6)), WHOLE])
+    assert_rows_equal_singles(model, ids, torch.ones_like(ids, dtype=torch.bool), masks)
 
 
-def test_a_left_padded_batch_equals_single_runs(model, expected):
+def test_a_left_padded_batch_equals_singles(model, expected):
     """The published code attends to padding while decoding (its defect D2)."""
     long = expected["input_ids"]
-    short = torch.cat([torch.zeros(1, 4, dtype=torch.long), long[:, :9]], dim=1)
-    ids = torch.cat([long, short])
+    ids = torch.cat([long, torch.cat([torch.zeros(1, 4, dtype=torch.long), long[:, :9]], dim=1)])
     real = torch.tensor([[True] * 13, [False] * 4 + [True] * 9])
-    fuse_mask = mask((1, 12), (0, 1)).bool()
-    fused = model.fuse_ids(ids, ids, fuse_mask=fuse_mask, receiver_mask=real, sharer_mask=real)
-    new = model.generate_ids(ids, ids, fuse_mask=fuse_mask, receiver_mask=real, sharer_mask=real, max_new_tokens=10)
-    for row, one in enumerate((long, long[:, :9])):
-        single = mask((1, one.shape[1] - 1), (0, 1)).bool()
-        alone = model.fuse_ids(one, one, fuse_mask=single)
-        assert (fused.last_logits[row] - alone.last_logits[0]).abs().max() < TOLERANCE
-        assert new[row].tolist() == model.generate_ids(one, one, fuse_mask=single, max_new_tokens=10)[0].tolist()
+    assert_rows_equal_singles(model, ids, real, WHOLE.expand(2, -1), new_tokens=10)
 
 
 def test_padding_inside_a_prompt_is_never_attended_to(model, expected):
     """Alignment pads lie in the middle; what their ids are must not matter, while decoding either."""
     ids = expected["input_ids"].clone()
     real = torch.tensor([[True] * 4 + [False] * 3 + [True] * 6])
-    fuse_mask = mask((0, 7), (1, 5), (0, 1)).bool()
+    options = {"fuse_mask": mask((0, 7), (1, 5), (0, 1)), "receiver_mask": real, "sharer_mask": real}
     answers = []
     for pad in (0, 77):
         ids[:, 4:7] = pad
-        answers.append(
-            model.generate_ids(
-                ids, ids, fuse_mask=fuse_mask, receiver_mask=real, sharer_mask=real, max_new_tokens=12
-            ).tolist()
-        )
+        answers.append(model.generate_ids(ids, ids, max_new_tokens=12, **options).tolist())
     assert answers[0] == answers[1]
 
 
-@pytest.mark.parametrize("mode", ["sequential", "parallel"])
-def test_two_sharers(mode):
-    model, expected = pair_c(mode), load_file(C / "eval.safetensors")
+def test_two_sharers(two_sharers):
+    expected, mode = load_file(C / "eval.safetensors"), two_sharers.mode
     ids = expected["input_ids"]
     for bits in (1, 2, 3):
         fuse_mask = mask((bits, 14), (0, 1))
-        assert_equal(model.fuse_ids(ids, ids, fuse_mask=fuse_mask), expected, f"{mode}.mask{bits}.fused")
-        new = model.generate_ids(ids, ids, fuse_mask=fuse_mask, max_new_tokens=16)
-        assert new.tolist() == expected[f"{mode}.mask{bits}.generate.sequences"][:, 15:].tolist()
-    mixed = mask((1, 5), (3, 5), (0, 5))
-    assert_equal(model.fuse_ids(ids, ids, fuse_mask=mixed), expected, f"{mode}.mixed.fused")
+        fused = two_sharers.fuse_ids(ids, ids, fuse_mask=fuse_mask)
+        assert_published(fused, expected, f"{mode}.mask{bits}.fused")
+        assert_published_scores(two_sharers, ids, fuse_mask, expected, f"{mode}.mask{bits}.")
+    mixed = two_sharers.fuse_ids(ids, ids, fuse_mask=mask((1, 5), (3, 5), (0, 5)))
+    assert_published(mixed, expected, f"{mode}.mixed.fused")
+    all_sharers = two_sharers.fuse_ids(ids, ids, fuse_mask=mask((1, 14), (0, 1)).bool())
+    assert_published(all_sharers, expected, f"{mode}.mask3.fused")
 
 
-def test_a_true_mask_means_all_sharers():
-    model, expected = pair_c("sequential"), load_file(C / "eval.safetensors")
-    ids = expected["input_ids"]
-    fused = model.fuse_ids(ids, ids, fuse_mask=mask((1, 14), (0, 1)).bool())
-    assert_equal(fused, expected, "sequential.mask3.fused")
+def test_two_sharers_left_padded_and_with_masks_of_their_own(two_sharers):
+    prompt = load_file(C / "eval.safetensors")["input_ids"]
+    ids, fuse = torch.zeros(4, 15, dtype=torch.long), torch.zeros(4, 15, dtype=torch.long)
+    real = torch.zeros(4, 15, dtype=torch.bool)
+    for row, (length, bits) in enumerate([(15, 3), (9, 1), (12, 2), (9, 3)]):
+        ids[row, -length:], real[row, -length:], fuse[row, -length:-1] = prompt[0, :length], True, bits
+    assert_rows_equal_singles(two_sharers, ids, real, fuse)
+
+
+def test_the_sharers_cache(model, expected):
+    with torch.no_grad():
+        cache = model.sharers[0].model(expected["input_ids"][:, :12], use_cache=True).past_key_values
+    names = [f"sharer.layer{layer}.{kind}" for layer in range(3) for kind in ("key", "value")]
+    for entry, name in zip(entries(cache), names, strict=True):
+        assert_close(entry, expected[name])
 
 
 class Training:
@@ -199,7 +206,7 @@ class Training:
 
 
 def test_training_loss_gradients_and_one_step():
-    model = C2CModel.from_published(A / "checkpoint", receiver=A / "receiver", sharer=A / "sharer", dtype="float32")
+    model = published_pair("pair_a")
     expected = json.loads((A / "expected.json").read_text())
     gradients = load_file(A / "train_gradients.safetensors")
     fuser, training = model.fusers[0], Training(model)
@@ -211,12 +218,14 @@ def test_training_loss_gradients_and_one_step():
     loss = training.loss()
     loss.backward()
     assert float(loss.detach()) == pytest.approx(expected["train.loss"], abs=TOLERANCE)
-    checked = 0
-    for index, projector in enumerate(fuser.layers):
-        for name, parameter in projector.named_parameters():
-            assert (parameter.grad - gradients[f"projector{index}.{name}"]).abs().max() < TOLERANCE, name
-            checked += 1
-    assert checked == len(gradients)
+    found = {
+        f"projector{index}.{name}": parameter.grad
+        for index, projector in enumerate(fuser.layers)
+        for name, parameter in projector.named_parameters()
+    }
+    assert found.keys() == gradients.keys()
+    for name, gradient in found.items():
+        assert_close(gradient, gradients[name])
     norm = torch.nn.utils.clip_grad_norm_(fuser.parameters(), 1.0)
     assert float(norm) == pytest.approx(expected["train.global_grad_norm"], rel=1e-4)
     torch.optim.AdamW(fuser.parameters(), lr=1e-3, weight_decay=0.01).step()
@@ -228,64 +237,22 @@ def test_training_loss_gradients_and_one_step():
     assert hard == pytest.approx(expected["train.eval_mode_loss_after_step"], abs=TOLERANCE)
 
 
-def test_converted_checkpoint_is_the_same_model_bit_for_bit(model, expected, tmp_path):
+@pytest.mark.parametrize("mode", ["sequential", "parallel"])
+def test_a_converted_checkpoint_is_the_same_model_bit_for_bit(mode, tmp_path):
+    model = published_pair("pair_c", mode)
     model.save_pretrained(tmp_path)
-    again = C2CModel.from_pretrained(tmp_path, receiver=A / "receiver", sharer=A / "sharer", dtype="float32")
-    ids = expected["input_ids"]
-    one, other = (m.fuse_ids(ids, ids, fuse_mask=mask((1, 12), (0, 1)).bool()) for m in (model, again))
-    assert torch.equal(one.last_logits, other.last_logits)
-    assert all(torch.equal(a, b) for a, b in zip(one.keys, other.keys, strict=True))
-
-
-CASES = json.loads((FIXTURES / "align" / "cases.json").read_text())
-
-
-def aligned(case):
-    return align_conversation(
-        tokenizer(case["receiver_tokenizer"]),
-        tokenizer(case["sharer_tokenizer"]),
-        case["messages"],
-        options=RenderOptions(case["add_generation_prompt"]),
-        strategy=case["strategy"],
-        remove_last_suffix=case["remove_last_surfix"],
+    again = C2CModel.from_pretrained(
+        tmp_path, receiver=C / "receiver", sharer=[C / "sharer1", C / "sharer2"], dtype="float32"
     )
+    assert again.mode == mode
+    ids, fuse_mask = load_file(C / "eval.safetensors")["input_ids"], mask((1, 4), (3, 6), (2, 4), (0, 1))
+    one, other = (m.fuse_ids(ids, ids, fuse_mask=fuse_mask) for m in (model, again))
+    assert torch.equal(one.last_logits, other.last_logits)
+    for a, b in zip([*one.keys, *one.values], [*other.keys, *other.values], strict=True):
+        assert torch.equal(a, b)
 
 
-def by_tokenizers():
-    pairs = {(case["receiver_tokenizer"], case["sharer_tokenizer"]) for case in CASES["chat"]}
-    return sorted(pairs)
-
-
-@pytest.mark.parametrize("names", by_tokenizers(), ids="-".join)
-def test_published_alignment(names):
-    cases = [c for c in CASES["chat"] if (c["receiver_tokenizer"], c["sharer_tokenizer"]) == names]
-    assert cases
-    for case in cases:
-        slots = aligned(case)
-        if "error" in case:  # fails in the published code; here each side keeps its text
-            assert len(slots.receiver_ids) == len(slots.sharer_ids) == len(slots.message_mask)
-            own = [i for i, pad in zip(slots.receiver_ids, slots.receiver_padding, strict=True) if not pad]
-            receiver = tokenizer(names[0])
-            assert case["messages"][-1]["content"].strip() in receiver.decode(own)
-            continue
-        expected = case["expected"]
-        assert slots.receiver_ids == expected["receiver_ids"]
-        assert slots.sharer_ids == expected["sharer_ids"]
-        assert [int(x) for x in slots.message_mask] == expected["message_mask"]
-        assert [int(x) for x in slots.receiver_padding] == expected["receiver_padding"]
-        assert [int(x) for x in slots.sharer_padding] == expected["sharer_padding"]
-        assert [[s.kind, s.start, s.stop] for s in slots.sections] == expected["sections"]
-
-
-def test_published_alignment_of_plain_text():
-    for case in CASES["plain_text"]:
-        receiver, sharer = tokenizer(case["receiver_tokenizer"]), tokenizer(case["sharer_tokenizer"])
-        ids = receiver.encode(case["text"], add_special_tokens=False)
-        assert ids == case["receiver_ids"]
-        assert [translate(receiver, sharer, token, case["strategy"]) for token in ids] == case["sharer_ids"]
-
-
-def test_no_layer_is_read_beyond_what_is_needed(model, expected):
+def test_no_token_is_prefilled_twice_or_in_vain(model, expected):
     """The sharer does not run past the last fused position, nor the receiver twice over any token."""
     ids, seen = expected["input_ids"], []
     hooks = [

@@ -203,13 +203,14 @@ def on(kind, manifest=None, tensors=None):
         (on("begin", {"columns": [1]}), "columns came"),
         (on("begin", {"drafted": [1]}), "a draft was sent"),
         (on("begin", {"sharer": None}), "identity of the model is missing"),
+        (lambda head, body: (head | {"sharer": head.get("sharer", {}) | {"weights": "0"}}, body), "weights"),
         (lambda head, body: (head, body | {"more": torch.ones(1)}), "expected None"),
     ],
 )
 def test_an_answer_that_is_not_what_was_wanted_is_refused(local, proxy, change, match):
     model = through(local, proxy.url)
     proxy.spoil(change=lambda answer: forged(answer, change))
-    with pytest.raises(RemoteError, match=match):
+    with pytest.raises((RemoteError, MismatchError), match=match):
         generated(model)
 
 
@@ -322,7 +323,7 @@ def test_layers_are_sent_while_the_next_ones_are_made(local):
 
 def submitted(local, monkeypatch, use, **options):
     """Run ``use(worker, request, layers begun)`` on an event loop with a worker that queues one layer."""
-    monkeypatch.setattr(worker_module, "QUEUED_LAYERS", 1)
+    monkeypatch.setattr(worker_module, "QUEUED_BYTES", 1)
     sharer, hold, begun = held_sharer(1)
     hold.set()
     worker = PrefillWorker(sharer, **options)
@@ -336,7 +337,7 @@ def test_finished_layers_wait_for_a_client_that_does_not_read(local, monkeypatch
     async def use(worker, request, begun):
         job = worker.submit(request, time.monotonic() + 60)
         await asyncio.sleep(0.5)
-        assert begun == [0], "the prefill waits too"
+        assert begun == [0, 1], "the prefill waits too"
         records = [record async for record in job.records({})]
         assert begun == [0, 1, 2]
         assert len(records) == 5
@@ -358,24 +359,6 @@ def test_requests_count_as_soon_as_they_are_accepted(local, monkeypatch):
         worker.submit(request, time.monotonic() + 60).stop()
 
     submitted(local, monkeypatch, use, waiting=1)
-
-
-def test_a_full_server_sends_away_and_the_client_comes_again(local):
-    sharer, hold, _ = held_sharer(2)
-    hold.set()
-    with serving(sharer, waiting=1) as running:
-        first, second = through(local, running.url), through(local, running.url)
-        hold.clear()
-        answers = []
-        thread = threading.Thread(target=lambda: answers.append(generated(first)))
-        thread.start()
-        until(lambda: httpx.get(running.url + "/health").json()["waiting"] == 1)
-        assert post(running, request_of(sharer))[0] == 503
-        threading.Timer(0.5, hold.set).start()
-        assert generated(second) == generated(local)
-        thread.join()
-        assert answers == [generated(local)]
-        assert second.sharers[0].traffic.retries >= 1
 
 
 def test_the_server_limits_the_time_of_a_request(local):
@@ -440,18 +423,6 @@ def test_another_model_behind_the_same_address(local, server):
             assert model.sharers[0].lost.code == "mismatch"
 
 
-def test_a_server_that_does_not_compare_is_compared_with(local, proxy):
-    """The client looks by itself before any entry is read."""
-    model = through(local, proxy.url)
-    change = lambda head, body: (  # noqa: E731
-        (head | {"sharer": head["sharer"] | {"weights": "0"}} if head["kind"] == "begin" else head),
-        body,
-    )
-    proxy.spoil(change=lambda answer: forged(answer, change))
-    with pytest.raises(MismatchError, match="weights"):
-        generated(model)
-
-
 @pytest.mark.parametrize(
     ("change", "error"),
     [
@@ -474,19 +445,16 @@ def test_a_handshake_that_does_not_hold(server, proxy, change, error):
         RemoteSharer(proxy.url)
 
 
-@pytest.mark.parametrize("url", ["ftp://x", "localhost:8650", "http://", "http://user:secret@127.0.0.1:1"])
-def test_a_url_that_is_none(url):
-    with pytest.raises(RemoteError, match="https://host:port") as caught:
-        RemoteSharer(url)
-    assert "secret" not in str(caught.value)
-
-
 @pytest.mark.parametrize(
-    "options", [{"token": "Größe"}, {"token": "a\nb"}, {"on_failure": "ignore"}, {"client_cert": "/nowhere.pem"}]
+    "options",
+    [{"url": url} for url in ("ftp://x", "localhost:8650", "http://", "http://user:secret@127.0.0.1:1")]
+    + [{"token": "Größe"}, {"token": "a\nb"}, {"on_failure": "ignore"}, {"client_cert": "/nowhere.pem"}],
 )
 def test_options_that_can_not_be_used(options):
-    with pytest.raises(RemoteError):
-        RemoteSharer("http://127.0.0.1:1", **options)
+    with pytest.raises(RemoteError) as caught:
+        RemoteSharer(**{"url": "http://127.0.0.1:1"} | options)
+    assert caught.value.code in {"url", "token", "policy", "certificate"}
+    assert "secret" not in str(caught.value)
 
 
 def test_a_connection_to_others_without_tls_warns():

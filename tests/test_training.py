@@ -21,6 +21,7 @@ from c2c.prompting import RenderOptions
 from c2c.training import load_config, train
 from c2c.training.dev_set import DevSet
 from c2c.training.examples import build_examples
+from c2c.training.losses import cross_entropy
 from c2c.training.objective import FuserObjective
 from c2c.training.run import fill, initialise, prepare
 from c2c.training.sampler import LengthGroupedSampler
@@ -56,7 +57,8 @@ def scores_of(folder):
 
 def test_loss_from_stored_caches_equals_the_loss_through_the_public_path(ready):
     model, example = ready.objective.model, ready.train[0]
-    stored = float(ready.objective.token_losses(ready.objective.collate([example]), "matched")[0, 0].detach())
+    batch = ready.objective.collate([example])
+    stored = float(cross_entropy(ready.objective.logits(batch, "matched"), batch.responses)[0, 0].detach())
     fused = model.prefill(example.row.messages, options=RenderOptions(answer_prefix=example.row.answer_prefix))
     logits = model.receiver.next_logits(fused.tokens, fused.cache)
     direct = float(torch.nn.functional.cross_entropy(logits, torch.tensor(example.response_ids[:1])))
@@ -184,6 +186,9 @@ def test_train_selects_on_dev_and_writes_a_fuser_that_loads(folders, tmp_path):
     assert record["step"] == summary["step"]
     assert not {"data_dir", "output_dir", "store_dir"} & set(record["config"])
     assert model.generate("Which is number 3?", max_new_tokens=2).report.trained
+    again = train(config(folders, tmp_path, max_steps=4, learning_rate=0.0), resume=False)
+    assert set(scores_of(tmp_path)) == {"2", "4"}, "scores of the earlier run do not count"
+    assert again["step"] == 2
 
 
 def test_a_trained_fuser_is_trained_on(folders, tmp_path):

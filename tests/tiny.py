@@ -117,8 +117,41 @@ def pair_folders(make_folder) -> list[str]:
     return folders
 
 
-def assert_equal_caches(one, other):
-    """Two caches hold the same numbers, bit for bit."""
-    for (keys, values), (other_keys, other_values) in zip(kv_cache.layers(one), kv_cache.layers(other), strict=True):
-        assert torch.equal(keys, other_keys)
-        assert torch.equal(values, other_values)
+def entries(cache) -> list[torch.Tensor]:
+    """Keys and values of a cache, layer by layer, each ``[batch, kv_heads, tokens, head_dim]``."""
+    return [entry for layer in kv_cache.layers(cache) for entry in layer]
+
+
+def assert_equal_caches(one, other, **tolerance):
+    """Two caches hold the same numbers, bit for bit, or within ``rtol`` and ``atol``."""
+    for entry, expected in zip(entries(one), entries(other), strict=True):
+        torch.testing.assert_close(entry, expected, **({"rtol": 0, "atol": 0} | tolerance))
+
+
+def token_ids(results) -> list[list[int]]:
+    """The new token ids of one or several results."""
+    return [result.ids.tolist() for result in (results if isinstance(results, list) else [results])]
+
+
+def memory_pair(receiver: str = "llama", **options) -> C2CModel:
+    """A pair with a memory fuser of random weights that counts as trained."""
+    model = pair(receiver, fuser="memory", fuser_options={"rank": 8} | options)
+    model.fusers[0].config.training = {"config": "random"}
+    generator = torch.Generator().manual_seed(4)
+    for name, parameter in model.fusers[0].named_parameters():
+        if name in ("weight", "up", "bias"):
+            torch.nn.init.normal_(parameter, std=0.3, generator=generator)
+    return model
+
+
+def published_pair(name: str = "pair_a", mode: str = "sequential") -> C2CModel:
+    """A tiny published checkpoint with its models: ``pair_a`` has one sharer, ``pair_c`` two."""
+    folder = FIXTURES / name
+    number = ("",) if name == "pair_a" else ("1", "2")
+    return C2CModel.from_published(
+        [folder / f"checkpoint{i}" for i in number],
+        receiver=folder / "receiver",
+        sharer=[folder / f"sharer{i}" for i in number],
+        dtype="float32",
+        mode=mode,
+    )

@@ -21,9 +21,12 @@ class ConfigError(C2CError, ValueError):
     """A configuration with unknown keys or impossible values."""
 
 
-def option(default: Any, text: str, **metadata: Any) -> Any:
-    """Declare a field with its help; further metadata as in :mod:`c2c.cli.options`."""
-    return field(default=default, metadata={"help": text} | metadata)
+def option(default: Any, help: str, **metadata: Any) -> Any:
+    """Make a dataclass field whose help is that of its command-line option too; metadata as in ``c2c.cli.options``."""
+    metadata["help"] = help
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Literal
 
+from c2c.config import option
 from c2c.errors import C2CError
 
 METHODS = ("pca", "tsne")
@@ -13,11 +14,6 @@ METHODS = ("pca", "tsne")
 
 class AnalysisError(C2CError, ValueError):
     """An analysis that can't be made of what was given."""
-
-
-def _option(default: Any, text: str, **metadata: Any) -> Any:
-    """Declare a field with its help text, which is also its documentation."""
-    return field(default=default, metadata={"help": text} | metadata)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,12 +25,12 @@ class ItemsConfig:
     """
 
     data: str = field(metadata={"help": "JSONL file of items: question, choices, answer (index of the right choice)."})
-    limit: int | None = _option(200, "At most this many items, drawn with the seed.", min=2)
-    seed: int = _option(0, "Seed of the draw and of the bootstrap.")
-    form: str = _option("letter", "Prompt form of the items: letter, published or sentence.")
-    output_dir: str | None = _option(None, "Folder for the numbers (JSON) and the plot (SVG).")
-    dtype: str | None = _option(None, "Dtype of the models' weights.")
-    device_map: str | None = _option(None, "Device or device map of the models.")
+    limit: int | None = option(200, "At most this many items, drawn with the seed.", min=2)
+    seed: int = option(0, "Seed of the draw and of the bootstrap.")
+    form: str = option("letter", "Prompt form of the items: letter, published or sentence.")
+    output_dir: str | None = option(None, "Folder for the numbers (JSON) and the plot (SVG).")
+    dtype: str | None = option(None, "Dtype of the models' weights.")
+    device_map: str | None = option(None, "Device or device map of the models.")
 
     def __post_init__(self) -> None:
         for one in fields(self):
@@ -48,11 +44,11 @@ class AnalysisConfig(ItemsConfig):
     """Settings of an analysis of one fuser."""
 
     fuser: str = field(metadata={"help": "Folder or hub id of the fuser."})
-    batch_size: int = _option(8, "Items per batch; at least 2, because deranged needs another item's cache.", min=2)
-    store_dir: str | None = _option(None, "Prefill store to read and fill; without it every prefill is computed.")
-    store_budget_gb: float = _option(20.0, "Size of the prefill store, half of it for each model.", min=0)
-    receiver: str | None = _option(None, "Receiver in place of the recorded one.")
-    sharer: str | None = _option(None, "Sharer in place of the recorded one.")
+    batch_size: int = option(8, "Items per batch; at least 2, because deranged needs another item's cache.", min=2)
+    store_dir: str | None = option(None, "Prefill store to read and fill; without it every prefill is computed.")
+    store_budget_gb: float = option(20.0, "Size of the prefill store, half of it for each model.", min=0)
+    receiver: str | None = option(None, "Receiver in place of the recorded one.")
+    sharer: str | None = option(None, "Sharer in place of the recorded one.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,9 +59,9 @@ class CacheMapConfig(AnalysisConfig):
         AnalysisError: a number below its minimum, layers that are no numbers, or an unknown method.
     """
 
-    layers: str | None = _option(None, "Receiver layers, with commas (14,29); else the middle and the last fused one.")
-    method: Literal["pca", "tsne"] = _option("pca", "Projection of the plot.")
-    points: int = _option(400, "At most this many positions in the plot.", min=3)
+    layers: str | None = option(None, "Receiver layers, with commas (14,29); else the middle and the last fused one.")
+    method: Literal["pca", "tsne"] = option("pca", "Projection of the plot.")
+    points: int = option(400, "At most this many positions in the plot.", min=3)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -79,7 +75,7 @@ class CacheMapConfig(AnalysisConfig):
 class PrecisionConfig(AnalysisConfig):
     """Settings of the precision analysis."""
 
-    unrounded: bool = _option(
+    unrounded: bool = option(
         False, "Measure entries in the sharer's own dtype too; it prefills every prompt again.", flag="--unrounded"
     )
 
@@ -90,7 +86,7 @@ class EnrichmentConfig(ItemsConfig):
 
     model: str = field(metadata={"help": "Alias, hub id, folder or GGUF file of the model."})
     shots_data: str = field(metadata={"help": "JSONL file of the exemplars; questions of --data are left out."})
-    shots: int = _option(5, "Exemplars, drawn with the seed, the same for all items.", min=0)
+    shots: int = option(5, "Exemplars, drawn with the seed, the same for all items.", min=0)
 
 
 @dataclass(frozen=True, kw_only=True)

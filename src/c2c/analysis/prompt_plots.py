@@ -56,7 +56,7 @@ def plot_strength(capture: PromptCapture) -> Plot:
     def draw(figure: Figure | SubFigure) -> None:
         lines = figure.subplots(len(parts), 1, squeeze=False)[:, 0]
         for index, (axes, part) in enumerate(zip(lines, parts, strict=True)):
-            image = axes.imshow(part, aspect="auto", vmin=0, vmax=highest, interpolation="nearest")
+            image = axes.imshow(part.numpy(), aspect="auto", vmin=0, vmax=highest, interpolation="nearest")
             axes.grid(visible=False)
             axes.set_xlim(-0.5, LINE - 0.5)  # columns of all lines are equally wide
             axes.set_xticks(range(part.shape[1]), tokens[index * LINE :][:LINE], rotation=90, fontsize=6)

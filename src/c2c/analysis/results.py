@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from c2c.analysis.config import AnalysisError
-from c2c.evaluation.numbers import summarise
+from c2c.evaluation.statistics import summarise
 from c2c.utils import OnProgress, command, file_hash, install_command, short_path, versions, write_json, write_text
 
 # Where files lie and what runs the models: neither makes it another analysis.

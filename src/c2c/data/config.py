@@ -1,11 +1,12 @@
 """Where rows come from: the configuration of one data source."""
 
+# ruff: noqa: RUF009 - option() returns a dataclass field
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from c2c.config import ConfigError
+from c2c.config import ConfigError, option
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -18,49 +19,34 @@ class DataSource:
         ConfigError: impossible numbers of options or of drafted tokens.
     """
 
-    path: str | None = field(default=None, metadata={"help": "JSONL file, relative to data_dir; or give dataset."})
-    kind: str = field(
-        default="multiple_choice",
-        metadata={
-            "help": "Kind of rows: multiple_choice, context_question, private_question, question, instruction or chat."
-        },
+    path: str | None = option(None, "JSONL file, relative to data_dir; or give dataset.")
+    kind: str = option(
+        "multiple_choice",
+        "Kind of rows: multiple_choice, context_question, private_question, question, instruction or chat.",
     )
-    form: str = field(
-        default="letter", metadata={"help": "Prompt form of multiple choice: letter, published or sentence."}
+    form: str = option("letter", "Prompt form of multiple choice: letter, published or sentence.")
+    limit: int | None = option(None, "At most this many rows, drawn with data_seed.")
+    skip: int = option(0, "Skip this many drawn rows, so that two sources of one file do not overlap.")
+    vary_options: float = option(
+        0.0, "Share of questions that get 2 to 8 options in a new order, some from other questions."
     )
-    limit: int | None = field(default=None, metadata={"help": "At most this many rows, drawn with data_seed."})
-    skip: int = field(
-        default=0, metadata={"help": "Skip this many drawn rows, so that two sources of one file do not overlap."}
+    options: int | list[int] | None = option(
+        None, "Give every question this many options; [low, high] draws the number."
     )
-    vary_options: float = field(
-        default=0.0,
-        metadata={"help": "Share of questions that get 2 to 8 options in a new order, some from other questions."},
+    dataset: str | None = option(None, "Id for the datasets library, in place of path.")
+    synthetic: str | None = option(
+        None,
+        "Synthetic rows in place of path, of kind private_question: relay, facts, skeleton or halves; "
+        "with _test those that never occur in training. Needs limit.",
     )
-    options: int | list[int] | None = field(
-        default=None, metadata={"help": "Give every question this many options; [low, high] draws the number."}
-    )
-    dataset: str | None = field(default=None, metadata={"help": "Id for the datasets library, in place of path."})
-    synthetic: str | None = field(
-        default=None,
-        metadata={
-            "help": "Synthetic rows in place of path, of kind private_question: relay, facts, skeleton or halves; with "
-            "_test those that never occur in training. Needs limit."
-        },
-    )
-    subset: str | None = field(default=None, metadata={"help": "Configuration of the data set; '*' for all."})
-    split: str = field(default="train", metadata={"help": "Split of the data set."})
-    columns: dict[str, str] = field(
-        default_factory=dict, metadata={"help": "Our keys to the columns that hold them, such as {output: response}."}
-    )
-    keep: dict[str, Any] = field(
-        default_factory=dict, metadata={"help": "Keep only rows with these values, such as {error_type: ok}."}
-    )
-    draft: int = field(
-        default=0,
-        metadata={
-            "help": "Of kind private_question: the sharer reads the question too, drafts at most this many tokens of "
-            "an answer, and hands over their entries as well."
-        },
+    subset: str | None = option(None, "Configuration of the data set; '*' for all.")
+    split: str = option("train", "Split of the data set.")
+    columns: dict[str, str] = option({}, "Our keys to the columns that hold them, such as {output: response}.")
+    keep: dict[str, Any] = option({}, "Keep only rows with these values, such as {error_type: ok}.")
+    draft: int = option(
+        0,
+        "Of kind private_question: the sharer reads the question too, drafts at most this many tokens of "
+        "an answer, and hands over their entries as well.",
     )
 
     def __post_init__(self) -> None:

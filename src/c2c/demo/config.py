@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
-
-def _option(default: Any, text: str, **more: Any) -> Any:
-    return field(default=default, metadata={"help": text, **more})
+from c2c.config import option
 
 
 @dataclass(frozen=True)
@@ -17,11 +14,11 @@ class DemoConfig:
     fuser: list[str] | None = field(
         default=None, metadata={"help": "Folder or hub id of a fuser; may be repeated. The first is shown first."}
     )
-    host: str = _option("127.0.0.1", "Address to listen at; 0.0.0.0 for all.")
-    port: int = _option(7860, "Port to listen at; 0 takes a free one.", min=0, max=65535)
-    open_browser: bool = _option(False, "Open the page in a browser.", flag="--open")
-    max_new_tokens: int = _option(16, "At most this many tokens per answer, at first.", min=1)
-    message_tokens: int = _option(64, "At most this many for the text that is passed.", min=1)
-    dtype: str | None = _option(None, "float32, bfloat16, float16 or auto.")
-    device: str | None = _option(None, "Device map: cpu, cuda, auto.")
-    allow_mismatch: bool = _option(False, "Accept models with other weights than the fuser's.")
+    host: str = option("127.0.0.1", "Address to listen at; 0.0.0.0 for all.")
+    port: int = option(7860, "Port to listen at; 0 takes a free one.", min=0, max=65535)
+    open_browser: bool = option(False, "Open the page in a browser.", flag="--open")
+    max_new_tokens: int = option(16, "At most this many tokens per answer, at first.", min=1)
+    message_tokens: int = option(64, "At most this many for the text that is passed.", min=1)
+    dtype: str | None = option(None, "float32, bfloat16, float16 or auto.")
+    device: str | None = option(None, "Device map: cpu, cuda, auto.")
+    allow_mismatch: bool = option(False, "Accept models with other weights than the fuser's.")

@@ -305,11 +305,13 @@ def draw_pictures(models: ModelCache, choice: FuserChoice | None, question: Ques
     if choice is None:
         raise PromptError(_NO_PROMPT_FUSER)
     question.check()
-    from c2c.plots.album import check_matplotlib, figures_html
-    from c2c.plots.reading import read_prompt
+    from c2c.analysis.capture import capture_prompt
+    from c2c.analysis.plots import html_figures
+    from c2c.analysis.prompt_plots import prompt_plots
+    from c2c.analysis.results import check_drawing
     from c2c.prompting import RenderOptions
 
-    check_matplotlib()
+    check_drawing()
     with models.use(choice) as model:
-        reading = read_prompt(model, question.messages, RenderOptions(answer_prefix=question.answer_prefix))
-        return f'<div class="c2c-pictures">{figures_html(model.fusers[0], reading)}</div>'  # type: ignore[arg-type]
+        capture = capture_prompt(model, question.messages, RenderOptions(answer_prefix=question.answer_prefix))
+    return f'<div class="c2c-pictures">{html_figures(prompt_plots(capture))}</div>'

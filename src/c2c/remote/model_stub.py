@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from c2c import pull, rope
+from c2c import rope
 from c2c.errors import RemoteError
-from c2c.pull.aliases import ALIASES
+from c2c.hub_aliases import ALIASES, local_path
 
 _LEFT_OUT = ("auto_map", "quantization_config", "transformers_version", "_name_or_path", "dtype", "torch_dtype")
 _PROBE = torch.tensor([[1, 100, 1000]])
@@ -117,6 +117,6 @@ def load_tokenizer(source: Any) -> Any:
         return source
     name = str(source)
     try:
-        return AutoTokenizer.from_pretrained(pull.local_path(name) if name in ALIASES else name)
+        return AutoTokenizer.from_pretrained(local_path(name) if name in ALIASES else name)
     except (OSError, ValueError, KeyError) as error:
         raise RemoteError(f"tokenizer={name!r} can't be loaded: {error}", "tokenizer") from error

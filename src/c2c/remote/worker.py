@@ -29,7 +29,7 @@ from c2c.serving.errors import ApiError
 from c2c.tokens import TokenBatch
 from c2c.version import __version__
 
-QUEUED_LAYERS = 8  # finished layers of one request that wait for its client; then the prefill waits too
+QUEUED_BYTES = 1 << 26  # of finished layers of one request that wait for its client; then the prefill waits too
 Part = tuple[dict[str, Any], KeyValue | None, Sequence[Tensor]]  # manifest, entries of a layer, columns of each row
 
 
@@ -73,9 +73,9 @@ class PrefillJob:
         self, sharer: Sharer, fuser: Fuser | None, request: PrefillRequest, batch: TokenBatch, deadline: float
     ) -> None:
         self._sharer, self._fuser, self._request, self._batch = sharer, fuser, request, batch
-        self._deadline, self._stopped = deadline, threading.Event()
+        self._deadline, self._stopped = deadline, False
         self._loop, self._parts = asyncio.get_running_loop(), cast("asyncio.Queue[Part]", asyncio.Queue())
-        self._room = threading.Semaphore(QUEUED_LAYERS)
+        self._room, self._queued = threading.Condition(), 0
         self.facts: dict[str, Any] = {"layers": 0, "bytes": 0, "code": "cut"}
 
     async def records(self, first: dict[str, Any]) -> AsyncIterator[bytes]:
@@ -88,7 +88,7 @@ class PrefillJob:
         try:
             while True:
                 manifest, entries, columns = await self._parts.get()
-                self._room.release()
+                self._count(-_bytes(entries))
                 tensors = {} if entries is None else await asyncio.to_thread(pack, entries, columns, precision)
                 more = first if manifest["kind"] == "begin" else {}
                 data = await asyncio.to_thread(Record(more | manifest, tensors).encode)
@@ -103,8 +103,8 @@ class PrefillJob:
 
     def stop(self) -> None:
         """Give up at the next layer."""
-        self._stopped.set()
-        self._room.release()
+        self._stopped = True
+        self._count(0)
 
     def run(self) -> None:
         """Prefill; the last record says how it ended. Raises nothing."""
@@ -163,12 +163,23 @@ class PrefillJob:
 
     def _put(self, part: Part) -> None:
         """Wait for room, so that a client that reads slowly does not fill the memory."""
-        self._room.acquire(timeout=max(0.0, self._deadline - time.monotonic()))
+        size = _bytes(part[1])
+        with self._room:
+            self._room.wait_for(
+                lambda: self._stopped or not self._queued or self._queued + size <= QUEUED_BYTES,
+                max(0.0, self._deadline - time.monotonic()),
+            )
         self._check()
+        self._count(size)
         self._loop.call_soon_threadsafe(self._parts.put_nowait, part)
 
+    def _count(self, size: int) -> None:
+        with self._room:
+            self._queued += size
+            self._room.notify()
+
     def _check(self) -> None:
-        if self._stopped.is_set() or time.monotonic() > self._deadline:
+        if self._stopped or time.monotonic() > self._deadline:
             raise Stopped
 
 
@@ -255,6 +266,10 @@ class PrefillWorker:
 
     def _leave(self) -> None:
         self.waiting -= 1
+
+
+def _bytes(entries: KeyValue | None) -> int:
+    return 0 if entries is None else entries[0].nbytes + entries[1].nbytes
 
 
 def _fitting(fuser: Fuser, sharer: Sharer) -> Fuser:

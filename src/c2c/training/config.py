@@ -1,5 +1,6 @@
 """The configuration of a training run: one YAML file. Help of a field is also that of its command-line option."""
 
+# ruff: noqa: RUF009 - option() returns a dataclass field
 from __future__ import annotations
 
 import dataclasses
@@ -7,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from c2c.config import ConfigError, build, read_yaml
+from c2c.config import ConfigError, build, option, read_yaml
 from c2c.data.config import DataSource
 
 ADAPTER = "adapter"  # in place of a fuser family
@@ -29,95 +30,57 @@ class TrainConfig:
     train: list[DataSource] = field(metadata={"help": "Rows to train on.", "cli": False})
     dev: list[DataSource] = field(metadata={"help": "Rows to select the checkpoint on.", "cli": False})
     output_dir: str = field(metadata={"help": "Folder of checkpoints and of the selected fuser."})
-    data_dir: str = field(default=".", metadata={"help": "Folder that the paths of data files start from."})
-    exclude: list[str] = field(
-        default_factory=list, metadata={"help": "Files whose questions must not be trained on.", "cli": False}
+    data_dir: str = option(".", "Folder that the paths of data files start from.")
+    exclude: list[str] = option([], "Files whose questions must not be trained on.", cli=False)
+    family: str = option(
+        "bottleneck", "Fuser family; 'adapter' trains the receiver alone on the same rows, as a control."
     )
-    family: str = field(
-        default="bottleneck",
-        metadata={"help": "Fuser family; 'adapter' trains the receiver alone on the same rows, as a control."},
+    fuser_options: dict[str, Any] = option({}, "Options of the family's own config.", cli=False)
+    adapter_of: str = option("bottleneck", "Family, with fuser_options, whose size the adapter has.")
+    adapter_rank: int | None = option(None, "Rank of the adapter; by default the nearest to the fuser's size.")
+    adapter_learning_rate: float = option(5e-4, "Peak learning rate of the adapter, in place of learning_rate.")
+    layer_map: str | list[int | None] = option(
+        "depth", "Sharer layer of each receiver layer: depth, terminal or a list."
     )
-    fuser_options: dict[str, Any] = field(
-        default_factory=dict, metadata={"help": "Options of the family's own config.", "cli": False}
+    start_from: str | None = option(
+        None, "Trained fuser to train on (folder or hub id), of this family and for these models."
     )
-    adapter_of: str = field(
-        default="bottleneck", metadata={"help": "Family, with fuser_options, whose size the adapter has."}
+    sharer_cue: str = option("", "Text that opens the sharer's turn where a row has no answer prefix.")
+    linear_weight: Literal["none", "attention"] = option(
+        "none", "Weight of a token pair when a linear fuser is fitted."
     )
-    adapter_rank: int | None = field(
-        default=None, metadata={"help": "Rank of the adapter; by default the nearest to the fuser's size."}
+    max_prompt_tokens: int = option(512, "Drop (and count) longer prompts.")
+    max_response_tokens: int = option(128, "Drop (and count) longer responses.")
+    epochs: float = option(3.0, "Passes over the data.")
+    max_steps: int = option(-1, "Optimizer steps; overrides epochs.")
+    batch_size: int = option(8, "Examples per step, over all processes.")
+    gradient_accumulation: int = option(1, "Steps that are joined to one update.")
+    learning_rate: float = option(2e-3, "Peak learning rate.")
+    weight_decay: float = option(0.01, "Weight decay of AdamW.")
+    warmup_steps: float = option(0.1, "Linear warm-up; below 1 a share of all steps.")
+    schedule: str = option("cosine", "Learning-rate schedule of transformers.")
+    max_grad_norm: float = option(1.0, "Clip gradients to this norm.")
+    guard_weight: float = option(0.0, "Weight of the guard: another example's cache must not help. 0 turns it off.")
+    soft_targets: float = option(0.0, "Share of the sharer's own answer in the target of multiple choice, 0 to 1.")
+    soft_temperature: float = option(0.5, "Temperature of soft targets; lower is sharper.")
+    reconstruction_steps: int = option(0, "First steps, in which the receiver learns to repeat the message.")
+    calibration: int = option(64, "Examples that a new fuser is initialised from; 0 for none.")
+    eval_steps: int | None = option(None, "Score the dev set every so many steps; by default once per epoch.")
+    save_steps: int = option(25, "Write a checkpoint every so many steps.")
+    seed: int = option(0, "Seed of initialisation and of the order of examples.")
+    data_seed: int = option(0, "Seed of which rows are drawn; runs that differ in seed alone share prefills.")
+    store_dir: str | None = option(None, "Folder of the prefill store; by default it is in memory.")
+    store_budget_gb: float = option(8.0, "Size of the prefill store in GB; what does not fit is computed again.")
+    fill: Literal["ahead", "training"] = option("ahead", "Fill the store ahead of the first step, or while training.")
+    prefill_batch: int = option(4, "Prompts per prefill.")
+    precision: Precision = option(
+        "float32", "Arithmetic of a step: float32, or bfloat16 (autocast; weights stay in float32)."
     )
-    adapter_learning_rate: float = field(
-        default=5e-4, metadata={"help": "Peak learning rate of the adapter, in place of learning_rate."}
-    )
-    layer_map: str | list[int | None] = field(
-        default="depth", metadata={"help": "Sharer layer of each receiver layer: depth, terminal or a list."}
-    )
-    start_from: str | None = field(
-        default=None,
-        metadata={"help": "Trained fuser to train on (folder or hub id), of this family and for these models."},
-    )
-    sharer_cue: str = field(
-        default="",
-        metadata={"help": "Text that opens the sharer's turn where a row has no answer prefix."},
-    )
-    linear_weight: Literal["none", "attention"] = field(
-        default="none", metadata={"help": "Weight of a token pair when a linear fuser is fitted."}
-    )
-    max_prompt_tokens: int = field(default=512, metadata={"help": "Drop (and count) longer prompts."})
-    max_response_tokens: int = field(default=128, metadata={"help": "Drop (and count) longer responses."})
-    epochs: float = field(default=3.0, metadata={"help": "Passes over the data."})
-    max_steps: int = field(default=-1, metadata={"help": "Optimizer steps; overrides epochs."})
-    batch_size: int = field(default=8, metadata={"help": "Examples per step, over all processes."})
-    gradient_accumulation: int = field(default=1, metadata={"help": "Steps that are joined to one update."})
-    learning_rate: float = field(default=2e-3, metadata={"help": "Peak learning rate."})
-    weight_decay: float = field(default=0.01, metadata={"help": "Weight decay of AdamW."})
-    warmup_steps: float = field(default=0.1, metadata={"help": "Linear warm-up; below 1 a share of all steps."})
-    schedule: str = field(default="cosine", metadata={"help": "Learning-rate schedule of transformers."})
-    max_grad_norm: float = field(default=1.0, metadata={"help": "Clip gradients to this norm."})
-    guard_weight: float = field(
-        default=0.0,
-        metadata={"help": "Weight of the guard: another example's cache must not help. 0 turns it off."},
-    )
-    soft_targets: float = field(
-        default=0.0,
-        metadata={"help": "Share of the sharer's own answer in the target of multiple choice, 0 to 1."},
-    )
-    soft_temperature: float = field(default=0.5, metadata={"help": "Temperature of soft targets; lower is sharper."})
-    reconstruction_steps: int = field(
-        default=0, metadata={"help": "First steps, in which the receiver learns to repeat the message."}
-    )
-    calibration: int = field(
-        default=64, metadata={"help": "Examples that a new fuser is initialised from; 0 for none."}
-    )
-    eval_steps: int | None = field(
-        default=None, metadata={"help": "Score the dev set every so many steps; by default once per epoch."}
-    )
-    save_steps: int = field(default=25, metadata={"help": "Write a checkpoint every so many steps."})
-    seed: int = field(default=0, metadata={"help": "Seed of initialisation and of the order of examples."})
-    data_seed: int = field(
-        default=0, metadata={"help": "Seed of which rows are drawn; runs that differ in seed alone share prefills."}
-    )
-    store_dir: str | None = field(
-        default=None, metadata={"help": "Folder of the prefill store; by default it is in memory."}
-    )
-    store_budget_gb: float = field(
-        default=8.0, metadata={"help": "Size of the prefill store in GB; what does not fit is computed again."}
-    )
-    fill: Literal["ahead", "training"] = field(
-        default="ahead", metadata={"help": "Fill the store ahead of the first step, or while training."}
-    )
-    prefill_batch: int = field(default=4, metadata={"help": "Prompts per prefill."})
-    precision: Precision = field(
-        default="float32",
-        metadata={"help": "Arithmetic of a step: float32, or bfloat16 (autocast; weights stay in float32)."},
-    )
-    dtype: str | None = field(
-        default=None, metadata={"help": "Type of the models' weights; by default float32 on a CPU, else as stored."}
-    )
-    sharer_dtype: str | None = field(default=None, metadata={"help": "Type of the sharer's weights, if another."})
-    device_map: str | None = field(default=None, metadata={"help": "As in from_pretrained of transformers."})
-    report_to: str = field(default="none", metadata={"help": "none, tensorboard or others of transformers."})
-    logging_steps: int = field(default=10, metadata={"help": "Report the loss every so many steps."})
+    dtype: str | None = option(None, "Type of the models' weights; by default float32 on a CPU, else as stored.")
+    sharer_dtype: str | None = option(None, "Type of the sharer's weights, if another.")
+    device_map: str | None = option(None, "As in from_pretrained of transformers.")
+    report_to: str = option("none", "none, tensorboard or others of transformers.")
+    logging_steps: int = option(10, "Report the loss every so many steps.")
 
     def __post_init__(self) -> None:
         """Refuse impossible values.

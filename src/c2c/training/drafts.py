@@ -31,52 +31,48 @@ def with_drafts(
         store: its prefills.
         progress: called with (stage, done, total).
     """
-    drafts = Drafts(store, sharer)
     found: dict[int, list[int]] = {}
     for longest in sorted({example.row.draft for example in examples} - {0}):
         part = [index for index, example in enumerate(examples) if example.row.draft == longest]
-        written = drafts.write([examples[index].sharer_ids for index in part], longest, progress)
-        found |= dict(zip(part, written, strict=True))
+        drafts = _drafts([examples[index].sharer_ids for index in part], longest, sharer, store, progress)
+        found |= zip(part, drafts, strict=True)
     return [_append(example, found[index]) if index in found else example for index, example in enumerate(examples)]
 
 
-class Drafts:
-    """Drafts of a sharer, once per prompt.
+def _drafts(
+    prompts: Sequence[Sequence[int]], longest: int, sharer: Sharer, store: PrefillStore, progress: OnProgress | None
+) -> list[list[int]]:
+    """Return the draft of each prompt, generated or from the records."""
+    drafts: list[list[int]] = PromptRecords(store, "drafts").get(
+        prompts,
+        [longest] * len(prompts),
+        lambda part: generate_drafts([prompts[index] for index in part], longest, sharer, store),
+        None if progress is None else partial(progress, "sharer's drafts"),
+    )
+    return drafts
 
-    Args:
-        store: the sharer's; drafts are kept beside its prefills.
-        sharer: the sharer.
+
+@torch.no_grad()
+def generate_drafts(
+    prompts: Sequence[Sequence[int]], longest: int, sharer: Sharer, store: PrefillStore
+) -> list[list[int]]:
+    """Continue prompts greedily, at most ``longest`` tokens, up to and with the token that ends a turn.
+
+    The cache of prompts and drafts is put into the store.
     """
-
-    def __init__(self, store: PrefillStore, sharer: Sharer) -> None:
-        self.store, self.sharer, self.records = store, sharer, PromptRecords(store, "drafts")
-
-    def write(
-        self, prompts: Sequence[Sequence[int]], longest: int, progress: OnProgress | None = None
-    ) -> list[list[int]]:
-        """Return the draft of each prompt, at most ``longest`` tokens, up to and with the token that ends a turn."""
-        report = None if progress is None else partial(progress, "sharer's drafts")
-        drafts: list[list[int]] = self.records.get(
-            prompts, [longest] * len(prompts), lambda part: self.generate([prompts[i] for i in part], longest), report
-        )
-        return drafts
-
-    @torch.no_grad()
-    def generate(self, prompts: Sequence[Sequence[int]], longest: int) -> list[list[int]]:
-        """Continue prompts greedily; the cache of prompts and drafts goes into the store."""
-        sharer, tokens = self.sharer, left_pad(prompts, 0)
-        cache = sharer.prefill(tokens, tokens.length - 1)
-        new = sharer.generate(tokens, cache, max_new_tokens=longest, do_sample=False).to(tokens.ids.device)
-        mask = torch.cat([tokens.mask, torch.ones_like(new, dtype=torch.bool)], dim=1)
-        read = TokenBatch(torch.cat([tokens.ids, new], dim=1), mask, natural_positions(mask), tokens.padded)
-        cache = sharer.prefill(read, cache=cache)  # the last token is not in it yet; behind an end stands padding
-        drafts = []
-        for ids in new.tolist():
-            end = next((place for place, token in enumerate(ids) if token in sharer.ends), len(ids))
-            drafts.append(ids[: end + 1])
-        whole = [[*prompt, *draft] for prompt, draft in zip(prompts, drafts, strict=True)]
-        self.store.put(whole, cache, [tokens.length - len(prompt) for prompt in prompts])
-        return drafts
+    tokens = left_pad(prompts, 0)
+    cache = sharer.prefill(tokens, tokens.length - 1)
+    new = sharer.generate(tokens, cache, max_new_tokens=longest, do_sample=False).to(tokens.ids.device)
+    mask = torch.cat([tokens.mask, torch.ones_like(new, dtype=torch.bool)], dim=1)
+    read = TokenBatch(torch.cat([tokens.ids, new], dim=1), mask, natural_positions(mask), tokens.padded)
+    cache = sharer.prefill(read, cache=cache)  # the last token is not in it yet; behind an end stands padding
+    drafts = []
+    for ids in new.tolist():
+        end = next((place for place, token in enumerate(ids) if token in sharer.ends), len(ids))
+        drafts.append(ids[: end + 1])
+    whole = [[*prompt, *draft] for prompt, draft in zip(prompts, drafts, strict=True)]
+    store.put(whole, cache, [tokens.length - len(prompt) for prompt in prompts])
+    return drafts
 
 
 def _append(example: Any, draft: Sequence[int]) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,12 +17,13 @@ from c2c.prompting import RenderOptions, encode, render
 
 
 @dataclass(frozen=True, kw_only=True)
-class Example(ABC):
+class Example:
     """One row, ready to train on.
 
     Attributes:
         row: the row.
         receiver_ids: the receiver's prompt.
+        prefix: how many of these tokens are prefilled and stored: all but the last, or those before the memory entries.
         sharer_ids: the part of the sharer's prompt that is prefilled.
         response_ids: the receiver's tokens to learn.
         weights: loss weight of each of them; they add up to 1, or to 2 for multiple choice, where the token that names
@@ -37,6 +37,7 @@ class Example(ABC):
 
     row: Row
     receiver_ids: list[int]
+    prefix: int
     sharer_ids: list[int]
     response_ids: list[int]
     weights: list[float]
@@ -46,9 +47,9 @@ class Example(ABC):
     soft_target: tuple[float, ...] | None = None
 
     @property
-    @abstractmethod
     def receiver_prefix(self) -> list[int]:
         """The part of the receiver's prompt that is prefilled and stored."""
+        return self.receiver_ids[: self.prefix]
 
     def reconstructing(self) -> Self:
         """Return the same prompt with its message as the response."""
@@ -73,28 +74,16 @@ class SharedExample(Example):
 
     alignment: Alignment
 
-    @property
-    def receiver_prefix(self) -> list[int]:
-        """All but the last token of the prompt."""
-        return self.receiver_ids[:-1]
-
 
 @dataclass(frozen=True, kw_only=True)
 class PrivateExample(Example):
     """A row whose passage only the sharer reads.
 
     Attributes:
-        column: the receiver's token that the memory entries precede.
         kept: the sharer's columns that are handed over.
     """
 
-    column: int
     kept: list[int]
-
-    @property
-    def receiver_prefix(self) -> list[int]:
-        """The tokens before the memory entries."""
-        return self.receiver_ids[: self.column]
 
 
 def build_examples(
@@ -138,6 +127,7 @@ def _shared_example(pair: Any, row: Row, max_response: int) -> SharedExample:
     return SharedExample(
         row=row,
         receiver_ids=prompt.receiver.ids[0].tolist(),
+        prefix=prompt.receiver.length - 1,
         sharer_ids=prompt.sharers[0].ids[0, : int(alignment.sharer.max()) + 1].tolist(),
         alignment=alignment,
         **_target(tokenizer, row, row.messages[-1]["content"], max_response),
@@ -153,7 +143,7 @@ def _private_example(pair: Any, row: Row, max_response: int) -> PrivateExample:
     return PrivateExample(
         row=row,
         receiver_ids=encode(tokenizer, render(tokenizer, row.messages, options)).ids,
-        column=first_user_column(tokenizer, row.messages, options),
+        prefix=first_user_column(tokenizer, row.messages, options),
         sharer_ids=theirs.ids,
         kept=theirs.kept,
         **_target(tokenizer, row, row.sharer_messages[-1]["content"], max_response),

@@ -100,10 +100,6 @@ class Objective(nn.Module, ABC):
         weighted: Tensor = losses * batch.weights
         return weighted.sum(-1)
 
-    def token_losses(self, batch: Any, message: Message) -> Tensor:
-        """Compute the loss of each response token in nats, 0 on padding; ``[batch, response]``."""
-        return cross_entropy(self.logits(batch, message), batch.responses)
-
     def micro_batches(self, examples: Sequence[Any]) -> list[Sequence[Any]]:
         """Split the examples of a step into parts that run at once; by default there is one part."""
         return [examples]

@@ -65,7 +65,7 @@ class PrivateContextObjective(FuserObjective):
             **targets(examples, device),
             prefix=left_pad(prefixes, 0).to(device),
             prefix_cache=stack(own, ours.geometry.layers, ours.dtype, device),
-            question=left_pad([example.receiver_ids[example.column :] for example in examples], 0).to(device),
+            question=left_pad([example.receiver_ids[example.prefix :] for example in examples], 0).to(device),
             sharer=sharer.to(device),
             sharer_cache=stack(shared, theirs.geometry.layers, ours.dtype, device),
             kept=kept.to(device),

@@ -113,6 +113,8 @@ def train(config: TrainConfig, *, resume: bool = True, progress: OnProgress | No
         return fit(run, progress)
     fresh = checkpoint is None
     useful = fresh and (config.start_from is not None or initialise(run, progress))
+    if fresh and first:
+        (run.output / "dev.json").unlink(missing_ok=True)  # scores of an earlier run
     every = config.eval_steps or run.steps_per_epoch
     selection = Selection(run.objective, DevSet(run.dev, config.batch_size), every, run.output, run.keep)
     trainer = make_trainer(run.objective, run.train, arguments, selection, progress)

@@ -142,7 +142,7 @@ class Selection(TrainerCallback):
         """Score the parameters as they are after ``step``, and keep them if they are the best so far."""
         result = self.dev.score(self.objective)
         entry = result.to_dict()
-        log.info("step %d: dev receiver %.1f, %s", step, result.receiver, _trained(entry))
+        log.info("step %d: dev %s", step, {name: round(value, 2) for name, value in entry.items()})
         earlier = {at: score for at, score in self.scores.items() if int(at) < step}
         self.scores = earlier | {str(step): entry}
         if all(result.value > score["value"] for score in earlier.values()):
@@ -157,11 +157,6 @@ class Selection(TrainerCallback):
         """Step and score of the best parameters."""
         step, entry = max(self.scores.items(), key=lambda item: item[1]["value"])
         return {"step": int(step), "dev": entry}
-
-
-def _trained(entry: dict[str, float]) -> str:
-    names = ("matched", "deranged", "adapter")
-    return ", ".join(f"{name} {entry[name]:.1f}" for name in names if name in entry)
 
 
 def make_trainer(
