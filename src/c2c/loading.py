@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import transformers
@@ -17,14 +17,6 @@ Dtype = str | torch.dtype | None
 _SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")  # device maps that accelerate works out
 
 
-class LoadedModel(NamedTuple):
-    """A model with its tokenizer (None where the source has none) and the name that it was loaded by."""
-
-    model: PreTrainedModel
-    tokenizer: Any
-    name: str
-
-
 def load(
     source: str | Path | PreTrainedModel,
     *,
@@ -33,7 +25,7 @@ def load(
     device_map: Any = None,
     revision: str | None = None,
     **model_kwargs: Any,
-) -> LoadedModel:
+) -> tuple[PreTrainedModel, Any, str]:
     """Load a causal language model and its tokenizer.
 
     Args:
@@ -44,6 +36,9 @@ def load(
         device_map: as in ``from_pretrained``, for instance ``"cuda"`` or ``"auto"``.
         revision: commit, branch or tag of a hub id.
         **model_kwargs: passed on to ``from_pretrained``, for instance ``attn_implementation``.
+
+    Returns:
+        The model, its tokenizer (None where the source has none), and the name that it was loaded by.
 
     Raises:
         ModelLoadError: the source does not exist, or can't be read; an alias that was not pulled yet.
@@ -82,7 +77,7 @@ def load(
             "Load the fast one (AutoTokenizer.from_pretrained with a tokenizer.json), or convert it with "
             "transformers' convert_slow_tokenizer."
         )
-    return LoadedModel(model, tokenizer, name)
+    return model, tokenizer, name
 
 
 def gguf_to_safetensors(gguf: Path, folder: Path) -> None:
