@@ -63,21 +63,23 @@ def run(
     text = sys.stdin.read().strip() if prompt == "-" else prompt
     if not text.strip():
         raise PromptError(f"the prompt{' on stdin' if prompt == '-' else ''} is empty; expected some text to read.")
-    context = (
-        None if config.context is None else read_text(Path(config.context), f"--context {config.context}", PromptError)
-    )
-    names = _system_names(config.mode)
+    what = f"--context {config.context}"
+    context = None if config.context is None else read_text(Path(config.context), what, PromptError)
     import torch
 
     from c2c.prompting import RenderOptions
-    from c2c.systems import SystemOptions, make_system
+    from c2c.systems import SystemOptions, make_system, systems
     from c2c.systems.fused import CacheToCache
 
+    names = ALL if config.mode == "all" else (config.mode,)
+    if not {system_kind(name) for name in names} <= set(systems()):
+        known = ", ".join(sorted(systems()))
+        raise typer.BadParameter(f"{config.mode!r} is not one of all, {known}.", param_hint="--mode")
     with err.status("loading models ..."):
         model = _load(config)
         shared = SystemOptions(message_tokens=config.message_tokens, draft_tokens=config.draft_tokens)
-        systems = {name: make_system(name, model, shared) for name in names}
-        if any(isinstance(system, CacheToCache) for system in systems.values()):
+        chosen = {name: make_system(name, model, shared) for name in names}
+        if any(isinstance(system, CacheToCache) for system in chosen.values()):
             _check_context(model, config.context)
     if not json_:
         _show_pair(model)
@@ -85,7 +87,7 @@ def run(
     messages.append({"role": "user", "content": text})
     how: dict[str, Any] = {"options": RenderOptions(answer_prefix=config.answer_prefix), "do_sample": config.sample}
     results: dict[str, dict[str, Any]] = {}
-    for name, system in systems.items():
+    for name, system in chosen.items():
         torch.manual_seed(config.seed)
         with err.status(f"{system.title} ..."):
             result = system.generate(messages, context, max_new_tokens=config.max_new_tokens, **how)
@@ -99,20 +101,9 @@ def run(
         return
     if len(results) > 1:
         columns = ("", "first token", "total", "read", "written", "crossed")
-        print_table(columns, (_costs(systems[name].title, result) for name, result in results.items()))
+        print_table(columns, (_costs(chosen[name].title, result) for name, result in results.items()))
     if not model.trained and "c2c" in results:
         out.print(f"[yellow]{UNTRAINED}[/yellow]")
-
-
-def _system_names(mode: str) -> tuple[str, ...]:
-    """Return the systems of a ``--mode``; unknown ones are refused before models are loaded."""
-    from c2c.systems import systems
-
-    if mode == "all":
-        return ALL
-    if system_kind(mode) not in systems():
-        raise typer.BadParameter(f"{mode!r} is not one of all, {', '.join(sorted(systems()))}.", param_hint="--mode")
-    return (mode,)
 
 
 def _load(config: RunConfig) -> C2CModel:
