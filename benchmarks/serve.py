@@ -2,8 +2,8 @@
 
 The server runs in a process of its own; clients are those of the ``openai`` package, over HTTP. Every answer is
 compared to the one that the same request got alone. Closed loop: so many clients, each of which sends its next request
-when it has its answer. Open loop: requests arrive at random (Poisson), at a share of the highest rate that the first engine
-reached in the closed loop. Soak: mixed systems, greedy and sampled, streamed and whole, and the server's memory.
+when it has its answer. Open loop: requests arrive at random (Poisson), at a share of the highest rate that the first
+engine reached in the closed loop. Soak: mixed systems, greedy and sampled, and the server's memory.
 
 One engine, loop, load and system is a cell. No cell takes longer than --cell-seconds: what is unanswered then is cut,
 and counted as slower than all others. With --out each cell is written when it is done, and a killed run goes on.
