@@ -15,7 +15,7 @@ from c2c import C2CModel
 from c2c.alignment import PublishedAligner
 from c2c.alignment.base import derange, fit, merge
 from c2c.cli.app import app
-from c2c.errors import AlignmentError
+from c2c.errors import AlignmentError, PromptError
 from c2c.integrations import IntegrationError, MissingExtraError
 from c2c.language_model import LanguageModel
 from c2c.prompting import RenderOptions
@@ -121,11 +121,17 @@ def harness(model, **options):
 
 def likelihoods(lm, pairs):
     """Scores of (document, context, continuation)."""
-    requests = [
-        Instance("loglikelihood", {}, (context, text), 0, metadata=("task", document, 1))
-        for document, context, text in pairs
-    ]
+    requests = [Instance("loglikelihood", {}, (ask, text), 0, metadata=("task", doc, 1)) for doc, ask, text in pairs]
     return lm.loglikelihood(requests, disable_tqdm=True)
+
+
+def generations(lm, *contexts, **arguments):
+    """Texts that follow contexts, each of a document of its own."""
+    requests = [
+        Instance("generate_until", {}, (context, dict(arguments)), 0, metadata=("task", index, 1))
+        for index, context in enumerate(contexts)
+    ]
+    return lm.generate_until(requests, disable_tqdm=True)
 
 
 def same(ours, theirs):
@@ -224,37 +230,39 @@ def step_by_step(model, ask, prefix, continuation):
     return total, greedy
 
 
-def test_scores_are_those_of_the_public_path(opened):
-    """What is scored after a chat prompt is what ``prepare`` gives a user."""
+@pytest.mark.parametrize("aligner", [None, PublishedAligner()])
+def test_scores_are_those_of_the_public_path(aligner):
+    """What is scored after a chat prompt is what ``prefill`` gives a user."""
+    model = open_fusers(pair(fuser_options={"rank": 8}, aligner=aligner))
     asks, continuations = ["Which letter?", "Which of many letters, please?"], [" B", " 1", "?", " fox"]
-    pairs = [(ask, text) for ask in asks for text in continuations]
-    answers = likelihoods(
-        C2CLM(opened, batch_size=3), [(ask, chat(ask, prefix="The answer is"), text) for ask, text in pairs]
-    )
-    assert same(answers, [step_by_step(opened, ask, "The answer is", text) for ask, text in pairs])
+    pairs = [(ask, chat(ask, prefix="The answer is"), text) for ask in asks for text in continuations]
+    answers = likelihoods(C2CLM(model, batch_size=3), pairs)
+    assert same(answers, [step_by_step(model, ask, "The answer is", text) for ask, _, text in pairs])
 
 
-def test_generation_is_that_of_the_public_path(opened):
+def test_the_published_alignment_needs_chats_that_fit():
+    model = pair(aligner=PublishedAligner())
+    assert all(score < 0 for score, _ in likelihoods(C2CLM(model), [(0, chat("Which letter?"), "A")]))
+    with pytest.raises(AlignmentError, match="last section"):
+        likelihoods(C2CLM(model), PAIRS[:1])
+    with pytest.raises(PromptError, match="can't be cut"):
+        likelihoods(C2CLM(model, max_length=16), [(0, chat("Which letter?"), "A")])
+
+
+@pytest.mark.parametrize("aligner", [None, PublishedAligner()])
+def test_generation_is_that_of_the_public_path(aligner):
+    model = open_fusers(pair(fuser_options={"rank": 8}, aligner=aligner))
     asks = ["Say something.", "Say something else, and a bit more of it."]
-    requests = [
-        Instance("generate_until", {}, (chat(ask), {"until": [], "max_gen_toks": 6}), 0, metadata=("task", i, 1))
-        for i, ask in enumerate(asks)
-    ]
-    texts = C2CLM(opened, batch_size=2).generate_until(requests, disable_tqdm=True)
-    assert texts == [opened.generate(ask, max_new_tokens=6, do_sample=False).text for ask in asks]
+    texts = generations(C2CLM(model, batch_size=2), *map(chat, asks), until=[], max_gen_toks=6)
+    assert texts == [model.generate(ask, max_new_tokens=6, do_sample=False).text for ask in asks]
 
 
-def test_sampling_follows_the_seed(opened):
-    arguments = {"until": ["\n"], "max_gen_toks": 12, "do_sample": True, "temperature": 2.0}
-    requests = [Instance("generate_until", {}, ("Once", arguments), 0, metadata=("task", 0, 1))] * 2
-
-    def sample(seed):
-        torch.manual_seed(seed)
-        return C2CLM(opened, "receiver", batch_size=2).generate_until(requests, disable_tqdm=True)
-
-    first = sample(0)
-    assert first == sample(0)
-    assert first[0] != first[1]
+def test_an_empty_prompt_is_answered_alone_and_not_fused(untrained):
+    assert generations(C2CLM(untrained, "receiver"), "", until=[], max_gen_toks=3)[0]
+    with pytest.raises(PromptError, match="empty prompt"):
+        generations(C2CLM(untrained, "matched"), "", until=[], max_gen_toks=3)
+    with pytest.raises(PromptError, match="0 tokens"):
+        likelihoods(C2CLM(untrained, "matched"), [(0, "Question", "")])
 
 
 @pytest.mark.parametrize("system", ["matched", "deranged"])
@@ -315,14 +323,11 @@ def test_long_contexts_are_cut_as_the_harness_does(untrained, opened):
 
 @pytest.mark.parametrize("system", ["receiver", "matched"])
 def test_long_prompts_leave_room_for_the_answer(untrained, system):
-    requests = [
-        Instance("generate_until", {}, (text, {"until": ["\n"], "max_gen_toks": 8}), 0, metadata=("task", i, 1))
-        for i, text in enumerate(("word " * 60, "Short"))
-    ]
-    ours = C2CLM(untrained, system, max_length=32, batch_size=2).generate_until(requests)
-    assert ours == harness(untrained.receiver, max_length=32, batch_size=2).generate_until(requests)
-    with pytest.raises(ValueError, match="max_gen_toks is 8"):
-        C2CLM(untrained, system, max_length=8).generate_until(requests)
+    texts, arguments = ("word " * 60, "Short"), {"until": ["\n"], "max_gen_toks": 8}
+    ours = generations(C2CLM(untrained, system, max_length=32, batch_size=2), *texts, **arguments)
+    assert ours == generations(harness(untrained.receiver, max_length=32, batch_size=2), *texts, **arguments)
+    with pytest.raises(PromptError, match="max_gen_toks is 8"):
+        generations(C2CLM(untrained, system, max_length=8), *texts, **arguments)
 
 
 def aligned(model, *asks):
@@ -375,18 +380,6 @@ def test_a_deranged_prompt_takes_the_others_columns(opened):
     assert taken[0][2] == theirs[0][2]
     assert [pair[2] == theirs[-1][2] for pair in taken] == [pair[2] == ours[-1][2] for pair in ours]
     assert derange(own, own).chunks[0].alignments[0].sharer.tolist() == own.chunks[0].alignments[0].sharer.tolist()
-
-
-def test_scores_with_the_published_alignment_are_those_of_the_public_path():
-    model = open_fusers(pair(aligner=PublishedAligner()))
-    asks = ["Which letter?", "Which of many letters, please?"]
-    answers = likelihoods(C2CLM(model, batch_size=2), [(ask, chat(ask, prefix="It is"), " B") for ask in asks])
-    assert same(answers, [step_by_step(model, ask, "It is", " B") for ask in asks])
-    assert all(score < 0 for score, _ in likelihoods(C2CLM(model), [(0, chat("Which letter?"), "A")]))
-    with pytest.raises(AlignmentError, match="last section"):
-        likelihoods(C2CLM(model), PAIRS[:1])
-    with pytest.raises(ValueError, match="can't be cut"):
-        likelihoods(C2CLM(model, max_length=16), [(0, chat("Which letter?"), "A")])
 
 
 def test_a_template_without_system_messages_drops_them(untrained):

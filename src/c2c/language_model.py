@@ -71,8 +71,7 @@ class LanguageModel:
     @classmethod
     def from_pretrained(cls, source: str | Path | PreTrainedModel, **kwargs: Any) -> Self:
         """Load by alias, hub id, folder or GGUF file; arguments as in :func:`c2c.loading.load`."""
-        loaded = load(source, **kwargs)
-        return cls(loaded.model, loaded.tokenizer, loaded.name)
+        return cls(*load(source, **kwargs))
 
     @property
     def device(self) -> torch.device:

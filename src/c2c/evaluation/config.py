@@ -1,5 +1,6 @@
 """The configuration of an evaluation. Help of a field is also that of its command-line option; imports no torch."""
 
+# ruff: noqa: RUF009 - option() returns a dataclass field
 from __future__ import annotations
 
 import dataclasses
@@ -9,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from c2c.config import build, read_yaml
+from c2c.config import build, option, read_yaml
 from c2c.data.config import DataSource
 from c2c.errors import C2CError, did_you_mean
 from c2c.evaluation.tasks import source
@@ -37,60 +38,35 @@ class EvalConfig:
 
     fuser: str = field(metadata={"help": "Folder or hub id of the fuser."})
     data: list[DataSource] = field(metadata={"help": "Items to evaluate on.", "cli": False})
-    systems: tuple[str, ...] = field(
-        default=DEFAULT_SYSTEMS,
-        metadata={
-            "help": "Systems to compare, of c2c.systems: receiver, reader, sharer, text, text_published, summary_N, "
-            "draft_text, matched, draft, deranged, draft_deranged, zero, untrained, adapter; also router, and --other.",
-            "cli": False,
-        },
+    systems: tuple[str, ...] = option(
+        DEFAULT_SYSTEMS, "Systems of c2c.systems, router, and names in fusers.", cli=False
     )
-    mode: Mode = field(
-        default="logits",
-        metadata={
-            "help": "logits compares the options' tokens, generate reads the letter from a generated text, answers "
-            "compares generated texts with references (token F1, exact match), nll measures the reference's loss."
-        },
+    mode: Mode = option(
+        "logits",
+        "logits compares the options' tokens, generate reads the letter from a generated text, answers compares "
+        "generated texts with references (token F1, exact match), nll measures the reference's loss.",
     )
-    fusers: dict[str, str] = field(
-        default_factory=dict, metadata={"help": "Further fusers as systems, name to folder.", "cli": False}
-    )
-    adapter: str | None = field(
-        default=None, metadata={"help": "Folder of the receiver's LoRA adapter, for the system adapter."}
-    )
-    dev: list[DataSource] = field(
-        default_factory=list, metadata={"help": "Items that the router is fitted on; never reported.", "cli": False}
-    )
-    routed: float = field(default=0.5, metadata={"help": "Share of the questions that the router sends to the sharer."})
-    timed: int = field(
-        default=0, metadata={"help": "Items of each source that are also answered one by one to measure the cost."}
-    )
-    data_dir: str = field(default=".", metadata={"help": "Folder that tasks and relative paths start from."})
-    limit: int | None = field(default=None, metadata={"help": "At most this many items per source, drawn with seed."})
-    seed: int = field(default=0, metadata={"help": "Seed of the draw and of the bootstrap."})
-    batch_size: int = field(default=8, metadata={"help": "Items at a time; a deranged cache is from the same batch."})
-    max_new_tokens: int = field(default=32, metadata={"help": "Longest generated answer, in tokens."})
-    message_tokens: int = field(
-        default=256, metadata={"help": "Longest text of the sharer in text-to-text, in tokens; 256 as published."}
-    )
-    draft_tokens: int = field(default=64, metadata={"help": "Longest draft of the sharer, in tokens."})
-    receiver: str | None = field(default=None, metadata={"help": "Receiver in place of the recorded one."})
-    sharer: str | None = field(default=None, metadata={"help": "Sharer in place of the recorded one."})
-    output_dir: str | None = field(
-        default=None,
-        metadata={"help": "Folder of the items' records and the result; an interrupted run there is resumed."},
-    )
-    reuse: str | None = field(
-        default=None,
-        metadata={"help": "output_dir of another fuser's evaluation, to take over answers that need no fuser."},
-    )
-    store_dir: str | None = field(default=None, metadata={"help": "Folder of a prefill store to use and fill."})
-    store_budget_gb: float = field(default=20.0, metadata={"help": "Size of the prefill store in GB."})
-    dtype: str | None = field(
-        default=None, metadata={"help": "Type of the models' weights; by default float32 on a CPU, else as stored."}
-    )
-    sharer_dtype: str | None = field(default=None, metadata={"help": "Type of the sharer's weights, if another."})
-    device_map: str | None = field(default=None, metadata={"help": "As in from_pretrained of transformers."})
+    fusers: dict[str, str] = option({}, "Further fusers as systems, name to folder.", cli=False)
+    adapter: str | None = option(None, "Folder of the receiver's LoRA adapter, for the system adapter.")
+    dev: list[DataSource] = option([], "Items that the router is fitted on; never reported.", cli=False)
+    routed: float = option(0.5, "Share of the questions that the router sends to the sharer.")
+    timed: int = option(0, "Items of each source that are also answered one by one to measure the cost.")
+    data_dir: str = option(".", "Folder that tasks and relative paths start from.")
+    limit: int | None = option(None, "At most this many items per source, drawn with seed.")
+    seed: int = option(0, "Seed of the draw and of the bootstrap.")
+    batch_size: int = option(8, "Items at a time; a deranged cache is from the same batch.")
+    max_new_tokens: int = option(32, "Longest generated answer, in tokens.")
+    message_tokens: int = option(256, "Longest text of the sharer in text-to-text, in tokens; 256 as published.")
+    draft_tokens: int = option(64, "Longest draft of the sharer, in tokens.")
+    receiver: str | None = option(None, "Receiver in place of the recorded one.")
+    sharer: str | None = option(None, "Sharer in place of the recorded one.")
+    output_dir: str | None = option(None, "Folder of the records and the result; an interrupted run there is resumed.")
+    reuse: str | None = option(None, "output_dir of another fuser's evaluation, for answers that need no fuser.")
+    store_dir: str | None = option(None, "Folder of a prefill store to use and fill.")
+    store_budget_gb: float = option(20.0, "Size of the prefill store in GB.")
+    dtype: str | None = option(None, "Type of the models' weights; by default float32 on a CPU, else as stored.")
+    sharer_dtype: str | None = option(None, "Type of the sharer's weights, if another.")
+    device_map: str | None = option(None, "As in from_pretrained of transformers.")
 
     def __post_init__(self) -> None:
         """Refuse what can't be run."""
@@ -161,35 +137,23 @@ class HarnessConfig:
 
     fuser: str = field(metadata={"help": "Folder or hub id of the fuser."})
     tasks: str = field(metadata={"help": "Names of tasks or groups, or task files, with commas."})
-    system: str = field(
-        default="matched", metadata={"help": "receiver, sharer, matched, deranged; several with commas."}
+    system: str = option("matched", "receiver, sharer, matched, deranged; several with commas.")
+    limit: float | None = option(None, "Documents per task; below 1 a share of them.")
+    num_fewshot: int | None = option(None, "Examples in the prompt, in place of the task's number unless that is 0.")
+    apply_chat_template: bool = option(
+        False, "Render messages, each model with its own template.", flag="--apply-chat-template"
     )
-    limit: float | None = field(default=None, metadata={"help": "Documents per task; below 1 a share of them."})
-    num_fewshot: int | None = field(
-        default=None, metadata={"help": "Examples in the prompt, in place of the task's number unless that is 0."}
-    )
-    apply_chat_template: bool = field(
-        default=False,
-        metadata={"flag": "--apply-chat-template", "help": "Render messages, each model with its own template."},
-    )
-    system_instruction: str | None = field(
-        default=None, metadata={"help": "System message, or text before the prompt."}
-    )
-    gen_kwargs: str | None = field(
-        default=None, metadata={"help": "For generation: max_gen_toks=64,do_sample=True,..."}
-    )
-    batch_size: int = field(default=8, metadata={"help": "Contexts, and continuations, at a time.", "min": 1})
-    max_length: int | None = field(default=None, metadata={"help": "Truncate contexts to this many tokens."})
-    include_path: list[str] = field(default_factory=list, metadata={"help": "Folder with task files; may be repeated."})
-    output: str | None = field(default=None, metadata={"help": "File for the result, as JSON."})
-    log_samples: bool = field(
-        default=False,
-        metadata={"flag": "--log-samples", "help": "Every request and answer in the output file."},
-    )
-    receiver: str | None = field(default=None, metadata={"help": "Receiver in place of the recorded one."})
-    sharer: str | None = field(default=None, metadata={"help": "Sharer in place of the recorded one."})
-    dtype: str | None = field(default=None, metadata={"help": "Type of the models' weights."})
-    device_map: str | None = field(default=None, metadata={"help": "As in from_pretrained of transformers."})
+    system_instruction: str | None = option(None, "System message, or text before the prompt.")
+    gen_kwargs: str | None = option(None, "For generation: max_gen_toks=64,do_sample=True,...")
+    batch_size: int = option(8, "Contexts, and continuations, at a time.", min=1)
+    max_length: int | None = option(None, "Truncate contexts to this many tokens.")
+    include_path: list[str] = option([], "Folder with task files; may be repeated.")
+    output: str | None = option(None, "File for the result, as JSON.")
+    log_samples: bool = option(False, "Every request and answer in the output file.", flag="--log-samples")
+    receiver: str | None = option(None, "Receiver in place of the recorded one.")
+    sharer: str | None = option(None, "Sharer in place of the recorded one.")
+    dtype: str | None = option(None, "Type of the models' weights.")
+    device_map: str | None = option(None, "As in from_pretrained of transformers.")
 
 
 def system_kind(name: str) -> str:
