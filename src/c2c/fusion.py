@@ -47,7 +47,7 @@ def fuse(
     Args:
         cache: the receiver's cache, at least ``chunk.stop`` tokens long; changed.
         receiver: the receiver.
-        tokens: the receiver's tokens.
+        tokens: its tokens.
         sources: one per sharer; None where it has no part in this chunk.
         chunk: which entries are fused with which.
         mode: ``sequential``: each sharer's fuser reads what the one before wrote; ``parallel``: all read the clean

@@ -165,11 +165,7 @@ def crop(cache: Cache, tokens: int) -> DynamicCache:
 
 
 def append(cache: Cache, entries: Sequence[KeyValue]) -> Cache:
-    """Add entries after the last ones of every layer, in place; an empty cache takes them as they are.
-
-    Args:
-        cache: the cache.
-        entries: keys (rotated to their positions) and values per layer, ``[batch, kv_heads, tokens, head_dim]``.
+    """Add entries, keys rotated to their positions, to every layer, in place; an empty cache takes them as they are.
 
     Raises:
         CacheError: other layers than the cache has.

@@ -124,15 +124,7 @@ def place(
     options: RenderOptions,
     entries: Sequence[PrivateEntries],
 ) -> PrivatePrompt:
-    """Make room for entries before the first user message of a prompt of one row.
-
-    Args:
-        prompt: the prompt without them.
-        tokenizer: the receiver's.
-        conversation: the messages of the prompt.
-        options: how it was rendered.
-        entries: in the order in which they stand in the cache.
-    """
+    """Make room for entries, in this order, before the first user message of a prompt of one row."""
     column = first_user_column(tokenizer, conversation, options)
     slots = sum(part.slots for part in entries)
     receiver, chunks = prompt.receiver, prompt.chunks
@@ -174,8 +166,7 @@ def first_user_column(tokenizer: Any, conversation: Conversation, options: Rende
     encoded = encode(tokenizer, render(tokenizer, conversation, options))
     for message, found in zip(conversation, encoded.rendered.spans, strict=True):
         if message["role"] == "user" and found is not None:
-            (start, _), _ = found
-            return next(column for column, (_, end) in enumerate(encoded.offsets) if end > start)
+            return next(column for column, (_, end) in enumerate(encoded.offsets) if end > found[0][0])
     raise PromptError("private context stands before the first user message, and there is none with any text.")
 
 
@@ -212,9 +203,7 @@ def _read_all(given: Any, sharer: Sharer, rows: int, options: RenderOptions) -> 
         found = given
     else:
         batch, single = conversations(given)
-        found = [sharer.read(conversation, options=options) for conversation in batch]
-        if single:
-            return found * rows
+        found = [sharer.read(conversation, options=options) for conversation in batch] * (rows if single else 1)
     if len(found) != rows:
         raise PromptError(f"got {len(found)} private contexts for {rows} conversations; give one for each, or one.")
     return found

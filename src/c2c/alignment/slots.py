@@ -151,7 +151,7 @@ def align_conversation(
 
     Args:
         receiver: the receiver's fast tokenizer.
-        sharer: the sharer's fast tokenizer.
+        sharer: the sharer's.
         conversation: the messages.
         options: how to render them.
         strategy: see :class:`PublishedAligner`.
