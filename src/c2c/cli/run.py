@@ -40,7 +40,7 @@ class RunConfig:
     mode: str = option("all", f"Which system answers; all is {', '.join(ALL)}; others are reader, zero, untrained.")
     max_new_tokens: int = option(64, "At most this many tokens per answer.", min=1)
     message_tokens: int = option(64, "At most this many for the text-to-text message.", min=1)
-    context: str | None = option(None, "Text that only the sharer reads; for a fuser of private context.")
+    context: Path | None = option(None, "Text that only the sharer reads; for a fuser of private context.")  # noqa: RUF009
     draft_tokens: int = option(0, "With --context: hand over so many tokens of the sharer's own answer too.", min=0)
     system: str | None = option(None, "System message for both models.")
     answer_prefix: str = option("", "Text that the answer continues, such as 'The answer is'.")
@@ -64,7 +64,7 @@ def run(
     if not text.strip():
         raise PromptError(f"the prompt{' on stdin' if prompt == '-' else ''} is empty; expected some text to read.")
     what = f"--context {config.context}"
-    context = None if config.context is None else read_text(Path(config.context), what, PromptError)
+    context = None if config.context is None else read_text(config.context, what, PromptError)
     import torch
 
     from c2c.prompting import RenderOptions
@@ -116,7 +116,7 @@ def _load(config: RunConfig) -> C2CModel:
     return C2CModel.from_pretrained(config.fuser, **load)
 
 
-def _check_context(model: C2CModel, context: str | None) -> None:
+def _check_context(model: C2CModel, context: Path | None) -> None:
     """Refuse a context that does not suit the fuser, in words of the command line."""
     family = model.fusers[0].family
     if model.private and context is None:
