@@ -1,9 +1,10 @@
-"""A real server on a free port, in a thread, and what tests ask it with."""
+"""A real server on a free port, in a thread, and what tests send to it."""
 
 from __future__ import annotations
 
 import json
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Event, Thread
@@ -13,9 +14,9 @@ import openai
 
 from c2c import C2CModel
 from c2c.serving.app import create_app
-from c2c.serving.huggingface import HuggingFaceEngine
-from c2c.serving.server import Server, listen
-from c2c.serving.settings import Settings
+from c2c.serving.http_server import Server, listen
+from c2c.serving.serve_config import ServeConfig
+from c2c.serving.transformers_engine import TransformersEngine
 from tiny import open_fusers, pair
 
 NAME = "tiny"
@@ -38,18 +39,25 @@ class Running:
     """A server that runs."""
 
     url: str
-    service: object
+    state: object
+    engine: object
     server: Server
 
     def post(self, path: str, **kwargs) -> httpx.Response:
-        return httpx.post(self.url + path, timeout=PATIENCE, **kwargs)
+        return httpx.post(self.url + path, **{"timeout": PATIENCE, **kwargs})
 
     def get(self, path: str, **kwargs) -> httpx.Response:
         return httpx.get(self.url + path, timeout=PATIENCE, **kwargs)
 
-    def chat(self, text="hello there", model=NAME, **fields) -> httpx.Response:
+    def chat(self, text="hello there", model=NAME, timeout=PATIENCE, headers=None, **fields) -> httpx.Response:
         body = {"model": model, "messages": user(text), "max_tokens": 6, "temperature": 0} | fields
-        return self.post("/v1/chat/completions", json={k: v for k, v in body.items() if v is not ...})
+        body = {k: v for k, v in body.items() if v is not ...}
+        return self.post("/v1/chat/completions", json=body, timeout=timeout, headers=headers)
+
+    def chat_all(self, texts, **fields) -> list[httpx.Response]:
+        """Responses to chats that are sent at once."""
+        with ThreadPoolExecutor(len(texts)) as clients:
+            return list(clients.map(lambda text: self.chat(text, **fields), texts))
 
     def client(self, key="any") -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=PATIENCE)
@@ -69,17 +77,16 @@ class Running:
 
 
 @contextmanager
-def running(model_, *, max_queue=64, max_batch=16, window=0.05, message_tokens=6, engine=None, **settings):
+def running(model_, *, engine=None, window=0.01, **options):
     """Serve a model, or an engine of its own."""
-    engine = engine or HuggingFaceEngine(
-        model_, max_queue=max_queue, max_batch=max_batch, window=window, message_tokens=message_tokens
-    )
-    app = create_app(engine, Settings(NAME, max_batch=max_batch, **settings))
+    config = ServeConfig(**{"name": NAME, "message_tokens": 6, "batch_window_ms": 1000 * window, **options})
+    engine = engine or TransformersEngine(model_, config)
+    app = create_app(engine, config)
     sock = listen("127.0.0.1", 0)
-    server = Server(app)
+    server = Server(app, config)
     thread = Thread(target=server.run, args=([sock],), daemon=True)
     thread.start()
-    found = Running(f"http://127.0.0.1:{sock.getsockname()[1]}", app.state.service, server)
+    found = Running(f"http://127.0.0.1:{sock.getsockname()[1]}", app.state.server, engine, server)
     try:
         found.until(lambda: server.started)
         yield found
@@ -90,10 +97,16 @@ def running(model_, *, max_queue=64, max_batch=16, window=0.05, message_tokens=6
 
 
 @contextmanager
-def held(model_):
-    """The receiver stands still before every forward pass until the event is set."""
-    gate = Event()
-    hook = model_.receiver.model.register_forward_pre_hook(lambda *_: gate.wait(PATIENCE) and None)
+def held(model_, after: int = 0):
+    """Let so many forward passes of the receiver go by, and hold the next one until the event is set."""
+    gate, passes = Event(), []
+
+    def wait(*_):
+        passes.append(1)
+        if len(passes) > after:
+            gate.wait(PATIENCE)
+
+    hook = model_.receiver.model.register_forward_pre_hook(wait)
     try:
         yield gate
     finally:
@@ -101,7 +114,31 @@ def held(model_):
         hook.remove()
 
 
+def text_of(response: httpx.Response) -> str:
+    """The only answer."""
+    assert response.status_code == 200, response.text
+    return response.json()["choices"][0]["message"]["content"]
+
+
+def error_of(response: httpx.Response) -> dict:
+    """The error of a response, with its status."""
+    data = response.json()
+    assert set(data) == {"error"}
+    assert set(data["error"]) == {"message", "type", "param", "code"}
+    return data["error"] | {"status": response.status_code}
+
+
 def events(response_text: str) -> list:
     """The data of server-sent events."""
     lines = [line.removeprefix("data: ") for line in response_text.split("\n\n") if line.startswith("data: ")]
     return [line if line == "[DONE]" else json.loads(line) for line in lines]
+
+
+def streamed(response: httpx.Response) -> list[str]:
+    """The texts of all answers of a stream."""
+    texts: dict[int, str] = {}
+    for chunk in events(response.text)[:-1]:
+        for choice in chunk["choices"]:
+            piece = choice["delta"].get("content") or "" if "delta" in choice else choice["text"]
+            texts[choice["index"]] = texts.get(choice["index"], "") + piece
+    return [texts[index] for index in sorted(texts)]

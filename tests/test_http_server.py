@@ -26,6 +26,7 @@ from c2c.serving.http_config import HTTPConfig, is_loopback
 from c2c.serving.http_server import Server, listen, url_of
 from c2c.serving.logs import JsonFormatter
 
+JSON = {"Content-Type": "application/json"}
 KEY, OTHER = "first-key-of-this-test", "other-key-of-this-test"
 
 
@@ -177,14 +178,11 @@ def test_requests_per_minute_are_limited():
         ("/echo", {"json": {}}, 400, "missing_parameter", "text"),
         ("/echo", {"json": {"text": 1}}, 400, "invalid_value", "text"),
         ("/echo", {"json": {"text": "", "more": 1}}, 400, "unknown_parameter", "more"),
-        (
-            "/echo",
-            {"json": None, "content": b"{", "headers": {"Content-Type": "application/json"}},
-            400,
-            "invalid_json",
-            None,
-        ),
         ("/echo", {"json": None, "content": b"{}"}, 400, "invalid_json", None),
+        *(
+            ("/echo", {"json": None, "content": content, "headers": JSON}, 400, "invalid_json", None)
+            for content in (b"{", b"[" * 100_000, b"\xff\xfe", b"")
+        ),
         ("/nowhere", {}, 404, "not_found", None),
         ("/fail", {"text": "prompt"}, 400, "invalid_value", None),
         ("/fail", {"text": "fault"}, 500, "internal_error", None),

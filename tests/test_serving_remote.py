@@ -6,9 +6,9 @@ The sharer is a real server, with a proxy before it that spoils what passes.
 from __future__ import annotations
 
 import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
+import httpx
 import openai
 import pytest
 
@@ -17,11 +17,11 @@ from c2c.language_model import Sharer
 from c2c.remote import RemoteSharer
 from remote_rig import Proxy
 from remote_rig import serving as sharing
-from serving_harness import NAME, PATIENCE, events, model, running, user
-from test_private import DOCUMENT, QUESTION, private
+from serving_harness import NAME, PATIENCE, error_of, events, model, running, text_of, user
+from test_private import DOCUMENT, QUESTION
 from test_remote_faults import BUSY, with_body
 from test_remote_server import dies_in_mid_body, dies_in_mid_prefill, process
-from tiny import build, tokenizer
+from tiny import build, memory_pair, tokenizer
 
 COMPLETIONS, HANDOFFS = "/v1/completions", "/v1/c2c/handoffs"
 POLICIES = ["raise", "receiver_only"]
@@ -77,11 +77,6 @@ def far(pair, url, *, policy="raise", timeout=PATIENCE, retries=0, **options):
         sharer.close()
 
 
-def text_of(response) -> str:
-    assert response.status_code == 200, response.text
-    return response.json()["choices"][0]["message"]["content"]
-
-
 def fused(pair, text, tokens=6) -> str:
     return pair.generate(text, max_new_tokens=tokens, do_sample=False).text
 
@@ -90,22 +85,16 @@ def alone(pair, text, tokens=6) -> str:
     return pair.receiver.answer(text, max_new_tokens=tokens, do_sample=False).text
 
 
-def together(server, texts=TEXTS, **fields):
-    """Answers to all of them, asked at once."""
-    with ThreadPoolExecutor(len(texts)) as clients:
-        return list(clients.map(lambda text: server.chat(text, **fields), texts))
-
-
 def check_by_policy(response, policy, expected, status, code):
     """An error that says so, or the receiver's own answer that says so."""
     if policy == "raise":
-        error = response.json()["error"]
-        assert (response.status_code, error["code"], error["param"]) == (status, code, None)
+        error = error_of(response)
+        assert (error["status"], error["code"], error["param"]) == (status, code, None)
         assert error["type"] == ("timeout_error" if status == 504 else "server_error")
         assert error["message"].startswith("the sharer could not be asked: ")
         return
     assert text_of(response) == expected
-    assert response.json()["c2c"]["way"] == "c2c"
+    assert response.json()["c2c"]["system"] == "c2c"
     assert response.json()["c2c"]["fallback"].startswith("receiver only: the ")
 
 
@@ -115,7 +104,7 @@ def check_by_policy(response, policy, expected, status, code):
 def test_answers_are_those_with_a_local_sharer_alone_and_in_a_batch(pair, share):
     with far(pair, share.url, max_batch=len(TEXTS), window=PATIENCE) as server:
         before = share.log[-1:]
-        found = together(server, c2c={"report": True})
+        found = server.chat_all(TEXTS, c2c={"report": True})
         assert [text_of(one) for one in found] == [fused(pair, text) for text in TEXTS]
         assert [one.json()["c2c"]["batch"] for one in found] == [len(TEXTS)] * len(TEXTS)
         assert [one.json()["c2c"]["fallback"] for one in found] == [None] * len(TEXTS)
@@ -141,7 +130,7 @@ def test_a_batch_that_is_more_than_the_sharer_takes_at_a_time_is_asked_for_in_pa
         sharing(pair.sharers[0], max_tokens=length + 4) as small,
         far(pair, small.url, max_batch=len(TEXTS), window=PATIENCE) as server,
     ):
-        assert [text_of(one) for one in together(server)] == [fused(pair, text) for text in TEXTS]
+        assert [text_of(one) for one in server.chat_all(TEXTS)] == [fused(pair, text) for text in TEXTS]
         assert [entry["rows"] for entry in small.logged(4)[1:]] == [1, 1, 1]
 
 
@@ -153,7 +142,7 @@ def test_one_prompt_that_the_sharer_refuses_does_not_spoil_its_batch(pair, polic
         sharing(pair.sharers[0], max_tokens=length) as small,
         far(pair, small.url, policy=policy, max_batch=len(texts), window=PATIENCE) as server,
     ):
-        first, second, third = together(server, texts)
+        first, second, third = server.chat_all(texts)
         assert [text_of(first), text_of(third)] == [fused(pair, texts[0]), fused(pair, texts[2])]
         if policy == "raise":
             assert (second.status_code, second.json()["error"]["code"]) == (400, "context_length_exceeded")
@@ -171,19 +160,19 @@ def test_one_prompt_that_the_sharer_refuses_does_not_spoil_its_batch(pair, polic
 def test_a_lost_sharer_is_an_error_or_the_receiver_alone(pair, proxy, fault, policy):
     how, status, code, reason = FAULTS[fault]
     with far(pair, proxy.url, policy=policy, timeout=3.0, max_batch=len(TEXTS), window=0.3) as server:
-        assert [text_of(one) for one in together(server)] == [fused(pair, text) for text in TEXTS]
+        assert [text_of(one) for one in server.chat_all(TEXTS)] == [fused(pair, text) for text in TEXTS]
         proxy.spoil(**how)
-        for text, response in zip(TEXTS, together(server), strict=True):
+        for text, response in zip(TEXTS, server.chat_all(TEXTS), strict=True):
             check_by_policy(response, policy, alone(pair, text), status, code)
         (state,) = server.get("/health").json()["sharers"]
         assert (state["state"], state["code"]) == ("lost", reason)
         assert abs(state["since"] - time.time()) < PATIENCE
         assert server.get("/health").status_code == 200, "the receiver alone can be asked"
         assert server.metric("c2c_sharer_up", sharer="0") == 0
-        assert server.metric("c2c_fallbacks_total", way="c2c") == (3 if policy == "receiver_only" else 0)
+        assert server.metric("c2c_fallbacks_total", system="c2c") == (3 if policy == "receiver_only" else 0)
         assert text_of(server.chat(model=f"{NAME}/receiver")) == alone(pair, "hello there")
         proxy.spoil(times=0)
-        assert [text_of(one) for one in together(server)] == [fused(pair, text) for text in TEXTS], "it is back"
+        assert [text_of(one) for one in server.chat_all(TEXTS)] == [fused(pair, text) for text in TEXTS], "it is back"
         assert server.get("/health").json()["sharers"] == [{"state": "ok"}]
         assert server.metric("c2c_sharer_up", sharer="0") == 1
 
@@ -197,7 +186,7 @@ def test_a_sharer_that_is_killed_while_it_reads(death, policy):
         there = C2CModel.from_models(here.receiver, RemoteSharer(url, retries=1, on_failure=policy))
         there.fusers = here.fusers
         with running(there, max_batch=len(TEXTS), window=0.3) as server:
-            found = together(server)
+            found = server.chat_all(TEXTS)
             child.join(10)
             assert not child.is_alive()
             for text, response in zip(TEXTS, found, strict=True):
@@ -268,17 +257,11 @@ def test_a_client_that_does_not_wait_for_a_slow_sharer(pair, proxy):
     """Its request ends in time, and the others get their answers."""
     with far(pair, proxy.url, retries=0) as server:
         proxy.spoil(times=1, rate=3000)
-        with ThreadPoolExecutor(1) as pool:
-            slow = pool.submit(server.client().with_options(timeout=0.5).chat.completions.create, **asked("hello"))
-            with pytest.raises(openai.APITimeoutError):
-                slow.result()
+        with pytest.raises(httpx.ReadTimeout):
+            server.chat("hello", timeout=0.5)
         assert text_of(server.chat()) == fused(pair, "hello there")
-        server.until(lambda: server.service.active == 0)
+        server.until(lambda: server.state.active == 0)
         assert server.metric("c2c_requests_total", status="499") == 1
-
-
-def asked(text) -> dict:
-    return {"model": NAME, "messages": user(text), "max_tokens": 6, "temperature": 0}
 
 
 # -- private context ---------------------------------------------------------------------------------------------------
@@ -286,7 +269,7 @@ def asked(text) -> dict:
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_sharer_that_is_lost_with_what_it_alone_has_read(policy):
-    here = private()
+    here = memory_pair()
     document = {"sharer_messages": DOCUMENT}
     with sharing(here.sharers[0]) as share, Proxy(share.port) as proxy, far(here, proxy.url, policy=policy) as server:
         expected = here.generate(QUESTION, sharer_messages=DOCUMENT, max_new_tokens=6, do_sample=False).text
@@ -296,5 +279,19 @@ def test_a_sharer_that_is_lost_with_what_it_alone_has_read(policy):
         check_by_policy(server.chat(messages=QUESTION, c2c=document), policy, alone(here, QUESTION), 502, "sharer_lost")
         response = server.post(HANDOFFS, json={"messages": DOCUMENT})
         assert (response.status_code, response.json()["error"]["code"]) == (502, "sharer_lost")
-        assert server.metric("c2c_fallbacks_total", way="c2c") == (1 if policy == "receiver_only" else 0)
+        assert server.metric("c2c_fallbacks_total", system="c2c") == (1 if policy == "receiver_only" else 0)
         assert text_of(server.chat(messages=QUESTION, c2c={"handoff": kept})) == expected, "what it has read is here"
+
+
+def test_a_remote_sharer_of_private_context_shares_and_does_not_answer():
+    here = memory_pair()
+    with sharing(here.sharers[0]) as share, far(here, share.url) as server:
+        assert [card["id"] for card in server.get("/v1/models").json()["data"]] == [NAME, f"{NAME}/receiver"]
+        assert server.chat(model=f"{NAME}/text").status_code == 404
+        made = server.post(HANDOFFS, json={"messages": DOCUMENT}).json()
+        assert text_of(server.chat(messages=QUESTION, c2c={"handoff": made["id"]})) == (
+            here.generate(QUESTION, sharer_messages=DOCUMENT, max_new_tokens=6, do_sample=False).text
+        )
+        assert made["bytes"] > 1000
+        refused = server.post(HANDOFFS, json={"messages": DOCUMENT, "precision": "int8"})
+        assert error_of(refused)["param"] == "precision"

@@ -19,13 +19,14 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 
 from c2c import C2CModel, kv_cache
 from c2c.integrations.vllm.errors import LoadError
-from c2c.integrations.vllm.plan import Wish
 from c2c.integrations.vllm.snapshot import Snapshot
 from c2c.integrations.vllm.store import new_name
+from c2c.integrations.vllm.transfers import TransferParams
 from c2c.language_model import Receiver, Sharer
-from c2c.systems.text_to_text import text_to_text
+from c2c.serving.serve_config import ServeConfig
+from c2c.systems import SystemOptions, make_system
 from c2c.tokens import left_pad
-from serving_harness import NAME, events, running, user
+from serving_harness import NAME, events, running, streamed, text_of, user
 from test_serving_process import Process
 from tiny import NO_SPECIALS, SIZES, open_fusers, tokenizer
 
@@ -80,19 +81,24 @@ def plain(here) -> list[str]:
     return [here.receiver.answer(user(text), max_new_tokens=TOKENS, do_sample=False).text for text in TEXTS]
 
 
+def library(here, text, system, tokens=TOKENS) -> str:
+    """What ``transformers`` answers."""
+    made = make_system(system, here, SystemOptions(message_tokens=6))
+    return made.generate(user(text), max_new_tokens=tokens, do_sample=False).text
+
+
 @contextmanager
-def serving(sharer_in_vllm: bool = False, **options):
+def serving(config: dict | None = None, **options):
     """A server on vLLM."""
     from c2c.integrations.vllm.engine import VLLMEngine
 
     with pytest.MonkeyPatch.context() as patch:
         for name, value in ENVIRONMENT.items():
             patch.setenv(name, os.environ.get(name, value))
-        engine = VLLMEngine(
-            pair(), max_batch=24, message_tokens=6, sharer_in_vllm=sharer_in_vllm, options=SMALL | options
-        )
-        with running(None, engine=engine, max_batch=24) as server:
-            yield SimpleNamespace(server=server, engine=engine, host=engine._hosts[-1])
+        fields = {"max_batch": 24, "message_tokens": 6, "engine": "vllm"} | (config or {})
+        engine = VLLMEngine(pair(), ServeConfig(**fields), SMALL | options)
+        with running(None, engine=engine, max_batch=fields["max_batch"]) as server:
+            yield SimpleNamespace(server=server, engine=engine, client=engine.clients[-1])
 
 
 @pytest.fixture(scope="module")
@@ -101,15 +107,13 @@ def vllm():
         yield found
 
 
-def text_of(response) -> str:
-    assert response.status_code == 200, response.text
-    return response.json()["choices"][0]["message"]["content"]
-
-
-def ask_all(server, ways=("", "/receiver"), texts=TEXTS):
-    """Every text in each of these ways, all at once."""
-    with ThreadPoolExecutor(len(ways) * len(texts)) as clients:
-        asked = [[clients.submit(server.chat, text, NAME + way, max_tokens=TOKENS) for text in texts] for way in ways]
+def ask_all(server, systems=("", "/receiver"), texts=TEXTS):
+    """Answers of each of these systems to every text, all at once."""
+    with ThreadPoolExecutor(len(systems) * len(texts)) as clients:
+        asked = [
+            [clients.submit(server.chat, text, NAME + system, max_tokens=TOKENS) for text in texts]
+            for system in systems
+        ]
         return [[text_of(one.result()) for one in answers] for answers in asked]
 
 
@@ -131,7 +135,7 @@ def test_eight_at_once_beside_eight_plain_ones(vllm, fused, plain):
 def test_eight_caches_of_one_prompt_at_once(vllm, here):
     """Each answers from its own; none from that of another, nor from the prefix cache."""
     ids = here.receiver.encode(TEXTS[4]).ids[0].tolist()
-    read = vllm.host.read_now(ids[:-1])
+    read = vllm.client.loop.run(vllm.client.prefill(ids[:-1]))
     clean = here.receiver.prefill(left_pad([ids], 0), len(ids) - 1)
     for ours, theirs in zip(kv_cache.layers(clean), kv_cache.layers(read.cache()), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
@@ -142,18 +146,18 @@ def test_eight_caches_of_one_prompt_at_once(vllm, here):
     ]
     assert len(set(map(tuple, expected))) == 8
     loads = [_put(vllm.engine.store, one) for one in changed]
-    found = _answers(vllm.host, ids, [*loads, None, None])
+    found = _answers(vllm.client, ids, [*loads, None, None])
     assert found[:8] == expected
     assert found[8] == found[9] not in expected
-    assert _answers(vllm.host, ids, [None])[0] == found[8]
+    assert _answers(vllm.client, ids, [None])[0] == found[8]
 
 
 def _changed(snapshot: Snapshot, seed: int) -> Snapshot:
     numbers = torch.Generator().manual_seed(seed)
     keys, values = (x + 0.5 * torch.randn(x.shape, generator=numbers) for x in (snapshot.keys, snapshot.values))
-    facts = snapshot.facts
-    made = Snapshot.of(keys, values, [0] * facts.count, facts.model)
-    return Snapshot(type(facts)(facts.model, facts.tokens, facts.count, made.facts.body), keys, values)
+    info = snapshot.info
+    made = Snapshot.of(keys, values, [0] * info.count, info.model)
+    return Snapshot(type(info)(info.model, info.tokens, info.count, made.info.body), keys, values)
 
 
 def _put(store, snapshot: Snapshot) -> str:
@@ -161,21 +165,21 @@ def _put(store, snapshot: Snapshot) -> str:
     return name
 
 
-def _answers(host, ids, loads) -> list:
+def _answers(client, ids, loads) -> list:
     """Tokens that an engine answers from these snapshots, or from the prompt alone; the error where there is one."""
     settings = {"max_tokens": TOKENS, "temperature": 0.0}
 
     async def one(load):
-        wish = None if load is None else Wish(load=load, receipt=new_name())
+        transfer = None if load is None else TransferParams(load=load, receipt=new_name())
         try:
-            return [token async for step in host.stream(ids, settings, wish) for token in step.tokens]
+            return [token async for step in client.stream(ids, settings, transfer) for token in step.tokens]
         except LoadError as error:
             return error
 
     async def every():
         return await asyncio.gather(*(one(load) for load in loads))
 
-    return host._background.wait(every())
+    return client.loop.run(every())
 
 
 def test_a_stream_is_the_same_answer(vllm, fused):
@@ -200,13 +204,9 @@ def test_several_answers_samples_stops_and_log_probabilities(vllm, fused):
     assert stopped["finish_reason"] == "stop"
 
 
-def test_a_sharer_beside_the_engine_answers_and_writes(vllm, here):
-    text = TEXTS[2]
-    own = here.sharers[0].answer(user(text), max_new_tokens=TOKENS, do_sample=False).text
-    told = text_to_text(
-        here.receiver, here.sharers[0], user(text), message_tokens=6, max_new_tokens=TOKENS, do_sample=False
-    )
-    assert ask_all(vllm.server, ("/sharer", "/text"), [text]) == [[own], [told.answer.text]]
+def test_a_sharer_beside_the_engine_answers_and_generates_texts(vllm, here):
+    expected = [[library(here, TEXTS[2], system)] for system in ("sharer", "text")]
+    assert ask_all(vllm.server, ("/sharer", "/text"), TEXTS[2:3]) == expected
 
 
 def test_the_report_is_the_same(vllm, here):
@@ -251,34 +251,33 @@ def test_a_cache_that_can_not_be_loaded_is_an_error_of_that_request(vllm, fused,
     assert ask_all(vllm.server, texts=TEXTS[:3]) == [fused[:3], plain[:3]]
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_a_fallback_is_told(vllm, fused, plain, monkeypatch, stream):
-    monkeypatch.setattr(vllm.engine, "_policy", "receiver_only")
-    with damaged(vllm, monkeypatch):
-        response = vllm.server.chat(TEXTS[6], max_tokens=TOKENS, stream=stream)
-    if stream:
-        found = events(response.text)[:-1]
-        text = "".join(choice["delta"].get("content") or "" for chunk in found for choice in chunk["choices"])
-        about = next(chunk["c2c"] for chunk in found if "c2c" in chunk)
-    else:
-        text, about = text_of(response), response.json()["c2c"]
-    assert text == plain[6]
-    assert about["fallback"].startswith("receiver only: the fused cache could not be loaded")
-    assert text_of(vllm.server.chat(TEXTS[6], max_tokens=TOKENS)) == fused[6]  # nothing stuck in the prefix cache
-    assert vllm.server.metric("c2c_fallbacks_total") >= 1
+def test_a_fallback_is_reported(fused, plain, monkeypatch):
+    with serving({"on_failure": "receiver_only"}) as vllm:
+        for stream in (False, True):
+            with damaged(vllm, monkeypatch):
+                response = vllm.server.chat(TEXTS[6], max_tokens=TOKENS, stream=stream)
+            if stream:
+                assert streamed(response) == [plain[6]]
+                about = next(chunk["c2c"] for chunk in events(response.text)[:-1] if "c2c" in chunk)
+            else:
+                assert text_of(response) == plain[6]
+                about = response.json()["c2c"]
+            assert about["fallback"].startswith("receiver only: the fused cache could not be loaded")
+            assert text_of(vllm.server.chat(TEXTS[6], max_tokens=TOKENS)) == fused[6]  # nothing stuck in a cache
+        assert vllm.server.metric("c2c_fallbacks_total") == 2
 
 
 def test_unknown_and_foreign_caches_are_refused(vllm, here):
     """By id, by model, by tokens; and an id that is a path. A plain request beside them is answered."""
     ids = here.receiver.encode(TEXTS[0]).ids[0].tolist()
-    read, store = vllm.host.read_now(ids[:-1]), vllm.engine.store
+    read, store = vllm.client.loop.run(vllm.client.prefill(ids[:-1])), vllm.engine.store
     foreign = Snapshot.of(read.keys, read.values, ids[:-1], "another-model")
-    other = Snapshot.of(read.keys, read.values, [*ids[:-2], ids[-2] + 1], read.facts.model)
-    whole = Snapshot.of(*(torch.cat([x, x[:, :, :1]], 2) for x in (read.keys, read.values)), ids, read.facts.model)
+    other = Snapshot.of(read.keys, read.values, [*ids[:-2], ids[-2] + 1], read.info.model)
+    whole = Snapshot.of(*(torch.cat([x, x[:, :, :1]], 2) for x in (read.keys, read.values)), ids, read.info.model)
     loads = [new_name(), _put(store, foreign), _put(store, other), _put(store, whole), "../../secret", None]
-    *refused, answer = _answers(vllm.host, ids, loads)
+    *refused, answer = _answers(vllm.client, ids, loads)
     assert all(isinstance(one, LoadError) for one in refused), refused
-    assert answer == _answers(vllm.host, ids, [None])[0]
+    assert answer == _answers(vllm.client, ids, [None])[0]
     assert vllm.engine.alive
 
 
@@ -304,16 +303,10 @@ def test_prompts_in_pieces_and_requests_that_are_pre_empted(fused, plain):
 
 
 def test_a_sharer_in_an_engine_of_its_own(here, fused, plain):
-    told = [
-        text_to_text(
-            here.receiver, here.sharers[0], user(text), message_tokens=6, max_new_tokens=TOKENS, do_sample=False
-        ).answer.text
-        for text in TEXTS[:2]
-    ]
-    own = [here.sharers[0].answer(user(text), max_new_tokens=TOKENS, do_sample=False).text for text in TEXTS[:2]]
-    with serving(sharer_in_vllm=True) as vllm:
+    expected = [[library(here, text, system) for text in TEXTS[:2]] for system in ("sharer", "text")]
+    with serving({"sharer_engine": "vllm"}) as vllm:
         assert ask_all(vllm.server) == [fused, plain]
-        assert ask_all(vllm.server, ("/sharer", "/text"), TEXTS[:2]) == [own, told]
+        assert ask_all(vllm.server, ("/sharer", "/text"), TEXTS[:2]) == expected
 
 
 def test_the_command(tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
-from c2c.errors import PromptError
+from c2c.errors import PromptError, RemoteError
 from c2c.messages import Conversation, conversations
 from c2c.prompting import require_tokenizer
 from c2c.tokens import TokenBatch
@@ -95,6 +95,7 @@ class FusionReport(RowCounts):
         gate_values: per fuser the gates of its layers, ``[layers, 2]`` for keys and values.
         timer: of the stages.
         rows: the counts of each conversation.
+        lost: why a remote sharer was not read, so that the receiver answers alone; None where nothing was lost.
     """
 
     fused_layers: list[int] = field(default_factory=list)
@@ -104,6 +105,7 @@ class FusionReport(RowCounts):
     gate_values: list[Tensor] = field(default_factory=list, repr=False)
     timer: StageTimer | None = field(default=None, repr=False)
     rows: list[RowCounts] = field(default_factory=list, repr=False)
+    lost: RemoteError | None = field(default=None, repr=False)
 
     def add(self, counts: RowCounts) -> None:
         """Count one more conversation."""
@@ -130,7 +132,7 @@ class FusionReport(RowCounts):
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
-        hidden = ("gate_values", "timer", "rows")
+        hidden = ("gate_values", "timer", "rows", "lost")
         data = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in hidden}
         layers = {str(layer): reason for layer, reason in self.skipped_layers.items()}
         return data | {"skipped_layers": layers, "gate_openness": self.gate_openness, "seconds": self.seconds}

@@ -136,7 +136,7 @@ class C2CModel(Pretrained, TokenIds, nn.Module):
         """
         batch, _ = conversations(messages)
         options = options or RenderOptions()
-        self._check_context(sharer_messages)
+        self.check_context(sharer_messages)
         try:
             if self.private:
                 return self._prefill_private(batch, sharer_messages, options, blend)
@@ -265,6 +265,7 @@ class C2CModel(Pretrained, TokenIds, nn.Module):
         reason = "blend is 0" if lost is None else "a sharer was lost"
         report = FusionReport(timer=StageTimer(self.receiver.device), notes=list(self.notes), trained=self.trained)
         if lost is not None:
+            report.lost = lost
             report.notes.append(f"receiver only: {lost}")
         for count in tokens.mask.sum(-1).tolist():
             report.add(RowCounts(prompt_tokens=count, skipped_tokens={reason: count}))
@@ -284,7 +285,12 @@ class C2CModel(Pretrained, TokenIds, nn.Module):
     def _indices(self) -> range:
         return range(len(self.sharers))
 
-    def _check_context(self, sharer_messages: Any) -> None:
+    def check_context(self, sharer_messages: Any) -> None:
+        """Check that private context is given exactly where the fusers take it.
+
+        Raises:
+            PromptError: it is missing, or none is taken.
+        """
         if self.private and sharer_messages is None:
             raise PromptError(
                 "this fuser hands over what the sharer alone has read: pass sharer_messages=..., messages or a handoff "

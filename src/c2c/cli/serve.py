@@ -1,10 +1,9 @@
-"""``c2c serve``: a pair behind the interface of the OpenAI API."""
+"""``c2c serve``: a pair of models behind the interface of the OpenAI API."""
 
 from __future__ import annotations
 
 import gc
-import os
-from enum import StrEnum
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,31 +11,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 import yaml
 
+from c2c.cli.options import from_config
 from c2c.cli.output import err
 from c2c.hub_aliases import DEFAULT_RECEIVER, DEFAULT_SHARER
+from c2c.serving.serve_config import ServeConfig
 
 if TYPE_CHECKING:
     from c2c.model import C2CModel
     from c2c.serving.engine import Engine
 
-_PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
-_KEY_VARIABLE = "C2C_API_KEY"
-_SHARER_SECONDS = 60.0
-
-
-class EngineName(StrEnum):
-    """What runs a model."""
-
-    TRANSFORMERS = "transformers"
-    VLLM = "vllm"
-
-
-class OnFailure(StrEnum):
-    """Policies for a lost sharer, or a fused cache that vLLM did not take."""
-
-    RAISE = "raise"
-    RECEIVER_ONLY = "receiver_only"
-
+_PACKAGES = ("fastapi", "uvicorn", "prometheus_client", "sse_starlette", "cachetools")
+_SHARER_SECONDS = 60.0  # a sharer that is waited for holds up the whole server
 
 _EPILOG = """Examples:
 
@@ -46,15 +31,16 @@ c2c serve ./my-fuser --name pair --port 8000 --max-batch 16 --timeout 120
 
 C2C_API_KEY=secret c2c serve ./my-fuser --host 0.0.0.0
 
-C2C_TOKEN=... c2c serve ./my-fuser --sharer https://host:8650 --on-failure receiver_only
+c2c serve ./my-fuser --sharer https://host:8650 --on-failure receiver_only
 
 c2c serve ./my-fuser --engine vllm --engine-option max_model_len=4096
 
 curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json'
 -d '{"model": "my-fuser", "messages": [{"role": "user", "content": "Why is the sky blue?"}]}'
 
-Model names choose the way: NAME is cache-to-cache, NAME/receiver and NAME/sharer are the models alone, NAME/text is
-text-to-text. Needs the server's packages: pip install 'cache2cache\\[serve]'."""
+The model name chooses who answers: NAME is cache-to-cache, NAME/receiver and NAME/sharer are the models alone,
+NAME/text is text-to-text. API keys are better given in C2C_API_KEY, separated by commas. Needs the packages of the
+server: pip install 'cache2cache\\[serve]'."""
 
 
 def register(app: typer.Typer) -> None:
@@ -62,117 +48,44 @@ def register(app: typer.Typer) -> None:
     app.command(name="serve", epilog=_EPILOG)(serve)
 
 
+@from_config(ServeConfig)
 def serve(
-    fuser: Annotated[
+    fuser_argument: Annotated[
         str | None, typer.Argument(metavar="[FUSER]", help="Folder or hub id of a fuser; untrained if not given.")
     ] = None,
-    fuser_option: Annotated[
+    *,
+    fuser: Annotated[
         str | None, typer.Option("--fuser", help="The same, as other commands take it.", show_default=False)
     ] = None,
-    receiver: Annotated[
-        str | None,
-        typer.Option(help=f"Alias, hub id, folder or GGUF; by default the fuser's, else {DEFAULT_RECEIVER}."),
-    ] = None,
-    sharer: Annotated[
-        str | None,
-        typer.Option(
-            help=f"Alias, hub id, folder, GGUF, or URL of c2c share; by default the fuser's, else {DEFAULT_SHARER}."
-        ),
-    ] = None,
-    on_failure: Annotated[
-        OnFailure | None,
-        typer.Option(
-            help="When the sharer at a URL is lost, or vLLM does not take a fused cache: an error, or the receiver "
-            "alone; raise by default."
-        ),
-    ] = None,
-    sharer_timeout: Annotated[
-        float | None, typer.Option(min=0.1, help="Seconds for a request to the sharer at a URL; 60 by default.")
-    ] = None,
-    sharer_precision: Annotated[
-        str | None, typer.Option(help="In which its entries cross, such as int8; the model's own by default.")
-    ] = None,
-    sharer_ca: Annotated[
-        Path | None, typer.Option(help="Certificates to trust for it; those of the system by default.")
-    ] = None,
-    engine: Annotated[
-        EngineName, typer.Option(help="What runs the receiver; vllm needs an environment of its own, see the docs.")
-    ] = EngineName.TRANSFORMERS,
-    sharer_engine: Annotated[
-        EngineName, typer.Option(help="The same for the sharer; vllm only beside --engine vllm.")
-    ] = EngineName.TRANSFORMERS,
-    engine_option: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME=VALUE", help="An argument of vLLM, such as max_model_len=4096; may be repeated."),
-    ] = None,
-    name: Annotated[
-        str | None, typer.Option(help="What clients call the model; by default the fuser's folder, else 'c2c'.")
-    ] = None,
-    host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 for all.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen at; 0 takes a free one.")] = 8000,
-    api_key: Annotated[
-        list[str] | None,
-        typer.Option(help=f"Key that clients must send; may be repeated. Better in {_KEY_VARIABLE}, with commas."),
-    ] = None,
-    max_queue: Annotated[int, typer.Option(min=1, help="Requests that may wait; more get 429.")] = 64,
-    max_batch: Annotated[int, typer.Option(min=1, help="Answers that are written at once.")] = 16,
-    batch_window_ms: Annotated[
-        float, typer.Option(min=0, help="Milliseconds that a request waits for others to run with it.")
-    ] = 10.0,
-    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds that a request may take, waiting included.")] = 300.0,
-    max_body_mb: Annotated[float, typer.Option(min=0.001, help="Megabytes of a request at most.")] = 4.0,
-    max_tokens: Annotated[int, typer.Option(min=1, help="New tokens for requests that do not say how many.")] = 256,
-    message_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the sharer's text, in text-to-text.")] = 128,
-    handoffs: Annotated[int, typer.Option(min=0, help="Handoffs kept at a time.")] = 64,
-    handoff_mb: Annotated[float, typer.Option(min=0, help="Megabytes of all handoffs together.")] = 1000.0,
-    handoff_seconds: Annotated[float, typer.Option(min=1, help="How long a handoff is kept.")] = 3600.0,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16 or auto.")] = None,
-    sharer_dtype: Annotated[str | None, typer.Option(help="The same for the sharer; --dtype by default.")] = None,
-    device: Annotated[str | None, typer.Option(help="Device map: cpu, cuda, auto.")] = None,
-    allow_mismatch: Annotated[bool, typer.Option(help="Accept models with other weights than the fuser's.")] = False,
+    **options: Any,
 ) -> None:
     """Serve a pair over HTTP, as the OpenAI API does: chat completions, completions, models."""
     _check_packages()
-    from c2c.serving.http_config import HTTPConfig
-    from c2c.serving.server import listen
+    from c2c.serving.http_server import listen
 
-    HTTPConfig(
-        host=host, api_key=list(_keys(api_key))
-    ).keys()  # refuses an open address without keys, before models load
-    fuser = _one_fuser(fuser, fuser_option)
-    extra = _engine_options(engine, sharer_engine, engine_option)
-    sock = listen(host, port)
+    if fuser_argument is not None and fuser is not None:
+        raise typer.BadParameter(f"a fuser is given already: {fuser_argument}. Give one.", param_hint="--fuser")
+    fuser = fuser_argument or fuser
+    config = ServeConfig(**options)
+    config = replace(config, name=config.name or (Path(fuser).resolve().name if fuser else "c2c"))
+    config.keys()  # refuses an open address without keys, before models load
+    vllm_options = _vllm_options(config)
+    sock = listen(config.host, config.port)
     with err.status("loading models ..."):
-        theirs = _sharer(sharer, on_failure, sharer_timeout, sharer_precision, sharer_ca, engine)
-        loading = {"dtype": dtype, "sharer_dtype": sharer_dtype, "device_map": device}
-        model = _load(fuser, receiver, theirs, allow_mismatch, **loading)
+        model = _load(fuser, config)
     if not model.trained:
         err.print("The fuser is untrained: cache-to-cache answers equal the receiver's.", style="yellow")
+    _run(_engine(model, config, vllm_options), config, sock)
+
+
+def _run(engine: Engine, config: ServeConfig, sock: Any) -> None:
+    from c2c.serving import http_server
     from c2c.serving.app import create_app
     from c2c.serving.logs import log_to_stderr
-    from c2c.serving.server import serve as run
-    from c2c.serving.settings import Settings
 
-    limits: dict[str, Any] = {"max_queue": max_queue, "max_batch": max_batch}
-    limits |= {"max_tokens": max_tokens, "message_tokens": message_tokens}
-    if engine is EngineName.VLLM:
-        policy = on_failure or OnFailure.RAISE
-        made = _vllm(model, limits, policy, sharer_engine is EngineName.VLLM, extra)
-    else:
-        made = _transformers(model, limits, batch_window_ms / 1000)
-    settings = Settings(
-        name=name or (Path(fuser).resolve().name if fuser else "c2c"),
-        api_keys=_keys(api_key),
-        timeout=timeout,
-        max_body=int(max_body_mb * 1e6),
-        max_batch=max_batch,
-        max_handoffs=handoffs,
-        max_handoff_bytes=int(handoff_mb * 1e6),
-        handoff_seconds=handoff_seconds,
-    )
     log_to_stderr()
-    answered = run(create_app(made, settings), sock)
-    if engine is EngineName.TRANSFORMERS:  # with vLLM libraries would complain about what is left
+    answered = http_server.serve(create_app(engine, config), sock, config)
+    if config.engine != "vllm":  # with it libraries would complain about what is left
         gc.freeze()  # the interpreter would look for garbage among a million objects before it ends
     if not answered:
         raise typer.Exit(1)
@@ -187,25 +100,21 @@ def _check_packages() -> None:
         raise MissingServerError(f"{', '.join(missing)} not installed. The server needs: {install_command('serve')}.")
 
 
-def _transformers(model: C2CModel, limits: dict[str, Any], window: float) -> Engine:
-    from c2c.serving.huggingface import HuggingFaceEngine
+def _engine(model: C2CModel, config: ServeConfig, vllm_options: dict[str, Any]) -> Engine:
+    if config.engine == "vllm":
+        from c2c.integrations.vllm.engine import VLLMEngine
 
-    return HuggingFaceEngine(model, window=window, **limits)
+        with err.status("starting vLLM ..."):
+            return VLLMEngine(model, config, vllm_options)
+    from c2c.serving.transformers_engine import TransformersEngine
 
-
-def _vllm(
-    model: C2CModel, limits: dict[str, Any], policy: OnFailure, sharer_too: bool, options: dict[str, Any]
-) -> Engine:
-    from c2c.integrations.vllm.engine import VLLMEngine
-
-    with err.status("starting vLLM ..."):
-        return VLLMEngine(model, on_load_failure=policy.value, sharer_in_vllm=sharer_too, options=options, **limits)
+    return TransformersEngine(model, config)
 
 
-def _engine_options(engine: EngineName, sharer: EngineName, given: list[str] | None) -> dict[str, Any]:
-    """Arguments of vLLM; and whether it is there, before models are loaded."""
-    if engine is not EngineName.VLLM:
-        if given or sharer is EngineName.VLLM:
+def _vllm_options(config: ServeConfig) -> dict[str, Any]:
+    """Return the arguments of vLLM, after checking that it is there, before models are loaded."""
+    if config.engine != "vllm":
+        if config.engine_option or config.sharer_engine == "vllm":
             raise typer.BadParameter(
                 "--engine-option and --sharer-engine vllm are for --engine vllm. Give it, or leave them out.",
                 param_hint="--engine",
@@ -215,7 +124,7 @@ def _engine_options(engine: EngineName, sharer: EngineName, given: list[str] | N
 
     check_version(installed())
     options: dict[str, Any] = {}
-    for pair in given or []:
+    for pair in config.engine_option or []:
         key, equals, value = pair.partition("=")
         if not equals or not key.isidentifier():
             raise typer.BadParameter(
@@ -225,50 +134,37 @@ def _engine_options(engine: EngineName, sharer: EngineName, given: list[str] | N
     return options
 
 
-def _one_fuser(argument: str | None, option: str | None) -> str | None:
-    if argument is not None and option is not None:
-        raise typer.BadParameter(f"a fuser is given already: {argument}. Give one of the two.", param_hint="--fuser")
-    return argument if argument is not None else option
+def _load(fuser: str | None, config: ServeConfig) -> C2CModel:
+    from c2c.model import C2CModel
+
+    kwargs: dict[str, Any] = {"dtype": config.dtype, "sharer_dtype": config.sharer_dtype, "device_map": config.device}
+    sharer = _sharer(config)
+    if fuser is None:
+        return C2CModel.from_models(config.receiver or DEFAULT_RECEIVER, sharer or DEFAULT_SHARER, **kwargs)
+    return C2CModel.from_pretrained(
+        fuser, receiver=config.receiver, sharer=sharer, allow_mismatch=config.allow_mismatch, **kwargs
+    )
 
 
-def _sharer(
-    source: str | None,
-    on_failure: OnFailure | None,
-    timeout: float | None,
-    precision: str | None,
-    ca: Path | None,
-    engine: EngineName,
-) -> Any:
-    """The sharer as it was named; one at a URL is connected to, with token and key of the environment."""
-    given = {"on_failure": on_failure, "timeout": timeout, "precision": precision, "verify": ca}
+def _sharer(config: ServeConfig) -> Any:
+    """Return the sharer as it was named; connect to one at a URL, with the key of the environment."""
+    given: dict[str, Any] = {
+        "on_failure": config.on_failure,
+        "timeout": config.sharer_timeout,
+        "precision": config.sharer_precision,
+        "verify": config.sharer_ca,
+    }
     given = {name: value for name, value in given.items() if value is not None}
-    if source is not None and source.startswith(("http://", "https://")):
+    if config.sharer is not None and config.sharer.startswith(("http://", "https://")):
         from c2c.remote import RemoteSharer
 
-        options: dict[str, Any] = {"timeout": _SHARER_SECONDS} | given
-        return RemoteSharer(source, **options)
-    if engine is EngineName.VLLM:
+        return RemoteSharer(config.sharer, **{"timeout": _SHARER_SECONDS, **given})
+    if config.engine == "vllm":
         given.pop("on_failure", None)  # which is for its fused caches too
     if given:
         raise typer.BadParameter(
             "--on-failure, --sharer-timeout, --sharer-precision and --sharer-ca are for a sharer at a URL; got "
-            f"{source or 'none'}. Give the URL of c2c share, or leave them out.",
+            f"{config.sharer or 'none'}. Give the URL of c2c share, or leave them out.",
             param_hint="--sharer",
         )
-    return source
-
-
-def _load(fuser: str | None, receiver: str | None, sharer: Any, allow_mismatch: bool, **kwargs: Any) -> C2CModel:
-    from c2c.model import C2CModel
-
-    if fuser is not None:
-        return C2CModel.from_pretrained(
-            fuser, receiver=receiver, sharer=sharer, allow_mismatch=allow_mismatch, **kwargs
-        )
-    return C2CModel.from_models(receiver or DEFAULT_RECEIVER, sharer or DEFAULT_SHARER, **kwargs)
-
-
-def _keys(given: list[str] | None) -> tuple[str, ...]:
-    """Keys of the command line, else of the environment."""
-    found = given or os.environ.get(_KEY_VARIABLE, "").split(",")
-    return tuple(key.strip() for key in found if key.strip())
+    return config.sharer

@@ -1,61 +1,32 @@
-"""The page: what stands where, and which button does what. Gradio's queue lets one event at a time use the models."""
+"""The page: its tabs and its style. Gradio's queue lets one event at a time use the models."""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
-from c2c.data.formats import SYSTEM
 from c2c.demo.config import DemoConfig
-from c2c.demo.examples import DOCUMENT, DOCUMENT_QUESTION, EXAMPLES
-from c2c.demo.fusers import FuserChoice, default_fuser
-from c2c.demo.markup import pair_title, pane_html, status_html
+from c2c.demo.fusers import FuserChoice
+from c2c.demo.markup import status_html
 from c2c.demo.models import ModelCache
-from c2c.demo.panes import SYSTEMS, Pane, Question, Session
+from c2c.demo.panes import Question
+from c2c.demo.tab import NO_SHARED_FUSER, QUEUED, AnswerTab, Values
 from c2c.errors import C2CError, PromptError
-from c2c.utils import read_text
 
 _LEAD = (
     "Two language models answer together without a word of text between them: the **sharer** reads the prompt, a small "
     "trained **fuser** merges its KV cache into that of the **receiver**, and the receiver answers. Compare with each "
     "model alone and with the usual way, text."
 )
-_PRIVATE_LEAD = (
-    "Only the sharer reads the document. The receiver gets entries for its cache, made from the sharer's, and answers "
-    "the question."
-)
 _PICTURES_LEAD = (
     "What crosses while the pair reads the prompt of the first tab: gates and weights, how strongly each token is "
     "changed, which token takes which, and where the caches lie."
 )
-_TIMES = (
-    "Panes run one after the other, the quickest first, and each counts only its own seconds, prefills included. "
-    "*Crossed* is what went from the sharer to the receiver."
-)
-_BLEND = "How much of what the fuser adds is taken: 0 is the receiver alone, 1 the ordinary run."
-_WRONG = "The sharer reads another {}. Where its content crosses, the answer goes wrong."
-_EXAMPLES = "Examples, in the form that the shipped fuser was trained on"
-_NO_PROMPT_FUSER = "No fuser that merges two caches was found. Start the demo with `c2c demo --fuser FOLDER`."
-_NO_PRIVATE_FUSER = (
-    "No fuser of private context was given, and none is in zoo/. Such a fuser is of the family 'memory'. Train one "
-    "with `c2c train configs/private.yaml --data-dir DATA`, then start `c2c demo --fuser runs/private/best`."
-)
 _FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "DejaVu Sans", "sans-serif"]
 _MONO = ["ui-monospace", "SFMono-Regular", "Menlo", "DejaVu Sans Mono", "monospace"]
-# Events that use the models wait for each other; Gradio shows the place in the queue and the seconds.
-_QUEUED: dict[str, Any] = {
-    "concurrency_id": "models",
-    "concurrency_limit": 1,
-    "show_progress": "minimal",
-    "api_visibility": "private",
-}
-_DIRECT: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-Values = dict[Any, Any]  # of components
-Updates = Iterator[dict[Any, str]]  # of components
 
 
 def style() -> str:
@@ -80,205 +51,16 @@ def build(models: ModelCache, choices: Sequence[FuserChoice], config: DemoConfig
     with page:
         gr.Markdown(f"# Cache-to-cache\n{_LEAD}")
         with gr.Tab("Ask both", id="ask"):
-            ask = _Tab(models, choices, config, private=False)
+            ask = AnswerTab(models, choices, config, private=False)
         with gr.Tab("Private context", id="private"):
-            _Tab(models, choices, config, private=True)
+            AnswerTab(models, choices, config, private=True)
         with gr.Tab("Pictures", id="pictures"):
             _add_pictures(ask)
-        page.load(ask.load, {ask.fuser}, ask.status, **_QUEUED)
+        page.load(ask.load, {ask.fuser}, ask.status, **QUEUED)
     return page
 
 
-class _Tab:
-    """Fields, buttons and four panes: of one prompt for both models, or of a document that only the sharer reads.
-
-    Args:
-        models: where models are loaded.
-        choices: fusers to choose from.
-        config: options of the demo.
-        private: whether there is a document.
-    """
-
-    def __init__(
-        self, models: ModelCache, choices: Sequence[FuserChoice], config: DemoConfig, *, private: bool
-    ) -> None:
-        self.models, self.config, self.private = models, config, private
-        self.name = "private" if private else "ask"
-        self.choices = {choice.label: choice for choice in choices if choice.private is private}
-        first = default_fuser(list(self.choices.values()), private)
-        self.session = gr.State(Session())
-        self.fuser = gr.Dropdown(
-            list(self.choices),
-            value=first.label if first else None,
-            label="Fuser, and so the pair",
-            interactive=len(self.choices) > 1,
-            visible=bool(self.choices),
-            elem_id=f"{self.name}-fuser",
-        )
-        self.status = gr.HTML(self.status_html(first), elem_id=f"{self.name}-status")
-        self._add_texts()
-        with gr.Row():
-            run = gr.Button("Ask", variant="primary", interactive=bool(first), elem_id=f"{self.name}-run")
-            stop = gr.Button("Stop", interactive=bool(first), elem_id=f"{self.name}-stop")
-        self._add_switches()
-        with gr.Row(elem_classes="c2c-panes"):
-            self.panes = {
-                name: gr.HTML(pane_html(Pane(name), first), elem_id=f"{self.name}-{name}") for name in SYSTEMS
-            }
-        gr.Markdown(_TIMES, elem_classes="c2c-lead")
-        self._add_options("" if private or first is None else first.answer_prefix)
-        self._connect(run, stop)
-
-    # -- fields ------------------------------------------------------------------------------------------------------
-
-    def _add_texts(self) -> None:
-        what, start, lines = ("Question", DOCUMENT_QUESTION, 2) if self.private else ("Prompt", EXAMPLES[0].prompt, 7)
-        with gr.Column(visible=self.private):
-            gr.Markdown(_PRIVATE_LEAD, elem_classes="c2c-lead")
-            self.document = gr.Textbox(
-                DOCUMENT, label="Document, read by the sharer alone", lines=5, elem_id=f"{self.name}-document"
-            )
-            upload = gr.File(
-                label="or upload a text file",
-                file_types=["text", ".md", ".txt"],
-                height=120,
-                elem_id=f"{self.name}-upload",
-            )
-            uploaded = gr.HTML("", elem_id=f"{self.name}-uploaded")
-        self.prompt = gr.Textbox(
-            start, label=f"{what}, read by both models", lines=lines, elem_id=f"{self.name}-prompt"
-        )
-        if not self.private:
-            prompts, titles = zip(*(([example.prompt], example.title) for example in EXAMPLES), strict=True)
-            gr.Examples(
-                list(prompts), self.prompt, example_labels=list(titles), label=_EXAMPLES, api_visibility="private"
-            )
-        upload.upload(read_upload, upload, [self.document, uploaded], **_DIRECT)
-
-    def _add_switches(self) -> None:
-        what = _WRONG.format("document" if self.private else "question")
-        with gr.Row():
-            with gr.Column(min_width=280, visible=not self.private):  # private context is there or not
-                self.blend = gr.Slider(0, 1, 1, step=0.05, label="Blend", info=_BLEND, elem_id=f"{self.name}-blend")
-            with gr.Column(min_width=280):
-                self.wrong = gr.Checkbox(False, label="Wrong message", info=what, elem_id=f"{self.name}-wrong")
-
-    def _add_options(self, answer_prefix: str) -> None:
-        with gr.Accordion("Options", open=False):
-            self.answer_prefix = gr.Textbox(
-                answer_prefix, label="Answer prefix: text that the answer continues", elem_id=f"{self.name}-prefix"
-            )
-            self.system = gr.Textbox(
-                "" if self.private else SYSTEM, label="System message", elem_id=f"{self.name}-system"
-            )
-            with gr.Row():
-                self.tokens, self.message_tokens = (
-                    gr.Number(most, precision=0, minimum=1, label=f"Tokens {label}, at most")
-                    for most, label in (
-                        (self.config.max_new_tokens, "per answer"),
-                        (self.config.message_tokens, "of the passed text"),
-                    )
-                )
-
-    @property
-    def inputs(self) -> set[Any]:
-        """Everything that a question is made of."""
-        return {part for part in vars(self).values() if isinstance(part, gr.components.Component)} - {self.status}
-
-    def question(self, values: Values) -> Question:
-        """Return the question that the fields hold."""
-        return Question(
-            values[self.prompt],
-            values[self.system],
-            values[self.answer_prefix],
-            int(values[self.tokens]),
-            int(values[self.message_tokens]),
-            float(values[self.blend]),
-            values[self.document] if self.private else None,
-            values[self.wrong],
-        )
-
-    def choice(self, values: Values) -> FuserChoice | None:
-        """Return the chosen fuser."""
-        return self.choices.get(values[self.fuser] or "")
-
-    # -- events ------------------------------------------------------------------------------------------------------
-
-    def _connect(self, run: Any, stop: Any) -> None:
-        outputs, options = [self.status, *self.panes.values()], _QUEUED | {"show_progress_on": [self.status]}
-        asked = run.click(self.ask, self.inputs, outputs, **options)
-        # a slider on its way sends many values: only the last one is run after the one that is running
-        changed = [self.wrong.input, self.blend.input]
-        options = {**options, "trigger_mode": "always_last"}
-        again = gr.on(changed, self.ask_again, self.inputs, outputs, cancels=asked, **options)
-        self.fuser.input(self.choose, {self.session, self.fuser}, outputs, cancels=[asked, again], **options)
-        stop.click(None, cancels=[asked, again], api_visibility="private")
-        stop.click(self.stop, {self.session, self.fuser}, list(self.panes.values()), **_DIRECT)
-
-    def load(self, values: Values) -> Iterator[str]:
-        """Load the chosen fuser's models; yield their state."""
-        choice = self.choice(values)
-        if choice is not None and self.models.seconds(choice) is None:
-            pair = pair_title(choice)
-            yield status_html("loading", f"Loading {pair} \u2026 You can ask already.")
-            try:
-                with self.models.use(choice):
-                    pass
-            except C2CError as error:
-                yield status_html("failed", f"{pair} could not be loaded: {error}")
-                return
-        yield self.status_html(choice)
-
-    def ask(self, values: Values) -> Updates:
-        """Answer a question with all systems."""
-        panes = values[self.session].ask(self.models, self.choice(values), self.question(values))
-        yield from self._updates(panes, values)
-
-    def ask_again(self, values: Values) -> Updates:
-        """Answer the last question with cache-to-cache once more, with another switch or blend."""
-        changed = {"blend": float(values[self.blend]), "wrong_message": values[self.wrong]}
-        yield from self._updates(values[self.session].ask_again(self.models, self.choice(values), **changed), values)
-
-    def choose(self, values: Values) -> Updates:
-        """Empty the panes for another fuser and load its models."""
-        values[self.session].clear()
-        yield {self.panes[name]: pane_html(Pane(name), self.choice(values)) for name in SYSTEMS}
-        for status in self.load(values):
-            yield {self.status: status}
-
-    def stop(self, values: Values) -> dict[Any, str]:
-        """Show what was stopped; the runs themselves are cancelled by Gradio."""
-        values[self.session].stop()
-        panes = values[self.session].panes.values()
-        return {self.panes[pane.name]: pane_html(pane, self.choice(values)) for pane in panes}
-
-    def _updates(self, panes: Generator[Pane], values: Values) -> Updates:
-        """Yield what changes on the page. Closing this, as Gradio does on cancelling, stops the models."""
-        choice = self.choice(values)
-        with closing(panes):
-            for pane in panes:
-                yield {self.panes[pane.name]: pane_html(pane, choice), self.status: self.status_html(choice)}
-
-    def status_html(self, choice: FuserChoice | None) -> str:
-        """Format the state of a fuser's models."""
-        if choice is None:
-            return status_html("waiting", _NO_PRIVATE_FUSER if self.private else _NO_PROMPT_FUSER)
-        seconds, pair = self.models.seconds(choice), pair_title(choice)
-        if seconds is None:
-            return status_html("waiting", f"{pair}: will be loaded when they are needed.")
-        return status_html("ready", f"Ready: {pair}, loaded in {seconds:.0f} s.")
-
-
-def read_upload(path: str) -> tuple[Any, str]:
-    """Read an uploaded document into the field, where it can be read and changed; say how long it is."""
-    try:
-        text = read_text(Path(path), Path(path).name, PromptError)
-    except PromptError as error:
-        return gr.skip(), status_html("failed", str(error))
-    return text, status_html("ready", f"{Path(path).name}: {len(text):,} letters, for the sharer alone.")
-
-
-def _add_pictures(ask: _Tab) -> None:
+def _add_pictures(ask: AnswerTab) -> None:
     """Lay out the tab that draws what crosses for the prompt of the first tab."""
     gr.Markdown(_PICTURES_LEAD, elem_classes="c2c-lead")
     button = gr.Button("Draw", variant="primary", elem_id="pictures-run")
@@ -293,7 +75,7 @@ def _add_pictures(ask: _Tab) -> None:
             return status_html("failed", str(error)), ""
         return status_html("ready", f"Of the prompt in the first tab, {len(question.prompt)} letters."), html
 
-    button.click(draw, ask.inputs, [status, pictures], **_QUEUED)
+    button.click(draw, ask.inputs, [status, pictures], **QUEUED)
 
 
 def draw_pictures(models: ModelCache, choice: FuserChoice | None, question: Question) -> str:
@@ -303,7 +85,7 @@ def draw_pictures(models: ModelCache, choice: FuserChoice | None, question: Ques
         C2CError: no fuser or no prompt, matplotlib is missing, or the models can't take the prompt.
     """
     if choice is None:
-        raise PromptError(_NO_PROMPT_FUSER)
+        raise PromptError(NO_SHARED_FUSER)
     question.check()
     from c2c.analysis.capture import capture_prompt
     from c2c.analysis.plots import html_figures

@@ -24,7 +24,7 @@ from c2c.version import __version__
 
 
 class PrefillStream(StreamingResponse):
-    """The records of a job, cut at a deadline even where the client does not read what is sent.
+    """Stream the records of a job, cut at a deadline even where the client does not read what is sent.
 
     Args:
         job: the prefill.
@@ -52,7 +52,11 @@ class PrefillStream(StreamingResponse):
 
 
 def build_app(worker: PrefillWorker, config: HTTPConfig) -> FastAPI:
-    """Make the application around a worker."""
+    """Make the application around a worker.
+
+    Raises:
+        ServerError: keys that can't be used, or none and an address that others can reach.
+    """
     router = APIRouter()
     handshakes = {
         wanted: gzip.compress(json.dumps(made.to_dict()).encode())

@@ -49,7 +49,7 @@ _LARGEST_HANDSHAKE = 1 << 28
 
 
 class RemoteSharer(Sharer):
-    """The model behind ``c2c share``, used like a local :class:`~c2c.language_model.Sharer`.
+    """Use the model behind ``c2c share`` like a local :class:`~c2c.language_model.Sharer`.
 
     It connects at once: identity, tokenizer and config of the model cross, no weights. A prefill then brings the
     entries that a fuser reads, and nothing else. The server keeps nothing: ``read`` with ``reuse=`` lets it read
@@ -101,7 +101,7 @@ class RemoteSharer(Sharer):
         _check_options(url, token, precision, on_failure)
         trust = ssl_context(verify, client_cert or os.environ.get("C2C_CLIENT_CERT"))
         self._connection = Connection(url, token, trust, timeout, retries)
-        self.url, self.on_failure, self._asked = self._connection.url, on_failure, precision
+        self.url, self.on_failure, self._wanted = self._connection.url, on_failure, precision
         self._fuser: Fuser | None = None
         made = self._handshake = self._shake_hands(with_tokenizer=tokenizer is None)
         if tokenizer is not None:
@@ -348,13 +348,13 @@ class RemoteSharer(Sharer):
         return Handshake.from_dict(self._connection.call(path, read), self.url)
 
     def _precision_for(self, dtype: torch.dtype) -> str:
-        """The precision for entries of this type: as asked, else unchanged, else the finest that is given."""
+        """The precision for entries of this type: the chosen one, else unchanged, else the finest that is given."""
         given = [name for name in self._handshake.precisions if name in PRECISIONS]
-        wanted = self._asked or native(dtype)
+        wanted = self._wanted or native(dtype)
         if NUMBER_BYTES[wanted] > NUMBER_BYTES[native(dtype)]:
             wanted = native(dtype)  # more bytes would say no more
-        if wanted not in given and self._asked is not None:
-            message = f"the sharer at {self.url} does not give {self._asked}, only {', '.join(given)}."
+        if wanted not in given and self._wanted is not None:
+            message = f"the sharer at {self.url} does not give {self._wanted}, only {', '.join(given)}."
             raise RemoteError(f"{message} Ask for one of these.", "precision")
         return wanted if wanted in given else given[0]
 
@@ -377,7 +377,7 @@ def _check_options(url: str, token: str | None, precision: str | None, on_failur
     if on_failure not in ("raise", "receiver_only"):
         raise RemoteError(f"on_failure is {on_failure!r}; expected 'raise' or 'receiver_only'.", "policy")
     if parsed.scheme == "http" and not is_loopback(parsed.host):
-        message = f"{parsed.host} is asked without TLS: whoever is on the way can read prompts, caches and the token."
+        message = f"{parsed.host} is called without TLS: whoever is on the way can read prompts, caches and the token."
         warnings.warn(f"{message} Use https.", stacklevel=3)
 
 

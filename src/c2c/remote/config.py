@@ -14,7 +14,7 @@ Finest = Literal["float32", "bfloat16", "int8", "float8"]
 
 @dataclass(frozen=True, kw_only=True)
 class ShareConfig(HTTPConfig):
-    """Options of ``c2c share``; the model is an argument."""
+    """Configure ``c2c share``; the model is an argument."""
 
     port: int = field(default=8650, metadata={"help": "Port; 0 for a free one.", "min": 0, "max": 65535})
     api_key: list[str] | None = field(
@@ -40,9 +40,7 @@ class ShareConfig(HTTPConfig):
     rate: int = field(
         default=60, metadata={"help": "Requests per minute and token (or address); 0 for no limit.", "min": 0}
     )
-    waiting: int = field(
-        default=8, metadata={"help": "Most requests under way; more are told to come again.", "min": 1}
-    )
+    waiting: int = field(default=8, metadata={"help": "Most requests under way; more get 503.", "min": 1})
     precision: Finest = field(default="float32", metadata={"help": "The finest that is sent."})
     layers: str | None = field(
         default=None, metadata={"help": "Layers that may be sent, such as 0-11,20; all by default."}

@@ -42,7 +42,7 @@ class TransientError(Exception):
 
 @dataclass
 class Traffic:
-    """Counters of a connection: attempts, those that followed a failure, bytes of requests and of answers."""
+    """Count what crosses a connection: attempts, those that followed a failure, bytes of requests and of answers."""
 
     requests: int = 0
     retries: int = 0
@@ -51,7 +51,7 @@ class Traffic:
 
 
 class Loss(NamedTuple):
-    """Why a sharer did not answer: one word, the whole message, HTTP status if any, seconds since 1970."""
+    """Record why a sharer did not answer: one word, the whole message, HTTP status if any, seconds since 1970."""
 
     code: str
     message: str
@@ -60,7 +60,7 @@ class Loss(NamedTuple):
 
 
 class Connection:
-    """Calls one server.
+    """Call one server.
 
     Args:
         url: ``http://host:port`` or ``https://host:port``.

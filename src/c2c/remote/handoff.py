@@ -1,4 +1,4 @@
-"""What one fuser needs of a reading on another machine: not the whole cache, and so not for every use."""
+"""Partial handoffs: what one fuser needs of a prompt that was read on another machine, and not the whole cache."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _ADVICE = "Read with sharer.read(...), which sends everything."
 
 @dataclass(frozen=True)
 class PartialHandoff(Handoff):
-    """A handoff for one fuser: the layers that it reads, at the columns that are handed over, or what it made of them.
+    """Hold what one fuser needs: its layers at the columns that are handed over, or what it has made of them.
 
     Attributes:
         held: layers that are there; the others are empty.
@@ -41,20 +41,19 @@ class PartialHandoff(Handoff):
         placed = [entry for pair in self.entries or () for entry in pair]
         return sum(part.nbytes for pair in self.layers for part in pair) + sum(entry.nbytes for entry in placed)
 
-    def projected(self, fuser: Any) -> list[KeyValue] | None:
-        """What the server made with this fuser; None where it sent layers.
+    def projected(self, fuser: Fuser) -> list[KeyValue] | None:
+        """Return what the server made with this fuser; None where it sent layers.
 
         Raises:
             HandoffError: it was read for another fuser.
         """
-        asked: Fuser = fuser
         if self.entries is None:
-            if missing := sorted(set(asked.config.source_layers) - self.held):
+            if missing := sorted(set(fuser.config.source_layers) - self.held):
                 raise HandoffError(
                     f"this handoff was read for another fuser: layers {missing} are not in it. {_ADVICE}"
                 )
             return None
-        if fuser_hash(asked) != self.fuser:
+        if fuser_hash(fuser) != self.fuser:
             raise HandoffError(f"this handoff was projected with another fuser on the sharer's machine. {_ADVICE}")
         return list(self.entries)
 

@@ -31,7 +31,7 @@ _MOST_LAYERS = 4096
 
 @dataclass(frozen=True)
 class Handshake:
-    """A server's model and limits.
+    """Describe a server's model and limits.
 
     Attributes:
         format: of the wire.
@@ -111,7 +111,7 @@ class Handshake:
 
 @dataclass(frozen=True, kw_only=True)
 class PrefillRequest:
-    """What a sharer shall read, and which entries of it are wanted.
+    """Describe what a sharer shall read, and which entries of it are wanted.
 
     Attributes:
         sharer: identity of the model that is meant.
@@ -250,7 +250,7 @@ def _terms(request: PrefillRequest, batch: TokenBatch, offer: Handshake) -> Iter
     message = f"columns must be {batch.rows} lists of ascending numbers from 0 to {request.stop - 1}."
     yield not fits, 400, "malformed", "columns", message
     empty = not request.draft_tokens and not any(request.columns)
-    yield empty, 422, "request", "columns", "no column is asked for."
+    yield empty, 422, "request", "columns", "no column is wanted."
     ascending = request.layers == sorted(set(request.layers)) and len(request.layers) > 0
     yield not ascending, 400, "malformed", "layers", "layers must be ascending whole numbers, each once."
     missing = [layer for layer in request.layers if layer not in offer.layers]
@@ -261,7 +261,7 @@ def _terms(request: PrefillRequest, batch: TokenBatch, offer: Handshake) -> Iter
     advice = "Pass precision=... to RemoteSharer, or start the server with another --precision."
     yield request.precision not in offer.precisions, 422, "precision", "precision", f"{message} {advice}"
     unknown = request.fuser is not None and request.fuser not in offer.fusers
-    message = "this server does not have the fuser that is asked for; start it with --fuser."
+    message = "this server does not have the fuser of this request; start it with --fuser."
     yield unknown, 422, "fuser", "fuser", message
 
 

@@ -52,7 +52,7 @@ class CutOffError(WireError):
 
 @dataclass(frozen=True)
 class Record:
-    """One part of an answer.
+    """Hold one part of an answer.
 
     Attributes:
         manifest: plain data; ``kind`` and what the kind needs.

@@ -34,7 +34,7 @@ Part = tuple[dict[str, Any], KeyValue | None, Sequence[Tensor]]  # manifest, ent
 
 
 class StreamingCache(DynamicCache):
-    """A cache that hands each layer to a callback as soon as the forward pass has made it.
+    """Hand each layer to a callback as soon as the forward pass has made it.
 
     Args:
         callback: called with layer, keys and values, each ``[rows, kv_heads, tokens, head_dim]``. An exception stops
@@ -59,7 +59,7 @@ class Stopped(Exception):
 
 
 class PrefillJob:
-    """One request under way: made on the event loop, run in the worker's thread.
+    """Run one request: made on the event loop, run in the worker's thread.
 
     Args:
         sharer: the model.
@@ -184,7 +184,7 @@ class PrefillJob:
 
 
 class PrefillWorker:
-    """One model and its thread.
+    """Prefill with one model in one thread.
 
     Args:
         sharer: the model.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -54,6 +55,10 @@ class ApiError(C2CError):
         error = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
         return {"error": error | self.details}
 
+    def to_json(self) -> str:
+        """Return the same as text, for the last event of a stream."""
+        return json.dumps(self.to_dict(), ensure_ascii=False)
+
 
 def to_api_error(error: C2CError, param: str | None = None) -> ApiError:
     """Convert an error of the library by its class; ``param`` is the field of the request that is wrong, if it is."""
@@ -86,7 +91,7 @@ def validation_error(first: Mapping[str, Any]) -> ApiError:
             return invalid(f"{param} is missing.", param, "missing_parameter")
         case "json_invalid":
             return invalid("the body is not valid JSON.", code="invalid_json")
-        case "missing" | "model_attributes_type" if not param:
+        case "missing" | "model_attributes_type" | "dataclass_type" if not param:
             return invalid("send a JSON object as body, with Content-Type: application/json.", code="invalid_json")
     message = str(first.get("msg", "it is not valid")).removeprefix("Value error, ")
     return invalid(f"{param or 'the body'}: {message}.", param or None)

@@ -1,4 +1,4 @@
-"""Handoffs that a server keeps: read once, asked about many times."""
+"""Handoffs that a server keeps: prefilled once, asked about many times."""
 
 from __future__ import annotations
 
@@ -8,73 +8,80 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from cachetools import TLRUCache
+
+from c2c.serving.engine import HandoffCreated
 from c2c.serving.errors import ApiError
-from c2c.serving.events import Read
-from c2c.serving.settings import Settings
+from c2c.serving.serve_config import ServeConfig
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredHandoff:
     """A handoff that is kept.
 
     Attributes:
-        id: by which it is asked for; can't be guessed.
-        owner: who may use it.
-        read: what was read.
+        id: by which clients name it; can't be guessed.
+        owner: id of the API key that made it, which alone may use it.
+        handoff: what was read.
         created: seconds since 1970.
         expires: seconds since 1970.
     """
 
     id: str
     owner: str
-    read: Read
+    handoff: HandoffCreated
     created: float
     expires: float
 
     def to_dict(self) -> dict[str, Any]:
-        """For clients."""
+        """Return what clients see."""
         return {
             "id": self.id,
             "object": "c2c.handoff",
             "created": int(self.created),
             "expires": int(self.expires),
-            "tokens": self.read.tokens,
-            "bytes": self.read.nbytes,
-            "precision": self.read.precision,
-            "sharer": self.read.sharer,
-            "sharer_index": self.read.index,
+            "tokens": self.handoff.tokens,
+            "bytes": self.handoff.nbytes,
+            "precision": self.handoff.precision,
+            "sharer": self.handoff.sharer,
+            "sharer_index": self.handoff.index,
         }
 
 
 class HandoffStore:
-    """Keeps handoffs until they are deleted or expire; bounded in number and bytes. For one thread.
+    """Keep handoffs until they are deleted or expire; bounded in number and bytes. For one thread.
 
     Args:
-        settings: the bounds.
+        config: the bounds.
         clock: seconds since 1970.
     """
 
-    def __init__(self, settings: Settings, clock: Callable[[], float] = time.time) -> None:
-        self._settings, self._clock = settings, clock
-        self._kept: dict[str, Stored] = {}
+    def __init__(self, config: ServeConfig, clock: Callable[[], float] = time.time) -> None:
+        self._config, self._clock = config, clock
+        self._kept: TLRUCache[str, StoredHandoff] = TLRUCache(
+            float("inf"),  # a full store refuses; it never drops what a client may still ask about
+            ttu=lambda _, stored, now: stored.expires,
+            timer=clock,
+            getsizeof=lambda stored: stored.handoff.nbytes,
+        )
 
     def __len__(self) -> int:
-        self.purge()
+        self.expire()
         return len(self._kept)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all that are kept."""
-        self.purge()
-        return sum(stored.read.nbytes for stored in self._kept.values())
+        self.expire()
+        return int(self._kept.currsize)
 
     def check_room(self, nbytes: int = 0) -> None:
-        """Make sure that one more can be kept.
+        """Check that one more can be kept.
 
         Raises:
             ApiError: it is too large (413), or there are too many (429).
         """
-        limit = self._settings.max_handoff_bytes
+        limit = self._config.max_handoff_bytes
         if nbytes > limit:
             raise ApiError(
                 413,
@@ -82,35 +89,35 @@ class HandoffStore:
                 "for precision 'int8'.",
                 code="handoff_too_large",
             )
-        if len(self) >= self._settings.max_handoffs or self.nbytes + nbytes > limit:
+        if len(self) >= self._config.handoffs or self.nbytes + nbytes > limit:
             raise ApiError(
                 429,
                 f"the server keeps {len(self)} handoffs of {self.nbytes} bytes and has no room for another "
-                f"(--handoffs {self._settings.max_handoffs}, --handoff-mb {limit / 1e6:g}). Delete some, or wait until "
-                "they expire.",
+                f"(--handoffs {self._config.handoffs}, --handoff-mb {limit / 1e6:g}). Delete some, or wait until they "
+                "expire.",
                 code="handoff_limit",
             )
 
-    def add(self, read: Read, owner: str, seconds: float | None = None) -> Stored:
-        """Keep a handoff, at most as long as the server keeps any.
+    def add(self, handoff: HandoffCreated, owner: str, seconds: float | None = None) -> StoredHandoff:
+        """Keep a handoff for ``seconds``, at most as long as the server keeps any.
 
         Raises:
             ApiError: there is no room.
         """
-        self.check_room(read.nbytes)
-        now, longest = self._clock(), self._settings.handoff_seconds
-        stored = Stored(f"handoff-{secrets.token_hex(12)}", owner, read, now, now + min(seconds or longest, longest))
-        self._kept[stored.id] = stored
+        self.check_room(handoff.nbytes)
+        now, longest = self._clock(), self._config.handoff_seconds
+        name = f"handoff-{secrets.token_hex(12)}"
+        stored = StoredHandoff(name, owner, handoff, now, now + min(seconds or longest, longest))
+        self._kept[name] = stored
         return stored
 
-    def get(self, handoff: str, owner: str) -> Stored:
-        """A handoff by its id.
+    def get(self, handoff: str, owner: str) -> StoredHandoff:
+        """Return a handoff by its id.
 
         Raises:
-            ApiError: there is none of this owner (404).
+            ApiError: this owner has none of that id (404).
         """
-        self.purge()
-        stored = self._kept.get(handoff)
+        stored: StoredHandoff | None = self._kept.get(handoff)
         if stored is None or stored.owner != owner:
             raise ApiError(
                 404,
@@ -121,21 +128,19 @@ class HandoffStore:
             )
         return stored
 
-    def of(self, owner: str) -> list[Stored]:
-        """All handoffs of an owner, oldest first."""
-        self.purge()
+    def list(self, owner: str) -> list[StoredHandoff]:
+        """Return all handoffs of an owner, oldest first."""
+        self.expire()
         return [stored for stored in self._kept.values() if stored.owner == owner]
 
     def delete(self, handoff: str, owner: str) -> None:
-        """Forget a handoff.
+        """Delete a handoff.
 
         Raises:
-            ApiError: there is none of this owner (404).
+            ApiError: this owner has none of that id (404).
         """
-        found = self.get(handoff, owner)  # before the dict is looked at: it may take another's place
-        del self._kept[found.id]
+        del self._kept[self.get(handoff, owner).id]
 
-    def purge(self) -> None:
-        """Forget those that have expired."""
-        now = self._clock()
-        self._kept = {key: stored for key, stored in self._kept.items() if stored.expires > now}
+    def expire(self) -> None:
+        """Free those whose time is over."""
+        self._kept.expire()

@@ -32,7 +32,7 @@ _DISCARDED = 4  # times the body limit that are read, so that clients that send 
 
 @dataclass
 class RequestRecord:
-    """One request as logs and metrics see it; ``request.state.record`` in an endpoint. No texts.
+    """Record one request for logs and metrics; ``request.state.record`` in an endpoint. No texts.
 
     Attributes:
         request_id: the client's ``x-request-id`` if it can stand in a header, else a new one.
@@ -71,7 +71,7 @@ class RequestRecord:
 
 @dataclass
 class ServerState:
-    """Counters of one server, and its callbacks; ``app.state.server``.
+    """Count the requests of one server, and hold its callbacks; ``app.state.server``.
 
     Attributes:
         active: requests under way.
@@ -125,7 +125,7 @@ def create_app(
 
 
 class RequestMiddleware:
-    """The outermost middleware: request id, key, rate, body limit, faults, log."""
+    """Wrap every request: id, key, rate, body limit, faults, log."""
 
     def __init__(self, app: ASGIApp, config: HTTPConfig, state: ServerState, keys: KeyRing) -> None:
         self._app, self._config, self._state, self._keys = app, config, state, keys
@@ -238,8 +238,10 @@ async def _on_error(request: Request, error: Exception) -> JSONResponse:
 async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
     status, headers = getattr(error, "status_code", 500), dict(getattr(error, "headers", None) or {})
     messages = {404: f"there is nothing at {request.url.path}.", 405: f"{request.url.path} takes no {request.method}."}
-    code = {404: "not_found", 405: "method_not_allowed"}.get(status)
-    return await _on_error(request, ApiError(status, messages.get(status, "refused."), code=code, headers=headers))
+    messages[400] = "the body is not valid JSON."  # all that FastAPI itself refuses this way
+    code = {400: "invalid_json", 404: "not_found", 405: "method_not_allowed"}.get(status)
+    message = messages.get(status) or str(getattr(error, "detail", "refused."))
+    return await _on_error(request, ApiError(status, message, code=code, headers=headers))
 
 
 async def _on_validation_error(request: Request, error: Exception) -> JSONResponse:

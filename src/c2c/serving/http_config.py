@@ -15,7 +15,7 @@ from c2c.serving.errors import ServerError, unauthorized
 
 @dataclass(frozen=True, kw_only=True)
 class HTTPConfig:
-    """Options of one HTTP server; ``c2c serve`` and ``c2c share`` add their own.
+    """Configure one HTTP server; ``c2c serve`` and ``c2c share`` add their own.
 
     Attributes:
         connections: open connections at most; None for no limit.
@@ -75,7 +75,7 @@ class HTTPConfig:
 
 
 class KeyRing:
-    """Bearer keys, kept as hashes; an empty one admits everybody.
+    """Check bearer keys, kept as hashes; without any key everybody is admitted.
 
     Args:
         keys: the keys in plain text.

@@ -47,7 +47,7 @@ def url_of(sock: socket.socket, config: HTTPConfig) -> str:
 
 
 class Server(uvicorn.Server):
-    """An HTTP server that finishes what it has accepted before it ends.
+    """Serve HTTP, and finish what was accepted before the end.
 
     At SIGTERM or SIGINT new requests are refused while those under way are answered; a second signal gives them up, a
     third waits for nothing.

@@ -2,93 +2,74 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from c2c.serving.engine import SharerState, Way
-from c2c.serving.trace import Trace
+from c2c.serving.engine import SharerHealth
+from c2c.serving.http_app import RequestRecord
 
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
-CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+# Counters by system, with the fact of a request's record that each adds up.
+_COUNTERS = {
+    "prompt_tokens": ("c2c_prompt_tokens", "Tokens that answering models have read."),
+    "completion_tokens": ("c2c_generated_tokens", "Tokens of answers."),
+    "sharer_bytes": ("c2c_sharer_bytes", "Bytes from sharer to receiver: cache entries, or text."),
+    "fallbacks": ("c2c_fallbacks", "Prompts that the receiver answered alone because a sharer was lost."),
+}
 
 
 class Metrics:
-    """Counts what a server does, in a registry of its own.
+    """Count what a server does, in a registry of its own.
 
     Args:
-        gauges: what is read when it is asked for, by name and description.
-        sharers: whether each sharer can be asked.
+        gauges: functions that read current values, by metric name.
+        sharers: reads the health of the sharers.
     """
 
     def __init__(
-        self, gauges: dict[tuple[str, str], Callable[[], float]], sharers: Callable[[], Sequence[SharerState]]
+        self, gauges: Mapping[str, Callable[[], float]], sharers: Callable[[], Sequence[SharerHealth]]
     ) -> None:
-        self._registry = CollectorRegistry()
-        registry = self._registry
-        self._requests = Counter(
-            "c2c_requests", "Requests below /v1 that have ended.", ("way", "status"), registry=registry
+        self._registry = registry = CollectorRegistry()
+        by_system = partial(Histogram, labelnames=("system",), registry=registry)
+        self._requests = Counter("c2c_requests", "Requests that have ended.", ("system", "status"), registry=registry)
+        self._seconds = by_system("c2c_request_seconds", "Seconds of answered requests.", buckets=_SECONDS)
+        self._first = by_system(
+            "c2c_time_to_first_token_seconds", "Seconds to the first token, waiting included.", buckets=_SECONDS
         )
-        self._seconds = Histogram(
-            "c2c_request_seconds", "Seconds of answered requests.", ("way",), buckets=_SECONDS, registry=registry
-        )
-        self._first = Histogram(
-            "c2c_time_to_first_token_seconds",
-            "Seconds from acceptance to the first token, waiting included.",
-            ("way",),
-            buckets=_SECONDS,
-            registry=registry,
-        )
-        self._prompt = Counter(
-            "c2c_prompt_tokens", "Tokens that answering models have read.", ("way",), registry=registry
-        )
-        self._generated = Counter("c2c_generated_tokens", "Tokens of answers.", ("way",), registry=registry)
-        self._crossed = Counter(
-            "c2c_crossed_bytes", "Bytes from sharer to receiver: cache entries, or text.", ("way",), registry=registry
-        )
-        self._rows = Histogram("c2c_batch_answers", "Answers per batch.", ("way",), buckets=_ROWS, registry=registry)
-        self._fallbacks = Counter(
-            "c2c_fallbacks",
-            "Prompts that the receiver answered alone because a sharer was lost.",
-            ("way",),
-            registry=registry,
-        )
-        up = Gauge(
-            "c2c_sharer_up",
-            "1 if the last request to this sharer was answered, or it is in this process.",
-            ("sharer",),
-            registry=registry,
-        )
+        self._rows = by_system("c2c_batch_answers", "Answers per batch.", buckets=_ROWS)
+        self._counters = {
+            fact: Counter(name, text, ("system",), registry=registry) for fact, (name, text) in _COUNTERS.items()
+        }
+        up = Gauge("c2c_sharer_up", "1 unless the last request to this sharer failed.", ("sharer",), registry=registry)
         for index in range(len(sharers())):
             up.labels(str(index)).set_function(partial(_up, sharers, index))
-        for (name, text), read in gauges.items():
-            Gauge(name, text, registry=registry).set_function(read)
+        for name, read in gauges.items():
+            Gauge(name, "Current value.", registry=registry).set_function(read)
 
-    def batch(self, way: Way, rows: int) -> None:
-        """A batch begins."""
-        self._rows.labels(way.value).observe(rows)
+    def batch(self, system: str, rows: int) -> None:
+        """Count a batch."""
+        self._rows.labels(system).observe(rows)
 
-    def request(self, trace: Trace) -> None:
-        """A request has ended."""
-        way = trace.way or "none"
-        self._requests.labels(way, str(trace.status)).inc()
-        if not trace.done:
+    def request(self, record: RequestRecord) -> None:
+        """Count a request that has ended; its facts are those of :func:`c2c.serving.app.record_usage`."""
+        facts = record.facts
+        system = facts.get("system", "none")
+        self._requests.labels(system, str(record.status)).inc()
+        if "first_token_seconds" not in facts:
             return
-        self._seconds.labels(way).observe(trace.seconds)
-        if trace.first_token is not None:
-            self._first.labels(way).observe(trace.first_token)
-        for one in trace.done:
-            self._prompt.labels(way).inc(one.prompt_tokens)
-            self._generated.labels(way).inc(one.completion_tokens)
-            self._crossed.labels(way).inc(one.crossed)
-            self._fallbacks.labels(way).inc(one.fallback is not None)
+        self._seconds.labels(system).observe(record.seconds)
+        self._first.labels(system).observe(facts["first_token_seconds"])
+        for fact, counter in self._counters.items():
+            counter.labels(system).inc(facts.get(fact, 0))
 
     def text(self) -> bytes:
-        """All of them in the text format of Prometheus."""
+        """Return all metrics in the text format of Prometheus."""
         return generate_latest(self._registry)
 
 
-def _up(sharers: Callable[[], Sequence[SharerState]], index: int) -> float:
+def _up(sharers: Callable[[], Sequence[SharerHealth]], index: int) -> float:
     return float(sharers()[index].lost is None)

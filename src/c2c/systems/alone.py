@@ -6,10 +6,10 @@ from typing import Any, ClassVar
 
 from c2c.generation import PrefilledPrompt
 from c2c.language_model import LanguageModel
-from c2c.messages import conversations
+from c2c.messages import Conversation, conversations
 from c2c.model import C2CModel
 from c2c.prompting import RenderOptions
-from c2c.systems.base import System, SystemOptions, context_texts, with_passage
+from c2c.systems.base import System, SystemOptions, context_texts, count_tokens, with_passage
 
 
 class ReceiverAlone(System):
@@ -19,25 +19,22 @@ class ReceiverAlone(System):
     title: ClassVar[str] = "receiver alone"
     reads_context: ClassVar[bool] = False
 
-    @property
-    def language_model(self) -> LanguageModel:
-        """The model that answers."""
-        return self.model.receiver
-
-    @property
-    def tokenizer(self) -> Any:
-        """The tokenizer of the model that answers."""
-        return self.language_model.tokenizer
-
     def prefill(
         self, messages: Any, sharer_messages: Any = None, *, options: RenderOptions | None = None
     ) -> PrefilledPrompt:
         """Prefill the model's own prompt; see :meth:`System.prefill`."""
+        return self.language_model.prefill_messages(self._with_context(messages, sharer_messages), options)
+
+    def check(self, messages: Any, sharer_messages: Any = None, *, options: RenderOptions | None = None) -> int:
+        """Check the model's own prompt; see :meth:`System.check`."""
+        return count_tokens(self.language_model, self._with_context(messages, sharer_messages), options)
+
+    def _with_context(self, messages: Any, sharer_messages: Any) -> list[Conversation]:
         batch, _ = conversations(messages)
-        if sharer_messages is not None and self.reads_context:
-            texts = context_texts(sharer_messages, len(batch))
-            batch = [with_passage(*pair) for pair in zip(batch, texts, strict=True)]
-        return self.language_model.prefill_messages(batch, options)
+        if sharer_messages is None or not self.reads_context:
+            return batch
+        texts = context_texts(sharer_messages, len(batch))
+        return [with_passage(*pair) for pair in zip(batch, texts, strict=True)]
 
 
 class Reader(ReceiverAlone):

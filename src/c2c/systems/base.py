@@ -14,6 +14,7 @@ from c2c.messages import Conversation, conversations
 from c2c.prompting import RenderOptions
 
 if TYPE_CHECKING:
+    from c2c.language_model import LanguageModel
     from c2c.model import C2CModel
 
 
@@ -54,10 +55,14 @@ class System(ABC):
     Attributes:
         name: by which it is chosen, and under which results are filed.
         title: for people.
+        reads_context: whether private context is read.
+        needs_context: whether it must be given to models with fusers of private context.
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
+    reads_context: ClassVar[bool] = True
+    needs_context: ClassVar[bool] = False
 
     def __init__(self, model: C2CModel, options: SystemOptions | None = None) -> None:
         self.model, self.options = model, options or SystemOptions()
@@ -82,6 +87,22 @@ class System(ABC):
         Raises:
             PromptError: can't be read by these models.
         """
+
+    def check(self, messages: Any, sharer_messages: Any = None, *, options: RenderOptions | None = None) -> int:
+        """Check one conversation as far as that takes no model, as a server does before a request waits.
+
+        Args:
+            messages: as in :meth:`prefill`.
+            sharer_messages: as in :meth:`prefill`.
+            options: as in :meth:`prefill`.
+
+        Returns:
+            Entries that the prompt takes in the KV cache of the answering model, at most.
+
+        Raises:
+            PromptError: can't be read by these models.
+        """
+        return count_tokens(self.language_model, messages, options)
 
     def generate(
         self, messages: Any, sharer_messages: Any = None, *, options: RenderOptions | None = None, **kwargs: Any
@@ -110,9 +131,25 @@ class System(ABC):
         return Chat(self.generate, system, **kwargs)
 
     @property
+    def language_model(self) -> LanguageModel:
+        """The model that answers."""
+        return self.model.receiver
+
+    @property
     def tokenizer(self) -> Any:
         """The tokenizer of the model that answers."""
-        return self.model.receiver.tokenizer
+        return self.language_model.tokenizer
+
+
+def count_tokens(model: LanguageModel, messages: Any, options: RenderOptions | None = None) -> int:
+    """Return how many tokens messages have for a model.
+
+    Raises:
+        PromptError: it can't read them.
+    """
+    batch = model.encode(messages, options)
+    model.check_prompt(batch)
+    return batch.length
 
 
 def context_texts(sharer_messages: Any, rows: int) -> list[str]:
@@ -130,6 +167,11 @@ def context_texts(sharer_messages: Any, rows: int) -> list[str]:
             "messages that one sharer is to read."
         )
     batch, single = conversations(items)
+    if any(len(conversation) != 1 for conversation in batch):
+        raise PromptError(
+            "this system hands over text, and was given a private context of several messages: pass one text or user "
+            "message."
+        )
     texts = [conversation[-1]["content"] for conversation in batch]
     if not single and len(texts) != rows:
         raise PromptError(f"got {len(texts)} private contexts for {rows} conversations; give one for each, or one.")

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
-from transformers import Cache
 
 from c2c import kv_cache
 from c2c.alignment import Prompt
@@ -21,7 +20,7 @@ from c2c.messages import Conversation, conversations
 from c2c.model import C2CModel
 from c2c.private_context import handoffs_of
 from c2c.prompting import RenderOptions
-from c2c.systems.base import System, SystemOptions, context_texts, with_passage
+from c2c.systems.base import System, SystemOptions, context_texts, count_tokens, with_passage
 
 
 class CacheToCache(System):
@@ -29,6 +28,7 @@ class CacheToCache(System):
 
     name: ClassVar[str] = "c2c"
     title: ClassVar[str] = "cache-to-cache"
+    needs_context: ClassVar[bool] = True
     drafts: ClassVar[bool] = True  # whether ``options.draft_tokens`` is heeded
 
     def prefill(
@@ -38,6 +38,22 @@ class CacheToCache(System):
         if self.drafts and self.options.draft_tokens and sharer_messages is not None:
             sharer_messages = self._draft(messages, sharer_messages)
         return self.model.prefill(messages, sharer_messages=sharer_messages, options=options, blend=self.options.blend)
+
+    def check(self, messages: Any, sharer_messages: Any = None, *, options: RenderOptions | None = None) -> int:
+        """Check the prompt for all models that read it, and private context; see :meth:`System.check`."""
+        self.model.check_context(sharer_messages)
+        if sharer_messages is not None and options is not None and not options.chat_template:
+            raise PromptError("private context needs messages and their chat template rather than raw text.")
+        entries = count_tokens(self.model.receiver, messages, options)
+        parts = iter(sharer_messages if isinstance(sharer_messages, tuple) else (sharer_messages,))
+        for index, sharer in enumerate(self.model.sharers):
+            if index not in self.model.private:
+                count_tokens(sharer, messages, options)
+                continue
+            part = next(parts)
+            part = part[0] if isinstance(part, list) and part and isinstance(part[0], Handoff) else part
+            entries += len(part.ids) if isinstance(part, Handoff) else count_tokens(sharer, part, options)
+        return entries
 
     def _draft(self, messages: Any, sharer_messages: Any) -> list[Handoff]:
         """Let the sharer read context and question and draft an answer; all of that is handed over."""
@@ -130,11 +146,8 @@ class Zero(Control):
 
     def fuse(self, batch: list[Conversation], options: RenderOptions) -> PrefilledPrompt:
         """Fuse with zeros."""
-
-        def zeros(cache: Cache) -> Cache:
-            return kv_cache.zeros_like(cache)
-
-        return self.model.fuse_prompts(self.model.align(batch, options), blend=self.options.blend, edit=zeros)
+        prompts = self.model.align(batch, options)
+        return self.model.fuse_prompts(prompts, blend=self.options.blend, edit=kv_cache.zeros_like)
 
     def exchange_handoffs(self, rows: list[list[Handoff]], options: RenderOptions) -> list[list[Handoff]]:
         """Return handoffs of zeros."""

@@ -142,8 +142,8 @@ def restore_adapter(adapter: Any, folder: Path) -> None:
         stored = load_file(folder / _WEIGHTS)
     except (OSError, SafetensorError) as error:
         raise AdapterError(f"{folder} holds no whole adapter: {error}") from error
-    own = _state(adapter)
-    if {name: t.shape for name, t in own.items()} != {name: t.shape for name, t in stored.items()}:
+    expected, given = ({name: tensor.shape for name, tensor in part.items()} for part in (_state(adapter), stored))
+    if expected != given:
         raise AdapterError(f"{folder / _WEIGHTS} does not fit this receiver and {_CONFIG}: other layers or rank.")
     _peft().set_peft_model_state_dict(adapter, stored, adapter_name=_NAME)
 
@@ -239,7 +239,7 @@ class Lora(System):
 
     def __init__(self, model: C2CModel, options: SystemOptions | None = None) -> None:
         super().__init__(model, options)
-        self.language_model = load_adapter(self.options.adapter or "", model.receiver)
+        self._adapted = load_adapter(self.options.adapter or "", model.receiver)
 
     @classmethod
     def unavailable(cls, model: C2CModel, options: SystemOptions) -> str | None:
@@ -247,9 +247,9 @@ class Lora(System):
         return None if options.adapter else "no adapter is named; give its folder (adapter=..., --adapter)."
 
     @property
-    def tokenizer(self) -> Any:
-        """The tokenizer of the model that answers."""
-        return self.language_model.tokenizer
+    def language_model(self) -> LanguageModel:
+        """The model that answers."""
+        return self._adapted
 
     def prefill(
         self, messages: Any, sharer_messages: Any = None, *, options: RenderOptions | None = None

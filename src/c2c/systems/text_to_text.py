@@ -13,7 +13,7 @@ from c2c.language_model import LanguageModel
 from c2c.messages import Conversation, conversations
 from c2c.model import C2CModel
 from c2c.prompting import RenderOptions
-from c2c.systems.base import System, SystemOptions, context_texts, with_passage
+from c2c.systems.base import System, SystemOptions, context_texts, count_tokens, with_passage
 
 
 class TextToText(System):
@@ -55,15 +55,30 @@ class TextToText(System):
     def _prefill(
         self, messages: Any, sharer_messages: Any, options: RenderOptions | None, stops: Sequence[Cancellation]
     ) -> PrefilledPrompt:
-        batch, _ = conversations(messages)
-        if any(conversation[-1]["role"] != "user" for conversation in batch):
-            raise PromptError("text-to-text needs conversations that end with a user message.")
-        passages = None if sharer_messages is None else context_texts(sharer_messages, len(batch))
+        batch, passages = self._inputs(messages, sharer_messages, options)
         written = self.write(self.requests(batch, passages), stops)
         texts = [result.text for result in written]
         prompt = self.model.receiver.prefill_messages(self.replies(batch, passages, texts), options)
         prompt.messages = tuple(written)
         return prompt
+
+    def check(self, messages: Any, sharer_messages: Any = None, *, options: RenderOptions | None = None) -> int:
+        """Check the sharer's prompt, and the receiver's with room for the sharer's text; see :meth:`System.check`."""
+        batch, passages = self._inputs(messages, sharer_messages, options)
+        count_tokens(self.model.sharers[0], self.requests(batch, passages))
+        replies = self.replies(batch, passages, ["..."] * len(batch))
+        return count_tokens(self.model.receiver, replies, options) + self.options.message_tokens
+
+    def _inputs(
+        self, messages: Any, sharer_messages: Any, options: RenderOptions | None
+    ) -> tuple[list[Conversation], list[str] | None]:
+        """Return the conversations, and for private context the passage of each."""
+        batch, _ = conversations(messages)
+        if options is not None and not options.chat_template:
+            raise PromptError("text-to-text needs messages and their chat template rather than raw text.")
+        if any(conversation[-1]["role"] != "user" for conversation in batch):
+            raise PromptError("text-to-text needs conversations that end with a user message.")
+        return batch, None if sharer_messages is None else context_texts(sharer_messages, len(batch))
 
     def write(self, requests: Sequence[Conversation], stops: Sequence[Cancellation] = ()) -> list[GenerationResult]:
         """Generate the sharer's texts, greedily, until one of ``stops``."""

@@ -1,7 +1,7 @@
-"""The connector that vLLM loads by its path. A thin one: its two halves are ``Planner`` and ``Transfers``.
+"""KV connector that vLLM loads by its path. Its two halves are ``TransferScheduler`` and ``TransferWorker``.
 
-vLLM makes it twice, once beside the scheduler and once beside the model, perhaps in other processes; what the first has
-planned for a step comes to the second as that step's metadata.
+vLLM makes it twice, once beside the scheduler and once beside the model, perhaps in other processes; the transfers that
+the first has planned for a step come to the second as that step's metadata.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from c2c.integrations.vllm.errors import UnsupportedError
-from c2c.integrations.vllm.plan import Plan
-from c2c.integrations.vllm.planner import Planner
+from c2c.integrations.vllm.scheduler import TransferScheduler
 from c2c.integrations.vllm.store import SnapshotStore
-from c2c.integrations.vllm.transfer import Transfers
+from c2c.integrations.vllm.transfers import StepTransfers
 from c2c.integrations.vllm.versions import check_version, installed
+from c2c.integrations.vllm.worker import TransferWorker
 
 _WAIT = 10.0
 
 
 @dataclass
-class StepPlan(KVConnectorMetadata):  # type: ignore[misc]
-    """A plan as vLLM carries it."""
+class StepMetadata(KVConnectorMetadata):  # type: ignore[misc]
+    """Transfers of a step as vLLM carries them."""
 
-    plan: Plan = field(default_factory=Plan)
+    transfers: StepTransfers = field(default_factory=StepTransfers)
 
 
 class C2CConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
-    """Loads and saves KV entries of requests that ask for it; others are left alone.
+    """Load and save KV entries of requests with parameters for it; others are left alone.
 
-    Extra settings: ``folder`` of the store, ``model`` (key of the model), ``max_bytes`` and ``max_seconds`` of the
+    Extra options: ``folder`` of the store, ``model`` (key of the model), ``max_bytes`` and ``max_seconds`` of the
     store, ``wait_seconds`` for a snapshot that is not there yet.
     """
 
@@ -50,9 +50,9 @@ class C2CConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         limits = {key: extra[key] for key in ("max_bytes", "max_seconds") if key in extra}
         store, model = SnapshotStore(Path(extra["folder"]), **limits), str(extra["model"])
         if role == KVConnectorRole.SCHEDULER:
-            self._planner = Planner(store, model, float(extra.get("wait_seconds", _WAIT)))
+            self._scheduler = TransferScheduler(store, model, float(extra.get("wait_seconds", _WAIT)))
         else:
-            self._transfers = Transfers(store, model)
+            self._worker = TransferWorker(store, model)
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -62,59 +62,59 @@ class C2CConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     # -- beside the scheduler ------------------------------------------------------------------------------------------
 
     def on_new_request(self, request: Any) -> None:
-        """See what it asks for."""
-        self._planner.arrived(request)
+        """Track a request that loads or saves."""
+        self._scheduler.add(request)
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
-        """How many tokens are loaded, within the step."""
-        return self._planner.matched(request, num_computed_tokens), False
+        """Return how many tokens are loaded, within the step."""
+        return self._scheduler.match(request, num_computed_tokens), False
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
-        """Note where they go."""
-        self._planner.placed(request, list(blocks.get_block_ids()[0]), num_external_tokens)
+        """Plan the load into the blocks of a request."""
+        self._scheduler.allocate(request, list(blocks.get_block_ids()[0]), num_external_tokens)
 
-    def build_connector_meta(self, scheduler_output: Any) -> StepPlan:
-        """The plan of a step."""
-        return StepPlan(self._planner.plan(scheduler_output))
+    def build_connector_meta(self, scheduler_output: Any) -> StepMetadata:
+        """Return the transfers of a step."""
+        return StepMetadata(self._scheduler.step(scheduler_output))
 
     def update_connector_output(self, connector_output: Any) -> None:
-        """Note which loads failed."""
+        """Record which loads failed."""
         if connector_output.invalid_block_ids:
-            self._planner.failed(connector_output.invalid_block_ids)
+            self._scheduler.fail(connector_output.invalid_block_ids)
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
-        """Tell what became of it; its blocks may be freed."""
-        return False, self._planner.report(request.request_id)
+        """Return what became of a request; its blocks may be freed."""
+        return False, self._scheduler.report(request.request_id)
 
     def request_finished_all_groups(
         self, request: Any, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
-        """The same."""
-        return False, self._planner.report(request.request_id)
+        """Return the same."""
+        return False, self._scheduler.report(request.request_id)
 
     # -- beside the model ----------------------------------------------------------------------------------------------
 
     def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
-        """Take the caches, and test that they are understood."""
-        self._transfers.register(kv_caches, self._config.compilation_config.static_forward_context, self._groups)
+        """Take the caches, and test that their layout is known."""
+        self._worker.register(kv_caches, self._config.compilation_config.static_forward_context, self._groups)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """Load, before the forward pass of the step; newer model runners pass more, which is not needed."""
-        self._transfers.load(self._get_connector_metadata().plan.loads)
+        self._worker.load(self._get_connector_metadata().transfers.loads)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """Nothing to wait for: loads are done before the forward pass."""
+        """Do nothing: loads are done before the forward pass."""
 
     def save_kv_layer(self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any) -> None:
-        """Nothing to do: whole prompts are saved after the forward pass."""
+        """Do nothing: whole prompts are saved after the forward pass."""
 
     def wait_for_save(self) -> None:
         """Save, after the forward pass."""
-        self._transfers.save(self._get_connector_metadata().plan.saves)
+        self._worker.save(self._get_connector_metadata().transfers.saves)
 
     def get_block_ids_with_load_errors(self) -> set[int]:
-        """Blocks whose load failed."""
-        return self._transfers.take_failed()
+        """Return the blocks whose load failed."""
+        return self._worker.take_failed()
 
 
 def _check_parallel(parallel: Any) -> None:

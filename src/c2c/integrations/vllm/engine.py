@@ -1,4 +1,4 @@
-"""The engine of ``c2c serve --engine vllm``: answers come from vLLM, fusion happens here."""
+"""Engine of ``c2c serve --engine vllm``: vLLM decodes, fusion happens here."""
 
 from __future__ import annotations
 
@@ -8,67 +8,54 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Coroutine
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
+from contextlib import aclosing, nullcontext
 from pathlib import Path
 from threading import Lock
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from c2c.generation import DEFAULT_NEW_TOKENS
-from c2c.integrations.vllm.answer import Answering, write
-from c2c.integrations.vllm.background import Background
-from c2c.integrations.vllm.errors import LoadError, SnapshotError, UnsupportedError, as_api_error
-from c2c.integrations.vllm.host import Host
-from c2c.integrations.vllm.hosted import Hosted, HostedReceiver, HostedSharer, model_key
-from c2c.integrations.vllm.places import Places
-from c2c.integrations.vllm.settings import check_own_settings
-from c2c.integrations.vllm.store import SnapshotStore
+from c2c import kv_cache
+from c2c.errors import C2CError, SharerLost
+from c2c.generation import PrefilledPrompt
+from c2c.integrations.vllm.client import EngineClient, EventLoopThread
+from c2c.integrations.vllm.errors import EngineError, LoadError, SnapshotError, UnsupportedError, as_api_error
+from c2c.integrations.vllm.models import VLLMModel, VLLMReceiver, VLLMSharer, model_key, row_ids
+from c2c.integrations.vllm.sampling import check_generation_config, vllm_params
+from c2c.integrations.vllm.store import SnapshotStore, new_name
+from c2c.integrations.vllm.transfers import TransferParams
 from c2c.integrations.vllm.versions import check_version, installed
-from c2c.integrations.vllm.ways import HostedWays
 from c2c.language_model import LanguageModel
 from c2c.model import C2CModel
-from c2c.remote import RemoteSharer
-from c2c.serving.answers import Answers
-from c2c.serving.batch import Prefilled
-from c2c.serving.batch import write as write_here
-from c2c.serving.engine import Ask, AskToRead, Description, SharerState, Way
+from c2c.serving.engine import GenerateRequest, HandoffRequest, Request, RequestHandle
 from c2c.serving.errors import invalid, queue_full, shutting_down
-from c2c.serving.fused import unfused
 from c2c.serving.logs import log_failure, warn
-from c2c.serving.queue import Job
-from c2c.serving.reading import Batch
-from c2c.serving.readings import Readings
-from c2c.serving.served import describe, sharer_states
-from c2c.serving.ticket import Ticket
-from c2c.serving.writer import Writer
+from c2c.serving.model_engine import ModelEngine
+from c2c.serving.outputs import RequestOutput, new_tokens
+from c2c.serving.scheduler import Job
+from c2c.serving.serve_config import ServeConfig
+from c2c.serving.transformers_engine import decode, repeat_rows
 
-OnLoadFailure = Literal["raise", "receiver_only"]
-_READERS = 4  # prompts that are read and fused at a time
-_LONGEST_RETRY = 60
-_CPU_CACHE = 2**30
+_PREFILLS = 4  # prompts that are prefilled and fused at a time
+_MAX_RETRY = 60  # seconds
+_CPU_CACHE_BYTES = 2**30
 _CPU_END, _END = 0.5, 10.0  # seconds
 _WHAT_FITS = -1
-_NOT_LOADED = "receiver only: the fused cache could not be loaded into vLLM"
 
 
-class VLLMEngine:
-    """Answers with a :class:`~c2c.model.C2CModel` whose receiver runs in vLLM. An :class:`~c2c.serving.engine.Engine`.
+class VLLMEngine(ModelEngine):
+    """Answer with a :class:`~c2c.model.C2CModel` whose receiver runs in vLLM; an :class:`~c2c.serving.engine.Engine`.
 
-    A cache-to-cache request is two requests to vLLM: one reads the prompt and saves its entries, the other loads what
-    the fusers made of them and answers. Requests are batched by vLLM, token by token.
+    A cache-to-cache request is two requests to vLLM: one prefills the prompt and saves its entries, the other loads
+    what the fusers made of them and decodes. vLLM batches requests token by token.
 
     Args:
-        model: receiver, sharers and fusers, all with tokenizers; the receiver's weights are given back.
-        max_queue: requests that may wait.
-        max_batch: answers that are written at a time.
-        max_tokens: new tokens at most, for requests that do not say.
-        message_tokens: the same for the sharer's text, in text-to-text.
-        on_load_failure: what becomes of a request whose fused cache vLLM did not take: an error, or the receiver alone
-            with the reason as ``fallback``.
-        sharer_in_vllm: put the sharers into vLLM engines of their own as well.
+        model: receiver, sharers and fusers, all with tokenizers; the receiver's weights are freed here.
+        config: limits. With ``on_failure="receiver_only"`` the receiver answers alone where vLLM does not take a fused
+            cache, with the reason as ``fallback``; else the request fails. ``sharer_engine="vllm"`` puts the sharers
+            into engines of their own as well.
         options: fields of vLLM's ``AsyncEngineArgs``, for all engines.
         store: where snapshots lie; by default a new folder in shared memory.
 
@@ -80,207 +67,172 @@ class VLLMEngine:
     def __init__(
         self,
         model: C2CModel,
-        *,
-        max_queue: int = 64,
-        max_batch: int = 16,
-        max_tokens: int = DEFAULT_NEW_TOKENS,
-        message_tokens: int = 128,
-        on_load_failure: OnLoadFailure = "raise",
-        sharer_in_vllm: bool = False,
+        config: ServeConfig,
         options: dict[str, Any] | None = None,
         store: SnapshotStore | None = None,
     ) -> None:
         check_version(installed())
-        if on_load_failure not in ("raise", "receiver_only"):
-            raise UnsupportedError(f"on_load_failure is {on_load_failure!r}; expected 'raise' or 'receiver_only'.")
-        self._model, self._max_queue, self._max_batch, self._max_tokens = model, max_queue, max_batch, max_tokens
-        self._policy = on_load_failure
         self.store = store or SnapshotStore.create()
         self._folders: list[Path] = []
-        self._background = Background("c2c-vllm")
-        self._hosts: list[Host] = []
-        arguments = {"max_num_seqs": max_batch, **_defaults(model.receiver), **(options or {})}
+        self._loop = EventLoopThread("c2c-vllm")
+        self.clients: list[EngineClient] = []
+        arguments = {"max_num_seqs": config.max_batch, **_cpu_defaults(model.receiver), **(options or {})}
         try:
-            self._move(arguments, sharer_in_vllm)
+            self._move(model, arguments, sharers_too=config.sharer_engine == "vllm")
+            super().__init__(model, config)
         except BaseException:
-            self._tidy()
+            self._clean_up()
             raise
-        self._ways, self._readings = HostedWays(model, message_tokens, self._complete), Readings(model)
-        self._readers = ThreadPoolExecutor(_READERS, "c2c-reader")
-        self._places = Places(max_batch)
-        self._generating = Lock()  # a sharer here writes for one request at a time
-        self._jobs: set[Future[None]] = set()
-        self._waiting, self._last, self._closed, self._changing = 0, 1.0, False, Lock()
-        self.on_batch: Callable[[Way, int], object] = lambda way, rows: None
-
-    # -- what the server sees ------------------------------------------------------------------------------------------
-
-    @property
-    def description(self) -> Description:
-        """What it serves."""
-        return describe(self._model, self._ways.known)
-
-    @property
-    def sharers(self) -> tuple[SharerState, ...]:
-        """Whether the sharers can be asked."""
-        return sharer_states(self._model)
+        self._prefills = ThreadPoolExecutor(_PREFILLS, "c2c-prefill")
+        self._slots = asyncio.Semaphore(config.max_batch)
+        self._running = 0  # answers that are decoded now
+        self._generating = Lock()  # a sharer in this process generates for one request at a time
+        self._futures: set[Future[None]] = set()
+        self._waiting, self._seconds, self._closed, self._lock = 0, 1.0, False, Lock()
 
     @property
     def alive(self) -> bool:
         """Whether every vLLM engine can answer."""
-        return self._background.alive and all(host.alive for host in self._hosts)
+        return self._loop.alive and all(client.alive for client in self.clients)
 
     @property
     def waiting(self) -> int:
-        """Accepted requests that have no place yet."""
+        """Accepted requests that have not begun."""
         return self._waiting
 
     def start(self) -> None:
-        """Nothing to do: vLLM was started when this was made."""
+        """Do nothing: vLLM was started by the constructor."""
 
-    def submit(self, ask: Ask | AskToRead) -> Ticket:
-        """Accept a request; see :class:`~c2c.serving.engine.Engine`."""
-        self._check(ask)
-        with self._changing:
+    async def submit(self, request: Request) -> RequestHandle:
+        """Accept a request; see :meth:`c2c.serving.engine.Engine.submit`."""
+        job = await self.accept(request)
+        with self._lock:
             if self._closed:
                 raise shutting_down()
-            if self._waiting >= self._max_queue:
-                raise queue_full(self._waiting, min(max(math.ceil(self._last), 1), _LONGEST_RETRY))
+            if self._waiting >= self.config.max_queue:
+                raise queue_full(self._waiting, min(max(math.ceil(self._seconds), 1), _MAX_RETRY))
             self._waiting += 1
-        ticket = Ticket()
-        future = self._background.spawn(self._serve(Job(ask, ticket)))
-        self._jobs.add(future)
-        future.add_done_callback(self._jobs.discard)
-        ticket.on_cancel(future.cancel)
-        return ticket
+        future = asyncio.run_coroutine_threadsafe(self._serve(job), self._loop.loop)
+        self._futures.add(future)
+        future.add_done_callback(self._futures.discard)
+        job.handle.on_cancel(future.cancel)
+        return job.handle
 
     def close(self) -> None:
         """Finish what was accepted, and stop."""
-        with self._changing:
+        with self._lock:
             self._closed = True
-        for future in list(self._jobs):
+        for future in list(self._futures):
             try:
                 future.exception()
             except BaseException:  # cancelled: its client has left
                 continue
-        self._readers.shutdown()
-        self._tidy()
+        self._prefills.shutdown()
+        self._clean_up()
 
-    def _check(self, ask: Ask | AskToRead) -> None:
-        if isinstance(ask, AskToRead):
-            self._check_reading(ask)
-            return
-        if not 1 <= ask.n <= self._max_batch:
-            raise invalid(f"n is {ask.n}; this server writes 1 to {self._max_batch} answers at once.", "n")
-        self._ways.check(ask)
+    def check_handoff(self, request: HandoffRequest) -> Any:
+        """Refuse drafts of a sharer in an engine; see :meth:`ModelEngine.check_handoff`."""
+        sharer = super().check_handoff(request)
+        if request.draft_tokens and isinstance(sharer, VLLMModel):
+            raise invalid("a sharer in a vLLM engine drafts nothing: leave draft_tokens out.", "draft_tokens")
+        return sharer
 
-    def _check_reading(self, ask: AskToRead) -> None:
-        sharer = self._readings.check(ask)
-        if ask.draft_tokens and isinstance(sharer, Hosted):
-            raise invalid("a sharer in a vLLM engine writes no draft: leave draft_tokens out.", "draft_tokens")
-
-    # -- one request, on the background loop ---------------------------------------------------------------------------
+    # -- one request, on the event loop of the engine ------------------------------------------------------------------
 
     async def _serve(self, job: Job) -> None:
-        began = False
+        began: float | None = None
         try:
-            async with self._places.take(job.rows):
-                began, since = True, time.monotonic()
-                self._no_longer_waits()
+            async with self._slots:
+                began = time.monotonic()
+                self._count_waiting(-1)
                 await self._answer(job)
-                self._last = time.monotonic() - since
+                self._seconds = time.monotonic() - began
         except asyncio.CancelledError:
             raise
         except Exception as error:
-            if not isinstance(error, LoadError | SnapshotError):
+            if not isinstance(error, LoadError | SnapshotError | C2CError):
                 log_failure("request_failed", error)
-            job.ticket.fail(as_api_error(error))
+            job.handle.fail(as_api_error(error))
         finally:
-            if not began:
-                self._no_longer_waits()
+            if began is None:
+                self._count_waiting(-1)
 
     async def _answer(self, job: Job) -> None:
-        loop = asyncio.get_running_loop()
-        if isinstance(job.ask, AskToRead):
-            await loop.run_in_executor(self._readers, self._read, job, job.ask)
+        request = job.request
+        if isinstance(request, HandoffRequest):
+            await self._in_thread(self.create_handoff, job)
             return
-        batch = await loop.run_in_executor(self._readers, self._prompted, job)
-        if batch is None:  # it was told why
+        batches = await self._in_thread(self._prefill, job)
+        if not batches:
             return
-        self.on_batch(job.way, job.rows)
-        if not isinstance(batch.model, Hosted):
-            await loop.run_in_executor(self._readers, self._write_here, batch)
-            return
-        answering = self._answering(batch)
+        prompt: PrefilledPrompt = batches[0][1]
+        self._running += request.n
         try:
-            await answering.run()
+            self.on_batch(request.system, request.n)
+            if isinstance(prompt.model, VLLMModel):
+                await self._decode_or_fall_back(job, prompt, prompt.model)
+            else:
+                await self._in_thread(self._decode_here, job, prompt)
+        finally:
+            self._running -= request.n
+
+    async def _decode_or_fall_back(self, job: Job, prompt: PrefilledPrompt, model: VLLMModel) -> None:
+        decoding = _Decoding(job, prompt, self._running, self.config.max_tokens)
+        try:
+            await decoding.run(model, self.store)
         except (LoadError, SnapshotError) as error:
             warn("fused_cache_not_loaded", reason=str(error))
-            if self._policy == "raise" or answering.begun:
+            if self.config.on_failure != "receiver_only" or decoding.output is not None:
                 raise
-            await self._answering(self._alone(batch)).run()
+            lost = SharerLost("the fused cache could not be loaded into vLLM", code="load_failed")
+            alone = self.model.prefill_receiver(prompt.tokens, lost)
+            await _Decoding(job, alone, self._running, self.config.max_tokens).run(model, self.store)
 
-    def _answering(self, batch: Batch) -> Answering:
-        return Answering(batch, self.store, self._max_tokens, lambda: self._places.taken)
+    def _in_thread(self, work: Any, *arguments: Any) -> Coroutine[Any, Any, Any]:
+        async def run() -> Any:
+            return await asyncio.get_running_loop().run_in_executor(self._prefills, work, *arguments)
 
-    def _alone(self, batch: Batch) -> Batch:
-        """The same request for the receiver alone, saying so."""
-        prompted, tokens = batch.prompted[0], batch.prefilled.tokens
-        prompted.fallback, prompted.crossed = _NOT_LOADED, 0
-        prompted.report = unfused(self._model, prompted.prompt_tokens, "the fused cache was not loaded", _NOT_LOADED)
-        return Batch(batch.model, [prompted], Prefilled(tokens, batch.model.prefill(tokens)))
+        return run()
 
-    # -- in the threads of readers -------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def _prompted(self, job: Job) -> Batch | None:
-        """Read and fuse the prompt of a request; None if it can't be, and was told so."""
-        if job.way is Way.TEXT and not isinstance(self._ways.speaker, Hosted):
-            with self._generating:
-                return self._ways.read(job.way, [job])
-        return self._ways.read(job.way, [job])
+    def _prefill(self, job: Job) -> Any:
+        here = not isinstance(self.model.sharers[0], VLLMModel)
+        request = job.request
+        generates = isinstance(request, GenerateRequest) and not self.systems[request.system].needs_context
+        with self._generating if here and generates else nullcontext():
+            return self.prefill([job])
 
     @torch.no_grad()
-    def _write_here(self, batch: Batch) -> None:
-        """Let a sharer that is in no engine answer, by its own ``generate``."""
-        counts = [prompted.job.rows for prompted in batch.prompted]
+    def _decode_here(self, job: Job, prompt: PrefilledPrompt) -> None:
+        """Decode with a sharer in this process."""
         with self._generating:
-            answers = [Answers(one, batch, self._max_tokens, sum(counts)) for one in batch.prompted]
-            writers = [writer for one in answers for writer in one.writers]
-            write_here(batch.model, batch.prefilled.spread(counts), writers)
-
-    def _complete(self, model: Hosted, ids: list[int], writer: Writer) -> None:
-        self._background.wait(write(model, ids, lambda: writer, replace(writer.sampler.sampling)))
-
-    @torch.no_grad()
-    def _read(self, job: Job, ask: AskToRead) -> None:
-        self._readings.read(job, ask)
+            output = RequestOutput(job, prompt, 0, job.rows, self.config.max_tokens)
+            decode(repeat_rows(prompt, [output]), output.answers)
 
     # -- beginning and end ---------------------------------------------------------------------------------------------
 
-    def _move(self, arguments: dict[str, Any], sharers_too: bool) -> None:
-        """Put the models into engines. Weights that lie in an engine are not kept here."""
-        model = self._model
+    def _move(self, model: C2CModel, arguments: dict[str, Any], *, sharers_too: bool) -> None:
+        """Move models into engines. Weights that lie in an engine are freed here."""
         for index, sharer in enumerate(model.sharers if sharers_too else []):
-            if isinstance(sharer, RemoteSharer):
+            if not sharer.generates:
                 raise UnsupportedError("a sharer on another machine can't be put into an engine here.")
-            model.sharers[index] = HostedSharer(sharer, self._host(sharer, arguments))
+            model.sharers[index] = VLLMSharer(sharer, self._client(sharer, arguments))
         shared_weights = any(sharer.model is model.receiver.model for sharer in model.sharers)
-        model.receiver = HostedReceiver(model.receiver, self._host(model.receiver, arguments, not shared_weights))
+        model.receiver = VLLMReceiver(
+            model.receiver, self._client(model.receiver, arguments, release=not shared_weights)
+        )
 
-    def _host(self, model: LanguageModel, arguments: dict[str, Any], release: bool = True) -> Host:
-        check_own_settings(model)
+    def _client(self, model: LanguageModel, arguments: dict[str, Any], release: bool = True) -> EngineClient:
+        check_generation_config(model)
         source = self._source(model)
         if release:
             model.release()
         options = arguments | {"dtype": str(model.dtype).removeprefix("torch.")}
-        key, patience = model_key(model.identity), _patience(model)
-        host = Host(self._background, source, key, self.store, options, patience)
-        self._hosts.append(host)
-        return host
+        client = EngineClient(self._loop, source, model_key(model.identity), self.store, options, patience(model))
+        self.clients.append(client)
+        return client
 
     def _source(self, model: LanguageModel) -> str:
-        """A folder from which vLLM loads the model: its own, or one that is written for it."""
+        """Return a folder from which vLLM loads the model: its own, or one that is written for it."""
         folder = Path(str(model.model.config._name_or_path or ""))
         if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
             return str(folder)
@@ -289,21 +241,91 @@ class VLLMEngine:
         model.model.save_pretrained(made)
         return str(made)
 
-    def _tidy(self) -> None:
-        for host in self._hosts:
-            host.close()
-        self._background.close()
+    def _clean_up(self) -> None:
+        for client in self.clients:
+            client.close()
+        self._loop.close()
         self.store.close()
         for folder in self._folders:
             shutil.rmtree(folder, ignore_errors=True)
 
-    def _no_longer_waits(self) -> None:
-        with self._changing:
-            self._waiting -= 1
+    def _count_waiting(self, change: int) -> None:
+        with self._lock:
+            self._waiting += change
 
 
-def _patience(model: LanguageModel) -> float:
-    """How long an engine may take to end when all is answered.
+class _Decoding:
+    """Decode one request in an engine, from its prompt or a fused cache. Nothing is sent before a load is proven.
+
+    Attributes:
+        output: its output; None as long as nothing was sent.
+    """
+
+    def __init__(self, job: Job, prompt: PrefilledPrompt, rows: int, default_tokens: int) -> None:
+        self._job, self._prompt, self._rows, self._default = job, prompt, rows, default_tokens
+        self.output: RequestOutput | None = None
+
+    async def run(self, model: VLLMModel, store: SnapshotStore) -> None:
+        """Decode all answers.
+
+        Raises:
+            LoadError: the engine did not load the fused cache. SnapshotError: no room for it. EngineError: it broke.
+        """
+        ids, cache, name = row_ids(self._prompt.tokens), self._prompt.cache, None
+        try:
+            if cache.layers and kv_cache.length(cache):
+                name = new_name()
+                await asyncio.to_thread(store.put, name, model.snapshot(ids, cache))
+            async with asyncio.TaskGroup() as group:
+                for index in range(self._job.rows):
+                    group.create_task(self._decode(model, store, ids, index, name))
+        except* Exception as failures:
+            raise _first(failures) from failures
+        finally:
+            if name is not None:  # not before: a pre-empted request loads it again
+                store.delete(name)
+
+    async def _decode(
+        self, model: VLLMModel, store: SnapshotStore, ids: list[int], index: int, name: str | None
+    ) -> None:
+        request = self._job.request
+        if not isinstance(request, GenerateRequest):
+            raise TypeError("a handoff has no answers")
+        transfer = None if name is None else TransferParams(load=name, receipt=new_name())
+        limit = new_tokens(model, len(ids), request.sampling.max_tokens, self._default)
+        params = vllm_params(model, request.sampling, limit, index)
+        try:
+            async with aclosing(model.client.stream(ids, params, transfer)) as steps:
+                async for step in steps:
+                    if not step.tokens:
+                        continue
+                    self.output = self.output or RequestOutput(self._job, self._prompt, 0, self._rows, self._default)
+                    answer = self.output.answers[index]
+                    for at, token in enumerate(step.tokens):
+                        answer.append_scored(token, _top(step.scored[at], params["logprobs"]) if step.scored else None)
+                        if answer.done:
+                            return
+            raise EngineError("vLLM ended an answer before it was whole.")
+        finally:
+            if transfer is not None:
+                store.delete(str(transfer.receipt))
+
+
+def _top(scored: Any, count: int) -> Any:
+    """Cut to the requested number of likeliest tokens; vLLM adds the chosen one."""
+    return type(scored)(scored.chosen, scored.top[:count])
+
+
+def _first(failures: BaseExceptionGroup) -> BaseException:
+    """Return the first failure of a group; the others have the same cause."""
+    found: BaseException = failures
+    while isinstance(found, BaseExceptionGroup):
+        found = found.exceptions[0]
+    return found
+
+
+def patience(model: LanguageModel) -> float:
+    """Return how many seconds an engine may take to end when all is answered.
 
     Each of its processes collects garbage for seconds before it ends, one after the other. On a CPU all that they have
     is memory, which the system takes back anyway; what a device holds is for its driver to release.
@@ -311,9 +333,9 @@ def _patience(model: LanguageModel) -> float:
     return _CPU_END if model.device.type == "cpu" else _END
 
 
-def _defaults(model: LanguageModel) -> dict[str, Any]:
-    """What suits a CPU: no compilation, which takes minutes; small blocks; a cache that leaves room for the rest."""
+def _cpu_defaults(model: LanguageModel) -> dict[str, Any]:
+    """Return what suits a CPU: no compilation, which takes minutes; small blocks; a cache that leaves room."""
     if model.device.type != "cpu":
         return {}
-    sized = {} if "VLLM_CPU_KVCACHE_SPACE" in os.environ else {"kv_cache_memory_bytes": _CPU_CACHE}
+    sized = {} if "VLLM_CPU_KVCACHE_SPACE" in os.environ else {"kv_cache_memory_bytes": _CPU_CACHE_BYTES}
     return {"enforce_eager": True, "block_size": 32, "max_model_len": _WHAT_FITS, **sized}

@@ -1,4 +1,4 @@
-"""What can go wrong between c2c and vLLM."""
+"""Errors of the vLLM integration."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class MissingVLLMError(MissingExtraError):
 
 
 class UnsupportedError(IntegrationError, ValueError):
-    """A model, cache or setting that this integration was not made for."""
+    """A model, cache or parameter that this integration was not made for."""
 
 
 class SnapshotError(IntegrationError, ValueError):
@@ -19,19 +19,20 @@ class SnapshotError(IntegrationError, ValueError):
 
 
 class LoadError(IntegrationError, RuntimeError):
-    """vLLM did not take a fused cache."""
+    """A fused cache that vLLM did not load."""
 
 
 class EngineError(IntegrationError, RuntimeError):
-    """The vLLM engine did not start, or has died."""
+    """A vLLM engine that did not start, or has died."""
 
 
-def as_api_error(error: Exception) -> ApiError:
-    """What a client is told. None of these is its own fault, though all are of the library's errors."""
-    if isinstance(error, ApiError):
-        return error
-    if isinstance(error, LoadError):
-        return ApiError(500, f"the fused cache was not used, so there is no answer: {error}", code="load_failed")
-    if isinstance(error, SnapshotError):
-        return ApiError(503, f"a cache could not be handed to vLLM or back: {error}", code="snapshot_lost")
+def as_api_error(error: BaseException) -> ApiError:
+    """Convert an error of this integration, which is never the fault of the client."""
+    match error:
+        case ApiError():
+            return error
+        case LoadError():
+            return ApiError(500, f"the fused cache was not used, so there is no answer: {error}", code="load_failed")
+        case SnapshotError():
+            return ApiError(503, f"a cache could not be handed to vLLM or back: {error}", code="snapshot_lost")
     return internal()

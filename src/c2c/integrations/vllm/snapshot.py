@@ -1,4 +1,4 @@
-"""A snapshot: the KV entries of the first tokens of a prompt, as they travel between an engine and the fusers."""
+"""Snapshots: the KV entries of the first tokens of a prompt, between a vLLM engine and the fusers."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _FIELDS = ("model", "tokens", "count", "body")
 
 
 @dataclass(frozen=True)
-class Facts:
-    """What a snapshot says of itself.
+class SnapshotInfo:
+    """Metadata of a snapshot.
 
     Attributes:
-        model: whose entries these are, see :func:`model_key`.
+        model: whose entries these are, see :func:`~c2c.integrations.vllm.models.model_key`.
         tokens: hash of the tokens, see :func:`token_hash`.
         count: how many tokens.
         body: hash of the entries.
@@ -38,7 +38,7 @@ class Facts:
     body: str
 
     def check(self, model: str, ids: Sequence[int]) -> None:
-        """Make sure that these are entries of this model, of the first of these tokens and not of all.
+        """Check that these are entries of this model, of the first of these tokens and not of all.
 
         Raises:
             SnapshotError: they are not.
@@ -56,50 +56,50 @@ class Facts:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Entries of all layers.
+    """KV entries of all layers.
 
     Attributes:
-        facts: whose, and of what.
+        info: whose, and of what.
         keys: after the rotary embedding, ``[layers, kv_heads, tokens, head_dim]``.
         values: the same shape.
     """
 
-    facts: Facts
+    info: SnapshotInfo
     keys: Tensor
     values: Tensor
 
     @classmethod
     def of(cls, keys: Tensor, values: Tensor, ids: Sequence[int], model: str) -> Snapshot:
-        """A snapshot of these entries, ``[layers, kv_heads, tokens, head_dim]``, one for each of ``ids``."""
+        """Make a snapshot of entries, ``[layers, kv_heads, tokens, head_dim]``, one for each of ``ids``."""
         keys, values = keys.detach().cpu().contiguous(), values.detach().cpu().contiguous()
-        return cls(Facts(model, token_hash(ids), len(ids), _body_hash(keys, values)), keys, values)
+        return cls(SnapshotInfo(model, token_hash(ids), len(ids), _body_hash(keys, values)), keys, values)
 
     @classmethod
     def of_cache(cls, cache: Cache, ids: Sequence[int], model: str) -> Snapshot:
-        """A snapshot of a cache of one row."""
+        """Make a snapshot of a cache of one row."""
         layers = kv_cache.layers(cache)
         return cls.of(torch.stack([k[0] for k, _ in layers]), torch.stack([v[0] for _, v in layers]), ids, model)
 
     def cache(self) -> DynamicCache:
-        """The entries as a cache of one row."""
+        """Return the entries as a cache of one row."""
         return kv_cache.from_layers((k[None], v[None]) for k, v in zip(self.keys, self.values, strict=True))
 
     def to_bytes(self) -> bytes:
-        """As a safetensors file."""
-        facts = {name: str(getattr(self.facts, name)) for name in _FIELDS}
+        """Return a safetensors file."""
+        facts = {name: str(getattr(self.info, name)) for name in _FIELDS}
         data: bytes = save({"keys": self.keys, "values": self.values}, {"format": _FORMAT, **facts})
         return data
 
 
-def read_facts(path: Path) -> Facts:
-    """What the snapshot in a file says of itself; entries are not read.
+def read_info(path: Path) -> SnapshotInfo:
+    """Read the metadata of a snapshot without its entries.
 
     Raises:
         FileNotFoundError: there is none. SnapshotError: it is no snapshot.
     """
     try:
         with safe_open(path, framework="pt") as file:
-            return _facts(file.metadata())
+            return _info(file.metadata())
     except FileNotFoundError:
         raise
     except (SafetensorError, OSError) as error:
@@ -107,39 +107,39 @@ def read_facts(path: Path) -> Facts:
 
 
 def read_snapshot(path: Path) -> Snapshot:
-    """The snapshot in a file, its hash checked.
+    """Read a snapshot and check its hash.
 
     Raises:
         FileNotFoundError: there is none. SnapshotError: it is damaged.
     """
     try:
         with safe_open(path, framework="pt") as file:
-            facts = _facts(file.metadata())
+            info = _info(file.metadata())
             keys, values = file.get_tensor("keys"), file.get_tensor("values")
     except FileNotFoundError:
         raise
     except (SafetensorError, OSError) as error:
         raise SnapshotError(f"the snapshot is damaged: {error}") from error
-    if keys.dim() != 4 or keys.shape != values.shape or keys.shape[2] != facts.count:
+    if keys.dim() != 4 or keys.shape != values.shape or keys.shape[2] != info.count:
         raise SnapshotError(
             f"the snapshot has keys {tuple(keys.shape)} and values {tuple(values.shape)}; expected both "
-            f"[layers, kv_heads, {facts.count}, head_dim]."
+            f"[layers, kv_heads, {info.count}, head_dim]."
         )
-    if _body_hash(keys, values) != facts.body:
+    if _body_hash(keys, values) != info.body:
         raise SnapshotError("the snapshot is damaged: its entries do not have the hash that it names.")
-    return Snapshot(facts, keys, values)
+    return Snapshot(info, keys, values)
 
 
 def token_hash(ids: Sequence[int]) -> str:
-    """Hash of token ids, in their order."""
+    """Return a hash of token ids, in their order."""
     return hashlib.sha256(array("q", ids).tobytes()).hexdigest()
 
 
-def _facts(metadata: dict[str, str] | None) -> Facts:
+def _info(metadata: dict[str, str] | None) -> SnapshotInfo:
     given = metadata or {}
     if given.get("format") != _FORMAT or any(name not in given for name in _FIELDS) or not given["count"].isdigit():
         raise SnapshotError(f"this is no snapshot; expected a safetensors file of format {_FORMAT}.")
-    return Facts(given["model"], given["tokens"], int(given["count"]), given["body"])
+    return SnapshotInfo(given["model"], given["tokens"], int(given["count"]), given["body"])
 
 
 def _body_hash(keys: Tensor, values: Tensor) -> str:

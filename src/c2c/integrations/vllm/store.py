@@ -1,4 +1,4 @@
-"""Where snapshots lie between an engine and the fusers: a store that both processes reach."""
+"""Store of snapshots, in a folder that the engine's process and this one share."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from c2c.integrations.vllm.errors import SnapshotError
-from c2c.integrations.vllm.snapshot import Facts, Snapshot, read_facts, read_snapshot
+from c2c.integrations.vllm.snapshot import Snapshot, SnapshotInfo, read_info, read_snapshot
 
 _NAME = re.compile(r"[0-9a-f]{32}")
 _SHARED_MEMORY = Path("/dev/shm")
@@ -21,26 +21,26 @@ _REASON = 500  # characters of a reason at most
 
 
 def new_name() -> str:
-    """A name for a snapshot or a receipt, which nobody can guess."""
+    """Return a random name for a snapshot or a receipt; it can't be guessed."""
     return secrets.token_hex(16)
 
 
 def check_name(name: Any) -> str:
-    """A name, if it is one: it becomes part of a path.
+    """Check a name, which becomes part of a path, and return it.
 
     Raises:
         SnapshotError: it is none.
     """
     if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise SnapshotError("a snapshot was asked for by something else than 32 hexadecimal digits.")
+        raise SnapshotError("the name of a snapshot must be 32 hexadecimal digits.")
     return name
 
 
 class SnapshotStore:
-    """Keeps snapshots by name, and notes on what became of them; in a folder that both processes reach.
+    """Keep snapshots by name, with receipts of loads and reasons of failed saves.
 
-    By default in shared memory, where a file costs a copy and no disk. An engine that has loaded a snapshot leaves a
-    receipt, so that whoever asked for it knows whether an answer is fused before a word of it is sent.
+    By default in shared memory, where a file costs a copy and no disk. An engine that has loaded a snapshot writes a
+    receipt, which proves that an answer is fused before a word of it is sent.
 
     Args:
         folder: where; for the user alone.
@@ -53,7 +53,7 @@ class SnapshotStore:
 
     @classmethod
     def create(cls, parent: Path | None = None, **limits: Any) -> SnapshotStore:
-        """A store in a new folder of its own; :meth:`close` deletes it."""
+        """Make a store in a new folder; :meth:`close` deletes it."""
         if parent is None and os.access(_SHARED_MEMORY, os.W_OK):
             parent = _SHARED_MEMORY
         return cls(Path(tempfile.mkdtemp(prefix="c2c-", dir=parent)), **limits)
@@ -80,20 +80,20 @@ class SnapshotStore:
                 "folder with more room (containers often have 64 MB of shared memory)."
             ) from error
 
-    def facts(self, name: str) -> Facts | None:
-        """What a snapshot says of itself; None while there is none.
+    def info(self, name: str) -> SnapshotInfo | None:
+        """Return the metadata of a snapshot; None while there is none.
 
         Raises:
             SnapshotError: it is damaged, or will not come.
         """
         try:
-            return read_facts(self._path(name))
+            return read_info(self._path(name))
         except FileNotFoundError:
             self._raise_if_failed(name)
             return None
 
     def get(self, name: str) -> Snapshot:
-        """A snapshot, checked.
+        """Return a snapshot, checked.
 
         Raises:
             SnapshotError: missing or damaged.
@@ -107,19 +107,19 @@ class SnapshotStore:
             ) from None
 
     def fail(self, name: str, reason: str) -> None:
-        """Note that a snapshot will not come, and why."""
+        """Record that a snapshot will not come, and why."""
         self._write(self._path(name, "failed"), reason[:_REASON].encode())
 
     def acknowledge(self, name: str) -> None:
-        """Leave a receipt."""
+        """Write a receipt."""
         self._write(self._path(name, "loaded"), b"")
 
     def acknowledged(self, name: str) -> bool:
-        """Whether there is a receipt."""
+        """Return whether there is a receipt."""
         return self._path(name, "loaded").exists()
 
     def delete(self, name: str) -> None:
-        """Forget everything of this name."""
+        """Delete everything of this name."""
         for kind in ("safetensors", "failed", "loaded"):
             self._path(name, kind).unlink(missing_ok=True)
 

@@ -1,4 +1,4 @@
-"""Which vLLM this was tested with. Its connector interface changes between minor versions."""
+"""Versions of vLLM that this was tested with; its connector interface changes between minor versions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _ADVICE = "See docs/serving.md for what to install."
 
 
 def installed() -> tuple[str, str] | None:
-    """The package that brings vLLM, and its version; None without any."""
+    """Return the package that provides vLLM, and its version; None without any."""
     for package in _PACKAGES:
         try:
             return package, version(package)
@@ -25,10 +25,10 @@ def installed() -> tuple[str, str] | None:
 
 
 def check_version(found: tuple[str, str] | None) -> None:
-    """Refuse what this was not tested with.
+    """Refuse versions that this was not tested with.
 
     Args:
-        found: what :func:`installed` says.
+        found: result of :func:`installed`.
 
     Raises:
         MissingVLLMError: none, or another version.

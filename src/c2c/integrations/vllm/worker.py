@@ -1,4 +1,4 @@
-"""The worker half of the connector: entries from snapshots into the paged cache, and back."""
+"""Worker half of the connector: entries from snapshots into the paged cache, and back."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import Any
 import torch
 
 from c2c.integrations.vllm.errors import SnapshotError, UnsupportedError
-from c2c.integrations.vllm.plan import Load, Save
+from c2c.integrations.vllm.kv_layout import KVLayout, layout_of, self_test
 from c2c.integrations.vllm.snapshot import Snapshot
 from c2c.integrations.vllm.store import SnapshotStore
-from c2c.integrations.vllm.views import KVView, self_test, view_of
+from c2c.integrations.vllm.transfers import Load, Save
 
 _LOG = logging.getLogger("c2c.vllm")
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
 
 
-class Transfers:
-    """Moves entries. What goes wrong with one request is noted for that one, and nothing is raised in a step.
+class TransferWorker:
+    """Copy entries. What goes wrong with one request is recorded for that one, and nothing is raised in a step.
 
     Args:
         store: where snapshots lie.
@@ -29,11 +29,11 @@ class Transfers:
 
     def __init__(self, store: SnapshotStore, model: str) -> None:
         self._store, self._model = store, model
-        self._views: list[KVView] = []
+        self._layouts: list[KVLayout] = []
         self._failed: set[int] = set()
 
     def register(self, caches: Mapping[str, Any], layers: Mapping[str, Any], groups: Sequence[Any]) -> None:
-        """Take the caches of all layers, and test that they are understood.
+        """Take the caches of all layers, and test that their layout is known.
 
         Args:
             caches: cache by layer name.
@@ -49,32 +49,32 @@ class Transfers:
                 "token); c2c was tested with one. Use c2c serve without --engine vllm for this model."
             )
         names = _in_order(caches)
-        self._views = [view_of(name, layers[name], caches[name], groups[0].kv_cache_spec) for name in names]
-        for name, view in zip(names, self._views, strict=True):
-            self_test(name, view)
+        self._layouts = [layout_of(name, layers[name], caches[name], groups[0].kv_cache_spec) for name in names]
+        for name, layout in zip(names, self._layouts, strict=True):
+            self_test(name, layout)
 
     def load(self, loads: Sequence[Load]) -> None:
-        """Put snapshots into the cache, and leave receipts."""
+        """Copy snapshots into the cache, and write receipts."""
         for load in loads:
             try:
                 self._load(load)
                 if load.receipt is not None:
                     self._store.acknowledge(load.receipt)
             except Exception as error:
-                _note("a snapshot could not be loaded", error)
-                self._failed |= load.place.touched(self._views[0].block_size)
+                _warn("a snapshot could not be loaded", error)
+                self._failed |= load.span.block_ids(self._layouts[0].block_size)
 
     def save(self, saves: Sequence[Save]) -> None:
-        """Make snapshots of the cache."""
+        """Copy the cache into snapshots."""
         for save in saves:
             try:
-                self._store.put(save.name, self._taken(save))
+                self._store.put(save.name, self._snapshot(save))
             except Exception as error:
-                _note("a snapshot could not be saved", error)
+                _warn("a snapshot could not be saved", error)
                 self._store.fail(save.name, str(error) if isinstance(error, SnapshotError) else "it was not saved.")
 
     def take_failed(self) -> set[int]:
-        """Blocks whose load has failed since the last call."""
+        """Return the blocks whose load has failed since the last call."""
         failed, self._failed = self._failed, set()
         return failed
 
@@ -82,26 +82,26 @@ class Transfers:
         if load.refusal is not None:
             raise SnapshotError(load.refusal)
         snapshot = self._store.get(load.name)
-        snapshot.facts.check(self._model, load.ids)
-        view, (layers, heads, _, dim) = self._views[0], snapshot.keys.shape
-        if (layers, heads, dim) != (len(self._views), view.heads, view.dim):
+        snapshot.info.check(self._model, load.ids)
+        layout, (layers, heads, _, dim) = self._layouts[0], snapshot.keys.shape
+        if (layers, heads, dim) != (len(self._layouts), layout.heads, layout.dim):
             raise SnapshotError(
-                f"the snapshot has {layers} layers, {heads} heads and {dim} channels; the cache {len(self._views)}, "
-                f"{view.heads} and {view.dim}."
+                f"the snapshot has {layers} layers, {heads} heads and {dim} channels; the cache {len(self._layouts)}, "
+                f"{layout.heads} and {layout.dim}."
             )
-        slots, wanted = torch.tensor(load.place.slots(view.block_size)), slice(load.place.start, load.place.stop)
-        for layer, keys, values in zip(self._views, snapshot.keys, snapshot.values, strict=True):
+        slots, wanted = torch.tensor(load.span.slots(layout.block_size)), slice(load.span.start, load.span.stop)
+        for layer, keys, values in zip(self._layouts, snapshot.keys, snapshot.values, strict=True):
             layer.write(slots, keys[:, wanted].transpose(0, 1), values[:, wanted].transpose(0, 1))
 
-    def _taken(self, save: Save) -> Snapshot:
-        slots = torch.tensor(save.place.slots(self._views[0].block_size))
-        read = [view.read(slots) for view in self._views]
+    def _snapshot(self, save: Save) -> Snapshot:
+        slots = torch.tensor(save.span.slots(self._layouts[0].block_size))
+        read = [layout.read(slots) for layout in self._layouts]
         keys, values = (torch.stack([pair[side].transpose(0, 1) for pair in read]) for side in (0, 1))
         return Snapshot.of(keys, values, save.ids, self._model)
 
 
 def _in_order(names: Mapping[str, Any]) -> list[str]:
-    """Layer names by their numbers, which are those of the layers of ``transformers``."""
+    """Sort layer names by their numbers, which are those of the layers of ``transformers``."""
     found = {}
     for name in names:
         match = _LAYER.search(name)
@@ -113,7 +113,7 @@ def _in_order(names: Mapping[str, Any]) -> list[str]:
     return [found[number] for number in sorted(found)]
 
 
-def _note(what: str, error: Exception) -> None:
+def _warn(what: str, error: Exception) -> None:
     """Log without quoting anything of a prompt."""
-    said = str(error) if isinstance(error, SnapshotError) else type(error).__name__
-    _LOG.warning("%s: %s", what, said)
+    reason = str(error) if isinstance(error, SnapshotError) else type(error).__name__
+    _LOG.warning("%s: %s", what, reason)

@@ -1,4 +1,4 @@
-"""What is asked of the connector, and what its scheduler half tells its worker half to do."""
+"""Transfers of KV entries: what a request asks of the connector, and what its scheduler half plans for a step."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _KEYS = {"load", "save", "receipt"}
 
 
 @dataclass(frozen=True)
-class Wish:
-    """What a request asks for.
+class TransferParams:
+    """Parameters of one request for the connector.
 
     Attributes:
         load: snapshot from which it begins.
         save: snapshot that its prompt's entries become.
-        receipt: where to say that the load was done.
+        receipt: file that the worker writes when the load is done.
     """
 
     load: str | None = None
@@ -28,11 +28,11 @@ class Wish:
     receipt: str | None = None
 
     def to_params(self) -> dict[str, Any]:
-        """As ``kv_transfer_params`` of a request."""
+        """Return them as ``kv_transfer_params`` of a request."""
         return {FIELD: {key: value for key, value in vars(self).items() if value is not None}}
 
     @classmethod
-    def of_params(cls, params: Any) -> Wish:
+    def from_params(cls, params: Any) -> TransferParams:
         """Read ``kv_transfer_params``, which a client may have written. Empty where they are not for us.
 
         Raises:
@@ -47,8 +47,8 @@ class Wish:
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where tokens of a prompt lie in the paged cache.
+class Span:
+    """A range of a prompt's tokens in the paged cache.
 
     Attributes:
         blocks: block table of the request.
@@ -61,51 +61,51 @@ class Place:
     stop: int
 
     def slots(self, block_size: int) -> list[int]:
-        """Slots of these positions."""
+        """Return the slots of these positions."""
         return [self.blocks[at // block_size] * block_size + at % block_size for at in range(self.start, self.stop)]
 
-    def touched(self, block_size: int) -> set[int]:
-        """Blocks that hold these positions."""
+    def block_ids(self, block_size: int) -> set[int]:
+        """Return the blocks that hold these positions."""
         return {self.blocks[at // block_size] for at in range(self.start, self.stop)}
 
 
 @dataclass(frozen=True)
 class Load:
-    """Put entries of a snapshot into the cache.
+    """Copy entries of a snapshot into the cache.
 
     Attributes:
         name: of the snapshot.
         ids: the prompt.
-        place: where.
-        receipt: where to say that it was done.
+        span: where.
+        receipt: file to write when it is done.
         refusal: why it must not be done; the request then fails as a damaged snapshot makes it fail.
     """
 
     name: str
     ids: Sequence[int]
-    place: Place
+    span: Span
     receipt: str | None = None
     refusal: str | None = None
 
 
 @dataclass(frozen=True)
 class Save:
-    """Make a snapshot of entries of the cache.
+    """Copy entries of the cache into a snapshot.
 
     Attributes:
         name: of the snapshot.
         ids: the tokens.
-        place: where they are.
+        span: where they are.
     """
 
     name: str
     ids: Sequence[int]
-    place: Place
+    span: Span
 
 
 @dataclass
-class Plan:
-    """What the worker half does in one step."""
+class StepTransfers:
+    """All transfers of one step."""
 
     loads: list[Load] = field(default_factory=list)
     saves: list[Save] = field(default_factory=list)

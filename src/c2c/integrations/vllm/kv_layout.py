@@ -1,4 +1,4 @@
-"""Reading and writing single tokens of vLLM's paged KV cache. Each attention backend packs blocks its own way."""
+"""Layouts of vLLM's paged KV cache: each attention backend packs the tokens of a block in its own way."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from c2c.integrations.vllm.errors import UnsupportedError
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-class KVView(Protocol):
-    """One layer of a paged cache. A slot is ``block * block_size + offset``.
+class KVLayout(Protocol):
+    """Access one layer of a paged cache by slots. A slot is ``block * block_size + offset``.
 
     Attributes:
         block_size: tokens per block.
@@ -30,11 +30,11 @@ class KVView(Protocol):
     dtype: torch.dtype
 
     def read(self, slots: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values in these slots, ``[tokens, heads, dim]`` each, copied."""
+        """Return the keys and values in these slots, ``[tokens, heads, dim]`` each, copied."""
         ...
 
     def write(self, slots: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Put keys and values, ``[tokens, heads, dim]``, into these slots."""
+        """Write keys and values, ``[tokens, heads, dim]``, into these slots."""
         ...
 
     def clear(self, block: int) -> None:
@@ -42,8 +42,8 @@ class KVView(Protocol):
         ...
 
 
-class CPUView:
-    """The cache of the backend ``CPU_ATTN``: ``[blocks, heads, block_size, 2 * dim]``.
+class CPULayout:
+    """Layout of the backend ``CPU_ATTN``: ``[blocks, heads, block_size, 2 * dim]``.
 
     Its last axis is not keys beside values. Each head of a block holds all keys, transposed to ``[dim, block_size]``,
     and then all values, ``[block_size, dim]``; with some instruction sets packed otherwise, which the self-test finds.
@@ -62,12 +62,12 @@ class CPUView:
         self._values = flat[..., half:].unflatten(-1, (self.block_size, self.dim))
 
     def read(self, slots: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values in these slots."""
+        """Return the keys and values in these slots."""
         blocks, offsets = slots // self.block_size, slots % self.block_size
         return self._keys[blocks, :, :, offsets].clone(), self._values[blocks, :, offsets].clone()
 
     def write(self, slots: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Put keys and values into these slots, by the backend's own kernel, which knows every packing."""
+        """Write keys and values into these slots, by the backend's own kernel, which knows every packing."""
         keys, values = keys.to(self.dtype).contiguous(), values.to(self.dtype).contiguous()
         self._layer.impl.do_kv_cache_update(self._layer, keys, values, self._cache, slots)
 
@@ -76,11 +76,11 @@ class CPUView:
         self._cache[block].zero_()
 
 
-_VIEWS: dict[str, type[CPUView]] = {"CPU_ATTN": CPUView}
+_LAYOUTS: dict[str, type[CPULayout]] = {"CPU_ATTN": CPULayout}
 
 
-def view_of(name: str, layer: Any, cache: Tensor, spec: Any) -> KVView:
-    """How to read and write the cache of one layer.
+def layout_of(name: str, layer: Any, cache: Tensor, spec: Any) -> KVLayout:
+    """Return the layout of the cache of one layer.
 
     Args:
         name: of the layer.
@@ -92,10 +92,10 @@ def view_of(name: str, layer: Any, cache: Tensor, spec: Any) -> KVView:
         UnsupportedError: another backend, or a kind of cache that was not tested.
     """
     backend = layer.get_attn_backend().get_name()
-    if backend not in _VIEWS:
+    if backend not in _LAYOUTS:
         raise UnsupportedError(
-            f"{name} uses the attention backend {backend}, whose cache c2c can't read; known are {', '.join(_VIEWS)}. "
-            "Choose one of these, or write a KVView for it."
+            f"{name} uses the attention backend {backend}, whose cache c2c can't read, only {', '.join(_LAYOUTS)}. "
+            "Choose one of these, or write a KVLayout for it."
         )
     _check_spec(name, spec)
     if cache.dtype not in _DTYPES or cache.dtype != spec.dtype:
@@ -103,7 +103,7 @@ def view_of(name: str, layer: Any, cache: Tensor, spec: Any) -> KVView:
     expected = (spec.num_kv_heads, spec.block_size, 2 * spec.head_size)
     if tuple(cache.shape[1:]) != expected or not cache[0].is_contiguous():
         raise UnsupportedError(f"{name} has cache blocks of shape {tuple(cache.shape[1:])}; expected {expected}.")
-    return _VIEWS[backend](layer, cache)
+    return _LAYOUTS[backend](layer, cache)
 
 
 def _check_spec(name: str, spec: Any) -> None:
@@ -117,31 +117,31 @@ def _check_spec(name: str, spec: Any) -> None:
         raise UnsupportedError(f"{name} has a quantised cache, or values of another size than keys: not supported.")
 
 
-def self_test(name: str, view: KVView) -> None:
+def self_test(name: str, layout: KVLayout) -> None:
     """Write numbers into two blocks, read them back, and set the blocks to zero. Only while the cache is unused.
 
     Raises:
         UnsupportedError: what is read is not what was written, or was written elsewhere.
     """
-    size = view.block_size
-    if view.blocks < 3:
-        raise UnsupportedError(f"{name} has {view.blocks} cache blocks; expected at least 3. Give vLLM more memory.")
-    first, second = view.blocks - 2, view.blocks - 1
+    size = layout.block_size
+    if layout.blocks < 3:
+        raise UnsupportedError(f"{name} has {layout.blocks} cache blocks; expected at least 3. Give vLLM more memory.")
+    first, second = layout.blocks - 2, layout.blocks - 1
     offsets = sorted({0, 1, size // 2, size - 1})
     slots = torch.tensor([first * size + at for at in offsets] + [second * size + at for at in offsets])
-    shape = (len(slots), view.heads, view.dim)
+    shape = (len(slots), layout.heads, layout.dim)
     numbers = torch.Generator().manual_seed(0)
-    keys, values = (torch.randn(shape, generator=numbers).to(view.dtype) for _ in range(2))
+    keys, values = (torch.randn(shape, generator=numbers).to(layout.dtype) for _ in range(2))
     rest = torch.tensor([block * size + at for block in (first, second) for at in range(size) if at not in offsets])
     for block in (first, second):
-        view.clear(block)
-    view.write(slots, keys, values)
-    got, untouched = view.read(slots), view.read(rest)
+        layout.clear(block)
+    layout.write(slots, keys, values)
+    got, untouched = layout.read(slots), layout.read(rest)
     for block in (first, second):
-        view.clear(block)
+        layout.clear(block)
     if not (torch.equal(got[0], keys) and torch.equal(got[1], values)) or any(bool(x.any()) for x in untouched):
         raise UnsupportedError(
-            f"{name}: what was written into the KV cache is not what {type(view).__name__} reads from it. Its blocks "
+            f"{name}: what was written into the KV cache is not what {type(layout).__name__} reads from it. Its blocks "
             "are packed in another way on this machine (another instruction set, or another vLLM), and fused entries "
             "would be wrong. Use c2c serve without --engine vllm."
         )

@@ -1,0 +1,248 @@
+"""What all engines share that answer with a C2CModel: systems by name, checks, prefill, handoffs."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from c2c.errors import C2CError, ContextLengthError, RemoteError, SharerChanged, SystemUnavailableError
+from c2c.generation import PrefilledPrompt
+from c2c.handoff import Handoff
+from c2c.language_model import Sharer
+from c2c.model import C2CModel
+from c2c.serving.engine import (
+    EngineInfo,
+    GenerateRequest,
+    HandoffCreated,
+    HandoffRequest,
+    Request,
+    RequestHandle,
+    SharerHealth,
+)
+from c2c.serving.errors import internal, invalid, to_api_error
+from c2c.serving.logs import log_failure, warn
+from c2c.serving.outputs import new_tokens
+from c2c.serving.scheduler import Job
+from c2c.serving.serve_config import ServeConfig
+from c2c.systems import System, SystemOptions, make_system
+
+Batch = tuple[list[Job], PrefilledPrompt]  # jobs, each with the row of its place
+
+
+class ModelEngine:
+    """Base of engines that answer with a :class:`~c2c.model.C2CModel`.
+
+    Args:
+        model: receiver, sharers and fusers, all with tokenizers.
+        config: limits, and the systems that answer.
+
+    Raises:
+        SystemUnavailableError: a system of ``config.systems`` that these models don't have.
+    """
+
+    def __init__(self, model: C2CModel, config: ServeConfig) -> None:
+        self.model, self.config = model, config
+        self.systems = _systems(model, config)
+        self.on_batch: Callable[[str, int], object] = lambda system, rows: None
+
+    @property
+    def info(self) -> EngineInfo:
+        """What is served."""
+        model, names = self.model, tuple(sharer.name for sharer in self.model.sharers)
+        context: Any = "private" if model.private else "shared"
+        return EngineInfo(tuple(self.systems), model.receiver.name, names, model.trained, context)
+
+    @property
+    def sharers(self) -> tuple[SharerHealth, ...]:
+        """Health of the sharers; one in this process is always there."""
+        losses = [getattr(sharer, "lost", None) for sharer in self.model.sharers]
+        return tuple(SharerHealth(loss.code, loss.since) if loss else SharerHealth() for loss in losses)
+
+    # -- before a request waits ----------------------------------------------------------------------------------------
+
+    async def accept(self, request: Request) -> Job:
+        """Check a request and measure what it takes of a batch, on the event loop.
+
+        Raises:
+            ApiError: it can't be answered by this server, or its prompt can't be read by the models.
+        """
+        try:
+            return await asyncio.to_thread(self._job, request, RequestHandle())  # tokenizing long prompts takes time
+        except C2CError as error:
+            raise to_api_error(error, _prompt_param(request)) from error
+
+    def _job(self, request: Request, handle: RequestHandle) -> Job:
+        if isinstance(request, HandoffRequest):
+            self.check_handoff(request)
+            return Job(request, handle, key=object())
+        system = self.systems.get(request.system)
+        if system is None:
+            raise invalid(f"system {request.system!r} is not served; expected one of {', '.join(self.systems)}.")
+        if not 1 <= request.n <= self.config.max_batch:
+            raise invalid(f"n is {request.n}; this server decodes 1 to {self.config.max_batch} answers at once.", "n")
+        self._check_private(system, request.private)
+        prompt = system.check(request.prompt, self._context(system, [request]), options=request.render)
+        new = new_tokens(system.language_model, prompt, request.sampling.max_tokens, self.config.max_tokens)
+        entries, most = request.n * (prompt + new), self.config.kv_tokens
+        if entries > most:
+            raise ContextLengthError(
+                f"{request.n} answers of {prompt} tokens of prompt and {new} new ones need {entries} entries of the KV "
+                f"cache, and this server has {most} (--kv-tokens). Shorten the prompt, or lower max_tokens or n."
+            )
+        private = tuple(isinstance(part, Handoff) for part in request.private or ())
+        key = (request.system, request.render, request.private is not None, private)
+        return Job(request, handle, key, request.n, prompt, new)
+
+    def _check_private(self, system: System, private: tuple[Any, ...] | None) -> None:
+        if private is None:
+            if system.needs_context and self.model.private:
+                raise invalid(
+                    "this fuser hands over what the sharer alone has read: pass c2c.sharer_messages, or c2c.handoff "
+                    "with the id that POST /v1/c2c/handoffs gave.",
+                    "c2c.sharer_messages",
+                    "missing_private_context",
+                )
+            return
+        if not self.model.private or not system.reads_context:
+            raise invalid(
+                "private context was given, and nothing here takes it: the receiver alone reads none, nor do fusers of "
+                "prompts that both models read. Leave sharer_messages and handoff out, or serve a 'memory' fuser.",
+                "c2c",
+            )
+        expected = len(self.model.private) if system.needs_context else 1
+        if len(private) != expected:
+            raise invalid(
+                f"got private context for {len(private)} sharers; expected a list with one entry for each of "
+                f"{expected}.",
+                "c2c",
+            )
+
+    def _context(self, system: System, requests: Sequence[GenerateRequest]) -> Any:
+        """Return the private context of requests as systems take it: per sharer one list, a tuple of several."""
+        if requests[0].private is None:
+            return None
+        columns = [list(column) for column in zip(*(request.private or () for request in requests), strict=True)]
+        return tuple(columns) if len(columns) > 1 else columns[0]
+
+    # -- prefill -------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def prefill(self, jobs: Sequence[Job]) -> list[Batch]:
+        """Prefill the prompts of jobs with equal keys, all together.
+
+        Where that fails because of one of them, or a remote sharer does not take so many, each is prefilled by itself;
+        what fails then fails alone.
+        """
+        jobs = [job for job in jobs if not job.handle.cancelled]
+        if not jobs:
+            return []
+        requests = [job.request for job in jobs if isinstance(job.request, GenerateRequest)]
+        system = self.systems[requests[0].system]
+        prompts, context = [request.prompt for request in requests], self._context(system, requests)
+        try:
+            prompt = system.prefill(prompts, context, options=requests[0].render)
+        except C2CError as error:
+            if len(jobs) > 1 and _concerns_one(error):
+                return [batch for job in jobs for batch in self.prefill([job])]
+            for job in jobs:
+                fail(job, error)
+            return []
+        lost = prompt.report.lost if prompt.report else None
+        if lost is not None:
+            if len(jobs) > 1 and lost.about_request:
+                return [batch for job in jobs for batch in self.prefill([job])]
+            _log_lost(lost)
+        return [(list(jobs), prompt)]
+
+    # -- handoffs ------------------------------------------------------------------------------------------------------
+
+    def check_handoff(self, request: HandoffRequest) -> Sharer:
+        """Return the sharer that a handoff is requested of.
+
+        Raises:
+            ApiError: there is none that hands anything over, or it can't do this.
+        """
+        private = self.model.private
+        if not private:
+            raise invalid(
+                "this fuser is for prompts that both models read, so there is nothing to hand over. Serve a 'memory' "
+                "fuser.",
+                "messages",
+            )
+        if request.sharer is not None and request.sharer not in private:
+            raise invalid(
+                f"sharer is {request.sharer}; expected one of {private}, which hand over private context.", "sharer"
+            )
+        sharer = self.model.sharers[self._index(request)]
+        if request.precision is not None and not sharer.generates:
+            raise invalid("the sharer is on another machine, and its entries are kept as they come.", "precision")
+        return sharer
+
+    @torch.no_grad()
+    def create_handoff(self, job: Job) -> None:
+        """Let a sharer prefill messages, and report the handoff."""
+        request = job.request
+        if not isinstance(request, HandoffRequest):
+            raise TypeError("expected a HandoffRequest")
+        with failing(job):
+            index = self._index(request)
+            sharer = self.model.sharers[index].for_fuser(self.model.fusers[index])
+            handoff: Any = sharer.read(request.messages, draft_tokens=request.draft_tokens)
+            if request.precision is not None:
+                handoff = handoff.to(request.precision)
+            size = getattr(handoff, "held_bytes", handoff.nbytes)
+            job.handle.push(HandoffCreated(handoff, size, len(handoff.ids), sharer.name, index, handoff.precision))
+
+    def _index(self, request: HandoffRequest) -> int:
+        return self.model.private[0] if request.sharer is None else request.sharer
+
+
+@contextmanager
+def failing(job: Job) -> Iterator[None]:
+    """End a request with the error of the enclosed work; others of its batch go on."""
+    try:
+        yield
+    except C2CError as error:
+        fail(job, error)
+    except Exception as error:
+        log_failure("request_failed", error)
+        job.handle.fail(internal())
+
+
+def fail(job: Job, error: C2CError) -> None:
+    """End a request with an error of the library."""
+    _log_lost(error)
+    job.handle.fail(error, _prompt_param(job.request))
+
+
+def _prompt_param(request: Request) -> str:
+    """Return the field of the HTTP request that holds the prompt, for errors."""
+    return "prompt" if isinstance(request, GenerateRequest) and not request.render.chat_template else "messages"
+
+
+def _concerns_one(error: C2CError) -> bool:
+    """Return whether an error may be that of one prompt of a batch, so that the others can be answered."""
+    return not isinstance(error, SharerChanged) and (not isinstance(error, RemoteError) or error.about_request)
+
+
+def _log_lost(error: C2CError) -> None:
+    if isinstance(error, RemoteError):
+        warn("sharer_lost", code=error.code, status=error.status)
+    elif isinstance(error, SharerChanged):
+        warn("sharer_lost", code="mismatch")
+
+
+def _systems(model: C2CModel, config: ServeConfig) -> dict[str, System]:
+    """Make the systems of a server; those of the default list that these models don't have are left out."""
+    options, made = SystemOptions(message_tokens=config.message_tokens), {}
+    for name in config.systems or ServeConfig.default_systems:
+        try:
+            made[name] = make_system(name, model, options)
+        except SystemUnavailableError:
+            if config.systems:
+                raise
+    return made

@@ -1,0 +1,272 @@
+"""Outputs of requests while they are decoded: detokenization, stop strings, log-probabilities, events."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from typing import Any
+
+from tokenizers.decoders import DecodeStream
+
+from c2c.errors import ContextLengthError
+from c2c.generation import PrefilledPrompt
+from c2c.language_model import LanguageModel
+from c2c.serving.engine import (
+    Answer,
+    Delta,
+    Finished,
+    FinishReason,
+    GenerateRequest,
+    Prefilled,
+    TokenLogprob,
+)
+from c2c.serving.sampling import Sampler, SamplingParams, Scored
+from c2c.serving.scheduler import Job
+
+
+class Detokenizer:
+    """Turn tokens into text, one at a time; a character that is split over tokens comes when it is complete.
+
+    Args:
+        tokenizer: of the answering model.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._restart()
+
+    def step(self, token: int) -> str:
+        """Return the text that one more token completes; often empty. Special tokens have none."""
+        try:
+            piece = self._decode(token)
+        except Exception:  # tokenizers' own: with byte fallback an invalid byte changes text before it, which was sent
+            self._restart()
+            piece = self._decode(token)
+        self._ids.append(token)
+        self._length += len(piece)
+        return piece
+
+    def _decode(self, token: int) -> str:
+        return self._stream.step(self._tokenizer.backend_tokenizer, token) or ""
+
+    def flush(self) -> str:
+        """Return the text of an incomplete character at the end."""
+        return str(self._tokenizer.decode(self._ids, skip_special_tokens=True))[self._length :]
+
+    def name(self, token: int) -> str:
+        """Return one token as text, special tokens too."""
+        return str(self._tokenizer.decode([token]))
+
+    def _restart(self) -> None:
+        self._stream = DecodeStream(skip_special_tokens=True)
+        self._ids: list[int] = []
+        self._length = 0
+
+
+class StopMatcher:
+    """Find the first stop string in a text that grows, looking at no more than the end of it.
+
+    Args:
+        stops: the stop strings.
+
+    Attributes:
+        found: one was found; nothing may follow.
+        pending: the last characters, which could be the beginning of a stop string.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = stops
+        self.found, self.pending = False, ""
+
+    def feed(self, text: str) -> str:
+        """Append text; return what is certain to stand before any stop string."""
+        text = self.pending + text
+        ends = [at for stop in self._stops if (at := text.find(stop)) >= 0]
+        if ends:
+            self.found, self.pending = True, ""
+            return text[: min(ends)]
+        cut = min((_partial(text, stop) for stop in self._stops), default=len(text))
+        self.pending = text[cut:]
+        return text[:cut]
+
+
+def _partial(text: str, stop: str) -> int:
+    """Return where the end of ``text`` begins that ``stop`` begins with; the length of ``text`` if there is none."""
+    at = text.find(stop[0], max(0, len(text) - len(stop) + 1))
+    while at >= 0 and not stop.startswith(text[at:]):
+        at = text.find(stop[0], at + 1)
+    return at if at >= 0 else len(text)
+
+
+class AnswerOutput:
+    """Take the tokens of one answer.
+
+    Args:
+        tokenizer: of the answering model.
+        params: how it is decoded; ``max_tokens`` must be set.
+        index: which answer of its request it is.
+        ends: the model's end tokens.
+        owner: the output of its request, which gets its events.
+
+    Attributes:
+        sampler: chooses the tokens.
+        first: ``time.monotonic()`` at the first token.
+        tokens: number of tokens so far, an end token included.
+        done: the answer has ended, or was given up.
+        text: the answer so far, without what may be part of a stop string.
+    """
+
+    def __init__(
+        self, tokenizer: Any, params: SamplingParams, index: int, ends: Collection[int], owner: RequestOutput
+    ) -> None:
+        if params.max_tokens is None:
+            raise ValueError("max_tokens is None; expected a number.")
+        self.limit, self._index, self._ends, self._owner = params.max_tokens, index, ends, owner
+        self.sampler = Sampler(params, index)
+        self._detokenizer, self._stop = Detokenizer(tokenizer), StopMatcher(params.stop)
+        self._parts: list[str] = []
+        self._length = self._read = 0  # characters: certain to be in the answer, of all tokens
+        self._unsent = ""
+        self._logprobs: list[TokenLogprob] = []
+        self._sent_logprobs = 0
+        self.first: float | None = None
+        self.tokens = 0
+        self.done = False
+
+    @property
+    def text(self) -> str:
+        """The answer so far."""
+        return "".join(self._parts)
+
+    def append(self, token: int) -> None:
+        """Append one token, chosen by :attr:`sampler`."""
+        self.append_scored(token, self.sampler.record(token))
+
+    def append_scored(self, token: int, scored: Scored | None) -> None:
+        """Append one token with its log-probability, where that is requested."""
+        self.done = self.done or self._owner.cancelled
+        if self.done:
+            return
+        self.first = self.first or time.monotonic()
+        self.tokens += 1
+        ended = token in self._ends
+        if scored is not None and not ended:
+            top = [(self._detokenizer.name(other), logprob) for other, logprob in scored.top]
+            self._logprobs.append(TokenLogprob(self._detokenizer.name(token), scored.chosen, self._read, top))
+        piece = self._detokenizer.step(token)
+        self._read += len(piece)
+        self._settle(self._stop.feed(piece))
+        if self._stop.found:
+            self._logprobs = [entry for entry in self._logprobs if entry.offset < self._length]
+            self._finish("stop")
+        elif ended or self.tokens >= self.limit:
+            self._settle(self._stop.pending + self._detokenizer.flush())
+            self._finish("stop" if ended else "length")
+        else:
+            self._send()
+
+    def _settle(self, text: str) -> None:
+        self._parts.append(text)
+        self._length += len(text)
+        self._unsent += text if self._owner.stream else ""
+
+    def _finish(self, reason: FinishReason) -> None:
+        self.done = True
+        self._send(last=True)
+        self._owner.finish(Answer(self._index, self.text, reason, self.tokens, self._logprobs))
+
+    def _send(self, last: bool = False) -> None:
+        """Send the settled text of a stream, with the log-probabilities of the tokens that begin in it."""
+        if not self._owner.stream or not (self._unsent or last):
+            return
+        new = self._logprobs[self._sent_logprobs :]
+        due = [entry for entry in new if last or entry.offset < self._length]
+        if self._unsent or due:
+            self._owner.handle.push(Delta(self._index, self._unsent, due))
+        self._unsent, self._sent_logprobs = "", self._sent_logprobs + len(due)
+
+
+class RequestOutput:
+    """Collect the answers to one request, whose prompt is prefilled.
+
+    Args:
+        job: the request, with its handle.
+        prompt: the batch that it is part of.
+        row: its row of ``prompt``.
+        rows: answers in the batch.
+        default_tokens: new tokens at most where the request does not say.
+
+    Attributes:
+        answers: one output for each answer.
+
+    Raises:
+        ContextLengthError: the model has no room for what is requested.
+    """
+
+    def __init__(self, job: Job, prompt: PrefilledPrompt, row: int, rows: int, default_tokens: int) -> None:
+        request = job.request
+        if not isinstance(request, GenerateRequest):
+            raise TypeError("a handoff has no answers")
+        self.handle, self.stream, self._rows, self._began = job.handle, request.stream, rows, time.monotonic()
+        slots = prompt.slots[row] if prompt.slots else 0
+        self._prompt_tokens = int(prompt.tokens.mask[row].sum()) - slots
+        self._report = prompt.report.row(row) if prompt.report else None
+        self._message = prompt.messages[row].text if prompt.messages else None
+        self.fallback = f"receiver only: {self._report.lost}" if self._report and self._report.lost else None
+        columns = int(prompt.tokens.positions[row, -1]) + 1
+        limit = new_tokens(prompt.model, columns, request.sampling.max_tokens, default_tokens)
+        params = replace(request.sampling, max_tokens=limit)
+        model = prompt.model
+        self.answers = [AnswerOutput(model.tokenizer, params, index, model.ends, self) for index in range(request.n)]
+        self._left = request.n
+        job.handle.push(Prefilled(self.fallback))
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether nobody waits for the answers any more."""
+        return self.handle.cancelled
+
+    def finish(self, answer: Answer) -> None:
+        """Send a whole answer; after the last one that all are there."""
+        self.handle.push(answer)
+        self._left -= 1
+        if self._left:
+            return
+        first = min(one.first for one in self.answers if one.first is not None)
+        self.handle.push(
+            Finished(
+                prompt_tokens=self._prompt_tokens,
+                completion_tokens=sum(one.tokens for one in self.answers),
+                first_token=first,
+                rows=self._rows,
+                sharer_bytes=self._report.sharer_bytes if self._report else len((self._message or "").encode()),
+                report=self._report_data(first),
+                message=self._message,
+                fallback=self.fallback,
+            )
+        )
+
+    def _report_data(self, first: float) -> dict[str, Any] | None:
+        """Return the fusion report; its seconds are those of the batch, up to where this request is done."""
+        if self._report is None:
+            return None
+        data = self._report.to_dict()
+        stages = {"first_token": first - self._began, "decode": time.monotonic() - first}
+        return data | {"seconds": data["seconds"] | stages}
+
+
+def new_tokens(model: LanguageModel, prompt_tokens: int, requested: int | None, default: int) -> int:
+    """Return how many tokens may follow a prompt: those requested, else ``default`` or what fits if that is less.
+
+    Raises:
+        ContextLengthError: not so many fit.
+    """
+    limit = model.context_length
+    if limit is not None and prompt_tokens + (requested or 1) > limit:
+        raise ContextLengthError(
+            f"the prompt has {prompt_tokens} tokens for the {model.role} {model.name} and {requested or 1} new ones "
+            f"were requested, {prompt_tokens + (requested or 1)} together, but it was made for {limit}. Shorten the "
+            "prompt, or lower max_tokens."
+        )
+    return requested or (default if limit is None else min(default, limit - prompt_tokens))

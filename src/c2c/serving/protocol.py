@@ -1,0 +1,271 @@
+"""Request bodies: the fields of the OpenAI API that are supported, and nothing that would be ignored."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from c2c.messages import Conversation
+from c2c.serving.errors import invalid
+from c2c.serving.sampling import SamplingParams
+
+MAX_STOPS, MAX_STOP_LENGTH = 16, 256  # each is looked for after every token
+_ANY = object()  # stands for all values
+
+
+def _text(value: Any) -> Any:
+    """Join a list of text parts; refuse what is no text."""
+    if isinstance(value, list):
+        for part in value:
+            if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+                raise ValueError('only text can be read: expected parts {"type": "text", "text": ...}')
+        value = "".join(part["text"] for part in value)
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise ValueError("half a surrogate pair is no text") from None
+    return value
+
+
+def _messages(value: Any) -> Any:
+    return [{"role": "user", "content": value}] if isinstance(value, str) else value
+
+
+def _context(value: Any) -> Any:
+    """Return one conversation for each sharer."""
+    if isinstance(value, list) and value and not all(isinstance(item, dict) for item in value):
+        return [_messages(item) for item in value]
+    return [_messages(value)]
+
+
+def _with_text(messages: list[Message]) -> list[Message]:
+    if not any(message.content for message in messages):
+        raise ValueError("no message has any text")
+    return messages
+
+
+class _Body(BaseModel):
+    """Base of all bodies: strict types, no unknown fields, null as if left out.
+
+    Attributes:
+        neutral: fields of the OpenAI API that are not supported, with the values that change no answer and are dropped.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_neutral(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        kept = {}
+        for name, value in data.items():
+            if value is None:
+                continue
+            if name not in cls.neutral:
+                kept[name] = value
+            elif not any(
+                known is _ANY or (known == value and type(known) is type(value)) for known in cls.neutral[name]
+            ):
+                raise invalid(f"{name} is not supported: leave it out.", name, "unsupported_parameter")
+        return kept
+
+
+class Message(_Body):
+    """One message of a conversation; what the API adds to its own answers may be sent back."""
+
+    neutral = {"annotations": ([],), "audio": (), "function_call": (), "refusal": (), "tool_calls": ([],)}
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[str, BeforeValidator(_text)]
+
+
+Text = Annotated[str, BeforeValidator(_text)]
+Texts = Annotated[
+    list[Annotated[Text, Field(min_length=1)]],
+    BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
+]
+Stop = Annotated[Text, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
+Stops = Annotated[
+    list[Stop], BeforeValidator(lambda value: [value] if isinstance(value, str) else value), Field(max_length=MAX_STOPS)
+]
+Messages = Annotated[list[Message], BeforeValidator(_messages), Field(min_length=1), AfterValidator(_with_text)]
+
+
+class StreamOptions(_Body):
+    """How to stream."""
+
+    include_usage: bool = False
+    include_obfuscation: Literal[False] = False
+
+
+class C2COptions(_Body):
+    """The field ``c2c``: what the OpenAI API does not have.
+
+    Attributes:
+        sharer_messages: what the sharers alone read, one conversation for each of them; a text or the messages of one.
+        handoff: ids of what the sharers have read already, in place of it.
+        report: whether the answer has the fusion report.
+        answer_prefix: text that the answer continues.
+    """
+
+    sharer_messages: Annotated[list[Messages], BeforeValidator(_context)] | None = None
+    handoff: Texts | None = None
+    report: bool = False
+    answer_prefix: Text = ""
+
+    @model_validator(mode="after")
+    def _check(self) -> C2COptions:
+        if self.sharer_messages is not None and self.handoff is not None:
+            raise invalid("c2c has both sharer_messages and handoff: give one of them.", "c2c.handoff")
+        return self
+
+
+class GenerateBody(_Body):
+    """Fields that chat completions and completions have in common."""
+
+    neutral = {
+        # without effect on any answer
+        **dict.fromkeys(
+            ("user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"), (_ANY,)
+        ),
+        "audio": (),
+        "best_of": (1,),
+        "echo": (False,),
+        "function_call": ("none", "auto"),
+        "functions": ([],),
+        "logit_bias": ({},),
+        "modalities": (["text"],),
+        "moderation": (),
+        "parallel_tool_calls": (True, False),
+        "prediction": (),
+        "reasoning_effort": (),
+        "response_format": ({"type": "text"},),
+        "service_tier": ("auto", "default"),
+        "store": (False,),
+        "suffix": ("",),
+        "tool_choice": ("none", "auto"),
+        "tools": ([],),
+        "verbosity": (),
+        "web_search_options": (),
+    }
+
+    model: str
+    max_tokens: int | None = Field(None, ge=1)
+    temperature: float = Field(1.0, ge=0, le=2)
+    top_p: float = Field(1.0, gt=0, le=1)
+    n: int = Field(1, ge=1)
+    stop: Stops = Field(default_factory=list)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    c2c: C2COptions = Field(default_factory=C2COptions)
+
+    @model_validator(mode="after")
+    def _check_stream(self) -> GenerateBody:
+        if self.stream_options is not None and not self.stream:
+            raise invalid("stream_options are for streams: set stream to true, or leave them out.", "stream_options")
+        return self
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether a stream ends with a chunk that has the usage."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def conversations(self) -> list[Conversation]:
+        """One conversation per prompt; for raw text its only message."""
+        raise NotImplementedError
+
+    @property
+    def top_count(self) -> int | None:
+        """How many of the likeliest tokens are reported at each position; None for no log-probabilities at all."""
+        raise NotImplementedError
+
+    def sampling(self) -> SamplingParams:
+        """Return how to decode."""
+        return SamplingParams(
+            max_tokens=self.max_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            seed=self.seed,
+            stop=tuple(self.stop),
+            logprobs=self.top_count,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+        )
+
+
+class ChatCompletionBody(GenerateBody):
+    """Body of ``POST /v1/chat/completions``."""
+
+    messages: Annotated[list[Message], Field(min_length=1), AfterValidator(_with_text)]
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool = False
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+
+    @model_validator(mode="after")
+    def _check_pairs(self) -> ChatCompletionBody:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise invalid("top_logprobs needs logprobs: true.", "top_logprobs")
+        limits = {self.max_tokens, self.max_completion_tokens} - {None}
+        if len(limits) > 1:
+            raise invalid("max_tokens and max_completion_tokens differ: give one of them.", "max_tokens")
+        self.max_tokens = next(iter(limits), None)
+        return self
+
+    @property
+    def conversations(self) -> list[Conversation]:
+        """The only conversation."""
+        return [conversation(self.messages)]
+
+    @property
+    def top_count(self) -> int | None:
+        """See :class:`GenerateBody`."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
+class CompletionBody(GenerateBody):
+    """Body of ``POST /v1/completions``."""
+
+    prompt: Texts = Field(min_length=1)
+    logprobs: int | None = Field(None, ge=0, le=5)
+
+    @property
+    def conversations(self) -> list[Conversation]:
+        """One per text."""
+        return [[{"role": "user", "content": text}] for text in self.prompt]
+
+    @property
+    def top_count(self) -> int | None:
+        """See :class:`GenerateBody`."""
+        return self.logprobs
+
+
+class HandoffBody(_Body):
+    """Body of ``POST /v1/c2c/handoffs``.
+
+    Attributes:
+        messages: what the sharer reads: a text, or messages.
+        sharer: index of the sharer, where several hand over private context.
+        draft_tokens: tokens of an answer that it generates, which are handed over as well.
+        precision: how the entries are kept.
+        ttl_seconds: how long; at most as long as the server keeps any.
+    """
+
+    messages: Messages
+    sharer: int | None = Field(None, ge=0)
+    draft_tokens: int = Field(0, ge=0, le=1024)
+    precision: Literal["float32", "bfloat16", "float16", "int8", "float8"] | None = None
+    ttl_seconds: float | None = Field(None, gt=0)
+
+
+def conversation(messages: list[Message]) -> Conversation:
+    """Return messages as the library takes them; a developer's are the system's."""
+    return [{"role": "system" if m.role == "developer" else m.role, "content": m.content} for m in messages]
