@@ -1,4 +1,4 @@
-"""The training objective: next-token loss on the responses, and the guard against other examples' messages."""
+"""The training objective: next-token loss on the responses, and the guard against another example's message."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from c2c.fusers.base import AlignedEntries, load_fuser
 from c2c.model import C2CModel
 from c2c.training.config import Precision
 from c2c.training.examples import Example
-from c2c.training.losses import cross_entropy, soft_target_loss
 from c2c.training.prefill_store import PrefillStore
 
 # The sharer cache of the example itself, of another one, zeros, or none at all: the receiver alone.
@@ -97,8 +96,8 @@ class Objective(nn.Module, ABC):
         losses = cross_entropy(logits, batch.responses)
         if self.soft_targets > 0:
             losses = soft_target_loss(losses, logits, batch.examples, self.soft_targets)
-        weighted: Tensor = losses * batch.weights
-        return weighted.sum(-1)
+        weighted: Tensor = (losses * batch.weights).sum(-1)
+        return weighted
 
     def micro_batches(self, examples: Sequence[Any]) -> list[Sequence[Any]]:
         """Split the examples of a step into parts that run at once; by default there is one part."""
@@ -114,14 +113,15 @@ class Objective(nn.Module, ABC):
 class FuserObjective(Objective):
     """A fuser with its two frozen models, of which only the fuser is a submodule.
 
+    The guard: with another example's message the loss must not be lower than the receiver's alone.
+
     Args:
         model: the pair.
         receiver_store: the receiver's prefills.
         sharer_store: the sharer's prefills.
-        guard_weight: weight of the guard: with another example's message the loss must not be lower than the
-            receiver's alone.
-        soft_targets: share of the sharer's own answer in the target of multiple choice.
-        reconstruction_steps: first steps, in which the message is the response.
+        guard_weight: as in :class:`~c2c.training.config.TrainConfig`.
+        soft_targets: likewise.
+        reconstruction_steps: likewise.
     """
 
     kind = "fuser"
@@ -179,8 +179,7 @@ class FuserObjective(Objective):
 
     def summary(self) -> dict[str, Any]:
         """Return how many prompts were prefilled."""
-        stores = {"receiver": self.receiver_store, "sharer": self.sharer_store}
-        return {"prefilled": {name: store.computed for name, store in stores.items()}}
+        return {"prefilled": {"receiver": self.receiver_store.computed, "sharer": self.sharer_store.computed}}
 
     def save(self, folder: Path, record: dict[str, Any] | None = None) -> None:
         """Write the fuser."""
@@ -203,15 +202,53 @@ class FuserObjective(Objective):
 
 
 def targets(examples: Sequence[Example], device: torch.device) -> dict[str, Any]:
-    """Pad responses and weights, as arguments of a :class:`Batch`."""
-    return {
-        "examples": examples,
-        "responses": right_pad([example.response_ids for example in examples], -100).to(device),
-        "weights": right_pad([example.weights for example in examples], 0.0).to(device),
-    }
+    """Pad responses and weights on the right, as arguments of a :class:`Batch`."""
+
+    def pad(rows: Sequence[Sequence[float]], filler: float) -> Tensor:
+        tensors = [torch.tensor(row) for row in rows]
+        return nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=filler).to(device)
+
+    responses, weights = [example.response_ids for example in examples], [example.weights for example in examples]
+    return {"examples": examples, "responses": pad(responses, -100), "weights": pad(weights, 0.0)}
 
 
-def right_pad(rows: Sequence[Sequence[float]], filler: float) -> Tensor:
-    """Pad rows of numbers to one tensor, ``[rows, longest]``."""
-    tensors = [torch.tensor(row) for row in rows]
-    return nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=filler)
+def cross_entropy(logits: Tensor, responses: Tensor) -> Tensor:
+    """Compute the loss of each response token in nats, in float32, 0 on padding; ``[batch, response]``.
+
+    Args:
+        logits: ``[batch, response, vocab]``.
+        responses: ids, ``[batch, response]``, -100 on padding.
+    """
+    loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), responses.flatten(), reduction="none")
+    return loss.view(responses.shape)
+
+
+def soft_target_loss(losses: Tensor, logits: Tensor, examples: Sequence[Example], share: float) -> Tensor:
+    """Mix the sharer's probabilities of the choices into the target of each token that names a choice.
+
+    Args:
+        losses: of the response tokens, ``[batch, response]``.
+        logits: ``[batch, response, vocab]``.
+        examples: with or without ``soft_target``.
+        share: of the soft target, 0 to 1.
+    """
+    losses = losses.clone()
+    for row, example in enumerate(examples):
+        if example.soft_target is not None:
+            scores = logits[row, example.decisive].float().log_softmax(-1)[example.choice_ids]
+            soft = -(torch.tensor(example.soft_target, device=scores.device) * scores).sum()
+            losses[row, example.decisive] = (1 - share) * losses[row, example.decisive] + share * soft
+    return losses
+
+
+def answered_right(logits: Tensor, examples: Sequence[Example]) -> list[float]:
+    """Score each example: 1 if the best choice is the right one; without choices the share of right tokens."""
+    scores = []
+    for row, example in enumerate(examples):
+        if example.choice_ids:
+            best = int(logits[row, example.decisive, example.choice_ids].argmax())
+            scores.append(float(best == example.row.answer))
+        else:
+            hits = logits[row, : len(example.response_ids)].argmax(-1).cpu() == torch.tensor(example.response_ids)
+            scores.append(float(hits.float().mean()))
+    return scores

@@ -60,7 +60,9 @@ class PrivateContextObjective(FuserObjective):
         own = self.receiver_store.get(prefixes)
         shared = self.sharer_store.get([example.sharer_ids for example in examples])
         sharer = left_pad([example.sharer_ids for example in examples], 0)
-        kept, kept_mask = _kept_columns(examples, sharer.length)
+        shifts = [sharer.length - len(example.sharer_ids) for example in examples]
+        columns = [[column + shift for column in e.kept] for e, shift in zip(examples, shifts, strict=True)]
+        kept = left_pad(columns, 0).to(device)
         return PrivateBatch(
             **targets(examples, device),
             prefix=left_pad(prefixes, 0).to(device),
@@ -68,8 +70,8 @@ class PrivateContextObjective(FuserObjective):
             question=left_pad([example.receiver_ids[example.prefix :] for example in examples], 0).to(device),
             sharer=sharer.to(device),
             sharer_cache=stack(shared, theirs.geometry.layers, ours.dtype, device),
-            kept=kept.to(device),
-            kept_mask=kept_mask.to(device),
+            kept=kept.ids,
+            kept_mask=kept.mask,
         )
 
     def logits(self, batch: PrivateBatch, message: Message, width: int | None = None) -> Tensor:
@@ -84,9 +86,23 @@ class PrivateContextObjective(FuserObjective):
         return logits_after(self.model.receiver.model, ids, whole, positions, cache, keep=responses.shape[1])
 
     def observe(self, examples: Sequence[PrivateExample], weighting: str = "none") -> Iterator[AlignedEntries]:
-        """Yield, for each passage, both models' entries of its tokens, matched by characters."""
+        """Yield, for each passage, both models' entries of its tokens; the receiver reads it too.
+
+        Raises:
+            PromptError: the passage is not found in both prompts.
+        """
+        sharer, receiver = self.model.sharers[0], self.model.receiver
         for example in examples:
-            yield self._observe(example)
+            theirs, ours = (
+                encode(m.tokenizer, render(m.tokenizer, example.row.sharer_messages or [], RenderOptions()))
+                for m in (sharer, receiver)
+            )
+            tokens = left_pad([ours.ids], 0)
+            (stored,) = self.sharer_store.get([example.sharer_ids])
+            cache = stack([stored], sharer.geometry.layers, torch.float32, receiver.device)
+            source = Source(sharer, left_pad([example.sharer_ids], 0), cache, self.fuser)
+            own = receiver.prefill(tokens)
+            yield AlignedEntries(*aligned_entries(own, receiver, tokens, source, _align(theirs, ours)))
 
     def _cache_with_memory(self, batch: PrivateBatch, message: Message) -> tuple[DynamicCache, Tensor]:
         """Append the memory entries to the prefix's cache: the cache, and its mask ``[batch, columns]``."""
@@ -127,49 +143,20 @@ class PrivateContextObjective(FuserObjective):
         rotary = None if tables is None else [tables[layer] for layer in layers]
         return Entries([take(keys) for keys, _ in pairs], [take(values) for _, values in pairs], rotary)
 
-    def _observe(self, example: PrivateExample) -> AlignedEntries:
-        """Read a passage with the receiver too: both models' entries of its tokens.
-
-        Raises:
-            PromptError: the passage is not found in both prompts.
-        """
-        sharer, receiver = self.model.sharers[0], self.model.receiver
-        messages = example.row.sharer_messages or []
-        theirs, ours = (encode(m.tokenizer, render(m.tokenizer, messages, RenderOptions())) for m in (sharer, receiver))
-        alignment = Alignment.from_pairs([(0, target, column) for column, target in _token_pairs(theirs, ours)])
-        tokens = left_pad([ours.ids], 0)
-        cache = stack(
-            self.sharer_store.get([example.sharer_ids]), sharer.geometry.layers, torch.float32, receiver.device
-        )
-        source = Source(sharer, left_pad([example.sharer_ids], 0), cache, self.fuser)
-        return AlignedEntries(*aligned_entries(receiver.prefill(tokens), receiver, tokens, source, alignment))
-
 
 def _positions_after(mask: Tensor, new: Tensor) -> Tensor:
     """Count the positions of new tokens after those of a cache: only what is no padding, ``[batch, new]``."""
     return (mask.sum(-1, keepdim=True) + new.long().cumsum(-1) - 1).clamp_min(0)
 
 
-def _kept_columns(examples: Sequence[PrivateExample], width: int) -> tuple[Tensor, Tensor]:
-    """Return the handed-over columns of a left-padded batch, and their mask."""
-    longest = max(len(example.kept) for example in examples)
-    columns = torch.zeros(len(examples), longest, dtype=torch.long)
-    mask = torch.zeros(len(examples), longest, dtype=torch.bool)
-    for row, example in enumerate(examples):
-        shift = width - len(example.sharer_ids)
-        columns[row, longest - len(example.kept) :] = torch.tensor(example.kept) + shift
-        mask[row, longest - len(example.kept) :] = True
-    return columns, mask
-
-
-def _token_pairs(theirs: Encoded, ours: Encoded) -> list[tuple[int, int]]:
+def _align(theirs: Encoded, ours: Encoded) -> Alignment:
     """Pair each of the sharer's text tokens with the receiver's token that covers its last character."""
     owners = text_tokens(theirs)
-    found = [
-        (column, target)
+    pairs = [
+        (0, target, column)
         for column, target in enumerate(SpanAligner().pairs(theirs, ours))
         if target is not None and owners[column] is not None
     ]
-    if not found:
+    if not pairs:
         raise PromptError(f"no text of {theirs.rendered.text!r} was found in {ours.rendered.text!r}.")
-    return found
+    return Alignment.from_pairs(pairs)

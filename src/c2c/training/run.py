@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +57,11 @@ class Run:
     dropped: Counter[str]
     processes: PartialState
     started_from: str | None = None
-    output: Path = field(init=False)
 
-    def __post_init__(self) -> None:
-        self.output = Path(self.config.output_dir)
+    @property
+    def output(self) -> Path:
+        """Folder of checkpoints and of what is selected."""
+        return Path(self.config.output_dir)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -128,11 +130,7 @@ def train(config: TrainConfig, *, resume: bool = True, progress: OnProgress | No
 
 
 def prepare(config: TrainConfig, processes: PartialState | None = None) -> Run:
-    """Load models, read rows, open the stores.
-
-    Args:
-        config: the run.
-        processes: this process among those that train together; by default as the environment says.
+    """Load models, read rows, open the stores; ``processes`` are by default as the environment says.
 
     Raises:
         ConfigError: the configuration asks for something that can't be done; says what.
@@ -171,7 +169,8 @@ def fill(run: Run, progress: OnProgress | None = None) -> None:
         }
         for stage, (target, prompts) in stores.items():
             ordered = sorted(prompts, key=len)  # so that all processes get as much
-            target.fill(ordered[processes.process_index :: processes.num_processes], _stage(stage, first))
+            report = None if first is None else partial(first, f"{stage} (tokens)")
+            target.fill(ordered[processes.process_index :: processes.num_processes], report)
         processes.wait_for_everyone()
     if config.soft_targets > 0 and not objective.model.private:
         run.train = with_soft_targets(run.train, sharer, store, config.soft_temperature, first)
@@ -227,11 +226,7 @@ def fit(run: Run, progress: OnProgress | None = None) -> dict[str, Any]:
 
 def _load_pair(config: TrainConfig) -> C2CModel:
     """Load the pair with a new fuser, or with the one that training starts from."""
-    options: dict[str, Any] = {
-        "dtype": config.dtype,
-        "sharer_dtype": config.sharer_dtype,
-        "device_map": config.device_map,
-    }
+    options: Any = {name: getattr(config, name) for name in ("dtype", "sharer_dtype", "device_map")}
     if config.start_from is None:
         return C2CModel.from_models(
             config.receiver,
@@ -243,8 +238,7 @@ def _load_pair(config: TrainConfig) -> C2CModel:
             **options,
         )
     model = C2CModel.from_pretrained(config.start_from, receiver=config.receiver, sharer=config.sharer, **options)
-    fusers: Any = model.fusers
-    names = [str(fuser.family) for fuser in fusers]
+    names = [str(fuser.family) for fuser in model.fusers]
     if names != [config.family]:
         raise ConfigError(
             f"start_from: {config.start_from} holds {' and '.join(names)}; expected one fuser of family "
@@ -292,8 +286,3 @@ def _read_examples(config: TrainConfig, pair: Any) -> tuple[list[Any], list[Any]
             "smaller batch_size."
         )
     return train, dev, dropped + too_long
-
-
-def _stage(name: str, progress: OnProgress | None) -> Any:
-    """Bind the name of a stage."""
-    return None if progress is None else lambda done, total: progress(f"{name} (tokens)", done, total)

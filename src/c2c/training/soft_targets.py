@@ -21,26 +21,17 @@ from c2c.config import ConfigError
 from c2c.data.prompts import choice_tokens
 from c2c.language_model import Sharer
 from c2c.prompting import RenderOptions
-from c2c.tokens import TokenBatch, left_pad
+from c2c.tokens import left_pad
 from c2c.training.prefill_store import PrefillStore, PromptRecords, stack
 from c2c.utils import OnProgress
 
 
 def with_soft_targets(
-    examples: Sequence[Any],
-    sharer: Sharer,
-    store: PrefillStore,
-    temperature: float,
-    progress: OnProgress | None = None,
+    examples: Sequence[Any], sharer: Sharer, store: PrefillStore, temperature: float, progress: OnProgress | None = None
 ) -> list[Any]:
     """Add the sharer's probability of each option to the examples of multiple choice.
 
-    Args:
-        examples: the training examples.
-        sharer: the sharer, with its weights.
-        store: its prefills; scores are kept beside them, if these are on disk.
-        temperature: lower is sharper.
-        progress: called with (stage, done, total).
+    Scores are kept beside the prefills of ``store``. A lower ``temperature`` makes targets sharper.
     """
     with_choices = [index for index, example in enumerate(examples) if example.choice_ids]
     found = _option_scores([examples[index] for index in with_choices], sharer, store, progress)
@@ -84,16 +75,12 @@ def _score(
             f"soft_targets: the sharer {sharer.name} spells the options {list(choices[0])} with a common first token, "
             "so that its next token does not tell them apart."
         )
-    tokens = left_pad(prompts, 0)
-    logits = sharer.next_logits(tokens, _cache(sharer, store, prompts, tokens))
-    rows = [scores[options].float().log_softmax(-1) for scores, (_, options) in zip(logits, spelled, strict=True)]
-    return [[round(float(value), 5) for value in row] for row in rows]
-
-
-def _cache(sharer: Sharer, store: PrefillStore, prompts: list[list[int]], tokens: TokenBatch) -> Cache:
-    """Return the cache of all but the last token of each prompt, from the store where it has all of it."""
-    layers = sharer.geometry.layers
+    tokens, layers = left_pad(prompts, 0), sharer.geometry.layers
     if store.kept == list(range(layers)) and all(ids in store for ids in prompts):
         entries = [entry.first(len(ids) - 1) for ids, entry in zip(prompts, store.get(prompts), strict=True)]
-        return stack(entries, layers, sharer.dtype, sharer.device)
-    return sharer.prefill(tokens, tokens.length - 1)
+        cache: Cache = stack(entries, layers, sharer.dtype, sharer.device)
+    else:
+        cache = sharer.prefill(tokens, tokens.length - 1)
+    logits = sharer.next_logits(tokens, cache)
+    rows = [scores[options].float().log_softmax(-1) for scores, (_, options) in zip(logits, spelled, strict=True)]
+    return [[round(float(value), 5) for value in row] for row in rows]
