@@ -50,13 +50,7 @@ class AdapterBatch(Batch):
 
 
 class AdapterObjective(Objective):
-    """The receiver with its adapter.
-
-    Args:
-        adapter: from :func:`~c2c.systems.lora.new_adapter`.
-        receiver: the model that it is in.
-        matched: the fuser whose size it has: ``family`` and ``parameters``.
-    """
+    """The receiver with its adapter; ``matched`` is the fuser whose size it has: ``family`` and ``parameters``."""
 
     kind = "adapter"
     has_sharer = False

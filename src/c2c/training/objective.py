@@ -10,13 +10,15 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from c2c.fusers import Fuser
 from c2c.fusers.base import AlignedEntries, load_fuser
 from c2c.model import C2CModel
+from c2c.tokens import TokenBatch, left_pad
 from c2c.training.config import Precision
 from c2c.training.examples import Example
-from c2c.training.prefill_store import PrefillStore
+from c2c.training.prefill_store import PrefillStore, stack
 
 # The sharer cache of the example itself, of another one, zeros, or none at all: the receiver alone.
 Message = Literal["matched", "deranged", "zero", "none"]
@@ -35,6 +37,21 @@ class Batch:
     examples: Sequence[Any]
     responses: Tensor
     weights: Tensor
+
+
+@dataclass(frozen=True)
+class FuserBatch(Batch):
+    """Examples with their stored caches, left-padded.
+
+    Attributes:
+        receiver_cache: the receiver's cache of the prefixes of its prompts.
+        sharer: the sharer's prompts.
+        sharer_cache: their cache; layers that the fuser does not read are empty.
+    """
+
+    receiver_cache: DynamicCache
+    sharer: TokenBatch
+    sharer_cache: DynamicCache
 
 
 class Objective(nn.Module, ABC):
@@ -115,13 +132,7 @@ class FuserObjective(Objective):
 
     The guard: with another example's message the loss must not be lower than the receiver's alone.
 
-    Args:
-        model: the pair.
-        receiver_store: the receiver's prefills.
-        sharer_store: the sharer's prefills.
-        guard_weight: as in :class:`~c2c.training.config.TrainConfig`.
-        soft_targets: likewise.
-        reconstruction_steps: likewise.
+    Numbers are those of :class:`~c2c.training.config.TrainConfig`; the stores hold the prefills of each model.
     """
 
     kind = "fuser"
@@ -156,10 +167,21 @@ class FuserObjective(Objective):
     def observe(self, examples: Sequence[Any], weighting: str = "none") -> Iterator[AlignedEntries]:
         """Yield entries of both models at corresponding tokens, which a new fuser is initialised from.
 
-        Args:
-            examples: one batch.
-            weighting: ``attention`` weighs token pairs by the attention that they receive, ``none`` does not.
+        With the weighting ``attention`` token pairs are weighted by the attention that they receive.
         """
+
+    def stored(self, examples: Sequence[Example]) -> dict[str, Any]:
+        """Pad targets and fetch stored caches, as arguments of a :class:`FuserBatch`."""
+        receiver, sharer, dtype = self.model.receiver, self.model.sharers[0], self.model.receiver.dtype
+        own = self.receiver_store.get([example.receiver_prefix for example in examples])
+        prompts = [example.sharer_ids for example in examples]
+        theirs = self.sharer_store.get(prompts)
+        return {
+            **targets(examples, self.device),
+            "receiver_cache": stack(own, receiver.geometry.layers, dtype, self.device),
+            "sharer": left_pad(prompts, 0).to(self.device),
+            "sharer_cache": stack(theirs, sharer.geometry.layers, dtype, self.device),
+        }
 
     def forward(self, examples: Sequence[Any], share: float = 1.0) -> dict[str, Tensor]:
         """Compute the loss of examples; in the first steps that of reconstructing their messages."""

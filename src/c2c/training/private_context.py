@@ -23,29 +23,23 @@ from c2c.prefill import logits_after
 from c2c.prompting import Encoded, RenderOptions, encode, render, text_tokens
 from c2c.tokens import TokenBatch, left_pad
 from c2c.training.examples import PrivateExample
-from c2c.training.objective import Batch, FuserObjective, Message, targets
+from c2c.training.objective import FuserBatch, FuserObjective, Message
 from c2c.training.prefill_store import stack
 
 
 @dataclass(frozen=True)
-class PrivateBatch(Batch):
+class PrivateBatch(FuserBatch):
     """Examples with their stored caches.
 
     Attributes:
         prefix: the receiver's tokens before the memory entries, left-padded.
-        prefix_cache: their cache.
         question: the receiver's tokens after them, left-padded.
-        sharer: the sharer's prompts, left-padded.
-        sharer_cache: their cache; layers that the fuser does not read are empty.
         kept: handed-over columns of ``sharer``, ``[batch, kept]``, left-padded with 0.
         kept_mask: False on that padding.
     """
 
     prefix: TokenBatch
-    prefix_cache: DynamicCache
     question: TokenBatch
-    sharer: TokenBatch
-    sharer_cache: DynamicCache
     kept: Tensor
     kept_mask: Tensor
 
@@ -55,21 +49,14 @@ class PrivateContextObjective(FuserObjective):
 
     def collate(self, examples: Sequence[PrivateExample]) -> PrivateBatch:
         """Fetch the caches and pad."""
-        ours, theirs, device = self.model.receiver, self.model.sharers[0], self.device
-        prefixes = [example.receiver_prefix for example in examples]
-        own = self.receiver_store.get(prefixes)
-        shared = self.sharer_store.get([example.sharer_ids for example in examples])
-        sharer = left_pad([example.sharer_ids for example in examples], 0)
-        shifts = [sharer.length - len(example.sharer_ids) for example in examples]
+        stored, device = self.stored(examples), self.device
+        shifts = [stored["sharer"].length - len(example.sharer_ids) for example in examples]
         columns = [[column + shift for column in e.kept] for e, shift in zip(examples, shifts, strict=True)]
         kept = left_pad(columns, 0).to(device)
         return PrivateBatch(
-            **targets(examples, device),
-            prefix=left_pad(prefixes, 0).to(device),
-            prefix_cache=stack(own, ours.geometry.layers, ours.dtype, device),
+            **stored,
+            prefix=left_pad([example.receiver_prefix for example in examples], 0).to(device),
             question=left_pad([example.receiver_ids[example.prefix :] for example in examples], 0).to(device),
-            sharer=sharer.to(device),
-            sharer_cache=stack(shared, theirs.geometry.layers, ours.dtype, device),
             kept=kept.ids,
             kept_mask=kept.mask,
         )
@@ -106,7 +93,7 @@ class PrivateContextObjective(FuserObjective):
 
     def _cache_with_memory(self, batch: PrivateBatch, message: Message) -> tuple[DynamicCache, Tensor]:
         """Append the memory entries to the prefix's cache: the cache, and its mask ``[batch, columns]``."""
-        cache = kv_cache.from_layers(kv_cache.layers(batch.prefix_cache))  # appending makes new tensors
+        cache = kv_cache.from_layers(kv_cache.layers(batch.receiver_cache))  # appending makes new tensors
         if message == "none" or self.fuser.output_length(batch.kept.shape[1]) == 0:
             return cache, batch.prefix.mask
         entries, mask = self._memory(batch, message)

@@ -97,10 +97,8 @@ class Run:
 def train(config: TrainConfig, *, resume: bool = True, progress: OnProgress | None = None) -> dict[str, Any]:
     """Train a fuser; with ``family: adapter`` a receiver-only adapter of its size.
 
-    Args:
-        config: the run.
-        resume: go on from the last checkpoint in ``output_dir`` if there is one.
-        progress: called with (stage, done, total) while prompts are prefilled and after every step.
+    Goes on from the last checkpoint in ``output_dir``, if there is one and ``resume``. ``progress`` is called with
+    (stage, done, total) while prompts are prefilled and after every step.
 
     Returns:
         A summary: the selected fuser's folder, its dev scores, counts and seconds; empty in all but the first process.

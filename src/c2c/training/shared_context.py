@@ -20,27 +20,20 @@ from c2c.language_model import LanguageModel
 from c2c.prefill import continued_logits
 from c2c.tokens import TokenBatch, left_pad
 from c2c.training.examples import SharedExample
-from c2c.training.objective import Batch, FuserObjective, Message, targets
-from c2c.training.prefill_store import stack
+from c2c.training.objective import FuserBatch, FuserObjective, Message
 
 
 @dataclass(frozen=True)
-class SharedBatch(Batch):
-    """Examples with their stored caches, left-padded.
+class SharedBatch(FuserBatch):
+    """Examples with their stored caches; that of the receiver is clean, and of all tokens but the last of a prompt.
 
     Attributes:
         receiver: the receiver's prompts.
-        sharer: the sharer's prompts.
-        receiver_cache: clean cache of all receiver tokens but the last of each prompt.
-        sharer_cache: the sharer's cache; layers that the layer map does not use are empty.
         matched: alignment with each row's own sharer cache.
         deranged: alignment with another row's.
     """
 
     receiver: TokenBatch
-    sharer: TokenBatch
-    receiver_cache: DynamicCache
-    sharer_cache: DynamicCache
     matched: Alignment
     deranged: Alignment
 
@@ -50,19 +43,14 @@ class SharedContextObjective(FuserObjective):
 
     def collate(self, examples: Sequence[SharedExample]) -> SharedBatch:
         """Fetch the caches and pad."""
-        ours, theirs, device = self.model.receiver, self.model.sharers[0], self.device
         receiver = left_pad([example.receiver_ids for example in examples], 0)
-        sharer = left_pad([example.sharer_ids for example in examples], 0)
-        own = self.receiver_store.get([example.receiver_prefix for example in examples])
-        shared = self.sharer_store.get([example.sharer_ids for example in examples])
+        stored = self.stored(examples)
+        widths = receiver.length, stored["sharer"].length
         return SharedBatch(
-            **targets(examples, device),
-            receiver=receiver.to(device),
-            sharer=sharer.to(device),
-            receiver_cache=stack(own, ours.geometry.layers, ours.dtype, device),
-            sharer_cache=stack(shared, theirs.geometry.layers, ours.dtype, device),
-            matched=_align(examples, receiver.length, sharer.length, shift=0),
-            deranged=_align(examples, receiver.length, sharer.length, shift=1),
+            **stored,
+            receiver=receiver.to(self.device),
+            matched=_align(examples, *widths, shift=0),
+            deranged=_align(examples, *widths, shift=1),
         )
 
     def logits(self, batch: SharedBatch, message: Message, width: int | None = None) -> Tensor:
@@ -128,13 +116,7 @@ def attention_received(receiver: LanguageModel, prompt: TokenBatch, cache: Cache
     keys it is a heuristic.
 
     Costs one pass of the receiver over last prompt token and responses, with eager attention, since no other returns
-    probabilities; the model's own implementation is restored afterwards.
-
-    Args:
-        receiver: the receiver.
-        prompt: its prompts.
-        cache: its cache of all but the last prompt token; not changed.
-        responses: ids, ``[batch, response]``, -100 on padding.
+    probabilities. ``cache`` holds all but the last prompt token and is not changed; ``responses`` are as in a batch.
 
     Returns:
         For every receiver layer ``[batch, tokens]``: attention on the clean cache, mean over readers and heads.

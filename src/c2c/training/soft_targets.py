@@ -14,7 +14,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import Cache
 
 from c2c.config import ConfigError
@@ -33,36 +32,28 @@ def with_soft_targets(
 
     Scores are kept beside the prefills of ``store``. A lower ``temperature`` makes targets sharper.
     """
-    with_choices = [index for index, example in enumerate(examples) if example.choice_ids]
-    found = _option_scores([examples[index] for index in with_choices], sharer, store, progress)
-    scores = dict(zip(with_choices, found, strict=True))
+    chosen = {index: example for index, example in enumerate(examples) if example.choice_ids}
+    prompts: list[list[int]] = []
+    for example in chosen.values():
+        options = RenderOptions(answer_prefix=example.row.answer_prefix + example.row.lead)
+        prompts.append(sharer.encode([example.row.messages], options).ids[0].tolist())
+    choices = [example.row.choices for example in chosen.values()]
+    found = PromptRecords(store, "answers").get(
+        prompts,
+        choices,
+        lambda part: _score(sharer, store, [prompts[i] for i in part], [choices[i] for i in part]),
+        None if progress is None else partial(progress, "sharer's answers"),
+    )
+    scores = dict(zip(chosen, map(torch.tensor, found), strict=True))
     targets: dict[int, tuple[float, ...]] = {}
-    for options in {len(score) for score in found}:
-        group = [index for index in with_choices if len(scores[index]) == options]
+    for count in {len(score) for score in found}:
+        group = [index for index, score in scores.items() if len(score) == count]
         table = torch.stack([scores[index] for index in group])
         centred = table - table.mean(0)
         deviation = centred.std().clamp_min(1e-6) if len(group) > 1 else 1.0
         for index, row in zip(group, (centred / deviation / temperature).softmax(-1).tolist(), strict=True):
             targets[index] = tuple(row)
     return [replace(example, soft_target=targets.get(index)) for index, example in enumerate(examples)]
-
-
-def _option_scores(
-    examples: Sequence[Any], sharer: Sharer, store: PrefillStore, progress: OnProgress | None
-) -> list[Tensor]:
-    """Return the sharer's log-probability of each option among the options, ``[options]`` per example."""
-    prompts: list[list[int]] = []
-    for example in examples:
-        options = RenderOptions(answer_prefix=example.row.answer_prefix + example.row.lead)
-        prompts.append(sharer.encode([example.row.messages], options).ids[0].tolist())
-    choices = [example.row.choices for example in examples]
-    scores = PromptRecords(store, "answers").get(
-        prompts,
-        choices,
-        lambda part: _score(sharer, store, [prompts[i] for i in part], [choices[i] for i in part]),
-        None if progress is None else partial(progress, "sharer's answers"),
-    )
-    return [torch.tensor(score) for score in scores]
 
 
 @torch.no_grad()

@@ -28,13 +28,8 @@ _POOL = 16  # batches that are sorted among themselves
 class LengthGroupedSampler(Sampler[int]):
     """Indices of all examples in random order, with responses of similar length in one batch, to save padding.
 
-    A function of seed and epoch alone, so that a resumed run repeats it. The sampler of
-    transformers draws from the global generator, and so depends on what ran before.
-
-    Args:
-        lengths: length of each example's response.
-        batch: examples per step, over all processes.
-        seed: of the order.
+    A function of seed and epoch alone, so that a resumed run repeats it; the sampler of transformers draws from the
+    global generator, and so depends on what ran before. ``batch`` counts over all processes.
     """
 
     def __init__(self, lengths: Sequence[int], batch: int, seed: int) -> None:
@@ -137,14 +132,9 @@ class RunCallback(TrainerCallback):
 
 
 class Selection(TrainerCallback):
-    """Scores the dev set, and keeps the best parameters. Scores from before a resume are read back.
+    """Scores the dev set every so many steps, and passes the record of a new best to ``keep``.
 
-    Args:
-        objective: what is trained.
-        dev: the dev set.
-        every: steps between scores.
-        folder: folder of ``dev.json``.
-        keep: called with the record of the best step so far.
+    Scores are in ``dev.json`` in the folder; those from before a resume are read back.
 
     Attributes:
         scores: scores by step.
