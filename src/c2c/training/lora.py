@@ -60,11 +60,6 @@ class AdapterObjective(Objective):
         self.adapter, self.matched = adapter.eval(), matched or {}
         self.receiver = receiver
 
-    @property
-    def device(self) -> torch.device:
-        """Device of the receiver."""
-        return self.receiver.device
-
     def train(self, mode: bool = True) -> AdapterObjective:
         """Record the mode; the receiver stays in ``eval()`` as it does beside a fuser."""
         self.training = mode

@@ -14,6 +14,7 @@ from transformers import DynamicCache
 
 from c2c.fusers import Fuser
 from c2c.fusers.base import AlignedEntries, load_fuser
+from c2c.language_model import LanguageModel
 from c2c.model import C2CModel
 from c2c.tokens import TokenBatch, left_pad
 from c2c.training.config import Precision
@@ -68,13 +69,14 @@ class Objective(nn.Module, ABC):
     kind: ClassVar[str]
     has_sharer: ClassVar[bool] = True
     accepts_loss_kwargs: ClassVar[bool] = False
+    receiver: LanguageModel
     precision: Precision = "float32"
     soft_targets: float = 0.0
 
     @property
-    @abstractmethod
     def device(self) -> torch.device:
         """Device of the receiver, where everything is computed."""
+        return self.receiver.device
 
     @abstractmethod
     def collate(self, examples: Sequence[Any]) -> Any:
@@ -137,31 +139,21 @@ class FuserObjective(Objective):
 
     kind = "fuser"
 
-    def __init__(
-        self,
-        model: C2CModel,
-        receiver_store: PrefillStore,
-        sharer_store: PrefillStore,
-        guard_weight: float = 0.0,
-        soft_targets: float = 0.0,
-        reconstruction_steps: int = 0,
-    ) -> None:
+    guard_weight: float = 0.0
+    reconstruction_steps: int = 0
+    reconstructing = False
+
+    def __init__(self, model: C2CModel, receiver_store: PrefillStore, sharer_store: PrefillStore) -> None:
         super().__init__()
         self.fuser: Fuser = model.fusers[0]  # type: ignore[assignment]
+        self.receiver = model.receiver
         self._model = (model,)  # in a tuple, so that the frozen models are neither parameters nor saved
         self.receiver_store, self.sharer_store = receiver_store, sharer_store
-        self.guard_weight, self.soft_targets = guard_weight, soft_targets
-        self.reconstruction_steps, self.reconstructing = reconstruction_steps, False
 
     @property
     def model(self) -> C2CModel:
         """The frozen pair with its fuser."""
         return self._model[0]
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the receiver."""
-        return self.model.receiver.device
 
     @abstractmethod
     def observe(self, examples: Sequence[Any], weighting: str = "none") -> Iterator[AlignedEntries]:
@@ -172,15 +164,15 @@ class FuserObjective(Objective):
 
     def stored(self, examples: Sequence[Example]) -> dict[str, Any]:
         """Pad targets and fetch stored caches, as arguments of a :class:`FuserBatch`."""
-        receiver, sharer, dtype = self.model.receiver, self.model.sharers[0], self.model.receiver.dtype
+        layers, dtype = self.model.sharers[0].geometry.layers, self.receiver.dtype
         own = self.receiver_store.get([example.receiver_prefix for example in examples])
         prompts = [example.sharer_ids for example in examples]
         theirs = self.sharer_store.get(prompts)
         return {
             **targets(examples, self.device),
-            "receiver_cache": stack(own, receiver.geometry.layers, dtype, self.device),
+            "receiver_cache": stack(own, self.receiver.geometry.layers, dtype, self.device),
             "sharer": left_pad(prompts, 0).to(self.device),
-            "sharer_cache": stack(theirs, sharer.geometry.layers, dtype, self.device),
+            "sharer_cache": stack(theirs, layers, dtype, self.device),
         }
 
     def forward(self, examples: Sequence[Any], share: float = 1.0) -> dict[str, Tensor]:

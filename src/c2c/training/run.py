@@ -41,8 +41,6 @@ class Run:
     """A run with its models, rows and stores, before the first step.
 
     Attributes:
-        config: the configuration.
-        objective: what is trained.
         train: examples to train on.
         dev: examples to select on.
         dropped: rows left out, by reason.
@@ -62,11 +60,6 @@ class Run:
     def output(self) -> Path:
         """Folder of checkpoints and of what is selected."""
         return Path(self.config.output_dir)
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Optimizer steps in one pass over the data."""
-        return max(1, len(self.train) // (self.config.batch_size * self.config.gradient_accumulation))
 
     def keep(self, facts: dict[str, Any]) -> None:
         """Save what is trained as the best so far, with all that is needed to train it again."""
@@ -115,7 +108,7 @@ def train(config: TrainConfig, *, resume: bool = True, progress: OnProgress | No
     useful = fresh and (config.start_from is not None or initialise(run, progress))
     if fresh and first:
         (run.output / "dev.json").unlink(missing_ok=True)  # scores of an earlier run
-    every = config.eval_steps or run.steps_per_epoch
+    every = config.eval_steps or max(1, len(run.train) // (config.batch_size * config.gradient_accumulation))
     selection = Selection(run.objective, DevSet(run.dev, config.batch_size), every, run.output, run.keep)
     trainer = make_trainer(run.objective, run.train, arguments, selection, progress)
     if first:
@@ -254,14 +247,14 @@ def _fuser_objective(config: TrainConfig, model: C2CModel, writers: int) -> Fuse
         "writers": writers,
     }
     kind = PrivateContextObjective if model.private else SharedContextObjective
-    return kind(
+    objective: FuserObjective = kind(
         model,
         PrefillStore(model.receiver, range(model.receiver.geometry.layers), **options),
         PrefillStore(model.sharers[0], fuser.config.source_layers, **options),
-        guard_weight=config.guard_weight,
-        soft_targets=config.soft_targets,
-        reconstruction_steps=config.reconstruction_steps,
     )
+    objective.guard_weight, objective.soft_targets = config.guard_weight, config.soft_targets
+    objective.reconstruction_steps = config.reconstruction_steps
+    return objective
 
 
 def _read_examples(config: TrainConfig, pair: Any) -> tuple[list[Any], list[Any], Counter[str]]:

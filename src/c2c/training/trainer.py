@@ -17,11 +17,20 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from c2c.config import ConfigError
 from c2c.training.checkpoints import COMPLETE
 from c2c.training.config import ADAPTER, TrainConfig
-from c2c.training.dev_set import DevScore, DevSet
+from c2c.training.dev_set import DevSet
 from c2c.training.objective import Objective
 from c2c.utils import OnProgress, install_command, write_json
 
 log = logging.getLogger("c2c.training")
+_SAME_NAMES: tuple[str, ...] = (
+    "output_dir",
+    "max_steps",
+    "weight_decay",
+    "warmup_steps",
+    "max_grad_norm",
+    "logging_steps",
+)
+_SAME_NAMES += ("save_steps", "report_to", "seed")
 _POOL = 16  # batches that are sorted among themselves
 
 
@@ -158,7 +167,7 @@ class Selection(TrainerCallback):
             self.score(state.global_step)
             control.should_log = due_to_log  # writing the scores to the log cleared it, in this process alone
 
-    def score(self, step: int) -> DevScore:
+    def score(self, step: int) -> None:
         """Score the parameters as they are after ``step``, and keep them if they are the best so far."""
         result = self.dev.score(self.objective)
         entry = result.to_dict()
@@ -170,7 +179,6 @@ class Selection(TrainerCallback):
         write_json(self.path, self.scores)
         if self.log is not None:
             self.log({f"dev_{name}": value for name, value in entry.items()})
-        return result
 
     @property
     def best(self) -> dict[str, Any]:
@@ -211,23 +219,14 @@ def make_arguments(config: TrainConfig) -> TrainingArguments:
         raise ConfigError(f"report_to is 'tensorboard', which is not installed: {install_command('tensorboard')}.")
     try:
         arguments = InPlaceArguments(
-            output_dir=config.output_dir,
+            **{name: getattr(config, name) for name in _SAME_NAMES},
             num_train_epochs=config.epochs,
-            max_steps=config.max_steps,
             gradient_accumulation_steps=config.gradient_accumulation,
             learning_rate=config.adapter_learning_rate if config.family == ADAPTER else config.learning_rate,
-            weight_decay=config.weight_decay,
-            warmup_steps=config.warmup_steps,
             lr_scheduler_type=config.schedule,
-            max_grad_norm=config.max_grad_norm,
             optim="adamw_torch_fused",
-            logging_steps=config.logging_steps,
-            save_strategy="steps",
-            save_steps=config.save_steps,
             save_total_limit=2,
-            report_to=config.report_to,
             disable_tqdm=True,
-            seed=config.seed,
             remove_unused_columns=False,
             dataloader_drop_last=True,
             dataloader_pin_memory=False,
