@@ -175,12 +175,7 @@ def gumbel_gate(logit: Tensor, uniform: Tensor, temperature: float) -> Tensor:
     """Compute the published training gate, ``sigmoid((logit + g) / T)`` with a single Gumbel draw ``g``.
 
     One draw and not the difference of two, so at logit 0 it is open in 63 % of the draws; kept, because published
-    fusers were trained so.
-
-    Args:
-        logit: scalar.
-        uniform: numbers from [0, 1), of the shape wanted.
-        temperature: ``T``, above 0.
+    fusers were trained so. ``uniform`` are numbers from [0, 1), of the shape wanted; ``logit`` is a scalar.
     """
     noise = -torch.log(-torch.log(uniform + 1e-20) + 1e-20)
     return torch.sigmoid((logit + noise) / temperature)

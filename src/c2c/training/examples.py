@@ -88,8 +88,8 @@ def build_examples(
     Args:
         pair: a :class:`~c2c.model.C2CModel`, or anything with its ``receiver``, ``sharers``, ``aligner``, ``private``.
         rows: the rows.
-        max_prompt: longest prompt in tokens, of either model.
-        max_response: longest response in tokens.
+        max_prompt: in tokens, of either model.
+        max_response: in tokens.
 
     Returns:
         :class:`PrivateExample` where the pair's fuser is of private context, else :class:`SharedExample`.

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 
 from c2c import kv_cache
@@ -131,12 +131,9 @@ class PrefillStore:
                 return
 
     def put(self, prompts: Sequence[Sequence[int]], cache: Cache, first: Sequence[int]) -> None:
-        """Store entries that were computed elsewhere, such as by ``generate``.
+        """Store entries that were computed elsewhere, such as by ``generate``: one row of ``cache`` for each prompt.
 
-        Args:
-            prompts: token ids, one row of the cache each; a prompt that the cache does not cover to its end is skipped.
-            cache: of the model, all layers.
-            first: column of each prompt's first token.
+        ``first`` are the columns of their first tokens; a prompt that the cache does not cover to its end is skipped.
         """
         length = kv_cache.length(cache)
         for row, (ids, start) in enumerate(zip(prompts, first, strict=True)):
@@ -197,13 +194,9 @@ class PrefillStore:
 
 
 class PromptRecords:
-    """Slow results about one model's prompts, such as drafts, in a JSON file beside its prefills.
+    """Slow results about one model's prompts, such as drafts, in a JSON file ``name`` beside its prefills.
 
-    In memory where the store has no folder.
-
-    Args:
-        store: the model's store; its key tells models and prompts apart.
-        name: of the file.
+    In memory where the store has no folder. The store's key tells models and prompts apart.
     """
 
     def __init__(self, store: PrefillStore, name: str) -> None:
@@ -223,8 +216,8 @@ class PromptRecords:
         Args:
             prompts: token ids.
             settings: what each result depends on besides; JSON.
-            compute: computes the results of some prompts, given by index.
-            progress: called with the number done and the number to do.
+            compute: makes the results of some prompts, given by index.
+            progress: called with (done, total).
         """
         parts = zip(map(self._store.key, prompts), settings, strict=True)
         keys = [_digest(json.dumps(part)) for part in parts]
@@ -258,11 +251,8 @@ def stack(entries: Sequence[PromptCache], total_layers: int, dtype: torch.dtype,
 
     def join(layer: int, side: int) -> Tensor:
         rows = [entry.layers[layer][side] for entry in entries]
-        first = rows[0]
-        out = torch.zeros(len(rows), first.shape[1], width, first.shape[3], dtype=dtype, device=device)
-        for row, tensor in enumerate(rows):
-            out[row, :, width - tensor.shape[2] :] = tensor[0].to(device)
-        return out
+        padded = [nn.functional.pad(row, (0, 0, width - row.shape[2], 0)) for row in rows]
+        return torch.cat(padded).to(device=device, dtype=dtype)
 
     return kv_cache.from_layers(
         (join(layer, 0), join(layer, 1)) if layer in kept else (nothing, nothing) for layer in range(total_layers)

@@ -70,7 +70,7 @@ class PrivateContextObjective(FuserObjective):
         new = torch.cat([batch.question.mask, read != -100], dim=1)
         positions = _positions_after(mask, new)
         whole = torch.cat([mask, new], dim=1)
-        return logits_after(self.model.receiver.model, ids, whole, positions, cache, keep=responses.shape[1])
+        return logits_after(self.receiver.model, ids, whole, positions, cache, keep=responses.shape[1])
 
     def observe(self, examples: Sequence[PrivateExample], weighting: str = "none") -> Iterator[AlignedEntries]:
         """Yield, for each passage, both models' entries of its tokens; the receiver reads it too.
@@ -104,11 +104,18 @@ class PrivateContextObjective(FuserObjective):
         return cache, torch.cat([batch.prefix.mask, mask], dim=1)
 
     def _memory(self, batch: PrivateBatch, message: Message) -> tuple[list[kv_cache.KeyValue], Tensor]:
-        """Project a message: keys without rotation and values, and their mask, ``[batch, slots]``."""
-        theirs, mask = self.handed_over(batch), batch.kept_mask
+        """Project what is handed over: keys without rotation and values, and their mask, ``[batch, slots]``."""
+        cache, layers, mask = batch.sharer_cache, self.fuser.config.source_layers, batch.kept_mask
         if message == "zero":
-            keys, values = ([torch.zeros_like(x) for x in side] for side in (theirs.keys, theirs.values))
-            theirs = Entries(keys, values, theirs.rotary)
+            cache = kv_cache.zeros_like(cache)
+
+        def take(x: Tensor) -> Tensor:
+            return x.gather(2, batch.kept[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+
+        pairs = [kv_cache.layer(cache, layer) for layer in layers]
+        tables = self.model.sharers[0].rotary(batch.sharer.positions.gather(1, batch.kept))
+        rotary = None if tables is None else [tables[layer] for layer in layers]
+        theirs = Entries([take(keys) for keys, _ in pairs], [take(values) for _, values in pairs], rotary)
         entries = self.fuser(theirs, mask=mask)
         slots = self.fuser.output_length(mask.shape[1])
         if slots != mask.shape[1]:  # pooled: padding is not in it any more
@@ -117,18 +124,6 @@ class PrivateContextObjective(FuserObjective):
             rows = torch.arange(len(batch.examples)).roll(-1)
             entries, mask = [(keys[rows], values[rows]) for keys, values in entries], mask[rows]
         return entries, mask
-
-    def handed_over(self, batch: PrivateBatch) -> Entries:
-        """Return the sharer's entries that are handed over, padding included."""
-        sharer, layers = self.model.sharers[0], self.fuser.config.source_layers
-
-        def take(x: Tensor) -> Tensor:
-            return x.gather(2, batch.kept[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
-
-        pairs = [kv_cache.layer(batch.sharer_cache, layer) for layer in layers]
-        tables = sharer.rotary(batch.sharer.positions.gather(1, batch.kept))
-        rotary = None if tables is None else [tables[layer] for layer in layers]
-        return Entries([take(keys) for keys, _ in pairs], [take(values) for _, values in pairs], rotary)
 
 
 def _positions_after(mask: Tensor, new: Tensor) -> Tensor:

@@ -22,15 +22,6 @@ from c2c.training.objective import Objective
 from c2c.utils import OnProgress, install_command, write_json
 
 log = logging.getLogger("c2c.training")
-_SAME_NAMES: tuple[str, ...] = (
-    "output_dir",
-    "max_steps",
-    "weight_decay",
-    "warmup_steps",
-    "max_grad_norm",
-    "logging_steps",
-)
-_SAME_NAMES += ("save_steps", "report_to", "seed")
 _POOL = 16  # batches that are sorted among themselves
 
 
@@ -219,7 +210,15 @@ def make_arguments(config: TrainConfig) -> TrainingArguments:
         raise ConfigError(f"report_to is 'tensorboard', which is not installed: {install_command('tensorboard')}.")
     try:
         arguments = InPlaceArguments(
-            **{name: getattr(config, name) for name in _SAME_NAMES},
+            output_dir=config.output_dir,
+            max_steps=config.max_steps,
+            weight_decay=config.weight_decay,
+            warmup_steps=config.warmup_steps,
+            max_grad_norm=config.max_grad_norm,
+            logging_steps=config.logging_steps,
+            save_steps=config.save_steps,
+            report_to=config.report_to,
+            seed=config.seed,
             num_train_epochs=config.epochs,
             gradient_accumulation_steps=config.gradient_accumulation,
             learning_rate=config.adapter_learning_rate if config.family == ADAPTER else config.learning_rate,
