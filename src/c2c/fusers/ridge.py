@@ -43,7 +43,7 @@ class RidgeRegression:
         self._sums: list[Tensor] = []
 
     def add(self, x: Tensor, y: Tensor, weight: Tensor | None = None) -> None:
-        """Add pairs: ``[layers, pairs, inputs]`` and ``[layers, pairs, outputs]``; their weights ``[layers, pairs]``."""
+        """Add pairs, ``[layers, pairs, inputs]`` and ``[layers, pairs, outputs]``, with weights ``[layers, pairs]``."""
         x, y = float64(x), float64(y)
         w = x.new_ones(x.shape[:2]) if weight is None else float64(weight).to(x.device)
         weighted = (x * w.unsqueeze(-1)).transpose(1, 2)
