@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from c2c import kv_cache
 from c2c.alignment import Prompt
-from c2c.alignment.base import derange, fit
+from c2c.alignment.base import derange, truncate
 from c2c.errors import PromptError
 from c2c.generation import PrefilledPrompt
 from c2c.integrations import IntegrationError, MissingExtraError
@@ -360,7 +360,7 @@ class C2CLM(HFLM):  # type: ignore[misc]
         limits = [self._length(sharer) for sharer in self.pair.sharers]
         too_long = any(theirs.length > limit for theirs, limit in zip(prompt.sharers, limits, strict=True))
         self.counts["sharer contexts truncated"] += too_long
-        return fit(prompt, context.ids, context.cut, limits)
+        return truncate(prompt, context.ids, context.cut, limits)
 
     def _start(self, requests: Sequence[Any]) -> None:
         """Choose the document whose sharer cache each context of a call gets."""
