@@ -67,7 +67,7 @@ class TransferScheduler:
             request.skip_reading_prefix_cache = False
 
     def match(self, request: Any, local: int) -> int | None:
-        """Return how many tokens a snapshot has after the ``local`` first ones; None to be called in the next step again."""
+        """Return how many tokens a snapshot has after the ``local`` first ones; None to be called again next step."""
         tracked = self._tracked.get(request.request_id)
         if tracked is None or tracked.params.load is None:
             return 0
