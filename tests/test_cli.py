@@ -105,8 +105,10 @@ def test_convert_then_inspect(tmp_path, monkeypatch, capsys):
 
 def test_convert_records_identities(tmp_path):
     folder = FIXTURES / "pair_a"
-    c2c("convert", CHECKPOINT, tmp_path, "--receiver", folder / "receiver", "--sharer", folder / "sharer")
+    options = ["--receiver", folder / "receiver", "--sharer", folder / "sharer"]
+    converted = c2c_json("convert", CHECKPOINT, tmp_path, *options)
     data = c2c_json("inspect", tmp_path)
+    assert converted == data | {"output": str(tmp_path)}
     assert data["receiver"]["identity"]["architecture"] == "Qwen3ForCausalLM"
     assert data["sharer"]["kv"] == {"layers": 3, "kv_heads": 2, "head_dim": 12}
     assert "Qwen3ForCausalLM" in c2c("inspect", tmp_path)
