@@ -1,9 +1,10 @@
 """Load test of ``c2c serve``: requests per second and times to the first token, by engine, system and clients.
 
 The server runs in a process of its own; clients are those of the ``openai`` package, over HTTP. Every answer is
-compared to the one that the same request got alone. Closed loop: so many clients, each of which sends its next request
-when it has its answer. Open loop: requests arrive at random (Poisson), at a share of the highest rate that the first engine
-reached in the closed loop. Soak: mixed systems, greedy and sampled, streamed and whole, and the server's memory.
+compared to the one that the same request got alone. Closed loop: so many clients, each of which sends its next
+request when it has its answer. Open loop: requests arrive at random (Poisson), at a share of the highest rate that
+the first engine reached in the closed loop. Soak: mixed systems, greedy and sampled, streamed and whole, and the
+server's memory.
 
 One engine, loop, load and system is a cell. No cell takes longer than --cell-seconds: what is unanswered then is cut,
 and counted as slower than all others. With --out each cell is written when it is done, and a killed run goes on.
@@ -13,6 +14,7 @@ and counted as slower than all others. With --out each cell is written when it i
     python benchmarks/serve.py --tiny --engine transformers vllm --out runs/serve.json
     python benchmarks/serve.py --table runs/serve.json          # the table of a result, in Markdown
     python benchmarks/serve.py --url http://127.0.0.1:8000 --name pair     # a server that runs already
+
 """
 
 from __future__ import annotations

@@ -47,40 +47,32 @@ def fuse(
     Args:
         cache: the receiver's cache, at least ``chunk.stop`` tokens long; changed.
         receiver: the receiver.
-        tokens: the receiver's tokens.
+        tokens: its tokens.
         sources: one per sharer; None where it has no part in this chunk.
         chunk: which entries are fused with which.
         mode: ``sequential``: each sharer's fuser reads what the one before wrote; ``parallel``: all read the clean
             cache and their differences are added up.
         blend: how much of what a fuser adds is taken: 0 leaves the receiver's entries, 1 takes the fuser's.
     """
-    active = [
-        (source, alignment)
-        for source, alignment in zip(sources, chunk.alignments, strict=True)
-        if source is not None and alignment is not None
-    ]
+    pairs = zip(sources, chunk.alignments, strict=True)
+    active = [(source, alignment) for source, alignment in pairs if source is not None and alignment is not None]
     if mode == "parallel" and len(active) > 1:
         # all differences are taken before anything is written, since entries may be views
-        added = [_difference(*_run(cache, receiver, tokens, *pair, blend)) for pair in active]
-        for (source, alignment), difference in zip(active, added, strict=True):
-            _write(cache, source, alignment, difference, add=True)
+        added = [
+            [(new_keys - keys, new_values - values) for (new_keys, new_values), (keys, values) in result]
+            for result in (_run(cache, receiver, tokens, *pair, blend) for pair in active)
+        ]
+        for pair, difference in zip(active, added, strict=True):
+            _write(cache, *pair, difference, add=True)
         return
-    for source, alignment in active:
-        fused, _ = _run(cache, receiver, tokens, source, alignment, blend)
-        _write(cache, source, alignment, fused)
+    for pair in active:
+        _write(cache, *pair, [fused for fused, _ in _run(cache, receiver, tokens, *pair, blend)])
 
 
 def aligned_entries(
     cache: Cache, receiver: LanguageModel, tokens: TokenBatch, source: Source, alignment: Alignment
 ) -> tuple[Entries, Entries]:
-    """Gather a fuser's input: the sharer's and the receiver's entries at aligned positions.
-
-    Args:
-        cache: the receiver's cache.
-        receiver: the receiver.
-        tokens: the receiver's tokens.
-        source: the sharer's side.
-        alignment: which entries belong together.
+    """Gather a fuser's input at aligned positions of the receiver's ``cache`` and the sharer's.
 
     Returns:
         Entries of the sharer and of the receiver, one item per fused layer, on the fuser's device.
@@ -137,24 +129,17 @@ class Picker:
 
 def _run(
     cache: Cache, receiver: LanguageModel, tokens: TokenBatch, source: Source, alignment: Alignment, blend: float
-) -> tuple[list[KeyValue], Entries]:
-    """Run one fuser on the cache as it is now, without writing: the fused entries and the receiver's own."""
+) -> list[tuple[KeyValue, KeyValue]]:
+    """Run one fuser on the cache as it is now, without writing; per layer the fused entries and the receiver's own."""
     theirs, ours = aligned_entries(cache, receiver, tokens, source, alignment)
     fused: list[KeyValue] = source.fuser(theirs, ours)
+    own = list(zip(ours.keys, ours.values, strict=True))
     if blend != 1:  # at 1 the fuser's own tensors are taken, bit for bit
-        own = zip(ours.keys, ours.values, strict=True)
         fused = [
             (keys + blend * (new_keys - keys), values + blend * (new_values - values))
             for (new_keys, new_values), (keys, values) in zip(fused, own, strict=True)
         ]
-    return fused, ours
-
-
-def _difference(fused: list[KeyValue], own: Entries) -> list[KeyValue]:
-    return [
-        (new_keys - keys, new_values - values)
-        for (new_keys, new_values), keys, values in zip(fused, own.keys, own.values, strict=True)
-    ]
+    return list(zip(fused, own, strict=True))
 
 
 def _write(cache: Cache, source: Source, alignment: Alignment, entries: list[KeyValue], add: bool = False) -> None:

@@ -7,6 +7,7 @@ import hmac
 import json
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -23,7 +24,7 @@ from c2c.identity import ModelIdentity
 from c2c.kv_cache import KeyValue
 from c2c.messages import Conversation
 from c2c.prompting import RenderOptions, encode, render, require_tokenizer, text_tokens
-from c2c.tokens import TokenBatch, natural_positions
+from c2c.tokens import TokenBatch, common_prefix, natural_positions
 from c2c.utils import save_atomically
 
 Precision = Literal["float32", "bfloat16", "float16", "int8", "float8"]
@@ -167,13 +168,8 @@ class Handoff:
             raise HandoffError(f"unknown precision {precision!r}; expected one of {', '.join(_TYPES)}.")
         if precision == self.precision:
             return self
-        packed = [
-            (
-                Packed.pack(keys.unpack(torch.float32), precision, along=2),
-                Packed.pack(values.unpack(torch.float32), precision, along=3),
-            )
-            for keys, values in self.layers
-        ]
+        whole = ((keys.unpack(torch.float32), values.unpack(torch.float32)) for keys, values in self.layers)
+        packed = [(Packed.pack(keys, precision, 2), Packed.pack(values, precision, 3)) for keys, values in whole]
         return replace(self, layers=packed, precision=precision)
 
     def zeros_like(self) -> Handoff:
@@ -187,12 +183,7 @@ class Handoff:
 
     def shared_prefix(self, ids: Sequence[int]) -> int:
         """Count the first tokens of ``ids`` that this handoff begins with."""
-        count = 0
-        for ours, theirs in zip(self.ids.tolist(), ids, strict=False):
-            if ours != theirs:
-                break
-            count += 1
-        return count
+        return common_prefix(self.ids.tolist(), ids)
 
     # -- files -------------------------------------------------------------------------------------------------------
 
@@ -208,7 +199,12 @@ class Handoff:
             key: secret that signs manifest and content (HMAC-SHA256); without it a hash finds damage, but no forgery.
         """
         path = Path(path)
-        tensors = self._tensors()
+        tensors = {"ids": self.ids, "kept": self.kept}
+        for index, pair in enumerate(self.layers):
+            for name, packed in zip(("key", "value"), pair, strict=True):
+                tensors[f"{index}.{name}"] = packed.data.cpu()
+                if packed.scale is not None:
+                    tensors[f"{index}.{name}.scale"] = packed.scale.cpu()
         manifest = {
             "format": _FORMAT,
             "sharer": self.sharer.to_dict(),
@@ -247,26 +243,24 @@ class Handoff:
                 "handoff is not taken from one conversation to another."
             )
         try:
-            if manifest.get("expires") is not None and time.time() > manifest["expires"]:
-                raise HandoffError(f"{path} has expired: let the sharer read again.")
-            return cls._from_tensors(manifest, tensors)
+            expired = manifest.get("expires") is not None and time.time() > manifest["expires"]
+            handoff = cls._from_tensors(manifest, tensors)
         except (KeyError, TypeError, ValueError) as error:
-            if isinstance(error, HandoffError):
-                raise
             raise HandoffError(
                 f"{path} is no whole handoff: {type(error).__name__} {error}. Let the sharer read again and save it."
             ) from error
+        if expired:
+            raise HandoffError(f"{path} has expired: let the sharer read again.")
+        return handoff
 
     @classmethod
     def _from_tensors(cls, manifest: dict[str, Any], tensors: dict[str, Tensor]) -> Self:
         """Make a handoff of a file's content; ValueError or KeyError where parts are missing or do not fit."""
-        layers = [
-            (
-                Packed(tensors[f"{index}.key"], tensors.get(f"{index}.key.scale")),
-                Packed(tensors[f"{index}.value"], tensors.get(f"{index}.value.scale")),
-            )
-            for index in range(manifest["layers"])
-        ]
+
+        def packed(name: str) -> Packed:
+            return Packed(tensors[name], tensors.get(f"{name}.scale"))
+
+        layers = [(packed(f"{index}.key"), packed(f"{index}.value")) for index in range(manifest["layers"])]
         identity, ids, kept = ModelIdentity.from_dict(manifest["sharer"]), tensors["ids"], tensors["kept"]
         if ids.dim() != 1 or kept.dim() != 1 or not (int(kept.min()) >= 0 and int(kept.max()) < len(ids)):
             raise ValueError(f"{tuple(ids.shape)} token ids, of which columns {kept.tolist()[:8]} are handed over")
@@ -274,15 +268,6 @@ class Handoff:
         if len(layers) != identity.kv["layers"] or any(part.data.shape != expected for pair in layers for part in pair):
             raise ValueError(f"{len(layers)} layers; expected {identity.kv['layers']}, each of shape {expected}")
         return cls(identity, ids, kept, layers, manifest["precision"])
-
-    def _tensors(self) -> dict[str, Tensor]:
-        tensors = {"ids": self.ids, "kept": self.kept}
-        for index, pair in enumerate(self.layers):
-            for name, packed in zip(("key", "value"), pair, strict=True):
-                tensors[f"{index}.{name}"] = packed.data.cpu()
-                if packed.scale is not None:
-                    tensors[f"{index}.{name}.scale"] = packed.scale.cpu()
-        return tensors
 
 
 def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
@@ -294,13 +279,10 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except (SafetensorError, OSError) as error:
         raise HandoffError(f"{path} is cut off or no safetensors file: {error}") from error
-    try:
-        known = json.loads(header["manifest"])["format"] == _FORMAT and "digest" in header
-    except (KeyError, TypeError, ValueError):
-        known = False
-    if not known:
-        raise HandoffError(f"{path} is no handoff: its header has no manifest of format {_FORMAT}.")
-    return header, tensors
+    with suppress(KeyError, TypeError, ValueError):
+        if json.loads(header["manifest"])["format"] == _FORMAT and "digest" in header:
+            return header, tensors
+    raise HandoffError(f"{path} is no handoff: its header has no manifest of format {_FORMAT}.")
 
 
 def _digest(manifest: str, tensors: dict[str, Tensor], key: bytes | None) -> str:

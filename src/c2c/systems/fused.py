@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
-from transformers import Cache
 
 from c2c import kv_cache
 from c2c.alignment import Prompt
@@ -147,11 +146,8 @@ class Zero(Control):
 
     def fuse(self, batch: list[Conversation], options: RenderOptions) -> PrefilledPrompt:
         """Fuse with zeros."""
-
-        def zeros(cache: Cache) -> Cache:
-            return kv_cache.zeros_like(cache)
-
-        return self.model.fuse_prompts(self.model.align(batch, options), blend=self.options.blend, edit=zeros)
+        prompts = self.model.align(batch, options)
+        return self.model.fuse_prompts(prompts, blend=self.options.blend, edit=kv_cache.zeros_like)
 
     def exchange_handoffs(self, rows: list[list[Handoff]], options: RenderOptions) -> list[list[Handoff]]:
         """Return handoffs of zeros."""
