@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from c2c.handoff import Reading
+from c2c.handoff import SharerPrompt
 from c2c.language_model import Sharer
 from c2c.tokens import TokenBatch, left_pad, natural_positions
 from c2c.training.prefill_store import PrefillStore, PromptRecords
@@ -35,7 +35,7 @@ def with_drafts(
             return generate_drafts([prompts[row] for row in rows], longest, sharer, store)
 
         for index, draft in zip(part, records.get(prompts, [longest] * len(part), generate, stage), strict=True):
-            handed_over = Reading(examples[index].sharer_ids, examples[index].kept).followed_by(draft)
+            handed_over = SharerPrompt(examples[index].sharer_ids, examples[index].kept).followed_by(draft)
             found[index] = replace(examples[index], sharer_ids=handed_over.ids, kept=handed_over.kept)
     return [found.get(index, example) for index, example in enumerate(examples)]
 

@@ -15,7 +15,7 @@ from c2c.alignment import Alignment, Chunk
 from c2c.alignment.base import derange_columns
 from c2c.errors import FuserError
 from c2c.fusers.base import AlignedEntries
-from c2c.fusion import Picker, Source, aligned_entries, fuse
+from c2c.fusion import AlignedIndex, Source, aligned_entries, fuse
 from c2c.language_model import LanguageModel
 from c2c.prefill import continued_logits
 from c2c.tokens import TokenBatch, left_pad
@@ -85,10 +85,10 @@ class SharedContextObjective(FuserObjective):
         theirs, ours = aligned_entries(batch.receiver_cache, model.receiver, batch.receiver, source, batch.matched)
         weight = None
         if weighting == "attention":
-            picker = Picker(batch.matched, batch.matched.receiver, 0)
+            aligned = AlignedIndex(batch.matched, "receiver")
             received = attention_received(model.receiver, batch.receiver, batch.receiver_cache, batch.responses)
             layers = self.fuser.config.fused_layers
-            weight = torch.stack([picker.take_positions(received[layer]).flatten() for layer in layers])
+            weight = torch.stack([aligned.gather_positions(received[layer]).flatten() for layer in layers])
         yield AlignedEntries(theirs, ours, weight)
 
 
