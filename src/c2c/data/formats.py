@@ -192,14 +192,8 @@ def chat(data: dict[str, Any], source: DataSource) -> Row:
     return Row("", turns[:-1], "", turns[-1]["content"])
 
 
-KINDS: dict[str, Callable[[dict[str, Any], DataSource], Row]] = {
-    "multiple_choice": multiple_choice,
-    "context_question": context_question,
-    "private_question": private_question,
-    "question": question,
-    "instruction": instruction,
-    "chat": chat,
-}
+_READERS = (multiple_choice, context_question, private_question, question, instruction, chat)
+KINDS: dict[str, Callable[[dict[str, Any], DataSource], Row]] = {reader.__name__: reader for reader in _READERS}
 
 
 def normalise(data: dict[str, Any]) -> dict[str, Any]:

@@ -30,11 +30,6 @@ class DevScore:
     loss: float
 
     @property
-    def gain(self) -> float:
-        """G = matched - receiver, in points."""
-        return self.matched - self.receiver
-
-    @property
     def pairing(self) -> float:
         """P = matched - deranged, in points; 0 for an adapter."""
         return 0.0 if self.deranged is None else self.matched - self.deranged
@@ -46,7 +41,7 @@ class DevScore:
 
     def to_dict(self) -> dict[str, float]:
         """Plain data, for ``dev.json``."""
-        common = {"loss": self.loss, "G": self.gain, "value": self.value}
+        common = {"loss": self.loss, "G": self.matched - self.receiver, "value": self.value}
         found = {"n": self.n, "receiver": self.receiver}
         if self.deranged is None:
             return found | {"adapter": self.matched} | common
