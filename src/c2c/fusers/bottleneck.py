@@ -92,7 +92,7 @@ class BottleneckFuser(Fuser):
         hidden = nn.functional.gelu(torch.baddbmm(self.down_bias, x, self.down))
         delta = torch.baddbmm(self.up_bias, hidden, self.up).to(self.up.dtype)  # autocast would rotate in bfloat16
         heads = self.config.receiver_kv["kv_heads"]
-        parts, factors = (split_channels(x, batch, heads) for x in (delta, self._weights(hidden)))
+        parts, factors = (split_channels(side, batch, heads) for side in (delta, self._weights(hidden)))
         keys, values = (part * factor.to(part.dtype) for part, factor in zip(parts, factors, strict=True))
         return receiver.plus(keys, values)
 
