@@ -22,7 +22,6 @@ from c2c.report.tables import LEGEND, readme_table, result_tables, summary_table
 from c2c.utils import write_text
 
 _BEGIN, _END = "<!-- results -->", "<!-- /results -->"
-_DIFF_LINES = 12
 
 
 def make_files(
@@ -34,13 +33,13 @@ def make_files(
     plots: Path | None = None,
     readme: Path | None = None,
 ) -> dict[Path, str]:
-    """Make the text of every file that is asked for.
+    """Make the text of every file that is wanted.
 
     Args:
-        evaluations: what to report, at least one.
+        evaluations: at least one.
         title: heading.
-        html: where the page goes.
-        markdown: where the Markdown goes.
+        html: file of the page.
+        markdown: file of the Markdown.
         plots: folder of the plots, which the Markdown then shows.
         readme: a file with lines ``<!-- results -->`` and ``<!-- /results -->``, between which the table goes.
 
@@ -52,7 +51,10 @@ def make_files(
     if readme is not None:
         files[readme] = _fill_readme(readme, _render("summary.md", summary=readme_table(evaluations)))
     if html is not None:
-        images = {_data_address(svg): caption for caption, svg in drawn.values()}
+        images = {
+            f"data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}": caption
+            for caption, svg in drawn.values()
+        }
         files[html] = _report("report.html", evaluations, title, images)
     images = {}
     if plots is not None:
@@ -104,15 +106,10 @@ def check_files(files: Mapping[Path, str], command: str) -> None:
     if extra:
         raise ReportError(f"{', '.join(map(str, extra))} are no plots of these results: delete them.")
     if stale:
-        names = ", ".join(map(str, stale))
-        raise ReportError(f"{names}: not what the results say. Run: {command}{_diff(found[stale[0]], files[stale[0]])}")
-
-
-def _diff(found: str | None, expected: str) -> str:
-    if found is None:
-        return " (there is no such file yet)"
-    lines = unified_diff(found.splitlines(), expected.splitlines(), "found", "expected", lineterm="", n=0)
-    return "\n" + "\n".join(line[:200] for line in islice(lines, _DIFF_LINES))
+        text, wanted = found[stale[0]], files[stale[0]].splitlines()
+        lines = [] if text is None else unified_diff(text.splitlines(), wanted, "found", "expected", lineterm="", n=0)
+        difference = "".join(f"\n{line[:200]}" for line in islice(lines, 12)) or " (there is no such file yet)"
+        raise ReportError(f"{', '.join(map(str, stale))}: not what the results say. Run: {command}{difference}")
 
 
 def _report(template: str, evaluations: Sequence[Evaluation], title: str, images: Mapping[str, str]) -> str:
@@ -147,19 +144,14 @@ def escape_markdown(text: str) -> str:
     return re.sub(r"[\\`*|~$\[\]]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", text)
 
 
-def _data_address(svg: str) -> str:
-    return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
-
-
 def _fill_readme(path: Path, table: str) -> str:
-    """Return the text of a file with the table between its marks."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ReportError(f"{path} can't be read: {error}.") from error
-    before, begin, rest = text.partition(_BEGIN)
+    before, _, rest = text.partition(_BEGIN)
     _, end, after = rest.partition(_END)
-    if not begin or not end or text.count(_BEGIN) != 1 or text.count(_END) != 1:
+    if not end or text.count(_BEGIN) != 1 or text.count(_END) != 1:
         raise ReportError(
             f"{path} must have {_BEGIN} and {_END} once each, in this order, on lines of their own: put them where the "
             "results belong."
