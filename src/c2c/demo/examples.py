@@ -6,19 +6,12 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from c2c.data.formats import Row, letter_form
+from c2c.data.formats import letter_form
 
 
 @dataclass(frozen=True)
 class Example:
-    """A multiple-choice question.
-
-    Attributes:
-        title: a few words for its button.
-        question: the question.
-        choices: the options.
-        answer: index of the right one.
-    """
+    """A multiple-choice question: ``title`` is for its button, ``answer`` the index of the right choice."""
 
     title: str
     question: str
@@ -28,16 +21,12 @@ class Example:
     @property
     def prompt(self) -> str:
         """The question as in training."""
-        return self._row.messages[-1]["content"]
+        return letter_form(self.question, self.choices, self.answer).messages[-1]["content"]
 
     @property
     def letter(self) -> str:
         """The letter of the right option."""
-        return self._row.response.strip()
-
-    @property
-    def _row(self) -> Row:
-        return letter_form(self.question, self.choices, self.answer)
+        return "ABCDEFGHIJ"[self.answer]
 
 
 _FILE = json.loads(Path(__file__).with_name("examples.json").read_text(encoding="utf-8"))

@@ -29,24 +29,14 @@ _FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "DejaVu Sans", "sa
 _MONO = ["ui-monospace", "SFMono-Regular", "Menlo", "DejaVu Sans Mono", "monospace"]
 
 
-def style() -> str:
-    """Return the page's CSS."""
-    return Path(__file__).with_name("page.css").read_text(encoding="utf-8")
-
-
-def theme() -> Any:
-    """Return Gradio's theme with fonts of the machine, so that nothing is fetched from elsewhere."""
-    return gr.themes.Default(primary_hue="blue", font=_FONTS, font_mono=_MONO)
+def style() -> dict[str, Any]:
+    """Return the page's CSS, and a theme with fonts of the machine, so that nothing is fetched from elsewhere."""
+    css = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
+    return {"css": css, "theme": gr.themes.Default(primary_hue="blue", font=_FONTS, font_mono=_MONO)}
 
 
 def build(models: ModelCache, choices: Sequence[FuserChoice], config: DemoConfig) -> gr.Blocks:
-    """Build the whole page.
-
-    Args:
-        models: where models are loaded.
-        choices: fusers to choose from.
-        config: options of the demo.
-    """
+    """Build the whole page, with the fusers to choose from."""
     page: gr.Blocks = gr.Blocks(title="c2c demo", analytics_enabled=False, fill_width=True)
     with page:
         gr.Markdown(f"# Cache-to-cache\n{_LEAD}")

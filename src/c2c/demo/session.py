@@ -14,7 +14,6 @@ from c2c.errors import C2CError, PromptError
 
 if TYPE_CHECKING:
     from c2c.model import C2CModel
-    from c2c.systems import System
 
 RUN_ORDER = ("receiver", "c2c", "sharer", "text")  # quickest first, so that there is something to read meanwhile
 
@@ -94,12 +93,15 @@ def answer(model: C2CModel, pane: Pane) -> Generator[Pane]:
         The pane with more and more text, then done or failed.
     """
     from c2c.prompting import RenderOptions
+    from c2c.systems import SystemOptions, make_system
 
     question, began = pane.question or Question(""), time.perf_counter()
+    system = "deranged" if pane.name == "c2c" and question.wrong_message else pane.name
+    options = SystemOptions(message_tokens=question.message_tokens, blend=question.blend, other=question.other_messages)
     pane = replace(pane, state="running", seconds=0.0)
     yield pane
     try:
-        stream = _system(model, pane.name, question).stream(
+        stream = make_system(system, model, options).stream(
             question.messages,
             question.document,
             options=RenderOptions(answer_prefix=question.answer_prefix),
@@ -112,14 +114,6 @@ def answer(model: C2CModel, pane: Pane) -> Generator[Pane]:
                 yield pane
         result = stream.result
         yield replace(pane, state="done", result=result, text=result.text if result is not None else pane.text)
-    except C2CError as error:
-        yield replace(pane, state="failed", error=str(error))
     except Exception as error:  # whatever it is, the page must show it and go on
-        yield replace(pane, state="failed", error=f"{type(error).__name__}: {error}")
-
-
-def _system(model: C2CModel, name: str, question: Question) -> System:
-    from c2c.systems import SystemOptions, make_system
-
-    options = SystemOptions(message_tokens=question.message_tokens, blend=question.blend, other=question.other_messages)
-    return make_system("deranged" if name == "c2c" and question.wrong_message else name, model, options)
+        text = str(error) if isinstance(error, C2CError) else f"{type(error).__name__}: {error}"
+        yield replace(pane, state="failed", error=text)
