@@ -15,6 +15,7 @@ from typing import Any
 
 import matplotlib.style
 import torch
+import yaml
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator
@@ -28,6 +29,7 @@ WIDTH = 6.4  # inches
 STYLE = Path(__file__).with_name("plots.mplstyle")
 COLOURS = {"receiver": "tab:gray", "sharer": "tab:orange", "fused": "tab:blue"}
 MARKERS = {"receiver": "o", "sharer": "s", "fused": "D"}
+_CAPTIONS = yaml.safe_load(Path(__file__).with_name("captions.yaml").read_text(encoding="utf-8"))
 _lock = Lock()  # matplotlib's style is global
 
 
@@ -46,6 +48,12 @@ class Plot:
     caption: str
     height: float
     draw: Callable[[Figure | SubFigure], None]
+
+    @classmethod
+    def of(cls, name: str, height: float, draw: Callable[[Figure | SubFigure], None], **values: Any) -> Plot:
+        """Make a plot with the title and the caption of a name in ``captions.yaml``, filled with values."""
+        title, caption = (_CAPTIONS[name][part].format_map(values) for part in ("title", "caption"))
+        return cls(title, caption, height, draw)
 
     def svg(self) -> str:
         """Return the plot as an SVG document, the same for the same numbers."""
@@ -125,12 +133,7 @@ def plot_ranks(numbers: Mapping[str, Any], kinds: Sequence[str] = ("keys", "keys
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend(ncols=3)
 
-    caption = (
-        f"Over {numbers['tokens']} aligned positions ({numbers['sharer_tokens']} of the sharer, whose layer is the one "
-        "that the receiver's layer reads). A rank is at most the number of positions or channels: compare ranks of the "
-        "same positions only. Higher is no proof of content."
-    )
-    return Plot("Effective rank by layer", caption, 2 * len(kinds), draw)
+    return Plot.of("ranks", 2 * len(kinds), draw, **numbers)
 
 
 def plot_gates(layers: Sequence[Mapping[str, Any]]) -> Plot:
@@ -157,10 +160,7 @@ def plot_gates(layers: Sequence[Mapping[str, Any]]) -> Plot:
             axes.set_xticks(range(0, len(names), step), names[::step])
         axes.set_xlabel("receiver layer")
 
-    caption = "How open each layer is to the sharer, keys and values; a gate says nothing of what stands behind it."
-    below = " Below: mean norm of what is added over the mean norm of the receiver's own keys (K) and values (V)."
-    height = 0.25 * len(norms) + 3 if norms else 2
-    return Plot("Gate and weight by layer and head", caption + (below if norms else ""), height, draw)
+    return Plot.of("norms" if norms else "gates", 0.25 * len(norms) + 3 if norms else 2, draw)
 
 
 def plot_cache_map(
@@ -186,17 +186,11 @@ def plot_cache_map(
         rows[0, 1].legend()
 
     count = len(next(iter(entries.values()))["receiver"])
-    caption = (
-        f"{count} aligned positions. Left: the receiver's entries and what fusion made of them, joined by lines. "
-        "Right: the sharer's entries that they read, on axes of their own, as their channels differ: compare their "
-        "shape, not their place. Keys without their rotary embedding."
-    )
-    return Plot(f"{'t-SNE' if method == 'tsne' else 'PCA'} of the three caches", caption, 1.9 * len(entries), draw)
+    name = {"pca": "PCA", "tsne": "t-SNE"}[method]
+    return Plot.of("cache_map", 1.9 * len(entries), draw, method=name, count=count)
 
 
-def plot_accuracies(
-    numbers: Mapping[str, Any], title: str, estimates: Mapping[str, Mapping[str, Any]], caption: str
-) -> Plot:
+def plot_accuracies(name: str, numbers: Mapping[str, Any], estimates: Mapping[str, Mapping[str, Any]]) -> Plot:
     """Plot a row for each estimate: its name, its accuracy and its 95 % interval."""
 
     def draw(figure: Figure | SubFigure) -> None:
@@ -208,12 +202,11 @@ def plot_accuracies(
         axes.invert_yaxis()
         axes.set_xlabel("accuracy, percent")
 
-    caption = f"{numbers['n']} questions, 95 % intervals. {caption}"
-    return Plot(title, caption, 0.6 + 0.25 * len(estimates), draw)
+    return Plot.of(name, 0.6 + 0.25 * len(estimates), draw, **numbers)
 
 
 def plot_curves(
-    title: str, curves: Mapping[str, Sequence[tuple[float, Mapping[str, Any]]]], caption: str, **axis: Any
+    name: str, numbers: Mapping[str, Any], curves: Mapping[str, Sequence[tuple[float, Mapping[str, Any]]]], **axis: Any
 ) -> Plot:
     """Plot accuracies with their 95 % intervals shaded; ``curves`` has points (x, estimate) by label."""
 
@@ -229,37 +222,19 @@ def plot_curves(
         axes.minorticks_off()
         axes.legend()
 
-    return Plot(title, f"{caption} Shaded: 95 % intervals.", 3.6, draw)
+    return Plot.of(name, 3.6, draw, **numbers)
 
 
 def _progressive(numbers: Mapping[str, Any]) -> Plot:
     curves = {f"{part} part": [(one["fraction"], one) for one in numbers[part]] for part in ("former", "latter")}
     curves["deranged, all positions"] = [(fraction, numbers["deranged"]) for fraction in (0.0, 1.0)]
-    caption = f"{numbers['n']} questions. 0 is the receiver alone and 1 the whole fused cache."
-    return plot_curves("Progressive fusion", curves, caption, xlabel="share of the aligned positions that is fused")
-
-
-def _layers(numbers: Mapping[str, Any]) -> Plot:
-    rows = numbers["systems"] | {f"layer {one['layer']} only": one for one in numbers["single"]}
-    caption = f"Thirds of the fused layers: {numbers['thirds']}."
-    return plot_accuracies(numbers, "Which layers carry the message", rows, caption)
+    return plot_curves("progressive", numbers, curves, xlabel="share of the aligned positions that is fused")
 
 
 def _precision(numbers: Mapping[str, Any]) -> Plot:
     rows = {f"{one['precision']}, {one['bytes'] / 1e3:,.0f} kB": one for one in numbers["precisions"]}
     rows |= {"deranged": numbers["deranged"], "receiver alone": numbers["receiver"]}
-    return plot_accuracies(numbers, "Accuracy by precision", rows, "Kilobytes of the sharer's entries per question.")
-
-
-def _enrichment(numbers: Mapping[str, Any]) -> Plot:
-    rows = {name.replace("_", "-"): score for name, score in numbers["systems"].items()}
-    tokens = numbers["tokens"]
-    caption = (
-        f"Few-shot: {numbers['shots']} exemplars before the question ({tokens['few_shot']:.0f} tokens). Oracle: the "
-        f"same, then the exemplars' entries are dropped, so that the cache is as long as that of direct "
-        f"({tokens['direct']:.0f})."
-    )
-    return plot_accuracies(numbers, "Cache enrichment", rows, caption)
+    return plot_accuracies("precision", numbers, rows)
 
 
 def _scaling(numbers: Mapping[str, Any]) -> Plot:
@@ -270,8 +245,7 @@ def _scaling(numbers: Mapping[str, Any]) -> Plot:
     }
     sizes = sorted({row["parameters"] for row in rows})
     axis = {"xscale": "log", "xticks": sizes, "xticklabels": [f"{size / 1e9:.3g}B" for size in sizes]}
-    caption = f"Receiver {numbers['receiver']}, {numbers['n']} questions."
-    return plot_curves("Accuracy by the size of the sharer", curves, caption, xlabel="parameters of the sharer", **axis)
+    return plot_curves("scaling", numbers, curves, xlabel="parameters of the sharer", **axis)
 
 
 ANALYSES: dict[str, Callable[[Mapping[str, Any]], Plot]] = {
@@ -285,7 +259,11 @@ ANALYSES: dict[str, Callable[[Mapping[str, Any]], Plot]] = {
     "gates": lambda numbers: plot_gates(numbers["layers"]),
     "progressive": _progressive,
     "precision": _precision,
-    "layers": _layers,
-    "enrichment": _enrichment,
+    "layers": lambda numbers: plot_accuracies(
+        "layers", numbers, numbers["systems"] | {f"layer {one['layer']} only": one for one in numbers["single"]}
+    ),
+    "enrichment": lambda numbers: plot_accuracies(
+        "enrichment", numbers, {name.replace("_", "-"): score for name, score in numbers["systems"].items()}
+    ),
     "scaling": _scaling,
 }

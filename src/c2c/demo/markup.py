@@ -7,12 +7,14 @@ import textwrap
 from html import escape
 from pathlib import Path
 
+import yaml
 from jinja2 import Environment
 
 from c2c.cli.output import human_bytes
 from c2c.demo.fusers import FuserChoice
 from c2c.demo.panes import Pane
 
+TEXTS: dict[str, str] = yaml.safe_load(Path(__file__).with_name("texts.yaml").read_text(encoding="utf-8"))
 TITLES = {"receiver": "Receiver", "sharer": "Sharer", "text": "Text-to-text", "c2c": "Cache-to-cache"}
 _ENVIRONMENT = Environment(autoescape=True, trim_blocks=True)
 _PANE = _ENVIRONMENT.from_string(Path(__file__).with_name("pane.html").read_text(encoding="utf-8"))

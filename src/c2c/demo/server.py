@@ -17,15 +17,9 @@ if TYPE_CHECKING:
 
 
 def launch(config: DemoConfig, models: ModelCache | None = None, on_start: Callable[[str], None] = print) -> gr.Blocks:
-    """Start the demo and return while it runs.
+    """Start the demo and return the running page, which ``close()`` ends.
 
-    Args:
-        config: options.
-        models: where models are loaded; by default a new cache with the options of ``config``.
-        on_start: called with the page's address once it is up.
-
-    Returns:
-        The running page; ``close()`` ends it.
+    ``on_start`` is called with the page's address once it is up; models are loaded then.
 
     Raises:
         FuserError: no fuser, or a folder that is none.

@@ -14,29 +14,13 @@ from c2c.data.formats import SYSTEM
 from c2c.demo.config import DemoConfig
 from c2c.demo.examples import DOCUMENT, DOCUMENT_QUESTION, EXAMPLES
 from c2c.demo.fusers import FuserChoice, default_fuser
-from c2c.demo.markup import pair_title, pane_html, status_html
+from c2c.demo.markup import TEXTS, pair_title, pane_html, status_html
 from c2c.demo.models import ModelCache
 from c2c.demo.panes import SYSTEMS, Pane, Question
 from c2c.demo.session import Session
 from c2c.errors import C2CError, PromptError
 from c2c.utils import read_text
 
-_PRIVATE_LEAD = (
-    "Only the sharer reads the document. The receiver gets entries for its cache, made from the sharer's, and answers "
-    "the question."
-)
-_TIMES = (
-    "Panes run one after the other, the quickest first, and each counts only its own seconds, prefills included. "
-    "*Crossed* is what went from the sharer to the receiver."
-)
-_BLEND = "How much of what the fuser adds is taken: 0 is the receiver alone, 1 the ordinary run."
-_WRONG = "The sharer reads another {}. Where its content crosses, the answer goes wrong."
-_EXAMPLES = "Examples, in the form that the shipped fuser was trained on"
-NO_SHARED_FUSER = "No fuser that merges two caches was found. Start the demo with `c2c demo --fuser FOLDER`."
-_NO_PRIVATE_FUSER = (
-    "No fuser of private context was given, and none is in zoo/. Such a fuser is of the family 'memory'. Train one "
-    "with `c2c train configs/private.yaml --data-dir DATA`, then start `c2c demo --fuser runs/private/best`."
-)
 # Events that use the models wait for each other; Gradio shows the place in the queue and the seconds.
 QUEUED: dict[str, Any] = {
     "concurrency_id": "models",
@@ -76,16 +60,16 @@ class AnswerTab:
         what = "document" if private else "question"
         with gr.Row():
             with gr.Column(min_width=280, visible=not private):  # private context is there or not
-                self.blend = gr.Slider(0, 1, 1, step=0.05, label="Blend", info=_BLEND, elem_id=f"{name}-blend")
+                self.blend = gr.Slider(0, 1, 1, step=0.05, label="Blend", info=TEXTS["blend"], elem_id=f"{name}-blend")
             with gr.Column(min_width=280):
                 self.wrong = gr.Checkbox(
-                    False, label="Wrong message", info=_WRONG.format(what), elem_id=f"{name}-wrong"
+                    False, label="Wrong message", info=TEXTS["wrong_message"].format(what), elem_id=f"{name}-wrong"
                 )
         with gr.Row(elem_classes="c2c-panes"):
             self.panes = {
                 system: gr.HTML(pane_html(Pane(system), first), elem_id=f"{name}-{system}") for system in SYSTEMS
             }
-        gr.Markdown(_TIMES, elem_classes="c2c-lead")
+        gr.Markdown(TEXTS["times"], elem_classes="c2c-lead")
         with gr.Accordion("Options", open=False):
             prefix = "" if private or first is None else first.answer_prefix
             self.answer_prefix = gr.Textbox(
@@ -101,7 +85,7 @@ class AnswerTab:
     def _add_texts(self, name: str) -> None:
         what, start, lines = ("Question", DOCUMENT_QUESTION, 2) if self.private else ("Prompt", EXAMPLES[0].prompt, 7)
         with gr.Column(visible=self.private):
-            gr.Markdown(_PRIVATE_LEAD, elem_classes="c2c-lead")
+            gr.Markdown(TEXTS["private"], elem_classes="c2c-lead")
             label, types = "Document, read by the sharer alone", ["text", ".md", ".txt"]
             self.document = gr.Textbox(DOCUMENT, label=label, lines=5, elem_id=f"{name}-document")
             upload = gr.File(label="or upload a text file", file_types=types, height=120, elem_id=f"{name}-upload")
@@ -109,7 +93,7 @@ class AnswerTab:
         self.prompt = gr.Textbox(start, label=f"{what}, read by both models", lines=lines, elem_id=f"{name}-prompt")
         if not self.private:
             prompts, titles = [[example.prompt] for example in EXAMPLES], [example.title for example in EXAMPLES]
-            gr.Examples(prompts, self.prompt, example_labels=titles, label=_EXAMPLES, api_visibility="private")
+            gr.Examples(prompts, self.prompt, example_labels=titles, label=TEXTS["examples"], api_visibility="private")
         upload.upload(read_upload, upload, [self.document, uploaded], **DIRECT)
 
     @property
@@ -192,7 +176,7 @@ class AnswerTab:
     def status_html(self, choice: FuserChoice | None) -> str:
         """Format the state of a fuser's models."""
         if choice is None:
-            return status_html("waiting", _NO_PRIVATE_FUSER if self.private else NO_SHARED_FUSER)
+            return status_html("waiting", TEXTS["no_private_fuser" if self.private else "no_shared_fuser"])
         seconds, pair = self.models.seconds(choice), pair_title(choice)
         if seconds is None:
             return status_html("waiting", f"{pair}: will be loaded when they are needed.")
