@@ -15,15 +15,10 @@ _NAMES = json.loads(Path(__file__).with_name("names.json").read_text(encoding="u
 SYSTEMS: dict[str, str] = _NAMES["systems"]
 _TASKS: dict[str, str] = _NAMES["tasks"]
 # Differences between two systems, by their letter.
-DIFFERENCES: dict[str, tuple[str, str]] = {
-    "G": ("matched", "receiver"),
-    "P": ("matched", "deranged"),
-    "S": ("matched", "sharer"),
-    "T": ("matched", "text"),
-    "A": ("matched", "adapter"),
-    "Z": ("matched", "zero"),
-    "D": ("deranged", "receiver"),
-}
+DIFFERENCES: dict[str, list[str]] = _NAMES["differences"]
+# Titles of measures that say more than their name, the most important first.
+MEASURES: dict[str, str] = _NAMES["measures"]
+LEGEND: str = _NAMES["legend"]
 # Changes of single answers from the receiver alone to matched.
 CHANGES = ("mended", "spoiled", "gap_recovered")
 # Parts of the seconds, in the order in which they pass.

@@ -16,9 +16,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 
 from c2c.report.evaluations import Evaluation
 from c2c.report.load import ReportError
-from c2c.report.names import SYSTEMS, in_order, spaced
+from c2c.report.names import LEGEND, SYSTEMS, in_order, spaced
 from c2c.report.plots import draw_plots
-from c2c.report.tables import LEGEND, readme_table, result_tables, summary_table
+from c2c.report.tables import readme_table, result_tables, summary_table
 from c2c.utils import write_text
 
 _BEGIN, _END = "<!-- results -->", "<!-- /results -->"

@@ -10,27 +10,10 @@ from matplotlib.ticker import EngFormatter
 
 from c2c.report.evaluations import Evaluation, flag_losses
 from c2c.report.load import Run
-from c2c.report.names import CHANGES, COSTS, DIFFERENCES, SYSTEMS, in_order, spaced
+from c2c.report.names import CHANGES, COSTS, DIFFERENCES, MEASURES, SYSTEMS, in_order, spaced
 
 MISSING, AHEAD, LOSS = "\u2013", "\u25b2", "\u2717"
-LEGEND = (
-    "Bold: the best system. In square brackets: 95 % intervals over the questions; in round ones: lowest and highest "
-    f"of several runs, whose mean stands before. {AHEAD} better than matched. {LOSS} a loss, in any of the runs: the "
-    "interval of a difference to matched is not wholly on the better side, deranged is better than the receiver (D), "
-    f"or a system is faster than matched. {MISSING} not measured."
-)
 _SUMMARY = ("receiver", "sharer", "matched", "deranged", "text")
-# Titles of measures that say more than their name, the most important first.
-_TITLES = {
-    "score": "",
-    "exact": "exact answers, %",
-    "holds": "answers that hold a reference, %",
-    "difference": "differences",
-    "change": "changes against the receiver alone, %",
-    "mcnemar_p": "McNemar's test of mended against spoiled",
-    "seconds": "seconds of an answer",
-    "ratio": "seconds over those of matched",
-}
 _DIGITS = {"exact": 1, "holds": 1, "change": 1, "ratio": 2}
 
 
@@ -147,8 +130,8 @@ def result_tables(evaluation: Evaluation, run: Run | None = None) -> list[Table]
     numbers, runs = _Numbers(evaluation, run), len(evaluation.runs)
     titles = {letter: f"{letter} = {' - '.join(pair)}" for letter, pair in DIFFERENCES.items()} | {"": "p"}
     caption = run.title if run else f"Mean of {runs} runs" if runs > 1 else evaluation.runs[0].title
-    further = in_order({measure for _, measure, _ in numbers.rows} - {"n", *_TITLES}, COSTS)
-    parts = {caption: list(_TITLES), "Costs of an answer, of those that were answered one by one (timed)": further}
+    further = in_order({measure for _, measure, _ in numbers.rows} - {"n", *MEASURES}, COSTS)
+    parts = {caption: list(MEASURES), "Costs of an answer, of those that were answered one by one (timed)": further}
     tasks = evaluation.tasks
     columns = [evaluation.metric, *(f"{task}, n {numbers.size(task)}" for task in tasks)]
     tables = []
@@ -160,6 +143,6 @@ def result_tables(evaluation: Evaluation, run: Run | None = None) -> list[Table]
                 [Cell(titles.get(name, spaced(name))), *(numbers.cell(task, measure, name, names) for task in tasks)]
                 for name in names
             ]
-            groups += [(_TITLES.get(measure, spaced(measure)), rows)] if rows else []
+            groups += [(MEASURES.get(measure, spaced(measure)), rows)] if rows else []
         tables += [Table(title, columns, groups)] if measures else []
     return tables
