@@ -46,8 +46,7 @@ class LayerCapture:
     """Aligned entries of one fused receiver layer; row ``i`` of all sides belongs together.
 
     Attributes:
-        layer: receiver layer.
-        source: sharer layer that it reads.
+        source: sharer layer that ``layer`` reads.
         entries: by side and kind ``[pairs, kv_heads * head_dim]``, float32 on the CPU. Kinds: ``keys`` (as they lie in
             the cache), ``keys_unrotated`` (without their rotary embedding) and ``values``.
         unique: True where a sharer entry is read for the first time, ``[pairs]``; several positions may read one.
@@ -95,10 +94,8 @@ class PromptCapture:
     """One prompt as a pair reads it.
 
     Attributes:
-        fuser: the pair's fuser.
-        names: names of the receiver and the sharer.
-        receiver_tokens: text of each receiver token, template included.
-        sharer_tokens: text of each sharer token.
+        names: of the receiver and the sharer.
+        receiver_tokens: text of each receiver token, template included; ``sharer_tokens`` likewise.
         pairs: receiver token and sharer token that it reads, in order.
         layers: aligned entries of every fused layer; row ``i`` belongs to ``pairs[i]``.
     """
@@ -148,11 +145,7 @@ def capture_prompt(model: C2CModel, messages: Any, options: RenderOptions | None
 
 
 def only_fuser(model: C2CModel, name: str) -> Fuser:
-    """Return the single fuser of a pair, which must be for shared context.
-
-    Raises:
-        AnalysisError: several sharers, or a fuser of private context.
-    """
+    """Return the single fuser of a pair; raise AnalysisError for several sharers, or a fuser of private context."""
     if len(model.sharers) != 1:
         raise AnalysisError(
             f"{name} has {len(model.sharers)} sharers; one is analysed at a time: give one of its fusers."
@@ -161,11 +154,7 @@ def only_fuser(model: C2CModel, name: str) -> Fuser:
 
 
 def check_shared(fuser: Fuser, name: str) -> Fuser:
-    """Return a fuser of shared context.
-
-    Raises:
-        AnalysisError: it adds entries and merges none.
-    """
+    """Return a fuser of shared context; raise AnalysisError for one of private context."""
     if fuser.context != "shared":
         raise AnalysisError(
             f"{name} is for {fuser.context} context (family {fuser.family!r}): it adds entries and merges none, so "
@@ -180,8 +169,6 @@ class Experiment:
     The sharer's weights are given back where all its prefills are stored, except with ``needs_sharer``.
 
     Attributes:
-        model: the pair.
-        fuser: its fuser.
         examples: the items as both models' tokens, at least two.
         dropped: how many items the pair can't read, by reason.
 

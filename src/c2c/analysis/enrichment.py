@@ -133,13 +133,10 @@ def drop_columns(model: LanguageModel, cache: Cache, start: int, count: int) -> 
     in the short one. Nothing else of the entries changes; in particular they have attended to what is dropped.
 
     Args:
-        model: the model of the cache.
-        cache: one row, ``tokens`` columns from position 0.
+        model: of the cache.
+        cache: one row, columns from position 0.
         start: first column of the gap.
         count: columns of the gap.
-
-    Returns:
-        A cache of ``tokens - count`` columns.
 
     Raises:
         CacheError: the gap is not inside the cache.

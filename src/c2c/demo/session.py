@@ -25,47 +25,19 @@ class Session:
     panes: dict[str, Pane] = field(default_factory=lambda: {name: Pane(name) for name in SYSTEMS})
     question: Question | None = None
 
-    def ask(self, models: ModelCache, choice: FuserChoice | None, question: Question) -> Generator[Pane]:
-        """Answer a question with all systems, one after the other, so that none takes time from another.
-
-        Yields:
-            Panes as they change. Errors are panes as well.
-        """
-        yield from self._answer(models, choice, question, RUN_ORDER)
-
-    def ask_again(
-        self, models: ModelCache, choice: FuserChoice | None, *, blend: float, wrong_message: bool
-    ) -> Generator[Pane]:
-        """Answer the last question with cache-to-cache once more with one thing changed, and finish other panes.
-
-        Nothing is done before a first question.
-        """
-        if self.question is None:
-            return
-        question = replace(self.question, blend=blend, wrong_message=wrong_message)
-        fused = self.panes["c2c"]
-        previous = fused.text if fused.state == "done" else fused.previous
-        unfinished = [name for name in RUN_ORDER if name != "c2c" and self.panes[name].state != "done"]
-        yield from self._answer(models, choice, question, ["c2c", *unfinished], previous)
-
-    def stop(self) -> None:
-        """Mark what is not done as stopped."""
-        for name, pane in self.panes.items():
-            if pane.state in ("waiting", "running"):
-                self.panes[name] = replace(pane, state="stopped")
-
-    def clear(self) -> None:
-        """Empty all panes."""
-        self.panes, self.question = {name: Pane(name) for name in SYSTEMS}, None
-
-    def _answer(
+    def ask(
         self,
         models: ModelCache,
         choice: FuserChoice | None,
         question: Question,
-        names: Sequence[str],
+        names: Sequence[str] = RUN_ORDER,
         previous: str | None = None,
     ) -> Generator[Pane]:
+        """Answer a question with systems one after the other, so that none takes time from another.
+
+        Yields:
+            Panes as they change. Errors are panes as well.
+        """
         self.question = question
         panes = self.panes = dict(self.panes)  # a cancelled run that has not ended yet goes on with its own
         for name in names:
@@ -84,6 +56,31 @@ class Session:
             for name in names:
                 panes[name] = replace(panes[name], state="failed", error=str(error))
                 yield panes[name]
+
+    def ask_again(
+        self, models: ModelCache, choice: FuserChoice | None, *, blend: float, wrong_message: bool
+    ) -> Generator[Pane]:
+        """Answer the last question with cache-to-cache once more with one thing changed, and finish other panes.
+
+        Nothing is done before a first question.
+        """
+        if self.question is None:
+            return
+        question = replace(self.question, blend=blend, wrong_message=wrong_message)
+        fused = self.panes["c2c"]
+        previous = fused.text if fused.state == "done" else fused.previous
+        unfinished = [name for name in RUN_ORDER if name != "c2c" and self.panes[name].state != "done"]
+        yield from self.ask(models, choice, question, ["c2c", *unfinished], previous)
+
+    def stop(self) -> None:
+        """Mark what is not done as stopped."""
+        for name, pane in self.panes.items():
+            if pane.state in ("waiting", "running"):
+                self.panes[name] = replace(pane, state="stopped")
+
+    def clear(self) -> None:
+        """Empty all panes."""
+        self.panes, self.question = {name: Pane(name) for name in SYSTEMS}, None
 
 
 def answer(model: C2CModel, pane: Pane) -> Generator[Pane]:

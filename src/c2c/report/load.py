@@ -28,7 +28,6 @@ class Run:
     """Hold the numbers of one fuser on some data with one seed.
 
     Attributes:
-        receiver: name of the receiver.
         sharer: name of the sharer; those of several are joined by a plus.
         fuser: hash of the fuser's weights, empty where it is not recorded.
         seeds: of the evaluation and of the fuser's training, None where it is not recorded.
@@ -89,25 +88,16 @@ def load_results(paths: Iterable[Path]) -> list[Run]:
     """
     runs: dict[tuple[Any, ...], tuple[Run, Path]] = {}
     for path in find_results(paths, ReportError):
-        run = load_result(path)
+        try:
+            run = _run(read_json_object(path, ReportError))
+        except ReportError as error:
+            raise ReportError(f"{path} is not a result of c2c eval: {error} {RESULT_EXPECTED}") from error
         key = (run.key, run.fuser, run.seeds)
         if key in runs:
             first, first_path = runs[key]
             run, path = _merge(first, run, f"{first_path} and {path}"), first_path
         runs[key] = run, path
     return [run for run, _ in runs.values()]
-
-
-def load_result(path: Path) -> Run:
-    """Load one result file.
-
-    Raises:
-        ReportError: it is not the result of an evaluation; the message says where.
-    """
-    try:
-        return _run(read_json_object(path, ReportError))
-    except ReportError as error:
-        raise ReportError(f"{path} is not a result of c2c eval: {error} {RESULT_EXPECTED}") from error
 
 
 def _merge(first: Run, second: Run, paths: str) -> Run:

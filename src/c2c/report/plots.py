@@ -60,7 +60,13 @@ def draw_plots(evaluations: Sequence[Evaluation]) -> dict[str, tuple[str, str]]:
             "content": (f"P = matched - deranged. {intervals}", _draw_panels(content, zero=True)),
             "speed": ("Seconds of an answer, by stage.", _draw_speed(evaluations)),
         }
-        return {name: (caption, _svg(figure)) for name, (caption, figure) in figures.items() if figure is not None}
+        drawn = {}
+        for name, (caption, figure) in figures.items():
+            if figure is not None:
+                buffer = io.StringIO()
+                figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+                drawn[name] = (caption, buffer.getvalue())
+        return drawn
 
 
 def _run_values(evaluation: Evaluation, measure: str) -> pd.DataFrame:
@@ -140,10 +146,3 @@ def _legend(figure: Figure, all_axes: Sequence[Axes]) -> None:
         label: handle for axes in all_axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
     figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=len(handles), frameon=False)
-
-
-def _svg(figure: Figure) -> str:
-    """Return a figure as SVG without a date or a version."""
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    return buffer.getvalue()
