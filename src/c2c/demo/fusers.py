@@ -51,11 +51,7 @@ class FuserChoice:
 
 
 def find_fusers(given: Sequence[str]) -> list[FuserChoice]:
-    """Return the fusers that the user named, then those of the zoo, each once.
-
-    Raises:
-        FuserError: a folder that is no fuser of one pair, or nothing was found at all.
-    """
+    """Return the fusers that the user named, then those of the zoo, each once; raise FuserError where there is none."""
     # zoo/ lies here, or in the clone that the package is installed from
     places = (Path("zoo"), Path(__file__).resolve().parents[3] / "zoo")
     shipped = [path.parent for place in places for path in sorted(place.glob("*/config.json"))]
@@ -83,11 +79,7 @@ def default_fuser(choices: Sequence[FuserChoice], private: bool) -> FuserChoice 
 
 
 def read_choice(folder: Path, given: bool = False) -> FuserChoice:
-    """Read a fuser's folder, without its weights.
-
-    Raises:
-        FuserError: it holds no fuser, or one that does not name its models.
-    """
+    """Read a fuser's folder without its weights; raise FuserError for one that names no pair of models."""
     if not (folder / "config.json").is_file():
         several = sorted(part.parent.name for part in folder.glob("fuser_*/config.json"))
         hint = f" It holds several fusers; name one of them: {', '.join(several)}." if several else ""

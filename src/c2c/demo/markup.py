@@ -11,6 +11,7 @@ import yaml
 from jinja2 import Environment
 
 from c2c.cli.output import human_bytes
+from c2c.demo.examples import LETTERS
 from c2c.demo.fusers import FuserChoice
 from c2c.demo.panes import Pane
 
@@ -38,6 +39,8 @@ def pane_html(pane: Pane, choice: FuserChoice | None) -> str:
         result=pane.result,
         message=pane.result.message if pane.result is not None else None,
         previous=textwrap.shorten(pane.previous or "", 60, placeholder=" \u2026"),
+        right_letter=LETTERS.get(pane.question.prompt.strip()) if pane.question is not None else None,
+        other_letter=LETTERS.get(pane.other or ""),
         figures=_figures(pane),
     )
 

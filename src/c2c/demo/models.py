@@ -28,12 +28,9 @@ class ModelCache:
 
     @contextmanager
     def use(self, choice: FuserChoice) -> Iterator[C2CModel]:
-        """Load a pair where it is not loaded, and hold it: other users wait.
+        """Load a pair where it is not loaded, and hold it; raise C2CError where it can't be, until the next use.
 
-        Gradio's queue runs one event at a time, but gives way to the next before a cancelled one has ended.
-
-        Raises:
-            C2CError: the pair can't be loaded; the next use tries again.
+        Others wait: Gradio runs one event at a time, but gives way to the next before a cancelled one has ended.
         """
         with self._lock:
             if choice.source not in self._pairs:

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from c2c.demo.examples import OTHER_DOCUMENT, example_of, other_question
+from c2c.demo.examples import OTHER_DOCUMENT, other_question
 from c2c.errors import PromptError
 from c2c.messages import Conversation
 
@@ -96,15 +96,3 @@ class Pane:
         """The letter that the answer names; None where it names none."""
         found = re.match(r"([A-J])(?![A-Za-z])", self.text.strip())
         return found[1] if found else None
-
-    @property
-    def right_letter(self) -> str | None:
-        """The letter of the right answer; None where it is not known."""
-        example = example_of(self.question.prompt) if self.question is not None else None
-        return None if example is None else example.letter
-
-    @property
-    def other_letter(self) -> str | None:
-        """The letter that is right for what the sharer read in place of the prompt; None where it is not known."""
-        example = example_of(self.other or "")
-        return None if example is None else example.letter
