@@ -1,9 +1,10 @@
 """Load test of ``c2c serve``: requests per second and times to the first token, by engine, system and clients.
 
 The server runs in a process of its own; clients are those of the ``openai`` package, over HTTP. Every answer is
-compared to the one that the same request got alone. Closed loop: so many clients, each of which sends its next request
-when it has its answer. Open loop: requests arrive at random (Poisson), at a share of the highest rate that the first engine
-reached in the closed loop. Soak: mixed systems, greedy and sampled, streamed and whole, and the server's memory.
+compared to the one that the same request got alone. Closed loop: so many clients, each of which sends its next
+request when it has its answer. Open loop: requests arrive at random (Poisson), at a share of the highest rate that
+the first engine reached in the closed loop. Soak: mixed systems, greedy and sampled, streamed and whole, and the
+server's memory.
 
 One engine, loop, load and system is a cell. No cell takes longer than --cell-seconds: what is unanswered then is cut,
 and counted as slower than all others. With --out each cell is written when it is done, and a killed run goes on.
@@ -13,6 +14,7 @@ and counted as slower than all others. With --out each cell is written when it i
     python benchmarks/serve.py --tiny --engine transformers vllm --out runs/serve.json
     python benchmarks/serve.py --table runs/serve.json          # the table of a result, in Markdown
     python benchmarks/serve.py --url http://127.0.0.1:8000 --name pair     # a server that runs already
+
 """
 
 from __future__ import annotations
@@ -248,11 +250,22 @@ def server(engine: str, fuser: Path, options: argparse.Namespace) -> Iterator[tu
 def tiny(folder: Path) -> Path:
     """Make random models of two families, and a fuser that really changes the cache; return its folder."""
     sys.path.insert(0, str(ROOT / "tests"))
-    import tiny as models
-    from c2c import C2CModel
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-    folders = models.pair_folders(lambda name: folder / name)
-    models.open_fusers(C2CModel.from_models(*folders)).save_pretrained(folder / "fuser")
+    from c2c import C2CModel
+    from tiny import NO_SPECIALS, SIZES, open_fusers, tokenizer
+
+    sizes = SIZES | NO_SPECIALS | {"hidden_size": 64, "num_hidden_layers": 4, "max_position_embeddings": 2048}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}  # vLLM has no kernels for smaller ones
+    models = {
+        "chatml": LlamaForCausalLM(LlamaConfig(**sizes, **heads)),
+        "llama3": Qwen2ForCausalLM(Qwen2Config(**sizes)),
+    }
+    for name, model in models.items():
+        model.save_pretrained(folder / name)
+        tokenizer(name).save_pretrained(folder / name)
+    pair = C2CModel.from_models(str(folder / "chatml"), str(folder / "llama3"))
+    open_fusers(pair).save_pretrained(folder / "fuser")
     return folder / "fuser"
 
 
@@ -305,7 +318,11 @@ def row(level: dict[str, Any]) -> list[str]:
         return missing if value is None else f"{value:.2f} s"
 
     closed = level["loop"] == "closed"
-    load = f"{level['clients']} clients" if closed else f"{level['arrivals_per_second']:.2f} arrivals/s"
+    load = (
+        f"{level['clients']} client{'s' * (level['clients'] > 1)}"
+        if closed
+        else f"{level['arrivals_per_second']:.2f} arrivals/s"
+    )
     lost = [f"{level[key]} {key}" for key in ("cut", "failed") if level[key]]
     answered = str(level["requests"] - level["cut"] - level["failed"])
     rates = [f"{level['requests_per_second']:.2f}", f"{level['tokens_per_second']:.1f}"]

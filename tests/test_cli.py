@@ -10,6 +10,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,27 +19,35 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from c2c import C2CModel
-from c2c.cli import app, output
-from c2c.errors import PromptError
+from c2c.cli import app, main, output
+from c2c.errors import C2CError, PromptError
 from c2c.fusers.base import load_fuser
 from tiny import pair, pair_folders
 
 FIXTURES = Path(__file__).parent / "fixtures"
-CHECKPOINT = FIXTURES / "pair_a" / "checkpoint"
+CHECKPOINT = str(FIXTURES / "pair_a" / "checkpoint")
 runner = CliRunner()
 ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 COLOUR = re.compile(r"\x1b\[[0-9;]*?\b(3[0-8]|4[0-8]|9[0-7]|10[0-7])[0-9;]*m")
+FORCING = ("FORCE_COLOR", "NO_COLOR", "PY_COLORS", "GITHUB_ACTIONS", "CLICOLOR_FORCE", "TTY_COMPATIBLE", "COLORTERM")
 
 
 @pytest.fixture(scope="module")
-def tiny_pair_folders(tmp_path_factory):
-    """Folders of a tiny random receiver and sharer with different tokenizers."""
-    return pair_folders(tmp_path_factory.mktemp)
+def models(tmp_path_factory):
+    """Options with folders of a tiny random receiver and sharer with different tokenizers."""
+    receiver, sharer = pair_folders(tmp_path_factory.mktemp)
+    return ["--receiver", receiver, "--sharer", sharer]
 
 
-def run_process(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """The installed command in its own process, where exit codes and streams are those of a shell."""
-    return subprocess.run([sys.executable, "-m", "c2c", *arguments], capture_output=True, text=True, timeout=120)
+def c2c(*arguments: object, **how: Any) -> str:
+    """Run the command, which must succeed; returns its output."""
+    done = runner.invoke(app, list(map(str, arguments)), catch_exceptions=False, **how)
+    assert done.exit_code == 0, done.output
+    return done.stdout
+
+
+def c2c_json(*arguments: object, **how: Any) -> dict[str, Any]:
+    return json.loads(c2c(*arguments, "--json", **how))
 
 
 def subcommands(command=None, path=()):
@@ -73,28 +82,36 @@ def test_help_imports_nothing_heavy(words):
 
 
 def test_version():
-    assert runner.invoke(app, ["--version"]).output.startswith("c2c ")
+    assert c2c("--version").startswith("c2c ")
 
 
-def test_convert_then_inspect(tmp_path):
+def test_convert_then_inspect(tmp_path, monkeypatch, capsys):
     out = tmp_path / "fuser"
-    converted = runner.invoke(app, ["convert", str(CHECKPOINT), str(out), "--json"])
-    assert converted.exit_code == 0, converted.output
+    c2c("convert", CHECKPOINT, out)
     assert {path.name for path in out.iterdir()} == {"config.json", "model.safetensors"}
-    inspected = json.loads(runner.invoke(app, ["inspect", str(out), "--json"]).stdout)
+    inspected = c2c_json("inspect", out)
     assert inspected["family"] == "c2c"
     assert inspected["layer_map"] == [0, 0, 1, 2]
     # gates of the fixture: open means a logit above 0
     assert [[gate["key"], gate["value"]] for gate in inspected["gates"].values()] == [[1, 0], [0, 1], [1, 1], [0, 1]]
+    assert "receiver layer" in c2c("inspect", CHECKPOINT)
+    monkeypatch.setattr(os, "environ", os.environ.copy())  # main sets variables
+    monkeypatch.setattr(sys, "argv", ["c2c", "convert", CHECKPOINT, str(out)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 1
+    assert capsys.readouterr().err == f"c2c: {out} already holds a fuser; choose another folder or pass --force.\n"
 
 
 def test_convert_records_identities(tmp_path):
     folder = FIXTURES / "pair_a"
-    arguments = ["--receiver", str(folder / "receiver"), "--sharer", str(folder / "sharer")]
-    assert runner.invoke(app, ["convert", str(CHECKPOINT), str(tmp_path), *arguments]).exit_code == 0
-    data = json.loads(runner.invoke(app, ["inspect", str(tmp_path), "--json"]).stdout)
+    options = ["--receiver", folder / "receiver", "--sharer", folder / "sharer"]
+    converted = c2c_json("convert", CHECKPOINT, tmp_path, *options)
+    data = c2c_json("inspect", tmp_path)
+    assert converted == data | {"output": str(tmp_path)}
     assert data["receiver"]["identity"]["architecture"] == "Qwen3ForCausalLM"
     assert data["sharer"]["kv"] == {"layers": 3, "kv_heads": 2, "head_dim": 12}
+    assert "Qwen3ForCausalLM" in c2c("inspect", tmp_path)
 
 
 def test_convert_makes_a_trained_fuser_smaller_and_keeps_what_must_stay_exact(tmp_path):
@@ -103,51 +120,20 @@ def test_convert_makes_a_trained_fuser_smaller_and_keeps_what_must_stay_exact(tm
     fuser.config.receiver = {"name": "ours"}
     fuser.config.training = {"dev": {"value": 1.0}}
     fuser.save_pretrained(tmp_path / "large")
-    again = runner.invoke(app, ["convert", str(tmp_path / "large"), str(tmp_path / "small")])
-    assert "--dtype" in str(again.exception)
-    done = runner.invoke(
-        app, ["convert", str(tmp_path / "large"), str(tmp_path / "small"), "--dtype", "torch.bfloat16", "--json"]
-    )
-    assert done.exit_code == 0, done.output
+    for options, message in (([], "--dtype"), (["--dtype", "bfloat"], "bfloat16")):
+        with pytest.raises(C2CError, match=message):
+            c2c("convert", tmp_path / "large", tmp_path / "small", *options)
+    assert not (tmp_path / "small").exists()
+    c2c("convert", tmp_path / "large", tmp_path / "small", "--dtype", "torch.bfloat16")
     small = load_fuser(tmp_path / "small")
     assert small.weight.dtype == torch.bfloat16
     assert torch.equal(small.mean, fuser.mean)  # a mean in bfloat16 would be off by one
     assert small.config.receiver == {"name": "ours"}
     assert small.config.training == fuser.config.training
-    wrong = runner.invoke(app, ["convert", str(tmp_path / "large"), str(tmp_path / "other"), "--dtype", "bfloat"])
-    assert "bfloat16" in str(wrong.exception)
-    assert not (tmp_path / "other").exists()
 
 
-def test_inspect_reads_a_published_checkpoint_directly():
-    result = runner.invoke(app, ["inspect", str(CHECKPOINT)])
-    assert result.exit_code == 0
-    assert "receiver layer" in result.output
-
-
-def test_convert_does_not_overwrite(tmp_path):
-    assert runner.invoke(app, ["convert", str(CHECKPOINT), str(tmp_path)]).exit_code == 0
-    again = run_process("convert", str(CHECKPOINT), str(tmp_path))
-    assert again.returncode == 1
-    assert "already holds a fuser" in again.stderr
-    assert "Traceback" not in again.stderr
-
-
-def test_errors_are_one_message_and_exit_code_1(tmp_path):
-    result = run_process("inspect", str(tmp_path / "nothing"))
-    assert result.returncode == 1
-    assert result.stdout == ""
-    assert result.stderr.startswith("c2c: ")
-    assert "Traceback" not in result.stderr
-
-
-def test_run_json_has_every_mode(tiny_pair_folders):
-    receiver, sharer = tiny_pair_folders
-    result = runner.invoke(
-        app, ["run", "hello", "--receiver", receiver, "--sharer", sharer, "--max-new-tokens", "4", "--json"]
-    )
-    assert result.exit_code == 0, result.output
-    data = json.loads(result.stdout)
+def test_run_json_has_every_mode(models):
+    data = c2c_json("run", "hello", *models, "--max-new-tokens", "4")
     assert set(data["results"]) == {"receiver", "sharer", "text", "c2c"}
     assert data["results"]["c2c"]["text"] == data["results"]["receiver"]["text"]
     assert data["trained"] is False
@@ -157,46 +143,35 @@ def test_run_json_has_every_mode(tiny_pair_folders):
         assert answer["new_tokens"] >= 1
 
 
-def test_run_side_by_side_says_that_the_fuser_is_untrained(tiny_pair_folders):
-    receiver, sharer = tiny_pair_folders
-    result = runner.invoke(app, ["run", "hello", "--receiver", receiver, "--sharer", sharer, "--max-new-tokens", "2"])
-    assert result.exit_code == 0, result.output
+def test_run_side_by_side_says_that_the_fuser_is_untrained(models):
+    output = c2c("run", "hello", *models, "--max-new-tokens", "2")
     for title in ("receiver alone", "sharer alone", "text-to-text", "cache-to-cache"):
-        assert title in result.output
-    assert "equals the receiver's" in " ".join(result.output.split())
+        assert title in output
+    assert "equals the receiver's" in " ".join(output.split())
 
 
-def test_run_with_context_for_the_sharer_alone(tiny_pair_folders, tmp_path):
-    receiver, sharer = tiny_pair_folders
-    model = C2CModel.from_models(receiver, sharer, fuser="memory", fuser_options={"rank": 4})
+def test_run_with_context_for_the_sharer_alone(models, tmp_path):
+    model = C2CModel.from_models(models[1], models[3], fuser="memory", fuser_options={"rank": 4})
     torch.nn.init.normal_(model.fusers[0].weight, std=0.3)
     model.fusers[0].config.training = {"config": "random"}
     model.save_pretrained(tmp_path / "fuser")
     (tmp_path / "page.txt").write_text("The fox sleeps in a red house.")
-    arguments = ["run", "Where?", "--fuser", str(tmp_path / "fuser"), "--max-new-tokens", "3", "--json"]
-    result = runner.invoke(app, [*arguments, "--context", str(tmp_path / "page.txt"), "--message-tokens", "5"])
-    assert result.exit_code == 0, result.output
-    results = json.loads(result.stdout)["results"]
+    command = ["run", "Where?", "--fuser", tmp_path / "fuser", "--max-new-tokens", "3"]
+    context = ["--context", tmp_path / "page.txt"]
+    results = c2c_json(*command, *context, "--message-tokens", "5")["results"]
     assert results["c2c"]["report"]["memory_slots"] > 5
     assert results["receiver"]["prompt_tokens"] == results["c2c"]["prompt_tokens"]
     assert results["text"]["message_tokens"] <= 5
-    drafted = runner.invoke(
-        app, [*arguments, "--context", str(tmp_path / "page.txt"), "--mode", "c2c", "--draft-tokens", "4"]
-    )
-    slots = json.loads(drafted.stdout)["results"]["c2c"]["report"]["memory_slots"]
-    assert slots > results["c2c"]["report"]["memory_slots"]
-    with pytest.raises(PromptError, match="can't be read"):
-        runner.invoke(app, [*arguments, "--context", str(tmp_path)], catch_exceptions=False)
-    with pytest.raises(PromptError, match="--context FILE"):
-        runner.invoke(app, [*arguments, "--mode", "c2c"], catch_exceptions=False)
+    drafted = c2c_json(*command, *context, "--mode", "c2c", "--draft-tokens", "4")["results"]
+    assert drafted["c2c"]["report"]["memory_slots"] > results["c2c"]["report"]["memory_slots"]
+    for options, message in ((["--context", tmp_path], "can't be read"), (["--mode", "c2c"], "--context FILE")):
+        with pytest.raises(PromptError, match=message):
+            c2c(*command, *options)
 
 
 @pytest.mark.parametrize("mode", ["c2c", "zero", "untrained", "summary_5"])
-def test_run_reads_stdin_and_answers_with_any_system(tiny_pair_folders, mode):
-    receiver, sharer = tiny_pair_folders
-    arguments = ["run", "-", "--receiver", receiver, "--sharer", sharer, "--mode", mode, "--max-new-tokens", "2"]
-    result = runner.invoke(app, [*arguments, "--json"], input="from a pipe\n")
-    data = json.loads(result.stdout)
+def test_run_reads_stdin_and_answers_with_any_system(models, mode):
+    data = c2c_json("run", "-", *models, "--mode", mode, "--max-new-tokens", "2", input="from a pipe\n")
     assert data["prompt"] == "from a pipe"
     assert set(data["results"]) == {mode}
 
@@ -215,25 +190,8 @@ def test_a_log_shows_progress_line_by_line(monkeypatch):
 
 def plain_environment(**more):
     """Without what forces colours on, or off."""
-    forcing = [
-        "FORCE_COLOR",
-        "NO_COLOR",
-        "PY_COLORS",
-        "GITHUB_ACTIONS",
-        "CLICOLOR_FORCE",
-        "TTY_COMPATIBLE",
-        "COLORTERM",
-    ]
-    plain = {name: value for name, value in os.environ.items() if name not in forcing}
+    plain = {name: value for name, value in os.environ.items() if name not in FORCING}
     return plain | {"TERM": "xterm-256color"} | more
-
-
-def script():
-    """The installed command, under whose name shells complete."""
-    found = Path(sys.executable).with_name("c2c")
-    if not found.exists():
-        pytest.skip("the command is not installed beside this Python")
-    return str(found)
 
 
 @pytest.mark.parametrize("arguments", [["run", "--help"], ["pull", "--list"], ["run"]])
@@ -268,7 +226,9 @@ def on_a_terminal(command, environment):
 
 def test_completion(tmp_path):
     """bash gets a script from --install-completion, and that script gets the names of commands."""
-    command = script()
+    command = Path(sys.executable).with_name("c2c")  # under whose name shells complete
+    if not command.exists():
+        pytest.skip("the command is not installed beside this Python")
     environment = plain_environment(HOME=str(tmp_path), COMP_WORDS="c2c ins", COMP_CWORD="1")
 
     def bash(line, **more):
@@ -281,4 +241,4 @@ def test_completion(tmp_path):
     written = (tmp_path / ".bash_completions" / "c2c.sh").read_text()
     assert "_C2C_COMPLETE=complete_bash" in written
     assert "c2c.sh" in (tmp_path / ".bashrc").read_text()
-    assert bash(command, _C2C_COMPLETE="complete_bash").split() == ["inspect"]
+    assert bash(str(command), _C2C_COMPLETE="complete_bash").split() == ["inspect"]

@@ -236,7 +236,7 @@ def test_an_imported_fuser_keeps_the_identity_of_its_models(tmp_path):
     C2CModel.from_published(A / "checkpoint", **parts).save_pretrained(tmp_path / "a")
     again = C2CModel.from_pretrained(tmp_path / "a")  # named in the fuser
     assert again.receiver.identity.architecture == "Qwen3ForCausalLM"
-    altered = load(A / "sharer").model
+    altered, _, _ = load(A / "sharer")
     with torch.no_grad():
         next(altered.parameters()).add_(1.0)
     with pytest.raises(MismatchError, match="sharer weights"):

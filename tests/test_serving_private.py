@@ -10,7 +10,8 @@ import pytest
 from c2c import C2CModel
 from c2c.systems import SystemOptions, make_system
 from serving_harness import NAME, PATIENCE, error_of, model, running, text_of, user
-from test_private import DOCUMENT, LONGER, private
+from test_private import DOCUMENT, LONGER
+from tiny import memory_pair
 
 HANDOFFS = "/v1/c2c/handoffs"
 QUESTION = "Where does the fox sleep?"
@@ -18,7 +19,7 @@ QUESTION = "Where does the fox sleep?"
 
 @pytest.fixture(scope="module")
 def pair() -> C2CModel:
-    return private()
+    return memory_pair()
 
 
 @pytest.fixture(scope="module")

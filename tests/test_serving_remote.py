@@ -18,10 +18,10 @@ from c2c.remote import RemoteSharer
 from remote_rig import Proxy
 from remote_rig import serving as sharing
 from serving_harness import NAME, PATIENCE, error_of, events, model, running, text_of, user
-from test_private import DOCUMENT, QUESTION, private
+from test_private import DOCUMENT, QUESTION
 from test_remote_faults import BUSY, with_body
 from test_remote_server import dies_in_mid_body, dies_in_mid_prefill, process
-from tiny import build, tokenizer
+from tiny import build, memory_pair, tokenizer
 
 COMPLETIONS, HANDOFFS = "/v1/completions", "/v1/c2c/handoffs"
 POLICIES = ["raise", "receiver_only"]
@@ -269,7 +269,7 @@ def test_a_client_that_does_not_wait_for_a_slow_sharer(pair, proxy):
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_sharer_that_is_lost_with_what_it_alone_has_read(policy):
-    here = private()
+    here = memory_pair()
     document = {"sharer_messages": DOCUMENT}
     with sharing(here.sharers[0]) as share, Proxy(share.port) as proxy, far(here, proxy.url, policy=policy) as server:
         expected = here.generate(QUESTION, sharer_messages=DOCUMENT, max_new_tokens=6, do_sample=False).text
@@ -284,7 +284,7 @@ def test_a_sharer_that_is_lost_with_what_it_alone_has_read(policy):
 
 
 def test_a_remote_sharer_of_private_context_shares_and_does_not_answer():
-    here = private()
+    here = memory_pair()
     with sharing(here.sharers[0]) as share, far(here, share.url) as server:
         assert [card["id"] for card in server.get("/v1/models").json()["data"]] == [NAME, f"{NAME}/receiver"]
         assert server.chat(model=f"{NAME}/text").status_code == 404

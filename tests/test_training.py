@@ -276,7 +276,7 @@ def test_the_sharer_is_released_once_its_prefills_are_stored(folders, tmp_path):
     assert all(reports[-1][0] == reports[-1][1] for reports in stages.values())
     assert sum(parameter.numel() for parameter in run.objective.model.sharers[0].model.parameters()) == 0
     assert float(run.objective(run.train[:4])["loss"].detach()) == pytest.approx(before, rel=1e-4)
-    with pytest.raises(CacheError, match="given back"):
+    with pytest.raises(CacheError, match="released"):
         run.objective.sharer_store.get([[1, 2, 3]])
     small = prepare(config(folders, tmp_path, store_budget_gb=1e-6))
     fill(small)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
+import inspect
+from dataclasses import field
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -13,6 +14,7 @@ from c2c.errors import C2CError, did_you_mean
 
 Config = TypeVar("Config")
 _WORDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", NoneType: "nothing"}
+_ACCEPTED = {float: (int, float), str: (str, Path), list: (list, tuple), tuple: (list, tuple)}  # besides the type
 
 
 class ConfigError(C2CError, ValueError):
@@ -20,17 +22,11 @@ class ConfigError(C2CError, ValueError):
 
 
 def option(default: Any, help: str, **metadata: Any) -> Any:
-    """Make a dataclass field whose help is also that of its command-line option.
-
-    Args:
-        default: its default; lists and mappings are copied.
-        help: one sentence.
-        **metadata: more for the command line, see :func:`c2c.cli.options.from_config`.
-    """
+    """Make a dataclass field whose help is that of its command-line option too; metadata as in ``c2c.cli.options``."""
     metadata["help"] = help
     if isinstance(default, list | dict):
-        return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -53,7 +49,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def build(kind: type[Config], data: Any, where: str) -> Config:
-    """Make a configuration object from plain data.
+    """Make a configuration object from plain data; the items of lists and mappings are not checked.
 
     Args:
         kind: a dataclass.
@@ -65,8 +61,13 @@ def build(kind: type[Config], data: Any, where: str) -> Config:
     """
     if not isinstance(data, dict):
         raise ConfigError(f"{where}: expected keys and values, got {data!r}.")
-    fields = {entry.name: entry for entry in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    _check_names(fields, data, where)
+    fields = inspect.signature(kind).parameters
+    if unknown := sorted(set(data) - set(fields)):
+        hints = "".join(did_you_mean(name, set(fields) - set(data)) for name in unknown)
+        raise ConfigError(f"{where}: unknown keys {unknown}.{hints} Known: {', '.join(fields)}.")
+    if missing := [name for name, one in fields.items() if one.default is one.empty and name not in data]:
+        options = ", ".join("--" + name.replace("_", "-") for name in missing)
+        raise ConfigError(f"{where}: missing keys {missing}. Give them in a config, or as {options}.")
     types = get_type_hints(kind)
     for name, value in data.items():
         if not _fits(value, types[name]):
@@ -77,41 +78,18 @@ def build(kind: type[Config], data: Any, where: str) -> Config:
         raise ConfigError(f"{where}: {error}") from error
 
 
-def _check_names(fields: dict[str, Any], data: dict[str, Any], where: str) -> None:
-    """Refuse unknown keys, and the lack of required ones."""
-    unknown = sorted(set(data) - set(fields))
-    if unknown:
-        hints = "".join(did_you_mean(name, set(fields) - set(data)) for name in unknown)
-        raise ConfigError(f"{where}: unknown keys {unknown}.{hints} Known: {', '.join(fields)}.")
-    required = [
-        name
-        for name, entry in fields.items()
-        if entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING
-    ]
-    missing = [name for name in required if name not in data]
-    if missing:
-        options = ", ".join("--" + name.replace("_", "-") for name in missing)
-        raise ConfigError(f"{where}: missing keys {missing}. Give them in a config, or as {options}.")
-
-
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value has a field's type; the items of lists and mappings are not checked."""
     if get_origin(hint) in (Union, UnionType):
         return any(_fits(value, part) for part in get_args(hint))
     if get_origin(hint) is Literal:
         return value in get_args(hint)
     kind = get_origin(hint) or hint
-    if kind in (int, float):
-        return isinstance(value, int | kind) and not isinstance(value, bool)
-    if kind in (list, tuple):
-        return isinstance(value, list | tuple)
-    if kind is str:
-        return isinstance(value, str | Path)
-    return kind is Any or isinstance(value, kind)
+    if isinstance(value, bool) and kind in (int, float):
+        return False
+    return kind is Any or isinstance(value, _ACCEPTED.get(kind, kind))
 
 
 def _expected(hint: Any) -> str:
-    """Describe a field's type."""
     if get_origin(hint) in (Union, UnionType):
         return " or ".join(_expected(part) for part in get_args(hint))
     if get_origin(hint) is Literal:

@@ -47,69 +47,57 @@ def fuse(
     Args:
         cache: the receiver's cache, at least ``chunk.stop`` tokens long; changed.
         receiver: the receiver.
-        tokens: the receiver's tokens.
+        tokens: its tokens.
         sources: one per sharer; None where it has no part in this chunk.
         chunk: which entries are fused with which.
         mode: ``sequential``: each sharer's fuser reads what the one before wrote; ``parallel``: all read the clean
             cache and their differences are added up.
         blend: how much of what a fuser adds is taken: 0 leaves the receiver's entries, 1 takes the fuser's.
     """
-    active = [
-        (source, alignment)
-        for source, alignment in zip(sources, chunk.alignments, strict=True)
-        if source is not None and alignment is not None
-    ]
+    pairs = zip(sources, chunk.alignments, strict=True)
+    active = [(source, alignment) for source, alignment in pairs if source is not None and alignment is not None]
     if mode == "parallel" and len(active) > 1:
         # all differences are taken before anything is written, since entries may be views
-        added = [_difference(*_run(cache, receiver, tokens, *pair, blend)) for pair in active]
-        for (source, alignment), difference in zip(active, added, strict=True):
-            _write(cache, source, alignment, difference, add=True)
+        added = [
+            [(new_keys - keys, new_values - values) for (new_keys, new_values), (keys, values) in result]
+            for result in (_run(cache, receiver, tokens, *pair, blend) for pair in active)
+        ]
+        for pair, difference in zip(active, added, strict=True):
+            _write(cache, *pair, difference, add=True)
         return
-    for source, alignment in active:
-        fused, _ = _run(cache, receiver, tokens, source, alignment, blend)
-        _write(cache, source, alignment, fused)
+    for pair in active:
+        _write(cache, *pair, [fused for fused, _ in _run(cache, receiver, tokens, *pair, blend)])
 
 
 def aligned_entries(
     cache: Cache, receiver: LanguageModel, tokens: TokenBatch, source: Source, alignment: Alignment
 ) -> tuple[Entries, Entries]:
-    """Gather a fuser's input: the sharer's and the receiver's entries at aligned positions.
-
-    Args:
-        cache: the receiver's cache.
-        receiver: the receiver.
-        tokens: the receiver's tokens.
-        source: the sharer's side.
-        alignment: which entries belong together.
+    """Gather a fuser's input at aligned positions of the receiver's ``cache`` and the sharer's.
 
     Returns:
         Entries of the sharer and of the receiver, one item per fused layer, on the fuser's device.
     """
     fuser, config = source.fuser, source.fuser.config
-    ours = _entries(cache, receiver, tokens, config.fused_layers, Picker(alignment, alignment.receiver, 0), fuser)
+    ours = _entries(cache, receiver, tokens, config.fused_layers, AlignedIndex(alignment, "receiver"), fuser)
     theirs = _entries(
-        source.cache, source.sharer, source.tokens, config.source_layers, Picker(alignment, alignment.sharer, 1), fuser
+        source.cache, source.sharer, source.tokens, config.source_layers, AlignedIndex(alignment, "sharer"), fuser
     )
     return theirs, ours
 
 
-class Picker:
-    """Gather aligned positions from a cache tensor, and scatter new entries to them.
+class AlignedIndex:
+    """Gather one side's aligned positions from a cache tensor, and scatter new entries to them."""
 
-    Args:
-        alignment: pairs of positions.
-        columns: of the side in question, ``[pairs]``.
-        side: 0 for the receiver, 1 for the sharer; selects the start of an aligned block.
-    """
-
-    def __init__(self, alignment: Alignment, columns: Tensor, side: int) -> None:
-        self.rows, self.columns = alignment.rows, columns
+    def __init__(self, alignment: Alignment, side: Literal["receiver", "sharer"]) -> None:
+        self.rows = alignment.rows
+        self.columns = alignment.receiver if side == "receiver" else alignment.sharer
         self.block: slice | None = None
         if alignment.block is not None:
-            start, length = alignment.block[side], alignment.block[2]
+            ours, theirs, length = alignment.block
+            start = ours if side == "receiver" else theirs
             self.block = slice(start, start + length)
 
-    def take(self, x: Tensor) -> Tensor:
+    def gather(self, x: Tensor) -> Tensor:
         """Gather ``[batch, heads, tokens, dim]`` to the aligned ``[batch or 1, heads, pairs, dim]``."""
         if self.block is not None:
             return x[:, :, self.block]
@@ -117,13 +105,13 @@ class Picker:
             return x.index_select(2, self.columns.to(x.device))
         return x[self.rows.to(x.device), :, self.columns.to(x.device)].transpose(0, 1).unsqueeze(0)
 
-    def take_positions(self, positions: Tensor) -> Tensor:
+    def gather_positions(self, positions: Tensor) -> Tensor:
         """Gather ``[batch, tokens]`` to the aligned ``[batch or 1, pairs]``."""
         if self.block is not None:
             return positions[:, self.block]
         return positions[self.rows.to(positions.device), self.columns.to(positions.device)].unsqueeze(0)
 
-    def put(self, x: Tensor, new: Tensor) -> Tensor:
+    def scatter(self, x: Tensor, new: Tensor) -> Tensor:
         """Scatter ``new`` to the aligned positions of ``x``; in place unless gradients must flow."""
         new = new.to(device=x.device, dtype=x.dtype)
         target = x.clone() if new.requires_grad else x
@@ -137,46 +125,39 @@ class Picker:
 
 def _run(
     cache: Cache, receiver: LanguageModel, tokens: TokenBatch, source: Source, alignment: Alignment, blend: float
-) -> tuple[list[KeyValue], Entries]:
-    """Run one fuser on the cache as it is now, without writing: the fused entries and the receiver's own."""
+) -> list[tuple[KeyValue, KeyValue]]:
+    """Run one fuser on the cache as it is now, without writing; per layer the fused entries and the receiver's own."""
     theirs, ours = aligned_entries(cache, receiver, tokens, source, alignment)
     fused: list[KeyValue] = source.fuser(theirs, ours)
+    own = list(zip(ours.keys, ours.values, strict=True))
     if blend != 1:  # at 1 the fuser's own tensors are taken, bit for bit
-        own = zip(ours.keys, ours.values, strict=True)
         fused = [
             (keys + blend * (new_keys - keys), values + blend * (new_values - values))
             for (new_keys, new_values), (keys, values) in zip(fused, own, strict=True)
         ]
-    return fused, ours
-
-
-def _difference(fused: list[KeyValue], own: Entries) -> list[KeyValue]:
-    return [
-        (new_keys - keys, new_values - values)
-        for (new_keys, new_values), keys, values in zip(fused, own.keys, own.values, strict=True)
-    ]
+    return list(zip(fused, own, strict=True))
 
 
 def _write(cache: Cache, source: Source, alignment: Alignment, entries: list[KeyValue], add: bool = False) -> None:
     """Write fused entries in the place of the receiver's, or add differences to them."""
-    picker = Picker(alignment, alignment.receiver, 0)
+    aligned = AlignedIndex(alignment, "receiver")
     for layer, (new_keys, new_values) in zip(source.fuser.config.fused_layers, entries, strict=True):
         keys, values = kv_cache.layer(cache, layer)
         if add:
-            new_keys = picker.take(keys).to(new_keys.device) + new_keys
-            new_values = picker.take(values).to(new_values.device) + new_values
-        kv_cache.set_layer(cache, layer, picker.put(keys, new_keys), picker.put(values, new_values))
+            new_keys = aligned.gather(keys).to(new_keys.device) + new_keys
+            new_values = aligned.gather(values).to(new_values.device) + new_values
+        kv_cache.set_layer(cache, layer, aligned.scatter(keys, new_keys), aligned.scatter(values, new_values))
 
 
 def _entries(
-    cache: Cache, model: LanguageModel, tokens: TokenBatch, layers: Sequence[int], picker: Picker, fuser: Fuser
+    cache: Cache, model: LanguageModel, tokens: TokenBatch, layers: Sequence[int], aligned: AlignedIndex, fuser: Fuser
 ) -> Entries:
     """Gather one model's entries in ``layers``, with their rotary tables where the fuser reads bare keys."""
     pairs = [kv_cache.layer(cache, layer) for layer in layers]
-    keys = [picker.take(keys).to(fuser.device) for keys, _ in pairs]
-    values = [picker.take(values).to(fuser.device) for _, values in pairs]
+    keys = [aligned.gather(keys).to(fuser.device) for keys, _ in pairs]
+    values = [aligned.gather(values).to(fuser.device) for _, values in pairs]
     rotary: list[Rotary] | None = None
     if fuser.needs_rotary:
-        tables = model.rotary(picker.take_positions(tokens.positions).to(fuser.device))
+        tables = model.rotary(aligned.gather_positions(tokens.positions).to(fuser.device))
         rotary = None if tables is None else [tables[layer] for layer in layers]
     return Entries(keys, values, rotary)

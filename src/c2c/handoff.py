@@ -7,6 +7,7 @@ import hmac
 import json
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -23,7 +24,7 @@ from c2c.identity import ModelIdentity
 from c2c.kv_cache import KeyValue
 from c2c.messages import Conversation
 from c2c.prompting import RenderOptions, encode, render, require_tokenizer, text_tokens
-from c2c.tokens import TokenBatch, natural_positions
+from c2c.tokens import TokenBatch, common_prefix, natural_positions
 from c2c.utils import save_atomically
 
 Precision = Literal["float32", "bfloat16", "float16", "int8", "float8"]
@@ -39,7 +40,7 @@ _LARGEST = {"int8": 127.0, "float8": 448.0}
 
 
 @dataclass(frozen=True)
-class Packed:
+class QuantizedTensor:
     """Hold a tensor of keys or values, perhaps quantized.
 
     Attributes:
@@ -52,7 +53,7 @@ class Packed:
     scale: Tensor | None = None
 
     @classmethod
-    def pack(cls, x: Tensor, precision: Precision, along: int) -> Packed:
+    def quantize(cls, x: Tensor, precision: Precision, along: int) -> QuantizedTensor:
         """Round ``x``; for 8 bits each slice along dimension ``along`` gets a scale of its own."""
         if precision not in _LARGEST:
             return cls(x.to(_TYPES[precision]).contiguous())
@@ -60,7 +61,7 @@ class Packed:
         scaled = x.float() / scale
         return cls((scaled.round() if precision == "int8" else scaled).to(_TYPES[precision]).contiguous(), scale)
 
-    def unpack(self, dtype: torch.dtype) -> Tensor:
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
         """Return the tensor in ``dtype``."""
         return self.data.to(dtype) if self.scale is None else (self.data.float() * self.scale).to(dtype)
 
@@ -71,7 +72,7 @@ class Packed:
 
 
 @dataclass(frozen=True)
-class Reading:
+class SharerPrompt:
     """Hold a sharer's prompt tokens and the columns that are handed over."""
 
     ids: list[int]
@@ -81,13 +82,13 @@ class Reading:
         """Return ids and kept columns, each int64 on the host."""
         return torch.tensor(self.ids), torch.tensor(self.kept)
 
-    def followed_by(self, draft: Sequence[int]) -> Reading:
+    def followed_by(self, draft: Sequence[int]) -> SharerPrompt:
         """Append what the sharer wrote after it; all of that is handed over."""
         length = len(self.ids)
-        return Reading([*self.ids, *draft], [*self.kept, *range(length, length + len(draft))])
+        return SharerPrompt([*self.ids, *draft], [*self.kept, *range(length, length + len(draft))])
 
 
-def reading(tokenizer: Any, conversation: Conversation, options: RenderOptions) -> Reading:
+def sharer_prompt(tokenizer: Any, conversation: Conversation, options: RenderOptions) -> SharerPrompt:
     """Tokenise a conversation for a sharer and select what is handed over.
 
     Kept are the texts of the messages, and the template after the last one, whose positions have read everything; other
@@ -103,7 +104,7 @@ def reading(tokenizer: Any, conversation: Conversation, options: RenderOptions) 
         raise PromptError(
             f"nothing to hand over: no message text was found in the rendered prompt {encoded.rendered.text!r}."
         )
-    return Reading(encoded.ids, [*texts, *range(texts[-1] + 1, len(encoded.ids))])
+    return SharerPrompt(encoded.ids, [*texts, *range(texts[-1] + 1, len(encoded.ids))])
 
 
 @dataclass(frozen=True)
@@ -122,15 +123,17 @@ class Handoff:
     sharer: ModelIdentity
     ids: Tensor
     kept: Tensor
-    layers: list[tuple[Packed, Packed]] = field(repr=False)
+    layers: list[tuple[QuantizedTensor, QuantizedTensor]] = field(repr=False)
     precision: Precision
 
     @classmethod
     def from_cache(cls, sharer: ModelIdentity, ids: Tensor, kept: Tensor, layers: Sequence[KeyValue]) -> Self:
         """Make a handoff of keys and values as they lie in the cache, each ``[1, kv_heads, tokens, head_dim]``."""
         precision: Any = str(layers[0][0].dtype).removeprefix("torch.")
-        packed = [(Packed(keys.contiguous()), Packed(values.contiguous())) for keys, values in layers]
-        return cls(sharer, ids.cpu().long(), kept.cpu().long(), packed, precision)
+        quantized = [
+            (QuantizedTensor(keys.contiguous()), QuantizedTensor(values.contiguous())) for keys, values in layers
+        ]
+        return cls(sharer, ids.cpu().long(), kept.cpu().long(), quantized, precision)
 
     @property
     def tokens(self) -> TokenBatch:
@@ -154,7 +157,7 @@ class Handoff:
     def cache(self, dtype: torch.dtype, device: torch.device) -> Cache:
         """Return the sharer's cache of all tokens, in ``dtype``."""
         return kv_cache.from_layers(
-            (keys.unpack(dtype).to(device), values.unpack(dtype).to(device)) for keys, values in self.layers
+            (keys.dequantize(dtype).to(device), values.dequantize(dtype).to(device)) for keys, values in self.layers
         )
 
     def to(self, precision: Precision) -> Handoff:
@@ -167,18 +170,19 @@ class Handoff:
             raise HandoffError(f"unknown precision {precision!r}; expected one of {', '.join(_TYPES)}.")
         if precision == self.precision:
             return self
-        packed = [
-            (
-                Packed.pack(keys.unpack(torch.float32), precision, along=2),
-                Packed.pack(values.unpack(torch.float32), precision, along=3),
-            )
-            for keys, values in self.layers
+        whole = ((keys.dequantize(torch.float32), values.dequantize(torch.float32)) for keys, values in self.layers)
+        quantized = [
+            (QuantizedTensor.quantize(keys, precision, 2), QuantizedTensor.quantize(values, precision, 3))
+            for keys, values in whole
         ]
-        return replace(self, layers=packed, precision=precision)
+        return replace(self, layers=quantized, precision=precision)
 
     def zeros_like(self) -> Handoff:
         """Return the same handoff with zeros for keys and values, for a control."""
-        layers = [(Packed(torch.zeros_like(k.data)), Packed(torch.zeros_like(v.data))) for k, v in self.layers]
+        layers = [
+            (QuantizedTensor(torch.zeros_like(k.data)), QuantizedTensor(torch.zeros_like(v.data)))
+            for k, v in self.layers
+        ]
         return replace(self, layers=layers)
 
     def projected(self, fuser: Any) -> list[KeyValue] | None:
@@ -187,12 +191,7 @@ class Handoff:
 
     def shared_prefix(self, ids: Sequence[int]) -> int:
         """Count the first tokens of ``ids`` that this handoff begins with."""
-        count = 0
-        for ours, theirs in zip(self.ids.tolist(), ids, strict=False):
-            if ours != theirs:
-                break
-            count += 1
-        return count
+        return common_prefix(self.ids.tolist(), ids)
 
     # -- files -------------------------------------------------------------------------------------------------------
 
@@ -208,7 +207,12 @@ class Handoff:
             key: secret that signs manifest and content (HMAC-SHA256); without it a hash finds damage, but no forgery.
         """
         path = Path(path)
-        tensors = self._tensors()
+        tensors = {"ids": self.ids, "kept": self.kept}
+        for index, pair in enumerate(self.layers):
+            for name, quantized in zip(("key", "value"), pair, strict=True):
+                tensors[f"{index}.{name}"] = quantized.data.cpu()
+                if quantized.scale is not None:
+                    tensors[f"{index}.{name}.scale"] = quantized.scale.cpu()
         manifest = {
             "format": _FORMAT,
             "sharer": self.sharer.to_dict(),
@@ -247,26 +251,24 @@ class Handoff:
                 "handoff is not taken from one conversation to another."
             )
         try:
-            if manifest.get("expires") is not None and time.time() > manifest["expires"]:
-                raise HandoffError(f"{path} has expired: let the sharer read again.")
-            return cls._from_tensors(manifest, tensors)
+            expired = manifest.get("expires") is not None and time.time() > manifest["expires"]
+            handoff = cls._from_tensors(manifest, tensors)
         except (KeyError, TypeError, ValueError) as error:
-            if isinstance(error, HandoffError):
-                raise
             raise HandoffError(
                 f"{path} is no whole handoff: {type(error).__name__} {error}. Let the sharer read again and save it."
             ) from error
+        if expired:
+            raise HandoffError(f"{path} has expired: let the sharer read again.")
+        return handoff
 
     @classmethod
     def _from_tensors(cls, manifest: dict[str, Any], tensors: dict[str, Tensor]) -> Self:
         """Make a handoff of a file's content; ValueError or KeyError where parts are missing or do not fit."""
-        layers = [
-            (
-                Packed(tensors[f"{index}.key"], tensors.get(f"{index}.key.scale")),
-                Packed(tensors[f"{index}.value"], tensors.get(f"{index}.value.scale")),
-            )
-            for index in range(manifest["layers"])
-        ]
+
+        def quantized(name: str) -> QuantizedTensor:
+            return QuantizedTensor(tensors[name], tensors.get(f"{name}.scale"))
+
+        layers = [(quantized(f"{index}.key"), quantized(f"{index}.value")) for index in range(manifest["layers"])]
         identity, ids, kept = ModelIdentity.from_dict(manifest["sharer"]), tensors["ids"], tensors["kept"]
         if ids.dim() != 1 or kept.dim() != 1 or not (int(kept.min()) >= 0 and int(kept.max()) < len(ids)):
             raise ValueError(f"{tuple(ids.shape)} token ids, of which columns {kept.tolist()[:8]} are handed over")
@@ -274,15 +276,6 @@ class Handoff:
         if len(layers) != identity.kv["layers"] or any(part.data.shape != expected for pair in layers for part in pair):
             raise ValueError(f"{len(layers)} layers; expected {identity.kv['layers']}, each of shape {expected}")
         return cls(identity, ids, kept, layers, manifest["precision"])
-
-    def _tensors(self) -> dict[str, Tensor]:
-        tensors = {"ids": self.ids, "kept": self.kept}
-        for index, pair in enumerate(self.layers):
-            for name, packed in zip(("key", "value"), pair, strict=True):
-                tensors[f"{index}.{name}"] = packed.data.cpu()
-                if packed.scale is not None:
-                    tensors[f"{index}.{name}.scale"] = packed.scale.cpu()
-        return tensors
 
 
 def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
@@ -294,13 +287,10 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except (SafetensorError, OSError) as error:
         raise HandoffError(f"{path} is cut off or no safetensors file: {error}") from error
-    try:
-        known = json.loads(header["manifest"])["format"] == _FORMAT and "digest" in header
-    except (KeyError, TypeError, ValueError):
-        known = False
-    if not known:
-        raise HandoffError(f"{path} is no handoff: its header has no manifest of format {_FORMAT}.")
-    return header, tensors
+    with suppress(KeyError, TypeError, ValueError):
+        if json.loads(header["manifest"])["format"] == _FORMAT and "digest" in header:
+            return header, tensors
+    raise HandoffError(f"{path} is no handoff: its header has no manifest of format {_FORMAT}.")
 
 
 def _digest(manifest: str, tensors: dict[str, Tensor], key: bytes | None) -> str:

@@ -52,6 +52,10 @@ class ModelIdentity:
         return cls(**{key: value for key, value in data.items() if key in known})
 
 
+# (role, the identity expected, or None where none is recorded, the identity given)
+Pairs = list[tuple[str, ModelIdentity | None, ModelIdentity]]
+
+
 def identify(model: PreTrainedModel, tokenizer: Any, name: str, geometry: KVGeometry) -> ModelIdentity:
     """Return the identity of a loaded model."""
     rope = getattr(model.config.get_text_config(decoder=True), "rope_parameters", None)
@@ -107,24 +111,19 @@ def differences(
     """
     hard: list[str] = []
     soft: list[str] = []
-    for field in fields(ModelIdentity):
-        if field.name in ("name", "revision"):
-            continue
+    for field in fields(ModelIdentity)[2:]:  # name and revision are informative
         want, got = getattr(expected, field.name), getattr(given, field.name)
-        if want is None or got is None or want == got:
-            continue
-        line = f"{role} {field.name}: the {what} was made for {want} ({expected.name}), got {got} ({given.name})"
-        (hard if field.name in _STRUCTURE else soft).append(line)
+        if want is not None and got is not None and want != got:
+            line = f"{role} {field.name}: the {what} was made for {want} ({expected.name}), got {got} ({given.name})"
+            (hard if field.name in _STRUCTURE else soft).append(line)
     return hard, soft
 
 
-def check(
-    pairs: list[tuple[str, ModelIdentity | None, ModelIdentity]], allow_mismatch: bool, what: str = "fuser"
-) -> list[str]:
+def check(pairs: Pairs, allow_mismatch: bool, what: str = "fuser") -> list[str]:
     """Compare all expected identities with those of the models given.
 
     Args:
-        pairs: (role, expected or None if the fuser does not say, given).
+        pairs: role, identity expected and identity given of each model.
         allow_mismatch: accept other weights, tokenizers or templates of the same structure.
         what: what expects them, for the error.
 
@@ -134,13 +133,8 @@ def check(
     Raises:
         MismatchError: listing every difference.
     """
-    hard: list[str] = []
-    soft: list[str] = []
-    for role, expected, given in pairs:
-        if expected is not None:
-            more_hard, more_soft = differences(role, expected, given, what)
-            hard += more_hard
-            soft += more_soft
+    found = [differences(role, expected, given, what) for role, expected, given in pairs if expected is not None]
+    hard, soft = ([line for pair in found for line in pair[index]] for index in (0, 1))
     if hard or (soft and not allow_mismatch):
         advice = f"Load the models that the {what} names, or train one for these."
         if what == "fuser":
@@ -153,13 +147,12 @@ def check(
     return soft
 
 
-def _swapped(pairs: list[tuple[str, ModelIdentity | None, ModelIdentity]]) -> bool:
+def _swapped(pairs: Pairs) -> bool:
     """Whether two models would fit in each other's place."""
-    if len(pairs) != 2 or any(expected is None for _, expected, _ in pairs):
-        return False
-    (_, first, ours), (_, second, theirs) = pairs
-    placed = ((first, theirs), (second, ours))
-    return all(want is not None and not any(differences("", want, given)) for want, given in placed)
+    wanted, given = [want for _, want, _ in pairs if want is not None], [got for _, _, got in pairs]
+    return len(pairs) == len(wanted) == 2 and not any(
+        any(differences("", want, got)) for want, got in zip(wanted, reversed(given), strict=True)
+    )
 
 
 def _digest(data: bytes) -> str:

@@ -74,9 +74,8 @@ def check_layers(cache: Any) -> None:
     """
     if not isinstance(cache, Cache):
         raise CacheError(f"got a {type(cache).__name__} as KV cache, expected a transformers DynamicCache. {_ADVICE}")
-    bad = [f"{i} ({type(layer).__name__})" for i, layer in enumerate(cache.layers) if type(layer) is not DynamicLayer]
-    if bad:
-        raise CacheError(f"these cache layers can't be fused: {', '.join(bad)}. {_ADVICE}")
+    if bad := _named_layers(cache, [type(layer) is DynamicLayer for layer in cache.layers]):
+        raise CacheError(f"these cache layers can't be fused: {bad}. {_ADVICE}")
 
 
 def check_model_layers(config: Any) -> None:
@@ -86,15 +85,14 @@ def check_model_layers(config: Any) -> None:
         CacheError: a layer is linear attention, shares another's cache, or compresses its tokens.
     """
     planned = DynamicCache(config=config.get_text_config(decoder=True))
-    bad = [
-        f"{index} ({type(layer).__name__})"
-        for index, layer in enumerate(planned.layers)
-        if not (type(layer) is DynamicLayer or getattr(layer, "is_sliding", False))
-    ]
-    if bad:
-        raise CacheError(
-            f"layers of {config.model_type} without a KV cache per token can't be fused: {', '.join(bad)}. {_ADVICE}"
-        )
+    fit = [type(layer) is DynamicLayer or getattr(layer, "is_sliding", False) for layer in planned.layers]
+    if bad := _named_layers(planned, fit):
+        raise CacheError(f"layers of {config.model_type} without a KV cache per token can't be fused: {bad}. {_ADVICE}")
+
+
+def _named_layers(cache: Cache, fit: Sequence[bool]) -> str:
+    """List the layers that do not fit, with their types."""
+    return ", ".join(f"{i} ({type(cache.layers[i]).__name__})" for i, good in enumerate(fit) if not good)
 
 
 def length(cache: Cache) -> int:
@@ -167,11 +165,7 @@ def crop(cache: Cache, tokens: int) -> DynamicCache:
 
 
 def append(cache: Cache, entries: Sequence[KeyValue]) -> Cache:
-    """Add entries after the last ones of every layer, in place; an empty cache takes them as they are.
-
-    Args:
-        cache: the cache.
-        entries: keys (rotated to their positions) and values per layer, ``[batch, kv_heads, tokens, head_dim]``.
+    """Add entries, keys rotated to their positions, to every layer, in place; an empty cache takes them as they are.
 
     Raises:
         CacheError: other layers than the cache has.
@@ -194,14 +188,12 @@ def stack(caches: Sequence[Cache]) -> DynamicCache:
     Right for rotary models, since keys carry their position: moving a row to the right changes nothing in it.
     """
     width = max(length(cache) for cache in caches)
-    joined = zip(*(layers(cache) for cache in caches), strict=True)
-    return from_layers(
-        (
-            torch.cat([_pad_left(keys, width) for keys, _ in rows]),
-            torch.cat([_pad_left(values, width) for _, values in rows]),
-        )
-        for rows in joined
-    )
+
+    def join(entries: Iterable[Tensor]) -> Tensor:
+        return torch.cat([torch.nn.functional.pad(x, (0, 0, width - x.shape[2], 0)) for x in entries])
+
+    rows = zip(*(layers(cache) for cache in caches), strict=True)
+    return from_layers((join(keys), join(values)) for keys, values in (zip(*row, strict=True) for row in rows))
 
 
 def select_rows(cache: Cache, rows: Tensor) -> DynamicCache:
@@ -212,8 +204,3 @@ def select_rows(cache: Cache, rows: Tensor) -> DynamicCache:
 def nbytes(cache: Cache) -> int:
     """Count the bytes of all keys and values."""
     return sum(keys.nbytes + values.nbytes for keys, values in layers(cache))
-
-
-def _pad_left(entry: Tensor, width: int) -> Tensor:
-    missing = width - entry.shape[2]
-    return entry if missing == 0 else torch.nn.functional.pad(entry, (0, 0, missing, 0))

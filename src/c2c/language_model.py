@@ -15,7 +15,7 @@ from transformers import Cache, PreTrainedModel
 from c2c import kv_cache, rope
 from c2c.errors import CacheError, ContextLengthError, MismatchError, PromptError
 from c2c.generation import DEFAULT_NEW_TOKENS, FirstTokenTimer, PrefilledPrompt, as_list, unbatch
-from c2c.handoff import Handoff, Reading, reading
+from c2c.handoff import Handoff, SharerPrompt, sharer_prompt
 from c2c.identity import ModelIdentity, differences, identify
 from c2c.loading import load
 from c2c.messages import conversations
@@ -27,7 +27,6 @@ _PROBE_POSITIONS = torch.tensor([[0], [7]])
 
 
 def _contiguous(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Make a module's input contiguous (a forward pre-hook)."""
     return (inputs[0].contiguous(), *inputs[1:])
 
 
@@ -72,8 +71,7 @@ class LanguageModel:
     @classmethod
     def from_pretrained(cls, source: str | Path | PreTrainedModel, **kwargs: Any) -> Self:
         """Load by alias, hub id, folder or GGUF file; arguments as in :func:`c2c.loading.load`."""
-        loaded = load(source, **kwargs)
-        return cls(loaded.model, loaded.tokenizer, loaded.name)
+        return cls(*load(source, **kwargs))
 
     @property
     def device(self) -> torch.device:
@@ -104,10 +102,9 @@ class LanguageModel:
     @cached_property
     def _probe(self) -> Cache:
         """The cache of one token at position 0 and at position 7."""
-        ids = torch.ones(2, 1, dtype=torch.long, device=self.device)
-        positions = _PROBE_POSITIONS.to(self.device)
-        mask = torch.ones_like(ids, dtype=torch.bool)
-        return prefill(self.model, TokenBatch(ids, mask, positions, padded=False), stop=1)
+        ids = torch.ones(2, 1, dtype=torch.long)
+        batch = TokenBatch(ids, ids.bool(), _PROBE_POSITIONS, padded=False)
+        return prefill(self.model, batch.to(self.device), stop=1)
 
     def release(self) -> None:
         """Free the weights, when every prefill that is needed is stored; the model can't run any more."""
@@ -233,7 +230,8 @@ class LanguageModel:
         self._check_cache(batch, cache)
         kwargs = self._with_defaults(kwargs)
         config = kwargs.get("generation_config") or self.model.generation_config
-        kv_cache.repeat(cache, _expansion(kwargs, config))
+        copies = [kwargs.get(name) or getattr(config, name) or 1 for name in ("num_beams", "num_return_sequences")]
+        kv_cache.repeat(cache, max(copies))  # generate repeats ids and mask, but not a cache given to it
         if timer is not None:
             timer.watch(kwargs, config)
         if not batch.natural:
@@ -257,10 +255,8 @@ class LanguageModel:
 
     def texts(self, ids: Iterable[Tensor]) -> list[str]:
         """Decode rows of new ids to texts without special tokens; to empty texts without a tokenizer."""
-        return [self._text(row) for row in ids]
-
-    def _text(self, ids: Tensor) -> str:
-        return "" if self.tokenizer is None else str(self.tokenizer.decode(ids, skip_special_tokens=True))
+        decode = (lambda *_, **__: "") if self.tokenizer is None else self.tokenizer.decode
+        return [str(decode(row, skip_special_tokens=True)) for row in ids]
 
     def _check_cache(self, batch: TokenBatch, cache: Cache) -> None:
         kv_cache.check_layers(cache)
@@ -282,17 +278,9 @@ class LanguageModel:
             kwargs["max_new_tokens"] = DEFAULT_NEW_TOKENS
         if kwargs.get("stop_strings"):
             kwargs.setdefault("tokenizer", require_tokenizer(self.tokenizer, self.role))
-        if config.pad_token_id is None and "pad_token_id" not in kwargs:
-            ends = as_list(config.eos_token_id)
-            kwargs["pad_token_id"] = ends[0] if ends else 0
+        if config.pad_token_id is None:
+            kwargs.setdefault("pad_token_id", next(iter(as_list(config.eos_token_id)), 0))
         return kwargs
-
-
-def _expansion(kwargs: dict[str, Any], config: Any) -> int:
-    """Return how often ``generate`` repeats each row: it repeats ids and mask, but not a cache given to it."""
-    beams = kwargs.get("num_beams") or config.num_beams or 1
-    sequences = kwargs.get("num_return_sequences") or config.num_return_sequences or 1
-    return max(beams, sequences)
 
 
 class Receiver(LanguageModel):
@@ -302,7 +290,7 @@ class Receiver(LanguageModel):
 
 
 @dataclass(frozen=True)
-class Wanted:
+class EntrySelection:
     """Select the entries of a sharer's cache that fusion reads: column ``columns[i]`` of row ``rows[i]`` in ``layers``.
 
     Attributes:
@@ -326,7 +314,7 @@ class Sharer(LanguageModel):
 
     role = "sharer"
 
-    def share(self, batch: TokenBatch, wanted: Wanted) -> Cache:
+    def share(self, batch: TokenBatch, wanted: EntrySelection) -> Cache:
         """Return the cache of ``batch``, filled at least where ``wanted`` says; other entries must not be read."""
         return self.prefill(batch, wanted.stop)
 
@@ -357,7 +345,7 @@ class Sharer(LanguageModel):
         batch, single = conversations(messages)
         if not single:
             raise PromptError("a handoff holds one conversation: call read once for each.")
-        plan = reading(self.tokenizer, batch[0], options or RenderOptions())
+        plan = sharer_prompt(self.tokenizer, batch[0], options or RenderOptions())
         tokens = left_pad([plan.ids], 0)
         self.check_prompt(tokens)
         cache: Cache = kv_cache.empty_cache()
@@ -369,7 +357,7 @@ class Sharer(LanguageModel):
             cache = kv_cache.crop(reuse.cache(self.dtype, self.device), known) if known else cache
         return self._read_prompt(plan, tokens, cache, draft_tokens)
 
-    def _read_prompt(self, plan: Reading, tokens: TokenBatch, cache: Cache, draft_tokens: int) -> Handoff:
+    def _read_prompt(self, plan: SharerPrompt, tokens: TokenBatch, cache: Cache, draft_tokens: int) -> Handoff:
         """Prefill what ``cache`` does not hold yet, draft, and return all of it as a handoff."""
         if draft_tokens <= 0:
             cache = self.prefill(tokens, cache=cache)

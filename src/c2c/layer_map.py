@@ -29,14 +29,8 @@ def depth_normalised(receiver_layers: int, sharer_layers: int) -> LayerMap:
     rounding of these floats, as there.
     """
 
-    def depth(index: int, layers: int) -> float:
-        return index / (layers - 1) if layers > 1 else 0.0
-
-    def nearest(index: int) -> int:
-        here = depth(index, receiver_layers)
-        return min(range(sharer_layers), key=lambda other: (abs(depth(other, sharer_layers) - here), other))
-
-    return [nearest(index) for index in range(receiver_layers)]
+    ours, theirs = ([index / max(n - 1, 1) for index in range(n)] for n in (receiver_layers, sharer_layers))
+    return [min(range(sharer_layers), key=lambda layer: abs(theirs[layer] - here)) for here in ours]
 
 
 NAMED: dict[str, Callable[[int, int], LayerMap]] = {

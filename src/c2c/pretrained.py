@@ -33,14 +33,7 @@ class Pretrained:
     if TYPE_CHECKING:
 
         def __init__(
-            self,
-            receiver: Receiver,
-            sharers: Sequence[Sharer],
-            fusers: Sequence[Fuser],
-            *,
-            aligner: Aligner | None = None,
-            mode: FusionMode = "sequential",
-            allow_mismatch: bool = False,
+            self, receiver: Receiver, sharers: Sequence[Sharer], fusers: Sequence[Fuser], **options: Any
         ) -> None: ...
 
     @classmethod
@@ -143,25 +136,21 @@ class Pretrained:
         """
         folders = [Path(f) for f in ([folder] if isinstance(folder, str | Path) else folder)]
         names = [read_names(f) for f in folders]
-        receiver = receiver if receiver is not None else names[0].receiver
-        sharer = sharer if sharer is not None else [name.sharer for name in names]
-        if receiver is None or sharer is None or sharer == [None]:
+        receiver = receiver if receiver is not None else names[0].get("receiver")
+        sharer = sharer if sharer is not None else [name.get("sharer") for name in names]
+        if receiver is None or sharer == [None]:
             raise FuserError(f"{folders[0]} does not name its models; pass receiver=... and sharer=....")
         ours, theirs = _load_models(receiver, sharer, load_kwargs | {"dtype": dtype})
         if len(theirs) != len(folders):
             raise FuserError(
                 f"got {len(folders)} checkpoints and {len(theirs)} sharers; give one sharer per checkpoint."
             )
-        fusers = [
-            _place(
-                import_published(f, receiver=ours.geometry, sharer=model.geometry, dtype=dtype or ours.dtype),
-                ours.device,
-            )
-            for f, model in zip(folders, theirs, strict=True)
-        ]
-        for fuser, model in zip(fusers, theirs, strict=True):
-            fuser.config.sharer, fuser.config.receiver = model.identity.to_dict(), ours.identity.to_dict()
-        chosen: Any = mode or names[0].mode
+        fusers: list[Fuser] = []
+        for f, model in zip(folders, theirs, strict=True):
+            new = import_published(f, receiver=ours.geometry, sharer=model.geometry, dtype=dtype or ours.dtype)
+            new.config.sharer, new.config.receiver = model.identity.to_dict(), ours.identity.to_dict()
+            fusers.append(_place(new, ours.device))
+        chosen: Any = mode or names[0].get("mode", "sequential")
         return cls(ours, theirs, fusers, aligner=aligner, mode=chosen)
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -197,7 +186,6 @@ def _load_models(receiver: Any, sharer: Any, load_kwargs: dict[str, Any]) -> tup
 
 
 def _load_sharer(source: Any, load_kwargs: dict[str, Any]) -> Sharer:
-    """Load a sharer here, or connect to one at a URL."""
     if isinstance(source, str) and source.startswith(("http://", "https://")):
         from c2c.remote import RemoteSharer  # brings an HTTP client along
 
@@ -216,8 +204,7 @@ def _fuser_folders(source: str | Path | Sequence[str | Path]) -> tuple[list[str 
 
 def _recorded(fuser: Fuser, role: str) -> str:
     recorded: ModelIdentity | None = fuser.config.identity(role)
-    if recorded is None and role in (names := published_names(fuser.config.training)):
-        return names[role]
-    if recorded is None:
+    name = recorded.name if recorded is not None else published_names(fuser.config.training).get(role)
+    if name is None:
         raise FuserError(f"this fuser does not say which {role} it was made for; pass {role}=....")
-    return recorded.name
+    return name

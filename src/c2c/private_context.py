@@ -77,10 +77,11 @@ def project(handoff: Handoff, sharer: Sharer, fuser: Fuser) -> PrivateEntries:
     if made is not None:
         return PrivateEntries(made, handoff.nbytes)
     identity.check([("handoff", sharer.identity, handoff.sharer)], allow_mismatch=False)
-    device, layers = fuser.device, fuser.config.source_layers
-    kept = handoff.kept
-    keys = [handoff.layers[layer][0].unpack(sharer.dtype)[:, :, kept].to(device) for layer in layers]
-    values = [handoff.layers[layer][1].unpack(sharer.dtype)[:, :, kept].to(device) for layer in layers]
+    device, layers, kept = fuser.device, fuser.config.source_layers, handoff.kept
+    keys, values = (
+        [handoff.layers[layer][side].dequantize(sharer.dtype)[:, :, kept].to(device) for layer in layers]
+        for side in (0, 1)
+    )
     tables = sharer.rotary(handoff.tokens.positions[:, kept].to(device))
     rotary = None if tables is None else [tables[layer] for layer in layers]
     entries: list[KeyValue] = fuser(Entries(keys, values, rotary))
@@ -94,15 +95,12 @@ def project_all(
     handoffs: Sequence[Sequence[Handoff]], pairs: Sequence[tuple[Sharer, Fuser]]
 ) -> list[list[PrivateEntries]]:
     """Project the handoffs of a batch, one per conversation and pair; one that many rows share only once."""
-    projected: dict[tuple[int, int], PrivateEntries] = {}
-    for row in handoffs:
-        for index, handoff in enumerate(row):
-            if (index, id(handoff)) not in projected:
-                projected[index, id(handoff)] = project(handoff, *pairs[index])
+    given = {(index, id(handoff)): handoff for row in handoffs for index, handoff in enumerate(row)}
+    projected = {key: project(handoff, *pairs[key[0]]) for key, handoff in given.items()}
     return [[projected[index, id(handoff)] for index, handoff in enumerate(row)] for row in handoffs]
 
 
-def shared_part(model: C2CModel, conversation: Conversation, options: RenderOptions) -> Prompt:
+def align_shared(model: C2CModel, conversation: Conversation, options: RenderOptions) -> Prompt:
     """Align one conversation for the receiver and those sharers that read it too, beside those of private context."""
     shared = [index for index in range(len(model.sharers)) if index not in model.private]
     if not shared:
@@ -110,16 +108,14 @@ def shared_part(model: C2CModel, conversation: Conversation, options: RenderOpti
         return Prompt(tokens, (tokens,) * len(model.sharers), ())
     tokenizers = [model.sharers[index].tokenizer for index in shared]
     (prompt,) = model.aligner.align(model.receiver.tokenizer, tokenizers, [conversation], options)
-    sharers = [prompt.receiver] * len(model.sharers)
-    for index, tokens in zip(shared, prompt.sharers, strict=True):
-        sharers[index] = tokens
-    chunks = []
-    for chunk in prompt.chunks:
-        alignments: list[Alignment | None] = [None] * len(model.sharers)
-        for index, alignment in zip(shared, chunk.alignments, strict=True):
-            alignments[index] = alignment
-        chunks.append(Chunk(chunk.stop, tuple(alignments)))
-    return replace(prompt, sharers=tuple(sharers), chunks=tuple(chunks))
+
+    def spread(values: Sequence[Any], default: Any) -> tuple[Any, ...]:
+        """Give the others a default."""
+        placed = dict(zip(shared, values, strict=True))
+        return tuple(placed.get(index, default) for index in range(len(model.sharers)))
+
+    chunks = tuple(Chunk(chunk.stop, spread(chunk.alignments, None)) for chunk in prompt.chunks)
+    return replace(prompt, sharers=spread(prompt.sharers, prompt.receiver), chunks=chunks)
 
 
 def place(
@@ -129,27 +125,19 @@ def place(
     options: RenderOptions,
     entries: Sequence[PrivateEntries],
 ) -> PrivatePrompt:
-    """Make room for entries before the first user message of a prompt of one row.
-
-    Args:
-        prompt: the prompt without them.
-        tokenizer: the receiver's.
-        conversation: the messages of the prompt.
-        options: how it was rendered.
-        entries: in the order in which they stand in the cache.
-    """
+    """Make room for entries, in this order, before the first user message of a prompt of one row."""
     column = first_user_column(tokenizer, conversation, options)
     slots = sum(part.slots for part in entries)
-    if slots == 0:
-        return PrivatePrompt(prompt.receiver, prompt.sharers, prompt.chunks, prompt.skipped, column, tuple(entries))
-    chunks = tuple(
-        Chunk(
-            chunk.stop + slots * (chunk.stop > column),
-            tuple(None if alignment is None else _moved(alignment, column, slots) for alignment in chunk.alignments),
+    receiver, chunks = prompt.receiver, prompt.chunks
+    if slots > 0:
+        receiver = receiver.insert_slots(column, slots)
+        chunks = tuple(
+            Chunk(
+                chunk.stop + slots * (chunk.stop > column),
+                tuple(part and _moved(part, column, slots) for part in chunk.alignments),
+            )
+            for chunk in chunks
         )
-        for chunk in prompt.chunks
-    )
-    receiver = prompt.receiver.with_slots(column, slots)
     return PrivatePrompt(receiver, prompt.sharers, chunks, prompt.skipped, column, tuple(entries))
 
 
@@ -163,7 +151,9 @@ def prefill_entries(cache: Cache, receiver: LanguageModel, prompt: PrivatePrompt
     for entries in prompt.entries:
         stop = column + entries.slots
         tables = receiver.rotary(tokens.positions[:, column:stop])
-        kv_cache.append(cache, [_rotated(entry, tables, layer) for layer, entry in enumerate(entries.layers)])
+        layers = enumerate(entries.layers)
+        rotated = [(keys if tables is None else tables[layer].apply(keys), values) for layer, (keys, values) in layers]
+        kv_cache.append(cache, rotated)
         column = stop
     return cache
 
@@ -177,12 +167,11 @@ def first_user_column(tokenizer: Any, conversation: Conversation, options: Rende
     encoded = encode(tokenizer, render(tokenizer, conversation, options))
     for message, found in zip(conversation, encoded.rendered.spans, strict=True):
         if message["role"] == "user" and found is not None:
-            (start, _), _ = found
-            return next(column for column, (_, end) in enumerate(encoded.offsets) if end > start)
+            return next(column for column, (_, end) in enumerate(encoded.offsets) if end > found[0][0])
     raise PromptError("private context stands before the first user message, and there is none with any text.")
 
 
-def handoffs_of(given: Any, sharers: Sequence[Sharer], rows: int, options: RenderOptions) -> list[list[Handoff]]:
+def read_handoffs(given: Any, sharers: Sequence[Sharer], rows: int, options: RenderOptions) -> list[list[Handoff]]:
     """Read (or take, where handoffs are given) the private context of each conversation and sharer.
 
     Args:
@@ -215,9 +204,7 @@ def _read_all(given: Any, sharer: Sharer, rows: int, options: RenderOptions) -> 
         found = given
     else:
         batch, single = conversations(given)
-        found = [sharer.read(conversation, options=options) for conversation in batch]
-        if single:
-            return found * rows
+        found = [sharer.read(conversation, options=options) for conversation in batch] * (rows if single else 1)
     if len(found) != rows:
         raise PromptError(f"got {len(found)} private contexts for {rows} conversations; give one for each, or one.")
     return found
@@ -226,8 +213,3 @@ def _read_all(given: Any, sharer: Sharer, rows: int, options: RenderOptions) -> 
 def _moved(alignment: Alignment, column: int, slots: int) -> Alignment:
     receiver = torch.where(alignment.receiver >= column, alignment.receiver + slots, alignment.receiver)
     return Alignment(alignment.rows, receiver, alignment.sharer)
-
-
-def _rotated(entry: KeyValue, tables: Any, layer: int) -> KeyValue:
-    keys, values = entry
-    return (keys if tables is None else tables[layer].apply(keys)), values

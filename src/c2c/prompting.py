@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -75,6 +76,11 @@ def require_tokenizer(tokenizer: Any, whose: str) -> Any:
     return tokenizer
 
 
+def pad_id(tokenizer: Any) -> int:
+    """Return an id for padding, which is masked everywhere: the pad token's, else that of the end, else 0."""
+    return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0)
+
+
 def render_text(tokenizer: Any, conversation: Conversation, options: RenderOptions) -> str:
     """Render the prompt text of a conversation.
 
@@ -120,27 +126,19 @@ def encode(tokenizer: Any, rendered: Rendered) -> Encoded:
     return Encoded(rendered, list(out["input_ids"]), [(int(a), int(b)) for a, b in out["offset_mapping"]])
 
 
-def _mark(index: int) -> str:
-    return f"\ue000{index}\ue001"
-
-
 def _find_spans(
     tokenizer: Any, conversation: Conversation, options: RenderOptions, text: str
 ) -> list[tuple[Span, int] | None]:
-    marked = [{**message, "content": _mark(i) if message["content"] else ""} for i, message in enumerate(conversation)]
-    skeleton = render_text(tokenizer, marked, options)
-    order = [i for i, message in enumerate(conversation) if message["content"] and _mark(i) in skeleton]
-    order.sort(key=lambda i: skeleton.index(_mark(i)))
+    marks = [f"\ue000{i}\ue001" if message["content"] else "" for i, message in enumerate(conversation)]
+    marked = [{**message, "content": mark} for message, mark in zip(conversation, marks, strict=True)]
+    # template texts with the indices of the messages between them
+    before, *pieces = re.split("\ue000([0-9]+)\ue001", render_text(tokenizer, marked, options))
     spans: list[tuple[Span, int] | None] = [None] * len(conversation)
-    position, cursor = 0, 0
-    for place, index in enumerate(order):
-        before = skeleton[cursor : skeleton.index(_mark(index))]
-        cursor = skeleton.index(_mark(index)) + len(_mark(index))
-        after = (
-            skeleton[cursor : skeleton.index(_mark(order[place + 1]))] if place + 1 < len(order) else skeleton[cursor:]
-        )
+    position = 0
+    for index, after in zip(map(int, pieces[::2]), pieces[1::2], strict=True):
         found = _locate(text, conversation[index]["content"], before, after, position)
-        if found is not None:
+        before = after
+        if found is not None and spans[index] is None:
             spans[index] = found
             position = found[0][1]
     return spans
@@ -148,18 +146,14 @@ def _find_spans(
 
 def _locate(text: str, content: str, before: str, after: str, start: int) -> tuple[Span, int] | None:
     """Find a message, as given or trimmed, between the template texts around it; else its first occurrence."""
-    candidates = dict.fromkeys([content, content.strip(), content.lstrip(), content.rstrip()])
-    for exact in (True, False):
-        for piece in candidates:
-            if not piece:
-                continue
-            if exact:
-                at = text.find(before + piece + after, start)
-                at = at + len(before) if at >= 0 else -1
-            else:  # whitespace alone is found anywhere
-                at = text.find(piece, start) if piece.strip() else -1
-            if at >= 0:
-                return (at, at + len(piece)), content.index(piece)
+    pieces = dict.fromkeys(filter(None, [content, content.strip(), content.lstrip(), content.rstrip()]))
+    exact = ((piece, before, after) for piece in pieces)
+    anywhere = ((piece, "", "") for piece in pieces if piece.strip())  # whitespace is found everywhere
+    for piece, left, right in (*exact, *anywhere):
+        at = text.find(left + piece + right, start)
+        if at >= 0:
+            at += len(left)
+            return (at, at + len(piece)), content.index(piece)
     return None
 
 

@@ -5,7 +5,6 @@ The format is described in ``docs/formats.md``. Weights are read with ``weights_
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -19,42 +18,19 @@ from c2c.kv_cache import KVGeometry
 from c2c.utils import read_json_object
 from c2c.version import __version__
 
-_OPTIONS = (
-    "hidden_dim",
-    "intermediate_dim",
-    "num_layers",
-    "dropout",
-    "zero_init",
-    "initial_temperature",
-    "final_temperature",
-    "anneal_steps",
-)
+_OPTIONS = C2CFuserConfig.__annotations__.keys() - {"gate_temperature"}  # of constructor arguments
 
 
-@dataclass(frozen=True)
-class PublishedNames:
-    """Hold what a checkpoint's ``config.json`` says about its models."""
-
-    receiver: str | None
-    sharer: str | None
-    mode: str
-
-
-def read_names(folder: str | Path) -> PublishedNames:
-    """Read the model names of a checkpoint, for loading them by id."""
-    model = _training_config(_weights_folder(Path(folder))).get("model", {})
-    return PublishedNames(
-        model.get("base_model"),
-        model.get("teacher_model"),
-        model.get("multi_source_fusion_mode", "sequential"),
-    )
+def read_names(folder: str | Path) -> dict[str, str]:
+    """Read what a checkpoint says of its models: names of ``receiver`` and ``sharer``, and the fusion ``mode``."""
+    return published_names({"config": _training_config(_weights_folder(Path(folder)))})
 
 
 def published_names(training: dict[str, Any] | None) -> dict[str, str]:
-    """Return the model names that an imported fuser keeps from its checkpoint, by role."""
+    """Return the same of an imported fuser, which keeps its checkpoint's configuration."""
     model = ((training or {}).get("config") or {}).get("model") or {}
-    found = {"receiver": model.get("base_model"), "sharer": model.get("teacher_model")}
-    return {role: name for role, name in found.items() if name}
+    keys = {"receiver": "base_model", "sharer": "teacher_model", "mode": "multi_source_fusion_mode"}
+    return {role: model[key] for role, key in keys.items() if model.get(key)}
 
 
 def import_published(
@@ -79,52 +55,56 @@ def import_published(
     weights = _weights_folder(Path(folder).expanduser())
     mapping = _mapping(weights)
     layers = max(mapping) + 1
-    sources: list[int | None] = [mapping[i][0] if i in mapping else None for i in range(layers)]
+    layers = max(layers, receiver.layers if receiver else 0)
+    used = max(source for source, _ in mapping.values()) + 1
     projectors = [mapping[i][1] for i in sorted(mapping)]
     arguments = _arguments(weights, projectors)
     states = [_read_state(weights / f"projector_{number}.pt") for number in projectors]
-    if receiver is not None:
-        sources += [None] * (receiver.layers - layers)
-    used = max(source for source in sources if source is not None) + 1
+    training = _training_config(weights)
+    model = training.get("model", {})
     config = C2CFuserConfig(
-        layer_map=sources,
-        sharer_kv=KVGeometry(
-            sharer.layers if sharer else used, arguments["source_num_heads"], arguments["source_dim"]
-        ).to_dict(),
-        receiver_kv=KVGeometry(
-            receiver.layers if receiver else layers, arguments["target_num_heads"], arguments["target_dim"]
-        ).to_dict(),
-        alignment=_alignment(weights),
-        training={"source": "published checkpoint", "config": _training_config(weights)},
-        gate_temperature=float(states[0]["gate_temperature"]) if "gate_temperature" in states[0] else 1.0,
+        layer_map=[mapping[i][0] if i in mapping else None for i in range(layers)],
+        sharer_kv={
+            "layers": sharer.layers if sharer else used,
+            "kv_heads": arguments["source_num_heads"],
+            "head_dim": arguments["source_dim"],
+        },
+        receiver_kv={
+            "layers": receiver.layers if receiver else layers,
+            "kv_heads": arguments["target_num_heads"],
+            "head_dim": arguments["target_dim"],
+        },
+        alignment={
+            "name": "published",
+            "strategy": model.get("alignment_strategy", "first"),
+            "enabled": bool(model.get("is_do_alignment", False)),
+        },
+        training={"source": "published checkpoint", "config": training},
+        gate_temperature=float(states[0].get("gate_temperature", 1.0)),
         c2c_version=__version__,
-        **{name: arguments[name] for name in _OPTIONS if name in arguments},
+        **{name: value for name, value in arguments.items() if name in _OPTIONS},
     )
     fuser = C2CFuser(config)
     _load_states(fuser, states, projectors)
     stored = next(value.dtype for name, value in states[0].items() if name.endswith(".weight"))
-    fuser.to(dtype=_torch_dtype(dtype) or stored)  # type: ignore[call-arg]
+    asked = None if dtype == "auto" else getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    fuser.to(dtype=asked or stored)  # type: ignore[call-arg]
     fuser.eval()
     return fuser
 
 
 def _weights_folder(folder: Path) -> Path:
-    for candidate in (
-        folder,
-        folder / "final",
-        *sorted(folder.glob("checkpoint-*"), key=_step, reverse=True),
-    ):
+    def step(path: Path) -> int:
+        tail = path.name.rsplit("-", 1)[-1]
+        return int(tail) if tail.isdigit() else -1
+
+    for candidate in (folder, folder / "final", *sorted(folder.glob("checkpoint-*"), key=step, reverse=True)):
         if list(candidate.glob("projector_*.pt")):
             return candidate
     raise FuserError(
         f"{folder} holds no published checkpoint: expected projector_<i>.pt and projector_<i>.json in it, or in its "
         "'final' or 'checkpoint-<step>' subfolder."
     )
-
-
-def _step(path: Path) -> int:
-    tail = path.name.rsplit("-", 1)[-1]
-    return int(tail) if tail.isdigit() else -1
 
 
 def _mapping(weights: Path) -> dict[int, tuple[int, int]]:
@@ -181,8 +161,7 @@ def _read_state(path: Path) -> dict[str, Tensor]:
 def _load_states(fuser: C2CFuser, states: list[dict[str, Tensor]], projectors: list[int]) -> None:
     for number, projector, state in zip(projectors, fuser.layers, states, strict=True):
         values = {name: value for name, value in state.items() if name != "gate_temperature"}
-        expected = {name: tuple(value.shape) for name, value in projector.state_dict().items()}
-        given = {name: tuple(value.shape) for name, value in values.items()}
+        expected, given = ({k: tuple(v.shape) for k, v in part.items()} for part in (projector.state_dict(), values))
         if expected != given:
             wrong = [
                 f"{name}: expected {expected.get(name, 'nothing')}, got {given.get(name, 'nothing')}"
@@ -193,12 +172,6 @@ def _load_states(fuser: C2CFuser, states: list[dict[str, Tensor]], projectors: l
         projector.to(dtype=next(iter(values.values())).dtype).load_state_dict(values)
 
 
-def _alignment(weights: Path) -> dict[str, Any]:
-    model = _training_config(weights).get("model", {})
-    enabled = bool(model.get("is_do_alignment", False))
-    return {"name": "published", "strategy": model.get("alignment_strategy", "first"), "enabled": enabled}
-
-
 def _training_config(weights: Path) -> dict[str, Any]:
     for path in (weights / "config.json", weights.parent / "config.json"):
         if path.exists():
@@ -206,7 +179,3 @@ def _training_config(weights: Path) -> dict[str, Any]:
             if "model" in data:
                 return data
     return {}
-
-
-def _torch_dtype(dtype: Any) -> torch.dtype | None:
-    return getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else (dtype if dtype != "auto" else None)

@@ -88,21 +88,16 @@ def check(keys: Sequence[Tensor], tables: Sequence[Rotary] | None, name: str) ->
         CacheError: keys at the two positions do not agree without their rotation.
     """
     for index, layer in enumerate(keys):
-        tolerance = 1e-3 if layer.dtype == torch.float32 else 0.05
-        if tables is None:
-            matches = not _rotated(layer.float(), tolerance)
+        tolerance, found = 1e-3 if layer.dtype == torch.float32 else 0.05, layer.float()
+        if tables is None:  # keys that differ, but not in length, are rotated without a table
+            same = torch.allclose(found[0], found[1], rtol=tolerance, atol=tolerance)
+            matches = same or not torch.allclose(found[0].norm(dim=-1), found[1].norm(dim=-1), rtol=tolerance)
         else:
             table = Rotary(tables[index].cos.to(layer.device), tables[index].sin.to(layer.device))
-            bare = table.undo(layer.float())
+            bare = table.undo(found)
             matches = torch.allclose(bare[0], bare[1], rtol=tolerance, atol=tolerance * float(bare.abs().max()))
         if not matches:
             raise CacheError(
                 f"{name}: the rotary embedding of layer {index} can't be taken off its keys (this model rotates them "
                 "in another way than Llama, Qwen and Gemma do). Use the 'c2c' fuser, which reads keys as they are."
             )
-
-
-def _rotated(keys: Tensor, tolerance: float) -> bool:
-    """Whether the keys of two positions differ, but not in length: a rotation without a table."""
-    same = torch.allclose(keys[0], keys[1], rtol=tolerance, atol=tolerance)
-    return not same and torch.allclose(keys[0].norm(dim=-1), keys[1].norm(dim=-1), rtol=tolerance)

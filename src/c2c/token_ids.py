@@ -98,33 +98,25 @@ class TokenIds:
         return FusedIds(list(keys), list(values), logits, fused.report)
 
     def _fuse_ids(
-        self,
-        receiver_ids: Any,
-        sharer_ids: Any,
-        fuse_mask: Any,
-        receiver_mask: Any,
-        sharer_mask: Any,
-        sections: Any,
+        self, receiver_ids: Any, sharer_ids: Any, fuse_mask: Any, receiver_mask: Any, sharer_mask: Any, sections: Any
     ) -> PrefilledPrompt:
+        count = len(self.sharers)
         ids = _ids(receiver_ids, "receiver_ids")
-        others = [_ids(entry, "sharer_ids") for entry in _per_sharer(sharer_ids, len(self.sharers))]
         mask = _mask(receiver_mask, ids, "receiver_mask")
-        other_masks = [
-            _mask(entry, other, "sharer_mask")
-            for entry, other in zip(_per_sharer(sharer_mask, len(self.sharers)), others, strict=True)
-        ]
-        selection = self._selection(fuse_mask, ids)
-        for other in others:
-            if other.shape != ids.shape:
-                raise AlignmentError(
-                    f"unaligned prompt: receiver_ids are {tuple(ids.shape)}, sharer_ids {tuple(other.shape)}. Ids "
-                    "must be aligned one to one; for text use generate(messages), which aligns."
-                )
+        others = [_ids(entry, "sharer_ids") for entry in _per_sharer(sharer_ids, count)]
+        masks = zip(_per_sharer(sharer_mask, count), others, strict=True)
+        other_masks = [_mask(entry, other, "sharer_mask") for entry, other in masks]
+        selection = _selection(fuse_mask, ids, 2**count - 1)
+        if wrong := [tuple(other.shape) for other in others if other.shape != ids.shape]:
+            raise AlignmentError(
+                f"unaligned prompt: receiver_ids are {tuple(ids.shape)}, sharer_ids {wrong[0]}. Ids must be aligned "
+                "one to one; for text use generate(messages), which aligns."
+            )
+        if sections is not None:
+            check_sections(selection, sections)
         groups: dict[tuple[int, ...], list[int]] = {}
         for row, values in enumerate(selection.tolist()):
             groups.setdefault(tuple(values), []).append(row)
-        if sections is not None:
-            check_sections(selection, sections)
         positions = slot_positions(mask, other_masks)
         tokens = TokenBatch(ids, mask, positions, bool((~mask).any()), natural=False)
         sharers = [
@@ -132,8 +124,8 @@ class TokenIds:
         ]
         prompts = []
         for rows in groups.values():
-            chunks, skipped = plan_sections(selection[rows[0]], mask[rows], len(self.sharers), sections)
-            prompts.append(Prompt(tokens.select(rows), tuple(s.select(rows) for s in sharers), chunks, skipped))
+            plan = plan_sections(selection[rows[0]], mask[rows], count, sections)
+            prompts.append(Prompt(tokens.select(rows), tuple(s.select(rows) for s in sharers), *plan))
         if bool(selection.any()) and not any(prompt.chunks for prompt in prompts):
             warnings.warn(
                 "fuse_mask selects positions of the last section only, which is never fused: the answer is the "
@@ -146,28 +138,22 @@ class TokenIds:
             return self.prefill_receiver(tokens, lost)
         if len(prompts) > 1:  # rows were grouped by their sections: back to the caller's order
             order = torch.tensor([row for rows in groups.values() for row in rows]).argsort()
-            fused = replace(
-                fused, tokens=fused.tokens.select(order.tolist()), cache=kv_cache.select_rows(fused.cache, order)
-            )
+            tokens, cache = fused.tokens.select(order.tolist()), kv_cache.select_rows(fused.cache, order)
+            fused = replace(fused, tokens=tokens, cache=cache)
         return fused
 
-    def _selection(self, fuse_mask: Any, ids: Tensor) -> Tensor:
-        """Convert the fuse mask to bit masks of sharers, ``[batch, tokens]``."""
-        mask: Tensor = torch.as_tensor(fuse_mask).cpu()
-        if mask.dim() == 1:
-            mask = mask.expand(ids.shape[0], -1)
-        if mask.shape != ids.shape:
-            raise PromptError(f"fuse_mask is {tuple(mask.shape)}, expected {tuple(ids.shape)} like receiver_ids.")
-        everyone = 2 ** len(self.sharers) - 1
-        if mask.dtype == torch.bool:
-            chosen: Tensor = mask.long() * everyone
-            return chosen
-        bits = mask.long().clamp_min(0)
-        if int(bits.max()) > everyone:
-            raise PromptError(
-                f"fuse_mask selects sharers by bit mask {int(bits.max())}; the largest here is {everyone}."
-            )
-        return bits
+
+def _selection(fuse_mask: Any, ids: Tensor, everyone: int) -> Tensor:
+    """Convert the fuse mask to bit masks of sharers, ``[batch, tokens]``; the bits of ``everyone`` are all of them."""
+    mask: Tensor = torch.as_tensor(fuse_mask).cpu()
+    if mask.dim() == 1:
+        mask = mask.expand(ids.shape[0], -1)
+    if mask.shape != ids.shape:
+        raise PromptError(f"fuse_mask is {tuple(mask.shape)}, expected {tuple(ids.shape)} like receiver_ids.")
+    bits = mask.long() * everyone if mask.dtype == torch.bool else mask.long().clamp_min(0)
+    if int(bits.max()) > everyone:
+        raise PromptError(f"fuse_mask selects sharers by bit mask {int(bits.max())}; the largest here is {everyone}.")
+    return bits
 
 
 def _ids(value: Any, name: str) -> Tensor:

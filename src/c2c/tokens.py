@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -41,16 +41,17 @@ class TokenBatch:
 
     def to(self, device: torch.device) -> TokenBatch:
         """Move the batch to a device."""
-        return TokenBatch(
-            self.ids.to(device), self.mask.to(device), self.positions.to(device), self.padded, self.natural
-        )
+        return self._each(lambda x: x.to(device))
 
     def select(self, rows: Sequence[int]) -> TokenBatch:
         """Select rows."""
         index = torch.tensor(list(rows), device=self.ids.device)
-        return TokenBatch(self.ids[index], self.mask[index], self.positions[index], self.padded, self.natural)
+        return self._each(lambda x: x[index])
 
-    def with_slots(self, column: int, slots: int) -> TokenBatch:
+    def _each(self, change: Callable[[Tensor], Tensor]) -> TokenBatch:
+        return replace(self, ids=change(self.ids), mask=change(self.mask), positions=change(self.positions))
+
+    def insert_slots(self, column: int, slots: int) -> TokenBatch:
         """Insert columns that hold no token but count as read; for entries put into the cache.
 
         Args:
@@ -90,6 +91,11 @@ def left_pad(rows: Sequence[Sequence[int]], pad_id: int) -> TokenBatch:
     ids = torch.tensor([[pad_id] * (width - len(row)) + list(row) for row in rows])
     mask = torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in rows])
     return TokenBatch(ids, mask, natural_positions(mask), padded=any(len(row) < width for row in rows))
+
+
+def common_prefix(ours: Sequence[int], theirs: Sequence[int]) -> int:
+    """Count the first ids that two sequences have in common."""
+    return next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
 
 
 def require_left_padding(mask: Tensor, whose: str) -> None:

@@ -10,7 +10,7 @@ import re
 import shlex
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
@@ -20,6 +20,9 @@ from packaging.requirements import Requirement
 
 from c2c.errors import C2CError
 from c2c.version import __version__
+
+DISTRIBUTION = "cache2cache"
+OnProgress = Callable[[str, int, int], None]  # what is being done, how much of it is done, and how much there is
 
 
 def save_atomically(folder: Path, write: Callable[[str], Any], *, private: bool = False) -> None:
@@ -41,31 +44,18 @@ def save_atomically(folder: Path, write: Callable[[str], Any], *, private: bool 
         try:
             write(temporary)
         except Exception as error:
-            number = _system_error(error)
+            wrapped = re.search(r"\(os error (\d+)\)", str(error))  # safetensors has the number in its message only
+            number = error.errno if isinstance(error, OSError) else wrapped and int(wrapped[1])
             if number is None or getattr(error, "filename", None) is not None:
                 raise
             raise OSError(number, os.strerror(number), str(folder)) from error
-        written = [path for path in Path(temporary).rglob("*") if path.is_file()]
-        for path in sorted(written, key=lambda path: path.name == "config.json"):
+        os.umask(mask := os.umask(0o077))  # it can be read only by setting it
+        files = [path for path in Path(temporary).rglob("*") if path.is_file()]
+        for path in sorted(files, key=lambda path: path.name == "config.json"):
             target = folder / path.relative_to(temporary)
             target.parent.mkdir(parents=True, exist_ok=True)
-            path.chmod(0o600 if private else 0o666 & ~_umask())
+            path.chmod(0o600 if private else 0o666 & ~mask)
             os.replace(path, target)
-
-
-def _umask() -> int:
-    """Return the umask, which can be read only by setting it."""
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
-
-
-def _system_error(error: Exception) -> int | None:
-    """Return the errno of an error; safetensors has it in its message only."""
-    if isinstance(error, OSError):
-        return error.errno
-    found = re.search(r"\(os error (\d+)\)", str(error))
-    return int(found[1]) if found else None
 
 
 def check_writable(folder: str | Path, what: str, error: type[C2CError]) -> None:
@@ -155,15 +145,13 @@ def file_hash(path: Path) -> str:
 
 
 def folder_size(folder: Path) -> int:
-    """Return the bytes of all files below a folder, of which some may vanish meanwhile."""
+    """Return the bytes of all files below a folder, of which files and folders may vanish meanwhile."""
     size = 0
-    for path in folder.rglob("*"):
-        with suppress(FileNotFoundError):
-            size += path.stat().st_size if path.is_file() else 0
+    for parent, _, names in os.walk(folder):  # which passes over a folder that is gone, as rglob does not
+        for name in names:
+            with suppress(FileNotFoundError):
+                size += Path(parent, name).stat().st_size
     return size
-
-
-DISTRIBUTION = "cache2cache"
 
 
 def install_command(extra: str) -> str:
@@ -173,28 +161,21 @@ def install_command(extra: str) -> str:
         extra: its name in ``pyproject.toml``, such as ``report``.
     """
     try:
-        lines = metadata.requires(DISTRIBUTION) or []
+        requirements = [Requirement(line) for line in metadata.requires(DISTRIBUTION) or []]
     except metadata.PackageNotFoundError:  # run from a folder of sources
         return f"pip install '.[{extra}]' in the clone"
-    wanted = dict.fromkeys(_packages_of(extra, [Requirement(line) for line in lines]))
-    return " ".join(["pip install", *(f"'{one}'" for one in wanted)])
 
+    def packages(extra: str) -> Iterator[str]:
+        for one in requirements:
+            if one.marker is None or not one.marker.evaluate({"extra": extra}) or one.marker.evaluate({"extra": ""}):
+                continue
+            if one.name == DISTRIBUTION:  # other extras of this package: in their place what they add
+                for other in sorted(one.extras):
+                    yield from packages(other)
+            else:
+                yield str(one).partition(";")[0].strip()
 
-def _packages_of(extra: str, requirements: list[Requirement]) -> list[str]:
-    """Return the packages that an extra adds, in place of other extras of this package those that they add."""
-    found: list[str] = []
-    for one in requirements:
-        if one.marker is None or not one.marker.evaluate({"extra": extra}) or one.marker.evaluate({"extra": ""}):
-            continue
-        if one.name == DISTRIBUTION:
-            found += [name for other in sorted(one.extras) for name in _packages_of(other, requirements)]
-        else:
-            found.append(str(one).partition(";")[0].strip())
-    return found
-
-
-# Called with what is being done, how much of it is done, and how much there is.
-OnProgress = Callable[[str, int, int], None]
+    return " ".join(["pip install", *(f"'{one}'" for one in dict.fromkeys(packages(extra)))])
 
 
 def command() -> str:

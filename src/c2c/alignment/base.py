@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from itertools import takewhile
 from typing import Any, Protocol
 
 import torch
@@ -14,7 +12,7 @@ from torch import Tensor
 from c2c.errors import PromptError
 from c2c.messages import Conversation
 from c2c.prompting import RenderOptions
-from c2c.tokens import TokenBatch, left_pad
+from c2c.tokens import TokenBatch, common_prefix, left_pad
 
 
 @dataclass(frozen=True)
@@ -49,6 +47,10 @@ class Alignment:
         columns = torch.arange(start, stop).repeat(batch)
         rows = torch.arange(batch).repeat_interleave(stop - start)
         return cls(rows, columns, columns, (start, start, stop - start))
+
+    def pairs(self) -> list[tuple[int, int, int]]:
+        """Return ``(row, receiver column, sharer column)`` of every pair."""
+        return list(zip(self.rows.tolist(), self.receiver.tolist(), self.sharer.tolist(), strict=True))
 
     def __len__(self) -> int:
         return self.rows.numel()
@@ -99,12 +101,8 @@ class Prompt:
     @property
     def fused_tokens(self) -> int:
         """Receiver positions fused with at least one sharer, summed over the batch."""
-        pairs: Counter[tuple[int, int]] = Counter()
-        for chunk in self.chunks:
-            for alignment in chunk.alignments:
-                if alignment is not None:
-                    pairs.update(zip(alignment.rows.tolist(), alignment.receiver.tolist(), strict=True))
-        return len(pairs)
+        alignments = (alignment for chunk in self.chunks for alignment in chunk.alignments if alignment is not None)
+        return len({(row, column) for alignment in alignments for row, column, _ in alignment.pairs()})
 
 
 class Aligner(Protocol):
@@ -125,7 +123,7 @@ class Aligner(Protocol):
         ...
 
 
-def fit(prompt: Prompt, ids: Sequence[int], cut: int, limits: Sequence[int]) -> Prompt:
+def truncate(prompt: Prompt, ids: Sequence[int], cut: int, limits: Sequence[int]) -> Prompt:
     """Truncate a prompt of one row to the receiver tokens ``ids`` without the first ``cut``.
 
     Args:
@@ -141,7 +139,7 @@ def fit(prompt: Prompt, ids: Sequence[int], cut: int, limits: Sequence[int]) -> 
     ours = prompt.receiver
     drops = [max(0, theirs.length - limit) for theirs, limit in zip(prompt.sharers, limits, strict=True)]
     real = ours.mask[0].nonzero().flatten().tolist()
-    same = _common(ours.ids[0, real].tolist(), ids)
+    same = common_prefix(ours.ids[0, real].tolist(), ids)
     if ours.padded or any(theirs.padded for theirs in prompt.sharers):
         if cut or any(drops) or same < len(ids) - 1 or len(real) < len(ids):
             raise PromptError(
@@ -149,33 +147,45 @@ def fit(prompt: Prompt, ids: Sequence[int], cut: int, limits: Sequence[int]) -> 
                 "the model aligner=SpanAligner(), or use tasks with shorter prompts."
             )
         last = real[len(ids) - 1]
-        receiver, sharers = _first(ours, last + 1, ids[-1]), prompt.sharers
+        kept, mask = ours.ids[:, : last + 1].clone(), ours.mask[:, : last + 1]
+        kept[:, -1] = ids[-1]
+        receiver = TokenBatch(kept, mask, ours.positions[:, : last + 1], bool((~mask).any()), ours.natural)
+        sharers = prompt.sharers
     else:
         last = len(ids) - 1
         receiver = left_pad([ids[cut:]], 0)
         sharers = tuple(
             left_pad([theirs.ids[0, drop:].tolist()], 0) for theirs, drop in zip(prompt.sharers, drops, strict=True)
         )
-    known = real[same] if same < len(real) else last
-    return Prompt(receiver, sharers, _fit_chunks(prompt.chunks, cut, last, min(known, last), drops))
+    known = min(real[same], last) if same < len(real) else last  # tokens from here on are not those of the prompt
+    chunks = []
+    for chunk in prompt.chunks:
+        alignments = tuple(_cut(part, cut, known, drop) for part, drop in zip(chunk.alignments, drops, strict=True))
+        if any(part is not None for part in alignments):
+            chunks.append(Chunk(min(chunk.stop, last) - cut, alignments))
+    return Prompt(receiver, sharers, tuple(chunks))
 
 
 def merge(prompts: Sequence[Prompt]) -> list[Prompt]:
     """Merge prompts of one row each to one left-padded batch, where one fusion plan fits them all."""
     if len(prompts) == 1 or not all(_simple(prompt) for prompt in prompts):
         return list(prompts)
-    receiver = left_pad([_ids(prompt.receiver) for prompt in prompts], 0)
-    sharers = tuple(
-        left_pad([_ids(prompt.sharers[index]) for prompt in prompts], 0) for index in range(len(prompts[0].sharers))
-    )
-    alignments = tuple(_merged(prompts, index, receiver.length, theirs.length) for index, theirs in enumerate(sharers))
-    return [Prompt(receiver, sharers, (Chunk(receiver.length - 1, alignments),))]
+    models = zip(*((prompt.receiver, *prompt.sharers) for prompt in prompts), strict=True)
+    receiver, *sharers = (left_pad([one.ids[0].tolist() for one in batches], 0) for batches in models)
+    alignments: list[Alignment | None] = []
+    for index, theirs in enumerate(sharers):
+        pairs = [
+            (row, t + receiver.length - prompt.receiver.length, s + theirs.length - prompt.sharers[index].length)
+            for row, prompt in enumerate(prompts)
+            if (alignment := prompt.chunks[0].alignments[index]) is not None
+            for _, t, s in alignment.pairs()
+        ]
+        alignments.append(Alignment.from_pairs(pairs) if pairs else None)
+    return [Prompt(receiver, tuple(sharers), (Chunk(receiver.length - 1, tuple(alignments)),))]
 
 
 def derange(prompt: Prompt, other: Prompt) -> Prompt:
-    """Replace what the sharers read by what those of ``other`` read, as in training and evaluation.
-
-    What took the sharer's last position takes the other's last one, and the rest go by proportion.
+    """Replace what the sharers read by what those of ``other`` read; see :func:`derange_columns`.
 
     Raises:
         PromptError: a fusion plan of several steps (published alignment).
@@ -183,57 +193,21 @@ def derange(prompt: Prompt, other: Prompt) -> Prompt:
     if len(prompt.chunks) != 1 or len(other.chunks) != 1:
         raise PromptError("another prompt's cache needs an aligner with a single chunk, such as 'spans'.")
     chunk = prompt.chunks[0]
-    alignments = tuple(
-        None if own is None or theirs is None else _borrow(own, theirs)
-        for own, theirs in zip(chunk.alignments, other.chunks[0].alignments, strict=True)
-    )
-    return replace(prompt, sharers=other.sharers, chunks=(Chunk(chunk.stop, alignments),))
+    alignments = []
+    for own, theirs in zip(chunk.alignments, other.chunks[0].alignments, strict=True):
+        if own is not None and theirs is not None:
+            own = Alignment(
+                own.rows, own.receiver, torch.tensor(derange_columns(own.sharer.tolist(), theirs.sharer.tolist()))
+            )
+        alignments.append(own if theirs is not None else None)
+    return replace(prompt, sharers=other.sharers, chunks=(Chunk(chunk.stop, tuple(alignments)),))
 
 
-def _common(ours: Sequence[int], others: Sequence[int]) -> int:
-    """Return the length of the common prefix of two sequences."""
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(ours, others, strict=False)))
-
-
-def _first(batch: TokenBatch, stop: int, last: int) -> TokenBatch:
-    """Crop to the first ``stop`` columns, ending in the token ``last``."""
-    ids = batch.ids[:, :stop].clone()
-    ids[:, -1] = last
-    mask = batch.mask[:, :stop]
-    return TokenBatch(ids, mask, batch.positions[:, :stop], bool((~mask).any()), batch.natural)
-
-
-def _fit_chunks(chunks: Sequence[Chunk], cut: int, last: int, known: int, drops: Sequence[int]) -> tuple[Chunk, ...]:
-    """Restrict a plan to receiver columns ``cut`` to ``last``, of which those from ``known`` on are not fused."""
-    fitted = []
-    for chunk in chunks:
-        alignments = tuple(
-            None if alignment is None else _shifted(alignment, cut, known, drop)
-            for alignment, drop in zip(chunk.alignments, drops, strict=True)
-        )
-        if any(alignment is not None for alignment in alignments):
-            fitted.append(Chunk(min(chunk.stop, last) - cut, alignments))
-    return tuple(fitted)
-
-
-def _shifted(alignment: Alignment, cut: int, known: int, drop: int) -> Alignment | None:
-    pairs = [(row, t - cut, s - drop) for row, t, s in _pairs(alignment) if cut <= t < known and s >= drop]
-    return Alignment.from_pairs(pairs) if pairs else None
-
-
-def _merged(prompts: Sequence[Prompt], index: int, width: int, sharer_width: int) -> Alignment | None:
-    pairs = []
-    for row, prompt in enumerate(prompts):
-        alignment = prompt.chunks[0].alignments[index]
-        ours, theirs = width - prompt.receiver.length, sharer_width - prompt.sharers[index].length
-        if alignment is not None:
-            pairs += [(row, t + ours, s + theirs) for _, t, s in _pairs(alignment)]
-    return Alignment.from_pairs(pairs) if pairs else None
-
-
-def _borrow(own: Alignment, other: Alignment) -> Alignment:
-    taken = derange_columns(own.sharer.tolist(), other.sharer.tolist())
-    return Alignment(own.rows, own.receiver, torch.tensor(taken, dtype=torch.long))
+def _cut(alignment: Alignment | None, cut: int, known: int, drop: int) -> Alignment | None:
+    """Keep the pairs of receiver columns ``cut`` to ``known`` whose sharer columns are not dropped."""
+    pairs = alignment.pairs() if alignment is not None else []
+    kept = [(row, t - cut, s - drop) for row, t, s in pairs if cut <= t < known and s >= drop]
+    return Alignment.from_pairs(kept) if kept else None
 
 
 def _simple(prompt: Prompt) -> bool:
@@ -244,12 +218,3 @@ def _simple(prompt: Prompt) -> bool:
         and prompt.chunks[0].stop == prompt.receiver.length - 1
         and not any(batch.padded for batch in (prompt.receiver, *prompt.sharers))
     )
-
-
-def _pairs(alignment: Alignment) -> list[tuple[int, int, int]]:
-    return list(zip(alignment.rows.tolist(), alignment.receiver.tolist(), alignment.sharer.tolist(), strict=True))
-
-
-def _ids(batch: TokenBatch) -> list[int]:
-    ids: list[int] = batch.ids[0].tolist()
-    return ids

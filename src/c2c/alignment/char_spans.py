@@ -17,7 +17,7 @@ from typing import Any
 from c2c.alignment.base import Alignment, Chunk, Prompt
 from c2c.errors import AlignmentError
 from c2c.messages import Conversation
-from c2c.prompting import Encoded, RenderOptions, encode, render, require_tokenizer, text_tokens
+from c2c.prompting import Encoded, RenderOptions, encode, pad_id, render, require_tokenizer, text_tokens
 from c2c.tokens import left_pad
 
 
@@ -44,11 +44,12 @@ class CharSpanAligner:
     ) -> list[Prompt]:
         """Align a batch to one left-padded prompt. See :class:`~c2c.alignment.base.Aligner`."""
         ours = _encode_all(receiver, batch, options, "receiver")
-        cued = replace(options, answer_prefix=self.cue) if self._uses_cue(options) else options
+        cues = self.cue and options.add_generation_prompt and not options.answer_prefix
+        cued = replace(options, answer_prefix=self.cue) if cues else options
         theirs = [_encode_all(tokenizer, batch, cued, "sharer") for tokenizer in sharers]
-        receiver_batch = left_pad([row.ids for row in ours], _pad_id(receiver))
+        receiver_batch = left_pad([row.ids for row in ours], pad_id(receiver))
         sharer_batches = tuple(
-            left_pad([row.ids for row in rows], _pad_id(tokenizer))
+            left_pad([row.ids for row in rows], pad_id(tokenizer))
             for rows, tokenizer in zip(theirs, sharers, strict=True)
         )
         skipped: Counter[str] = Counter()
@@ -58,9 +59,6 @@ class CharSpanAligner:
         ]
         chunk = Chunk(receiver_batch.length - 1, tuple(alignments))
         return [Prompt(receiver_batch, sharer_batches, (chunk,), dict(skipped))]
-
-    def _uses_cue(self, options: RenderOptions) -> bool:
-        return bool(self.cue) and options.add_generation_prompt and not options.answer_prefix
 
     def _align_batch(
         self, ours: list[Encoded], theirs: list[Encoded], width: int, other_width: int, skipped: Counter[str]
@@ -84,40 +82,29 @@ class CharSpanAligner:
 
     def pairs(self, receiver: Encoded, sharer: Encoded) -> list[int | None]:
         """Return for each receiver token the sharer token that it takes, or None."""
-        owner = text_tokens(receiver)
         starts = [start for start, _ in sharer.offsets]
         borders = _stretch_ends(sharer)
         result: list[int | None] = []
         last_message: int | None = None
-        for token, message in enumerate(owner):
-            if message is not None and sharer.rendered.spans[message] is not None:
+        for token, message in enumerate(text_tokens(receiver)):
+            mine, other = (None if message is None else side.rendered.spans[message] for side in (receiver, sharer))
+            if mine is not None and other is not None:
                 last_message = message
-                result.append(_covering(receiver, sharer, starts, token, message))
-            elif last_message is not None and self.fuse_template:
-                result.append(borders[last_message])
+                (start, end), trimmed = mine
+                (other_start, other_end), other_trimmed = other
+                character = min(receiver.offsets[token][1], end) - 1 - start + trimmed  # within the message as given
+                target = min(max(character - other_trimmed + other_start, other_start), other_end - 1)
+                result.append(max(bisect_right(starts, target) - 1, 0))
             else:
-                result.append(None)
+                result.append(borders[last_message] if last_message is not None and self.fuse_template else None)
         return result
-
-
-def _covering(receiver: Encoded, sharer: Encoded, starts: list[int], token: int, message: int) -> int:
-    """Find the sharer token that covers the last character of a receiver token of ``message``."""
-    mine, other = receiver.rendered.spans[message], sharer.rendered.spans[message]
-    assert mine is not None
-    assert other is not None
-    (start, end), trimmed = mine
-    (other_start, other_end), other_trimmed = other
-    character = min(receiver.offsets[token][1], end) - 1 - start + trimmed  # within the message as given
-    target = min(max(character - other_trimmed + other_start, other_start), other_end - 1)
-    return max(bisect_right(starts, target) - 1, 0)
 
 
 def _stretch_ends(sharer: Encoded) -> dict[int, int]:
     """Find for each message the last sharer token before the text of the next one begins."""
-    owner = text_tokens(sharer)
     ends: dict[int, int] = {}
     current: int | None = None
-    for token, message in enumerate(owner):
+    for token, message in enumerate(text_tokens(sharer)):
         current = message if message is not None else current
         if current is not None:
             ends[current] = token
@@ -127,8 +114,3 @@ def _stretch_ends(sharer: Encoded) -> dict[int, int]:
 def _encode_all(tokenizer: Any, batch: Sequence[Conversation], options: RenderOptions, whose: str) -> list[Encoded]:
     require_tokenizer(tokenizer, whose)
     return [encode(tokenizer, render(tokenizer, conversation, options)) for conversation in batch]
-
-
-def _pad_id(tokenizer: Any) -> int:
-    """Return any id: padding is masked everywhere."""
-    return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0)

@@ -7,10 +7,11 @@ U+FFFD), and is here so that fusers trained with it read what they were trained 
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import accumulate
 from typing import Any, Literal
 
 import torch
@@ -19,9 +20,10 @@ from torch import Tensor
 from c2c.alignment.base import Alignment, Chunk, Prompt
 from c2c.errors import AlignmentError, PromptError
 from c2c.messages import Conversation
-from c2c.prompting import Rendered, RenderOptions, Span, encode, render, require_tokenizer
+from c2c.prompting import Rendered, RenderOptions, Span, encode, pad_id, render, require_tokenizer
 from c2c.tokens import TokenBatch
 
+Kind = Literal["message", "template"]
 Strategy = Literal["first", "longest"]
 
 
@@ -29,7 +31,7 @@ Strategy = Literal["first", "longest"]
 class Section:
     """Mark a run of slots as message text or template."""
 
-    kind: Literal["message", "template"]
+    kind: Kind
     start: int
     stop: int
 
@@ -54,27 +56,16 @@ class AlignedSlots:
     sharer_padding: list[bool] = field(default_factory=list)
     sections: list[Section] = field(default_factory=list)
 
-    def add_template(self, ours: Sequence[int], theirs: Sequence[int], our_pad: int, their_pad: int) -> None:
-        """Append a template section, the shorter side filled with pads at its end."""
-        width = max(len(ours), len(theirs))
-        missing, their_missing = width - len(ours), width - len(theirs)
-        self._add("template", [*ours, *[our_pad] * missing], [*theirs, *[their_pad] * their_missing])
-        self.receiver_padding += [False] * len(ours) + [True] * missing
-        self.sharer_padding += [False] * len(theirs) + [True] * their_missing
-
-    def add_message(self, ours: Sequence[int], theirs: Sequence[int]) -> None:
-        """Append a message section, one sharer token per receiver token."""
-        self._add("message", ours, theirs)
-        self.receiver_padding += [False] * len(ours)
-        self.sharer_padding += [False] * len(ours)
-
-    def _add(self, kind: Literal["message", "template"], ours: Sequence[int], theirs: Sequence[int]) -> None:
-        start = len(self.receiver_ids)
-        if ours:
-            self.sections.append(Section(kind, start, start + len(ours)))
-        self.receiver_ids += ours
-        self.sharer_ids += theirs
-        self.message_mask += [kind == "message"] * len(ours)
+    def add(self, kind: Kind, ours: Sequence[int], theirs: Sequence[int], pads: tuple[int, int]) -> None:
+        """Append a section, the shorter side filled with its pad at the end."""
+        start, width = len(self.receiver_ids), max(len(ours), len(theirs))
+        if width:
+            self.sections.append(Section(kind, start, start + width))
+        self.receiver_ids += [*ours, *[pads[0]] * (width - len(ours))]
+        self.sharer_ids += [*theirs, *[pads[1]] * (width - len(theirs))]
+        self.message_mask += [kind == "message"] * width
+        self.receiver_padding += [slot >= len(ours) for slot in range(width)]
+        self.sharer_padding += [slot >= len(theirs) for slot in range(width)]
 
 
 @dataclass(frozen=True)
@@ -100,58 +91,47 @@ class PublishedAligner:
     ) -> list[Prompt]:
         """Align each conversation to a prompt of its own, since sections differ; see :class:`.Aligner`."""
         require_tokenizer(receiver, "receiver")
-        if self.enabled:
-            return [self._align_one(receiver, sharers, conversation, options) for conversation in batch]
-        return [self._same_ids(receiver, len(sharers), conversation, options) for conversation in batch]
-
-    def _same_ids(self, receiver: Any, sharers: int, conversation: Conversation, options: RenderOptions) -> Prompt:
-        ids = torch.tensor([encode(receiver, render(receiver, conversation, options)).ids])
-        if ids.shape[1] < 2:
-            raise AlignmentError(
-                f"the prompt has {ids.shape[1]} token, and the last token is never fused: nothing is left to fuse. "
-                "Pass a longer prompt, or ask the receiver alone."
-            )
-        fuse = torch.ones_like(ids)
-        fuse[:, -1] = 0
-        fuse *= 2**sharers - 1
-        mask = torch.ones_like(ids, dtype=torch.bool)
-        tokens = TokenBatch(ids, mask, slot_positions(mask, [mask]), padded=False)
-        chunks, skipped = plan_sections(fuse[0], mask, sharers)
-        return Prompt(tokens, (tokens,) * sharers, chunks, skipped)
-
-    def _align_one(
-        self, receiver: Any, sharers: Sequence[Any], conversation: Conversation, options: RenderOptions
-    ) -> Prompt:
+        if not self.enabled:
+            return [_same_ids(receiver, len(sharers), conversation, options) for conversation in batch]
         if len(sharers) != 1:
             raise AlignmentError(
                 f"the published alignment pads two models to one length; it can't be used with {len(sharers)} sharers. "
                 "Use alignment='spans', or sharers that read the receiver's ids."
             )
-        require_tokenizer(sharers[0], "sharer")
-        slots = align_conversation(receiver, sharers[0], conversation, options=options, strategy=self.strategy)
-        return _prompt(slots)
+        sharer = require_tokenizer(sharers[0], "sharer")
+        return [
+            _prompt(align_conversation(receiver, sharer, conversation, options=options, strategy=self.strategy))
+            for conversation in batch
+        ]
+
+
+def _same_ids(receiver: Any, sharers: int, conversation: Conversation, options: RenderOptions) -> Prompt:
+    ids = torch.tensor([encode(receiver, render(receiver, conversation, options)).ids])
+    if ids.shape[1] < 2:
+        raise AlignmentError(
+            f"the prompt has {ids.shape[1]} token, and the last token is never fused: nothing is left to fuse. "
+            "Pass a longer prompt, or ask the receiver alone."
+        )
+    fuse = torch.full_like(ids[0], 2**sharers - 1)
+    fuse[-1] = 0
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    tokens = TokenBatch(ids, mask, slot_positions(mask, [mask]), padded=False)
+    return Prompt(tokens, (tokens,) * sharers, *plan_sections(fuse, mask, sharers))
 
 
 def _prompt(slots: AlignedSlots) -> Prompt:
     keep = max(i for i, padded in enumerate(slots.receiver_padding) if not padded) + 1  # pads at the end: no use
-    fuse = torch.tensor(slots.message_mask[:keep]).long()
-    ours = ~torch.tensor([slots.receiver_padding[:keep]])
-    theirs = ~torch.tensor([slots.sharer_padding[:keep]])
+    ours, theirs = (~torch.tensor([side[:keep]]) for side in (slots.receiver_padding, slots.sharer_padding))
     positions = slot_positions(ours, [theirs])
-    chunks, skipped = plan_sections(fuse, ours, sharers=1)
+    chunks, skipped = plan_sections(torch.tensor(slots.message_mask[:keep]).long(), ours, sharers=1)
     if not chunks:
         raise AlignmentError(
             "no token can be fused: with the published alignment the last section of a prompt is never fused, and "
             "this prompt has no message before it. Use alignment='spans', or end the prompt with the generation prompt."
         )
-    receiver = TokenBatch(
-        torch.tensor([slots.receiver_ids[:keep]]),
-        ours,
-        positions,
-        bool((~ours).any()),
-        natural=not bool((~ours).any()),
-    )
-    sharer = TokenBatch(torch.tensor([slots.sharer_ids[:keep]]), theirs, positions, bool((~theirs).any()))
+    whole = bool(ours.all())
+    receiver = TokenBatch(torch.tensor([slots.receiver_ids[:keep]]), ours, positions, not whole, natural=whole)
+    sharer = TokenBatch(torch.tensor([slots.sharer_ids[:keep]]), theirs, positions, not bool(theirs.all()))
     return Prompt(receiver, (sharer,), chunks, skipped)
 
 
@@ -171,7 +151,7 @@ def align_conversation(
 
     Args:
         receiver: the receiver's fast tokenizer.
-        sharer: the sharer's fast tokenizer.
+        sharer: the sharer's.
         conversation: the messages.
         options: how to render them.
         strategy: see :class:`PublishedAligner`.
@@ -179,61 +159,37 @@ def align_conversation(
     """
     ours = _render(receiver, conversation, options, remove_last_suffix)
     theirs = _render(sharer, conversation, options, remove_last_suffix)
-    our_spans = _published_spans(receiver, ours)
-    their_spans = _published_spans(sharer, theirs)
-    if {i for i, _ in our_spans} != {i for i, _ in their_spans}:
-        our_spans, their_spans = _common_spans(ours, theirs)
-    our_ids, our_runs = _token_runs(receiver, ours, [span for _, span in our_spans])
-    their_ids, their_runs = _token_runs(sharer, theirs, [span for _, span in their_spans])
-    our_pad, their_pad = _pad_id(receiver), _pad_id(sharer)
-    slots = AlignedSlots()
+    our_spans, their_spans = _published_spans(ours), _published_spans(theirs)
+    if our_spans.keys() != their_spans.keys():  # only those that both templates show
+        both = [(i, *pair) for i, pair in enumerate(zip(ours.spans, theirs.spans, strict=True))]
+        our_spans = {i: mine[0] for i, mine, other in both if mine and other}
+        their_spans = {i: other[0] for i, mine, other in both if mine and other}
+    our_ids, our_runs = _token_runs(receiver, ours, our_spans.values())
+    their_ids, their_runs = _token_runs(sharer, theirs, their_spans.values())
+    slots, pads = AlignedSlots(), (pad_id(receiver), pad_id(sharer))
     cursor, their_cursor = 0, 0
     for (start, stop), (their_start, their_stop) in zip(our_runs, their_runs, strict=True):
-        slots.add_template(our_ids[cursor:start], their_ids[their_cursor:their_start], our_pad, their_pad)
+        slots.add("template", our_ids[cursor:start], their_ids[their_cursor:their_start], pads)
         message = our_ids[start:stop]
-        slots.add_message(message, [translate(receiver, sharer, token, strategy) for token in message])
+        slots.add("message", message, [translate(receiver, sharer, token, strategy) for token in message], pads)
         cursor, their_cursor = stop, their_stop
-    slots.add_template(our_ids[cursor:], their_ids[their_cursor:], our_pad, their_pad)
+    slots.add("template", our_ids[cursor:], their_ids[their_cursor:], pads)
     return slots
 
 
 def translate(receiver: Any, sharer: Any, token: int, strategy: Strategy) -> int:
-    """Translate one receiver token, taken alone, to a sharer token."""
-    special = _special_token(receiver, sharer, token)
-    if special is not None:
-        return special
+    """Translate one receiver token, taken alone, to a sharer token; a special one by its role, else by its string."""
+    unknown = int(sharer.unk_token_id) if sharer.unk_token_id is not None else 0
+    if token in receiver.all_special_ids:
+        for role in ("unk_token_id", "bos_token_id", "eos_token_id", "pad_token_id"):
+            if getattr(receiver, role) == token and getattr(sharer, role) is not None:
+                return int(getattr(sharer, role))
+        return int(sharer.get_vocab().get(receiver.convert_ids_to_tokens(token), unknown))
     text = receiver.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    candidates: list[int] = sharer.encode(text, add_special_tokens=False)
-    if not candidates:
-        return _unknown_id(sharer)
-    if len(candidates) == 1 or strategy == "first":
+    candidates: list[int] = sharer.encode(text, add_special_tokens=False) or [unknown]
+    if strategy == "first":
         return candidates[0]
     return max(candidates, key=lambda candidate: len(sharer.decode([candidate])))
-
-
-def _special_token(receiver: Any, sharer: Any, token: int) -> int | None:
-    """Find the counterpart of a special token: by role (pad, eos, bos, unk), else the same string."""
-    if token not in receiver.all_special_ids:
-        return None
-    found: int | None = None
-    for role in ("pad_token_id", "eos_token_id", "bos_token_id", "unk_token_id"):
-        if getattr(receiver, role) == token and getattr(sharer, role) is not None:
-            found = getattr(sharer, role)
-    if found is not None:
-        return found
-    same = sharer.get_vocab().get(receiver.convert_ids_to_tokens(token))
-    return int(same) if same is not None else _unknown_id(sharer)
-
-
-def _unknown_id(tokenizer: Any) -> int:
-    return int(tokenizer.unk_token_id) if tokenizer.unk_token_id is not None else 0
-
-
-def _pad_id(tokenizer: Any) -> int:
-    for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if candidate is not None:
-            return int(candidate)
-    return 0
 
 
 def _render(tokenizer: Any, conversation: Conversation, options: RenderOptions, remove_last_suffix: bool) -> Rendered:
@@ -246,47 +202,30 @@ def _render(tokenizer: Any, conversation: Conversation, options: RenderOptions, 
     return Rendered(head.text + last + options.answer_prefix, (*head.contents, last), (*head.spans, span))
 
 
-def _published_spans(tokenizer: Any, rendered: Rendered) -> list[tuple[int, Span]]:
+def _published_spans(rendered: Rendered) -> dict[int, Span]:
     """Find message spans as the published code does: left to right, a hit counts if '<' or the end follows."""
-    spans: list[tuple[int, Span]] = []
+    spans: dict[int, Span] = {}
     cursor = 0
     for index, content in enumerate(rendered.contents):
-        start = _search(tokenizer, rendered.text, content, cursor) if content else -1
-        if start >= 0:
-            spans.append((index, (start, start + len(content))))
-            cursor = start + len(content)
+        text = re.escape(content)
+        hits = (re.compile(pattern).search(rendered.text, cursor) for pattern in (text + r"(?=<|\Z)", text))
+        if content and (hit := next(filter(None, hits), None)):
+            spans[index] = hit.span()
+            cursor = hit.end()
     return spans
 
 
-def _search(tokenizer: Any, text: str, content: str, cursor: int) -> int:
-    first = text.find(content, cursor)
-    at = first
-    while at >= 0:
-        end = at + len(content)
-        if end == len(text) or text[end] == "<":
-            return at
-        at = text.find(content, at + 1)
-    return first
-
-
-def _common_spans(ours: Rendered, theirs: Rendered) -> tuple[list[tuple[int, Span]], list[tuple[int, Span]]]:
-    """Return the spans of messages that both templates show."""
-    both = [i for i, pair in enumerate(zip(ours.spans, theirs.spans, strict=True)) if None not in pair]
-    return (
-        [(i, found[0]) for i in both if (found := ours.spans[i]) is not None],
-        [(i, found[0]) for i in both if (found := theirs.spans[i]) is not None],
-    )
-
-
-def _token_runs(tokenizer: Any, rendered: Rendered, spans: Sequence[Span]) -> tuple[list[int], list[Span]]:
+def _token_runs(tokenizer: Any, rendered: Rendered, spans: Iterable[Span]) -> tuple[list[int], list[Span]]:
     """Tokenise a text, and find for each character span its run of tokens; a straddling token is message."""
     encoded = encode(tokenizer, rendered)
-    offsets = encoded.offsets
-    runs: list[Span] = []
-    for start, end in spans:
-        first = next((i for i, (_, stop) in enumerate(offsets) if stop > start), len(offsets))
-        last = next((i for i, (begin, _) in enumerate(offsets) if begin >= end), len(offsets))
-        runs.append((first, last))
+    starts, ends = [start for start, _ in encoded.offsets], [end for _, end in encoded.offsets]
+    runs = [
+        (
+            next((i for i, stop in enumerate(ends) if stop > start), len(ends)),
+            next((i for i, begin in enumerate(starts) if begin >= end), len(starts)),
+        )
+        for start, end in spans
+    ]
     return encoded.ids, runs
 
 
@@ -303,13 +242,6 @@ def slot_positions(mask: Tensor, others: Sequence[Tensor]) -> Tensor:
     return (torch.arange(mask.shape[1], device=mask.device) - lead).clamp_min(0)
 
 
-def runs(selection: Tensor) -> list[tuple[int, int, int]]:
-    """Return ``(value, start, stop)`` of each run of equal values in a 1-D tensor."""
-    values = selection.tolist()
-    borders = [0, *(i for i in range(1, len(values)) if values[i] != values[i - 1]), len(values)]
-    return [(int(values[a]), a, b) for a, b in pairwise(borders) if a < b]
-
-
 def plan_sections(
     selection: Tensor, mask: Tensor, sharers: int, sections: Sequence[int] | None = None
 ) -> tuple[tuple[Chunk, ...], dict[str, int]]:
@@ -324,17 +256,17 @@ def plan_sections(
     Returns:
         The chunks, and how many real receiver tokens are skipped, by reason.
     """
-    spans = runs(selection) if sections is None else _given(selection, sections)
+    counts = selection.unique_consecutive(return_counts=True)[1].tolist() if sections is None else list(sections)
     skipped: Counter[str] = Counter()
     chunks: list[Chunk] = []
-    for place, (bits, start, stop) in enumerate(spans):
-        real = int(mask[:, start:stop].sum())
-        if place == len(spans) - 1:
+    for stop, size in zip(accumulate(counts), counts, strict=True):
+        bits, real = int(selection[stop - 1]), int(mask[:, stop - size : stop].sum())
+        if stop == len(selection):
             skipped["last section, run on the fused cache"] += real
         elif bits <= 0:
             skipped["not selected"] += real
         else:
-            alignment = _section(mask, start, stop)
+            alignment = _section(mask, stop - size, stop)
             chunks.append(Chunk(stop, tuple(alignment if bits >> j & 1 else None for j in range(sharers))))
     return tuple(chunks), {reason: count for reason, count in skipped.items() if count}
 
@@ -358,17 +290,5 @@ def check_sections(selection: Tensor, sections: Sequence[int]) -> None:
             f"sections {list(sections)} add up to {sum(sections)}, the prompt has {selection.shape[1]} tokens: give "
             "the length of every section, each at least 1."
         )
-    for row in selection:
-        for part in row.split(list(sections)):
-            if not bool((part == part[0]).all()):
-                raise PromptError(
-                    f"sections {list(sections)} do not fit fuse_mask: a section has both values in a row."
-                )
-
-
-def _given(selection: Tensor, sections: Sequence[int]) -> list[tuple[int, int, int]]:
-    spans, start = [], 0
-    for size in sections:
-        spans.append((int(selection[start]), start, start + size))
-        start += size
-    return spans
+    if any(bool((part != part[:, :1]).any()) for part in selection.split(list(sections), dim=1)):
+        raise PromptError(f"sections {list(sections)} do not fit fuse_mask: a section has both values in a row.")

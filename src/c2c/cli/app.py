@@ -9,9 +9,12 @@ from __future__ import annotations
 import errno
 import os
 import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated
 
 import typer
+import yaml
 
 from c2c.cli import analyze, convert, demo, doctor, evaluate, inspect, lm_eval, pull, report, run, serve, share, train
 from c2c.errors import C2CError
@@ -26,8 +29,38 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for command in (pull, run, demo, serve, share, train, evaluate, analyze, lm_eval, report, inspect, convert, doctor):
-    command.register(app)
+_COMMANDS: dict[str, Callable[..., None]] = {
+    "pull": pull.pull,
+    "run": run.run,
+    "demo": demo.demo,
+    "train": train.train,
+    "prefill": train.prefill,
+    "eval": evaluate.evaluate,
+    "lm-eval": lm_eval.lm_eval,
+    "report": report.report,
+    "inspect": inspect.inspect,
+    "convert": convert.convert,
+    "doctor": doctor.doctor,
+}
+_EPILOGS = yaml.safe_load(Path(__file__).with_name("epilogs.yaml").read_text(encoding="utf-8"))
+for name, command in _COMMANDS.items():
+    app.command(name, epilog=_EPILOGS[name])(command)
+app.add_typer(analyze.group)
+serve.register(app)
+share.register(app)
+
+_NO_RIGHTS = "Choose a place that you may read and write, or change its rights."
+_ADVICE = {
+    errno.ENOSPC: "Make room on the disk, or write to another one.",
+    errno.EDQUOT: "Make room, or write to another disk.",
+    errno.EFBIG: "The system allows no larger files: raise the limit, or write elsewhere.",
+    errno.EACCES: _NO_RIGHTS,
+    errno.EPERM: _NO_RIGHTS,
+    errno.EROFS: "Choose a place that can be written to.",
+    errno.ENOTDIR: "A part of this path is a file; expected folders.",
+    errno.EEXIST: "A file lies there; expected a folder, or the name of a new one.",
+    errno.EISDIR: "It is a folder; expected a file.",
+}
 
 
 def _version(wanted: bool) -> None:
@@ -45,28 +78,14 @@ def callback(
     """Language models that talk to each other through their KV caches."""
 
 
-_ADVICE = {
-    errno.ENOSPC: "Make room on the disk, or write to another one.",
-    errno.EDQUOT: "Make room, or write to another disk.",
-    errno.EFBIG: "The system allows no larger files: raise the limit, or write elsewhere.",
-    errno.EACCES: "Choose a place that you may read and write, or change its rights.",
-    errno.EPERM: "Choose a place that you may read and write, or change its rights.",
-    errno.EROFS: "Choose a place that can be written to.",
-    errno.ENOTDIR: "A part of this path is a file; expected folders.",
-    errno.EEXIST: "A file lies there; expected a folder, or the name of a new one.",
-    errno.EISDIR: "It is a folder; expected a file.",
-}
-
-
 def _describe(error: C2CError | OSError) -> str | None:
     """Return the message of an expected error; None of a system error that is not about files."""
     if isinstance(error, C2CError):
         return str(error)
     if error.filename is None and error.errno not in _ADVICE:
         return None
-    where = f"{error.filename}: " if error.filename is not None else ""
-    advice = f" {_ADVICE[error.errno]}" if error.errno in _ADVICE else ""
-    return f"{where}{error.strerror}.{advice}"
+    place = "" if error.filename is None else f"{error.filename}: "
+    return f"{place}{error.strerror}. {_ADVICE.get(error.errno or 0, '')}".rstrip()
 
 
 def main() -> None:

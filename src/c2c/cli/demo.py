@@ -8,32 +8,11 @@ from importlib.util import find_spec
 from threading import Event
 from typing import Any
 
-import typer
-
 from c2c.cli.options import from_config
 from c2c.cli.output import err
 from c2c.demo.config import DemoConfig
 from c2c.errors import C2CError
 from c2c.utils import install_command
-
-_EPILOG = """Examples:
-
-c2c demo
-
-c2c demo --open --port 0
-
-c2c demo --fuser ./my-fuser --fuser ./my-memory-fuser --max-new-tokens 64
-
-c2c demo --host 0.0.0.0 --dtype bfloat16
-
-The fusers in zoo/ are offered as well; the best of them is the default. A fuser of the family 'memory' opens the tab
-for private context. Models are fetched before: c2c pull smollm2-135m qwen2.5-coder-1.5b. Everyone who reaches the
-address can ask. Needs: pip install 'cache2cache\\[demo]'."""
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command to the app."""
-    app.command(name="demo", epilog=_EPILOG)(demo)
 
 
 @from_config(DemoConfig)
@@ -46,9 +25,9 @@ def demo(**options: Any) -> None:
     from c2c.demo.server import launch
 
     def on_start(url: str) -> None:
+        seconds = time.perf_counter() - began
         err.print(
-            f"The page is up at {url} after {time.perf_counter() - began:.1f} s. Models are loaded meanwhile. Ctrl-C "
-            "ends it.",
+            f"The page is up at {url} after {seconds:.1f} s. Models are loaded meanwhile. Ctrl-C ends it.",
             soft_wrap=True,
         )
 

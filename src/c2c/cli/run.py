@@ -2,48 +2,32 @@
 
 from __future__ import annotations
 
-import re
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.panel import Panel
-from rich.table import Table
 from rich.text import Text
 
 from c2c.cli.options import Json, from_config
-from c2c.cli.output import err, human_bytes, out, print_json
+from c2c.cli.output import err, human_bytes, out, print_json, print_table
 from c2c.config import option
 from c2c.errors import PromptError
+from c2c.evaluation.config import system_kind
 from c2c.hub_aliases import DEFAULT_RECEIVER, DEFAULT_SHARER
 from c2c.utils import read_text
 
 if TYPE_CHECKING:
     from c2c.model import C2CModel
-    from c2c.systems import System
 
 ALL = ("receiver", "sharer", "text", "c2c")
 UNTRAINED = (
     "The fuser is untrained: it adds nothing, so the cache-to-cache output equals the receiver's. Pass --fuser FOLDER "
     "for a trained one."
 )
-
-_EPILOG = """Examples:
-
-c2c run "Why is the sky blue?"
-
-c2c run --fuser ./my-fuser --max-new-tokens 64 "Name three uses of copper."
-
-c2c run --receiver smollm2-135m --sharer qwen2.5-coder-1.5b --mode c2c --json "2 + 2 ="
-
-c2c run --fuser ./my-memory-fuser --context report.txt "Who signed the report?"
-
-cat prompt.txt | c2c run -
-
-With --context, only the sharer reads that file; the receiver, and what is text-to-text, get no more than what is handed
-over."""
+_SOURCE = "Alias, hub id, folder or GGUF. [default: the fuser's, else {}]"
 
 
 @dataclass(frozen=True)
@@ -51,19 +35,13 @@ class RunConfig:
     """Options of ``c2c run``."""
 
     fuser: str | None = option(None, "Folder or hub id of a fuser; untrained if not given.")
-    receiver: str | None = option(
-        None, f"Alias, hub id, folder or GGUF. [default: the fuser's, else {DEFAULT_RECEIVER}]"
-    )
-    sharer: str | None = option(None, f"Alias, hub id, folder or GGUF. [default: the fuser's, else {DEFAULT_SHARER}]")
+    receiver: str | None = option(None, _SOURCE.format(DEFAULT_RECEIVER))
+    sharer: str | None = option(None, _SOURCE.format(DEFAULT_SHARER))
     mode: str = option("all", f"Which system answers; all is {', '.join(ALL)}; others are reader, zero, untrained.")
     max_new_tokens: int = option(64, "At most this many tokens per answer.", min=1)
     message_tokens: int = option(64, "At most this many for the text-to-text message.", min=1)
-    context: Path | None = field(
-        default=None, metadata={"help": "Text that only the sharer reads; for a fuser of private context."}
-    )
-    draft_tokens: int = option(
-        0, "With --context: the sharer drafts so many tokens of an answer, handed over as well.", min=0
-    )
+    context: Path | None = option(None, "Text that only the sharer reads; for a fuser of private context.")  # noqa: RUF009
+    draft_tokens: int = option(0, "With --context: hand over so many tokens of the sharer's own answer too.", min=0)
     system: str | None = option(None, "System message for both models.")
     answer_prefix: str = option("", "Text that the answer continues, such as 'The answer is'.")
     sample: bool = option(False, "Sample instead of greedy decoding.", flag="--sample")
@@ -71,11 +49,6 @@ class RunConfig:
     dtype: str | None = option(None, "float32, bfloat16, float16 or auto.")
     device: str | None = option(None, "Device map: cpu, cuda, auto.")
     allow_mismatch: bool = option(False, "Accept models with other weights than the fuser's.")
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command to the app."""
-    app.command(name="run", epilog=_EPILOG)(run)
 
 
 @from_config(RunConfig)
@@ -90,39 +63,47 @@ def run(
     text = sys.stdin.read().strip() if prompt == "-" else prompt
     if not text.strip():
         raise PromptError(f"the prompt{' on stdin' if prompt == '-' else ''} is empty; expected some text to read.")
-    context = None if config.context is None else read_text(config.context, f"--context {config.context}", PromptError)
-    names = _system_names(config.mode)
+    what = f"--context {config.context}"
+    context = None if config.context is None else read_text(config.context, what, PromptError)
+    import torch
+
+    from c2c.prompting import RenderOptions
+    from c2c.systems import SystemOptions, make_system, systems
+    from c2c.systems.fused import CacheToCache
+
+    names = ALL if config.mode == "all" else (config.mode,)
+    if not {system_kind(name) for name in names} <= set(systems()):
+        known = ", ".join(sorted(systems()))
+        raise typer.BadParameter(f"{config.mode!r} is not one of all, {known}.", param_hint="--mode")
     with err.status("loading models ..."):
         model = _load(config)
-        systems = _make_systems(names, model, config)
+        shared = SystemOptions(message_tokens=config.message_tokens, draft_tokens=config.draft_tokens)
+        chosen = {name: make_system(name, model, shared) for name in names}
+        if any(isinstance(system, CacheToCache) for system in chosen.values()):
+            _check_context(model, config.context)
     if not json_:
-        out.print(_header(model))
+        _show_pair(model)
+    messages = [{"role": "system", "content": config.system}] if config.system else []
+    messages.append({"role": "user", "content": text})
+    how: dict[str, Any] = {"options": RenderOptions(answer_prefix=config.answer_prefix), "do_sample": config.sample}
     results: dict[str, dict[str, Any]] = {}
-    for name, system in systems.items():
+    for name, system in chosen.items():
+        torch.manual_seed(config.seed)
         with err.status(f"{system.title} ..."):
-            results[name] = _answer(system, text, context, config)
+            result = system.generate(messages, context, max_new_tokens=config.max_new_tokens, **how)
+        results[name] = result.to_dict()
         if not json_:
-            out.print(_panel(system.title, results[name]))
+            _show_answer(system.title, results[name])
     if json_:
         pair = {"receiver": model.receiver.name, "sharer": [sharer.name for sharer in model.sharers]}
         note = {} if model.trained else {"note": UNTRAINED}
         print_json({"prompt": text, **pair, "trained": model.trained, "results": results, **note})
         return
     if len(results) > 1:
-        out.print(_table({systems[name].title: result for name, result in results.items()}))
+        columns = ("", "first token", "total", "read", "written", "crossed")
+        print_table(columns, (_costs(chosen[name].title, result) for name, result in results.items()))
     if not model.trained and "c2c" in results:
         out.print(f"[yellow]{UNTRAINED}[/yellow]")
-
-
-def _system_names(mode: str) -> tuple[str, ...]:
-    """Return the systems of a ``--mode``; unknown ones are refused before models are loaded."""
-    from c2c.systems import systems
-
-    if mode == "all":
-        return ALL
-    if re.sub(r"_\d+$", "", mode) not in systems():
-        raise typer.BadParameter(f"{mode!r} is not one of all, {', '.join(sorted(systems()))}.", param_hint="--mode")
-    return (mode,)
 
 
 def _load(config: RunConfig) -> C2CModel:
@@ -133,36 +114,6 @@ def _load(config: RunConfig) -> C2CModel:
         return C2CModel.from_models(config.receiver or DEFAULT_RECEIVER, config.sharer or DEFAULT_SHARER, **load)
     load |= {"receiver": config.receiver, "sharer": config.sharer, "allow_mismatch": config.allow_mismatch}
     return C2CModel.from_pretrained(config.fuser, **load)
-
-
-def _make_systems(names: tuple[str, ...], model: C2CModel, config: RunConfig) -> dict[str, System]:
-    from c2c.systems import SystemOptions, make_system
-    from c2c.systems.fused import CacheToCache
-
-    options = SystemOptions(message_tokens=config.message_tokens, draft_tokens=config.draft_tokens)
-    systems = {name: make_system(name, model, options) for name in names}
-    if any(isinstance(system, CacheToCache) for system in systems.values()):
-        _check_context(model, config.context)
-    return systems
-
-
-def _answer(system: System, text: str, context: str | None, config: RunConfig) -> dict[str, Any]:
-    import torch
-
-    from c2c.prompting import RenderOptions
-
-    messages = [{"role": "system", "content": config.system}] if config.system else []
-    messages.append({"role": "user", "content": text})
-    torch.manual_seed(config.seed)
-    result = system.generate(
-        messages,
-        context,
-        options=RenderOptions(answer_prefix=config.answer_prefix),
-        max_new_tokens=config.max_new_tokens,
-        do_sample=config.sample,
-    )
-    data: dict[str, Any] = result.to_dict()
-    return data
 
 
 def _check_context(model: C2CModel, context: Path | None) -> None:
@@ -180,34 +131,26 @@ def _check_context(model: C2CModel, context: Path | None) -> None:
         )
 
 
-def _header(model: C2CModel) -> str:
+def _show_pair(model: C2CModel) -> None:
     names = ", ".join(sharer.name for sharer in model.sharers)
     state = "trained" if model.trained else "untrained"
     parameters = sum(p.numel() for fuser in model.fusers for p in fuser.parameters())
-    return (
+    out.print(
         f"[bold]receiver[/bold] {model.receiver.name}   [bold]sharer[/bold] {names}   "
         f"[bold]fuser[/bold] {model.fusers[0].family}, {parameters / 1e6:.1f} M parameters, {state}"
     )
 
 
-def _panel(title: str, result: dict[str, Any]) -> Panel:
+def _show_answer(title: str, result: dict[str, Any]) -> None:
     body = Text(result["text"].strip() or "(no text)")
     if "message" in result:
         body = Text.assemble(("sharer wrote: " + result["message"].strip() + "\n\n", "dim"), body)
-    return Panel(body, title=title, title_align="left")
+    out.print(Panel(body, title=title, title_align="left"))
 
 
-def _table(results: dict[str, dict[str, Any]]) -> Table:
-    table = Table()
-    for title in ("", "first token", "total", "read", "written", "crossed"):
-        table.add_column(title, no_wrap=True)
-    for title, result in results.items():
-        seconds = (f"{result[key]:.2f} s" for key in ("seconds_to_first_token", "seconds_total"))
-        table.add_row(title, *seconds, str(result["prompt_tokens"]), str(result["new_tokens"]), _crossed(result))
-    return table
-
-
-def _crossed(result: dict[str, Any]) -> str:
+def _costs(title: str, result: dict[str, Any]) -> list[object]:
+    crossed = f"{result['message_tokens']} text tokens" if "message" in result else "-"
     if result["report"]:
-        return f"{human_bytes(result['report']['sharer_bytes'])} cache"
-    return f"{result['message_tokens']} text tokens" if "message" in result else "-"
+        crossed = f"{human_bytes(result['report']['sharer_bytes'])} cache"
+    seconds = (f"{result[key]:.2f} s" for key in ("seconds_to_first_token", "seconds_total"))
+    return [title, *seconds, result["prompt_tokens"], result["new_tokens"], crossed]

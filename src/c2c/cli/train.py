@@ -6,39 +6,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from c2c.cli.options import Json, from_config
-from c2c.cli.output import human_bytes, log_to_stderr, out, print_json, progress_bars
+from c2c.cli.output import human_bytes, log_to_stderr, out, print_json, print_table, progress_bars
 from c2c.config import ConfigError
 from c2c.training.config import ADAPTER, TrainConfig, load_config
-
-_TRAIN_EPILOG = """Examples:
-
-c2c train configs/multiple_choice.yaml
-
-c2c train config.yaml --data-dir ~/data --output-dir runs/a --seed 1
-
-c2c train config.yaml --max-steps 20 --json
-
-c2c train config.yaml --start-from zoo/NAME --output-dir runs/mine    # a fuser that exists, on rows of your own
-
-c2c train config.yaml --family adapter --output-dir runs/adapter     # the receiver alone, same rows and size
-
-A run that was stopped goes on from its last checkpoint; --no-resume starts afresh."""
-
-_PREFILL_EPILOG = """Examples:
-
-c2c prefill configs/multiple_choice.yaml
-
-Stop it at any time; the next call goes on where it was."""
-
-
-def register(app: typer.Typer) -> None:
-    """Add the commands to the app."""
-    app.command(name="train", epilog=_TRAIN_EPILOG)(train)
-    app.command(name="prefill", epilog=_PREFILL_EPILOG)(prefill)
-
 
 ConfigPath = Annotated[Path, typer.Argument(help="YAML file; see configs/. Options override it.")]
 
@@ -52,22 +24,17 @@ def train(
     **options: Any,
 ) -> None:
     """Train a fuser between two frozen models, or the control of one."""
+    from c2c.fusers import family
     from c2c.training import train as run_training
 
     loaded = load_config(config, **options)
     log_to_stderr("c2c.training")
     with progress_bars() as report:
         summary = run_training(loaded, resume=resume, progress=report)
-    if not summary:  # another process reports
-        return
-    if json_:
+    if json_ and summary:
         print_json(summary)
-    elif "adapter" in summary:
-        _show_adapter(summary)
-    else:
-        from c2c.fusers import family
-
-        _show_fuser(summary, private=family(loaded.family).context == "private")
+    elif summary:  # else another process reports
+        _show(summary, private=loaded.family != ADAPTER and family(loaded.family).context == "private")
 
 
 @from_config(TrainConfig, override=True, only=["receiver", "sharer", "data_dir", "store_dir", "store_budget_gb"])
@@ -95,35 +62,22 @@ def prefill(config: ConfigPath, *, json_: Json = False, **options: Any) -> None:
         out.print(f"{data['prompts']} prompts in {loaded.store_dir}, {human_bytes(data['bytes'])}")
 
 
-def _show_adapter(summary: dict[str, Any]) -> None:
-    dev, matched = summary["dev"], summary["matched"]
-    _print_scores(
-        "dev accuracy", {name: dev[name] for name in ("receiver", "adapter")}, {"adapter - receiver": dev["G"]}
-    )
-    out.print(f"{summary['adapter']}, chosen at step {summary['step']} on {dev['n']} dev examples")
-    out.print(
-        f"rank {summary['rank']}: {summary['parameters']:,} parameters; "
-        f"the {matched['family']} fuser has {matched['parameters']:,}"
-    )
-
-
-def _show_fuser(summary: dict[str, Any], private: bool) -> None:
+def _show(summary: dict[str, Any], private: bool) -> None:
     dev = summary["dev"]
-    _print_scores(
-        "dev F1" if private else "dev accuracy",
-        {name: dev[name] for name in ("receiver", "matched", "deranged")},
-        {"G = matched - receiver": dev["G"], "P = matched - deranged": dev["P"]},
+    rows = [(name, f"{dev[name]:.1f} %") for name in ("receiver", "adapter", "matched", "deranged") if name in dev]
+    gains = (
+        {"G": "adapter - receiver"} if "adapter" in summary else {"G": "matched - receiver", "P": "matched - deranged"}
     )
+    rows += [(f"{gain} = {meaning}", f"{dev[gain]:+.1f}") for gain, meaning in gains.items()]
+    print_table(("", "dev F1" if private else "dev accuracy"), rows)
     chosen = f"step {summary['step']}" if "step" in summary else f"blend {summary['blend']:.1f}"
-    out.print(f"{summary['fuser']}, chosen at {chosen} on {dev['n']} dev examples")
-    context = " --context page.txt" if private else ""  # what only the sharer reads
-    out.print(f"Try it: c2c run --fuser {summary['fuser']}{context} 'your prompt'")
-
-
-def _print_scores(title: str, scores: dict[str, float], gains: dict[str, float]) -> None:
-    table = Table("", title)
-    for name, value in scores.items():
-        table.add_row(name, f"{value:.1f} %")
-    for name, value in gains.items():
-        table.add_row(name, f"{value:+.1f}")
-    out.print(table)
+    out.print(f"{summary.get('adapter') or summary['fuser']}, chosen at {chosen} on {dev['n']} dev examples")
+    if "adapter" in summary:
+        matched = summary["matched"]
+        out.print(
+            f"rank {summary['rank']}: {summary['parameters']:,} parameters; "
+            f"the {matched['family']} fuser has {matched['parameters']:,}"
+        )
+    else:
+        context = " --context page.txt" if private else ""  # what only the sharer reads
+        out.print(f"Try it: c2c run --fuser {summary['fuser']}{context} 'your prompt'")

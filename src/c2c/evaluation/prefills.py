@@ -89,7 +89,8 @@ class StoredSharer(Sharer):
         self, batch: TokenBatch, cache: Cache, *, timer: FirstTokenTimer | None = None, **kwargs: Any
     ) -> Tensor:
         """Decode; see :meth:`LanguageModel.generate`. Greedy texts of one length limit are decoded once."""
-        if not self._use_texts or kwargs.keys() != {"max_new_tokens", "do_sample"} or kwargs["do_sample"]:
+        settings = {name for name, value in kwargs.items() if value not in (None, [])} - {"do_sample"}
+        if not self._use_texts or settings != {"max_new_tokens"} or kwargs.get("do_sample") is not False:
             return super().generate(batch, cache, timer=timer, **kwargs)
 
         def decode(rows: list[int]) -> list[list[int]]:

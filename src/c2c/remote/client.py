@@ -20,10 +20,10 @@ from transformers import Cache
 from c2c import kv_cache
 from c2c.errors import CacheError, MismatchError, RemoteError, SharerLost
 from c2c.fusers import Fuser
-from c2c.handoff import Handoff, Packed, Precision, Reading
+from c2c.handoff import Handoff, Precision, QuantizedTensor, SharerPrompt
 from c2c.identity import ModelIdentity, differences, identify
 from c2c.kv_cache import KVGeometry
-from c2c.language_model import Sharer, Wanted
+from c2c.language_model import EntrySelection, Sharer
 from c2c.remote.connection import Connection, Loss, Traffic, check_unchanged, ssl_context
 from c2c.remote.handoff import PartialHandoff
 from c2c.remote.model_stub import build_model, load_tokenizer, load_tokenizer_files
@@ -44,7 +44,7 @@ from c2c.serving.http_config import is_loopback, read_keys
 from c2c.tokens import TokenBatch
 
 T = TypeVar("T")
-Rows = list[tuple[Packed, Packed]]  # keys and values of each row of a layer
+Rows = list[tuple[QuantizedTensor, QuantizedTensor]]  # keys and values of each row of a layer
 _LARGEST_HANDSHAKE = 1 << 28
 
 
@@ -145,7 +145,7 @@ class RemoteSharer(Sharer):
         """Close the connection."""
         self._connection.close()
 
-    def share(self, batch: TokenBatch, wanted: Wanted) -> Cache:
+    def share(self, batch: TokenBatch, wanted: EntrySelection) -> Cache:
         """Return the wanted entries at their places; other columns are zero, and other layers empty.
 
         A batch with more tokens than the server takes at a time is sent in parts.
@@ -191,7 +191,7 @@ class RemoteSharer(Sharer):
 
     # -- handoffs ----------------------------------------------------------------------------------------------------
 
-    def _read_prompt(self, plan: Reading, tokens: TokenBatch, cache: Cache, draft_tokens: int) -> Handoff:
+    def _read_prompt(self, plan: SharerPrompt, tokens: TokenBatch, cache: Cache, draft_tokens: int) -> Handoff:
         known = kv_cache.length(cache) if cache.layers else 0
         kept = torch.tensor(plan.kept) if self._fuser is not None else torch.arange(known, tokens.length)
         layers = self._fuser.config.source_layers if self._fuser is not None else range(self.geometry.layers)
@@ -202,14 +202,14 @@ class RemoteSharer(Sharer):
         ids, kept = plan.followed_by(drafted).tensors()
         if not known:
             return Handoff(self.identity, ids, kept, list(found.values()), cast(Precision, self.precision))
-        new = [(keys.unpack(self.dtype), values.unpack(self.dtype)) for keys, values in found.values()]
+        new = [(keys.dequantize(self.dtype), values.dequantize(self.dtype)) for keys, values in found.values()]
         joined = [
             (torch.cat([old[0], keys], dim=2), torch.cat([old[1], values], dim=2))
             for old, (keys, values) in zip(kv_cache.layers(cache), new, strict=True)
         ]
         return Handoff.from_cache(self.identity, ids, kept, joined)
 
-    def _read_for(self, fuser: Fuser, request: PrefillRequest, plan: Reading) -> PartialHandoff:
+    def _read_for(self, fuser: Fuser, request: PrefillRequest, plan: SharerPrompt) -> PartialHandoff:
         """What a fuser needs, whichever is less: entries of the layers that it reads, or what becomes of them."""
         projected = self._projected(request, fuser)
         if projected is not None:
@@ -217,17 +217,19 @@ class RemoteSharer(Sharer):
             drafted, found = self._prefilled(projected, itemgetter(0), geometry, most)
             ids, kept = plan.followed_by(drafted).tensors()
             entries = [
-                (keys.unpack(fuser.dtype).to(fuser.device), values.unpack(fuser.dtype).to(fuser.device))
+                (keys.dequantize(fuser.dtype).to(fuser.device), values.dequantize(fuser.dtype).to(fuser.device))
                 for keys, values in found.values()
             ]
             precision, layers, held = cast(Precision, projected.precision), [], frozenset[int]()
         else:
             drafted, found = self._prefilled(request, itemgetter(0))
             ids, kept = plan.followed_by(drafted).tensors()
-            like, none = self._zeros(1, len(ids)), Packed(self._zeros(1, 0))
+            like, none = self._zeros(1, len(ids)), QuantizedTensor(self._zeros(1, 0))
             placed = {index: spread([pair], [kept], like) for index, pair in found.items()}
             layers = [
-                (Packed(placed[index][0]), Packed(placed[index][1])) if index in placed else (none, none)
+                (QuantizedTensor(placed[index][0]), QuantizedTensor(placed[index][1]))
+                if index in placed
+                else (none, none)
                 for index in range(self.geometry.layers)
             ]
             precision, entries, held = cast(Precision, native(self.dtype)), None, frozenset(found)

@@ -22,12 +22,11 @@ from transformers import PreTrainedModel
 
 from c2c import identity
 from c2c.errors import C2CError
-from c2c.generation import PrefilledPrompt
 from c2c.identity import ModelIdentity
 from c2c.language_model import LanguageModel, Receiver
 from c2c.model import C2CModel
-from c2c.prompting import RenderOptions
-from c2c.systems.base import System, SystemOptions
+from c2c.systems.alone import ReceiverAlone
+from c2c.systems.base import SystemOptions
 from c2c.utils import file_hash, install_command, read_json_object, save_atomically
 from c2c.version import __version__
 
@@ -103,12 +102,7 @@ def save_adapter(adapter: Any, receiver: LanguageModel, folder: Path, facts: dic
     """Write a folder that ``peft`` reads, with a manifest (``c2c_adapter.json``) that says for whom it is.
 
     Files are complete or absent, and the manifest has the weights' hash: a kill leaves no half adapter that loads.
-
-    Args:
-        adapter: from :func:`new_adapter`.
-        receiver: the model that it is in.
-        folder: written to.
-        facts: more for the manifest.
+    ``facts`` are added to the manifest.
     """
     config = copy.copy(adapter.peft_config[_NAME])
     # not the folder it was loaded from, which is nobody else's business; and sets have no order
@@ -142,8 +136,8 @@ def restore_adapter(adapter: Any, folder: Path) -> None:
         stored = load_file(folder / _WEIGHTS)
     except (OSError, SafetensorError) as error:
         raise AdapterError(f"{folder} holds no whole adapter: {error}") from error
-    own = _state(adapter)
-    if {name: t.shape for name, t in own.items()} != {name: t.shape for name, t in stored.items()}:
+    expected, given = ({name: tensor.shape for name, tensor in part.items()} for part in (_state(adapter), stored))
+    if expected != given:
         raise AdapterError(f"{folder / _WEIGHTS} does not fit this receiver and {_CONFIG}: other layers or rank.")
     _peft().set_peft_model_state_dict(adapter, stored, adapter_name=_NAME)
 
@@ -231,7 +225,7 @@ def _peft() -> Any:
     return peft
 
 
-class Lora(System):
+class Lora(ReceiverAlone):
     """Answer with the receiver that carries a LoRA adapter: what training gains without any sharer."""
 
     name: ClassVar[str] = "adapter"
@@ -250,9 +244,3 @@ class Lora(System):
     def language_model(self) -> LanguageModel:
         """The model that answers."""
         return self._adapted
-
-    def prefill(
-        self, messages: Any, sharer_messages: Any = None, *, options: RenderOptions | None = None
-    ) -> PrefilledPrompt:
-        """Prefill the adapted receiver's own prompt; see :meth:`System.prefill`."""
-        return self.language_model.prefill_messages(messages, options)

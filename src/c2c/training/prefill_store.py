@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 
 from c2c import kv_cache
+from c2c.errors import CacheError
 from c2c.language_model import LanguageModel
 from c2c.prefill import prefill
 from c2c.tokens import left_pad
@@ -148,6 +149,11 @@ class PrefillStore:
                 self._write(self.key(ids), self._extract(cache, row, start, start + len(ids)))
 
     def _compute(self, prompts: Sequence[Sequence[int]]) -> list[PromptCache]:
+        if self.model.released:
+            raise CacheError(
+                f"the weights of the {self.model.role} {self.model.name} were released after its prefills were stored, "
+                "and this prompt is not among them. Load the model again."
+            )
         self.computed += len(prompts)
         tokens = left_pad(prompts, 0)
         cache = prefill(self.model.model, tokens.to(self.model.device), tokens.length)

@@ -94,7 +94,7 @@ def layout_of(name: str, layer: Any, cache: Tensor, spec: Any) -> KVLayout:
     backend = layer.get_attn_backend().get_name()
     if backend not in _LAYOUTS:
         raise UnsupportedError(
-            f"{name} uses the attention backend {backend}, whose cache c2c can't read; it reads {', '.join(_LAYOUTS)}. "
+            f"{name} uses the attention backend {backend}, whose cache c2c can't read, only {', '.join(_LAYOUTS)}. "
             "Choose one of these, or write a KVLayout for it."
         )
     _check_spec(name, spec)
