@@ -63,7 +63,6 @@ def measure_enrichment(config: EnrichmentConfig, progress: OnProgress | None = N
         AnalysisError: missing data, too few exemplars, options that share their first token, or a template that
             renders the question differently after other turns.
         CacheError: the model's keys can't be moved to other positions.
-        ModelLoadError: no such model.
     """
     shots, rows = _load_rows(config)
     model = LanguageModel.from_pretrained(config.model, dtype=config.dtype, device_map=config.device_map)

@@ -37,11 +37,7 @@ _lock = Lock()  # matplotlib's style is global
 class Plot:
     """A plot that is drawn when it is needed, into a figure of its own or a part of one.
 
-    Attributes:
-        title: what it shows.
-        caption: how to read it.
-        height: in inches, for a width of 6.4.
-        draw: draws it into an empty figure.
+    ``draw`` draws it into an empty figure; ``height`` is in inches, for a width of 6.4.
     """
 
     title: str

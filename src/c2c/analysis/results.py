@@ -79,13 +79,9 @@ def _write(result: dict[str, Any], numbers: Mapping[str, Any], folder: Path) -> 
 def provenance(facts: Mapping[str, Any], config: Mapping[str, Any], files: Sequence[str]) -> dict[str, Any]:
     """Collect what is needed to repeat an analysis.
 
-    Args:
-        facts: identities and hashes of what was analysed.
-        config: settings by name; those that can't change the numbers are left out.
-        files: data files, of which the hashes are kept.
-
     Returns:
-        ``facts``, ``data``, ``config``; ``key``, a hash of these; ``command`` and ``versions``.
+        ``facts``; ``data``, hashes of ``files``; ``config`` without what can't change the numbers; ``key``, a hash of
+        these; ``command`` and ``versions``.
     """
     compared = {
         **facts,

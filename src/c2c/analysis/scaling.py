@@ -62,14 +62,10 @@ def measure_scaling(config: ScalingConfig, progress: OnProgress | None = None) -
 
 
 def count_parameters(identity: Mapping[str, Any], given: Mapping[str, float]) -> tuple[int, str]:
-    """Count a model's parameters.
-
-    Args:
-        identity: of the model, as result files have it.
-        given: counts by name, which come first.
+    """Count the parameters of a model, from its identity in a result file.
 
     Returns:
-        The count and its source: ``given``, ``config`` (of a model that lies on this machine) or ``name`` ("1.5b").
+        The count and its source: ``given`` by the user, ``config`` of a model on this machine, or ``name`` ("1.5b").
 
     Raises:
         AnalysisError: none of them has the count.
@@ -102,20 +98,16 @@ def _count_from_config(name: str) -> int | None:
 
 
 def _short_name(name: str) -> str:
-    """Return a folder's last name; hub ids and aliases as they are."""
     return Path(name).name if name.startswith(("/", "~", ".")) else name
 
 
 def _read(path: Path) -> dict[str, Any]:
     result = read_json_object(path, AnalysisError)
-    systems, provenance = result.get("systems"), result.get("provenance")
-    if not (
-        isinstance(systems, dict)
-        and isinstance(provenance, dict)
-        and all(isinstance(provenance.get(role), dict) for role in ("receiver", "sharer"))
-    ):
+    systems, about = result.get("systems"), result.get("provenance")
+    models = [about.get(role) for role in ("receiver", "sharer")] if isinstance(about, dict) else [None]
+    if not all(isinstance(part, dict) for part in (systems, *models)):
         raise AnalysisError(f"{path} is not a result of c2c eval with one sharer (systems and provenance are missing).")
-    if missing := [name for name in SYSTEMS[:3] if "accuracy" not in systems.get(name, {})]:
+    if missing := [name for name in SYSTEMS[:3] if "accuracy" not in result["systems"].get(name, {})]:
         raise AnalysisError(f"{path} has no accuracy of {', '.join(missing)}: evaluate these systems too.")
     return result
 

@@ -33,13 +33,9 @@ def make_files(
     plots: Path | None = None,
     readme: Path | None = None,
 ) -> dict[Path, str]:
-    """Make the text of every file that is wanted.
+    """Make the text of every file that is wanted, for at least one evaluation.
 
     Args:
-        evaluations: at least one.
-        title: heading.
-        html: file of the page.
-        markdown: file of the Markdown.
         plots: folder of the plots, which the Markdown then shows.
         readme: a file with lines ``<!-- results -->`` and ``<!-- /results -->``, between which the table goes.
 
@@ -77,11 +73,7 @@ def summary_markdown(evaluations: Sequence[Evaluation]) -> str:
 
 
 def write_files(files: Mapping[Path, str]) -> None:
-    """Write every file, whole or not at all.
-
-    Raises:
-        ReportError: one can't be written.
-    """
+    """Write every file, whole or not at all; raise ReportError where one can't be written."""
     for path, text in files.items():
         try:
             write_text(path, text)
@@ -90,11 +82,7 @@ def write_files(files: Mapping[Path, str]) -> None:
 
 
 def check_files(files: Mapping[Path, str], command: str) -> None:
-    """Compare the files that are there with those that would be written; of plots only which there are.
-
-    Args:
-        files: what would be written.
-        command: what writes them.
+    """Compare the files that are there with those that ``command`` would write; of plots only which there are.
 
     Raises:
         ReportError: a file is missing or differs, or a plot is there that would not be written.
