@@ -63,10 +63,8 @@ class RequestRecord:
 
     def to_dict(self) -> dict[str, Any]:
         """Return what is logged."""
-        known = {name: getattr(self, name) for name in ("request_id", "method", "path", "owner", "status", "code")}
-        return (
-            {name: value for name, value in known.items() if value} | {"seconds": round(self.seconds, 4)} | self.facts
-        )
+        known = {name: value for name, value in vars(self).items() if value and name not in ("facts", "began")}
+        return known | {"seconds": round(self.seconds, 4)} | self.facts
 
 
 @dataclass
@@ -101,25 +99,17 @@ def create_app(
     app = FastAPI(lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.server = state
     app.add_middleware(RequestMiddleware, config=config, state=state, keys=config.keys())
-    app.add_exception_handler(C2CError, _on_error)
-    app.add_exception_handler(HTTPException, _on_http_error)
-    app.add_exception_handler(RequestValidationError, _on_validation_error)
+    for kind in (C2CError, HTTPException, RequestValidationError):
+        app.add_exception_handler(kind, _on_error)
     for router in routers:
         app.include_router(router)
 
-    def health() -> tuple[int, dict[str, Any]]:
-        facts = {"status": "draining" if state.draining else "ok"} | state.health()
-        return (200 if facts["status"] == "ok" else 503), facts
-
     @app.get("/health")
-    async def _health() -> JSONResponse:
-        status, facts = health()
-        return JSONResponse(facts, status)
-
     @app.get("/ready")
-    async def _ready() -> JSONResponse:
-        status, facts = health()
-        return JSONResponse({"status": facts["status"]}, status)
+    async def health(request: Request) -> JSONResponse:
+        facts = {"status": "draining" if state.draining else "ok"} | state.health()
+        shown = facts if request.url.path == "/health" else {"status": facts["status"]}
+        return JSONResponse(shown, 200 if facts["status"] == "ok" else 503)
 
     return app
 
@@ -158,15 +148,15 @@ class RequestMiddleware:
             if self._state.draining and scope["method"] == "POST":
                 raise shutting_down()
             await self._app(scope, await self._buffered(receive), send)
+            return
         except ApiError as error:
-            record.fail(error)
-            if not send.started and error.status != client_gone().status:
-                await error_response(error)(scope, receive, send)
+            failure = error
         except Exception as error:
             log_failure("request_failed", error, request_id=record.request_id)
-            record.fail(internal())
-            if not send.started:
-                await error_response(internal(record.request_id))(scope, receive, send)
+            failure = internal(record.request_id)
+        record.fail(failure)
+        if not send.started and failure.status != client_gone().status:
+            await error_response(failure)(scope, receive, send)
 
     def _check_rate(self, caller: str) -> None:
         if not self._config.rate:
@@ -181,32 +171,28 @@ class RequestMiddleware:
 
     async def _buffered(self, receive: Receive) -> Receive:
         """Read the whole body, within size and time, and return what replays it."""
+        parts, size, limit, more = [], 0, self._config.max_body, True
         try:
             async with asyncio.timeout(self._config.timeout):
-                body = await self._read(receive)
+                while more and size <= limit * _DISCARDED:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise client_gone()
+                    size += len(message.get("body", b""))
+                    parts.append(message.get("body", b"") if size <= limit else b"")
+                    more = message.get("more_body", False)
         except TimeoutError:
-            message = f"the body did not arrive within {self._config.timeout:g} s."
-            raise ApiError(408, message, code="timeout", headers={"Connection": "close"}) from None
-        messages = iter([{"type": "http.request", "body": body, "more_body": False}])
+            reason = f"the body did not arrive within {self._config.timeout:g} s."
+            raise ApiError(408, reason, code="timeout", headers={"Connection": "close"}) from None
+        if size > limit:
+            reason = f"the body has more than {limit} bytes, the limit of this server (--max-body-mb or --max-body-kb)."
+            raise ApiError(413, reason, code="request_too_large", headers={"Connection": "close"})
+        messages = iter([{"type": "http.request", "body": b"".join(parts), "more_body": False}])
 
         async def replay() -> Message:
             return next(messages, None) or await receive()
 
         return replay
-
-    async def _read(self, receive: Receive) -> bytes:
-        parts, size, limit, more = [], 0, self._config.max_body, True
-        while more and size <= limit * _DISCARDED:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                raise client_gone()
-            size += len(message.get("body", b""))
-            parts.append(message.get("body", b"") if size <= limit else b"")
-            more = message.get("more_body", False)
-        if size > limit:
-            reason = f"the body has more than {limit} bytes, the limit of this server (--max-body-mb or --max-body-kb)."
-            raise ApiError(413, reason, code="request_too_large", headers={"Connection": "close"})
-        return b"".join(parts)
 
 
 class _Sender:
@@ -229,24 +215,24 @@ def error_response(error: ApiError) -> JSONResponse:
 
 
 async def _on_error(request: Request, error: Exception) -> JSONResponse:
-    known = to_api_error(error) if isinstance(error, C2CError) else internal()
+    match error:
+        case C2CError():
+            known = to_api_error(error)
+        case RequestValidationError():
+            first = error.errors()[0]
+            known = validation_error({**first, "loc": first["loc"][1:]})
+        case HTTPException(status_code=status, detail=detail):
+            code, message = {
+                400: ("invalid_json", "the body is not valid JSON."),  # all that FastAPI itself refuses this way
+                404: ("not_found", f"there is nothing at {request.url.path}."),
+                405: ("method_not_allowed", f"{request.url.path} takes no {request.method}."),
+            }.get(status, (None, str(detail)))
+            known = ApiError(status, message, code=code, headers=dict(error.headers or {}))
+        case _:
+            known = internal()
     if isinstance(record := getattr(request.state, "record", None), RequestRecord):
         record.fail(known)
     return error_response(known)
-
-
-async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
-    status, headers = getattr(error, "status_code", 500), dict(getattr(error, "headers", None) or {})
-    messages = {404: f"there is nothing at {request.url.path}.", 405: f"{request.url.path} takes no {request.method}."}
-    messages[400] = "the body is not valid JSON."  # all that FastAPI itself refuses this way
-    code = {400: "invalid_json", 404: "not_found", 405: "method_not_allowed"}.get(status)
-    message = messages.get(status) or str(getattr(error, "detail", "refused."))
-    return await _on_error(request, ApiError(status, message, code=code, headers=headers))
-
-
-async def _on_validation_error(request: Request, error: Exception) -> JSONResponse:
-    first = error.errors()[0] if isinstance(error, RequestValidationError) else {}
-    return await _on_error(request, validation_error({**first, "loc": first.get("loc", ())[1:]}))
 
 
 @asynccontextmanager

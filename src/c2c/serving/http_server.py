@@ -19,7 +19,6 @@ from c2c.serving.errors import ServerError
 from c2c.serving.http_config import HTTPConfig
 from c2c.serving.logs import log
 
-_KEEP_ALIVE = 75  # seconds; longer than clients keep idle connections, so that none is closed under a request
 _GRACE = 5.0  # seconds after the longest request, for sending
 
 
@@ -60,21 +59,17 @@ class Server(uvicorn.Server):
     """
 
     def __init__(self, app: FastAPI, config: HTTPConfig) -> None:
-        super().__init__(
-            uvicorn.Config(
-                app,
-                log_config=None,
-                access_log=False,
-                lifespan="on",
-                ws="none",
-                backlog=2048,
-                server_header=False,
-                limit_concurrency=config.connections,
-                timeout_keep_alive=_KEEP_ALIVE,
-                timeout_graceful_shutdown=int(_GRACE),
-                **_tls_options(config),
-            )
-        )
+        options: dict[str, Any] = {
+            "log_config": None,
+            "access_log": False,
+            "lifespan": "on",
+            "ws": "none",
+            "server_header": False,
+            "limit_concurrency": config.connections,
+            "timeout_keep_alive": 75,  # longer than clients keep idle connections: none is closed under a request
+            "timeout_graceful_shutdown": int(_GRACE),
+        }
+        super().__init__(uvicorn.Config(app, **options, **_tls_options(config)))
         try:
             self.config.load()
         except OSError as error:
