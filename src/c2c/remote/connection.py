@@ -56,14 +56,7 @@ class Loss(NamedTuple):
 
 
 class Connection:
-    """Call one server.
-
-    Args:
-        url: ``http://host:port`` or ``https://host:port``.
-        token: bearer key.
-        verify: as in httpx.
-        timeout: seconds for one call, all attempts included.
-        retries: attempts after the first.
+    """Call one server, ``retries`` times again, with ``timeout`` seconds for all attempts of a call together.
 
     Attributes:
         lost: why the last call failed; None if it did not, or if only the request was at fault.
@@ -88,7 +81,7 @@ class Connection:
             path: such as ``/v1/prefill``.
             read: reads an answer whose status is 200.
             body: JSON to post; a GET without it.
-            model: identity of the model that the request is for.
+            model: the one that the request is for.
 
         Raises:
             RemoteError: refused, lost, too slow or damaged. SharerChanged: another model is served.

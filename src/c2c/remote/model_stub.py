@@ -40,11 +40,7 @@ def build_model(
 ) -> PreTrainedModel:
     """Build the model of a config on the meta device, with a rotary embedding that works.
 
-    Args:
-        config: what :func:`config_of` returned.
-        dtype: type of the weights that are elsewhere.
-        checksums: what :func:`rotary_checksums` returned there.
-        url: for errors.
+    ``checksums`` are those of :func:`rotary_checksums` where the weights are.
 
     Raises:
         RemoteError: a model that this version of transformers does not know, or rotates otherwise.

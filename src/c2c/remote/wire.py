@@ -49,12 +49,7 @@ class CutOffError(WireError):
 
 @dataclass(frozen=True)
 class Record:
-    """Hold one part of an answer.
-
-    Attributes:
-        manifest: plain data; ``kind`` and what the kind needs.
-        tensors: by name.
-    """
+    """Hold one part of an answer: a manifest of plain data, with its ``kind`` and what the kind needs, and tensors."""
 
     manifest: dict[str, Any]
     tensors: dict[str, Tensor]
@@ -72,11 +67,7 @@ class Record:
 
 
 def read_records(pieces: Iterable[bytes], largest: int) -> Iterator[Record]:
-    """Read records from bytes in pieces of any size, up to ``end`` or ``error``, which must come.
-
-    Args:
-        pieces: the bytes, as they arrive.
-        largest: bytes of one record at most.
+    """Read records of at most ``largest`` bytes from pieces of any size, up to ``end`` or ``error``, which must come.
 
     Raises:
         CutOffError: the bytes end too early. WireError: damaged, too large, or no record.
@@ -147,12 +138,7 @@ def _layout(
 
 
 def pack(entries: KeyValue, columns: Sequence[Tensor], precision: Precision) -> dict[str, Tensor]:
-    """Select and quantize the entries of a layer.
-
-    Args:
-        entries: keys and values, ``[rows, kv_heads, tokens, head_dim]``.
-        columns: per row, which; a row without any takes no space.
-        precision: on the wire.
+    """Select columns of each row of a layer's entries, ``[rows, kv_heads, tokens, head_dim]``, and quantize them.
 
     Returns:
         ``<row>.key`` and ``<row>.value``, ``[1, kv_heads, columns, head_dim]`` on the host, and ``.scale`` for 8 bits.
@@ -173,13 +159,7 @@ def pack(entries: KeyValue, columns: Sequence[Tensor], precision: Precision) -> 
 def unpack(
     tensors: Mapping[str, Tensor], geometry: KVGeometry, columns: Sequence[int], precision: str
 ) -> list[tuple[Packed, Packed]]:
-    """Check the tensors of a layer and arrange them by row.
-
-    Args:
-        tensors: what :func:`pack` returned on the other side.
-        geometry: the shape of the cache.
-        columns: per row, how many.
-        precision: on the wire.
+    """Check the tensors of a layer that :func:`pack` made, and arrange them by row; ``columns`` counts those of each.
 
     Returns:
         Per row keys and values, each ``[1, kv_heads, columns, head_dim]``.

@@ -38,11 +38,9 @@ class Stopped(Exception):
 
 
 class StreamingCache(DynamicCache):
-    """Hand each layer to a callback as soon as the forward pass has made it.
+    """Hand index, keys and values of each layer, ``[rows, kv_heads, tokens, head_dim]``, to a callback once it is made.
 
-    Args:
-        callback: called with layer, keys and values, each ``[rows, kv_heads, tokens, head_dim]``. An exception stops
-            the forward pass.
+    An exception in the callback stops the forward pass.
     """
 
     def __init__(self, callback: Callable[[int, KeyValue], None]) -> None:
@@ -59,14 +57,7 @@ class StreamingCache(DynamicCache):
 
 
 class PrefillJob:
-    """Run one request: made on the event loop, run in the worker's thread.
-
-    Args:
-        sharer: the model.
-        fuser: what to project with; None to send layers.
-        request: what is wanted.
-        batch: its tokens.
-        deadline: on the monotonic clock.
+    """Run one request, made on the event loop, in the worker's thread; ``deadline`` is on the monotonic clock.
 
     Attributes:
         facts: layers and bytes that were sent, and the code of the error, for the log.
@@ -189,7 +180,7 @@ class PrefillWorker:
         waiting: requests under way at most.
         layers: those whose entries may be sent; all by default.
         finest: the precision of most bytes that is sent.
-        fusers: fusers of private context to project with.
+        fusers: of private context, to project with.
 
     Attributes:
         handshake: model and limits, for clients.

@@ -126,37 +126,45 @@ class RequestMiddleware:
         if scope["type"] != "http" or scope["path"] in OPEN_PATHS:
             await self._app(scope, receive, send)
             return
-        headers = Headers(scope=scope)
-        given = headers.get("x-request-id", "")
+        given = Headers(scope=scope).get("x-request-id", "")
         request_id = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(16)
-        record = RequestRecord(request_id, scope["method"], scope["path"])
+        record, started = RequestRecord(request_id, scope["method"], scope["path"]), False
         scope.setdefault("state", {})["record"] = record
+
+        async def send_recorded(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                record.status = record.status or message["status"]
+                MutableHeaders(scope=message)["x-request-id"] = record.request_id
+            await send(message)
+
         self._state.active += 1
         try:
-            await self._respond(scope, receive, _Sender(send, record), headers)
+            if failure := await self._respond(scope, receive, send_recorded, record):
+                record.fail(failure)
+                if not started and failure.status != client_gone().status:
+                    await error_response(failure)(scope, receive, send_recorded)
         finally:
             self._state.active -= 1
             self._state.ended += 1
             self._state.on_request(record)
             log("request", **record.to_dict())
 
-    async def _respond(self, scope: Scope, receive: Receive, send: _Sender, headers: Headers) -> None:
-        record = send.record
+    async def _respond(self, scope: Scope, receive: Receive, send: Send, record: RequestRecord) -> ApiError | None:
+        """Let the application answer, and return the error that is still to be sent."""
         try:
-            record.owner = self._keys.owner(headers.get("authorization"))
+            record.owner = self._keys.owner(Headers(scope=scope).get("authorization"))
             self._check_rate(record.owner or str((scope.get("client") or ("unknown",))[0]))
             if self._state.draining and scope["method"] == "POST":
                 raise shutting_down()
             await self._app(scope, await self._buffered(receive), send)
-            return
         except ApiError as error:
-            failure = error
+            return error
         except Exception as error:
             log_failure("request_failed", error, request_id=record.request_id)
-            failure = internal(record.request_id)
-        record.fail(failure)
-        if not send.started and failure.status != client_gone().status:
-            await error_response(failure)(scope, receive, send)
+            return internal(record.request_id)
+        return None
 
     def _check_rate(self, caller: str) -> None:
         if not self._config.rate:
@@ -193,20 +201,6 @@ class RequestMiddleware:
             return next(messages, None) or await receive()
 
         return replay
-
-
-class _Sender:
-    """Sends with the request id in the headers, and records the status."""
-
-    def __init__(self, send: Send, record: RequestRecord) -> None:
-        self._send, self.record, self.started = send, record, False
-
-    async def __call__(self, message: Message) -> None:
-        if message["type"] == "http.response.start":
-            self.started = True
-            self.record.status = self.record.status or message["status"]
-            MutableHeaders(scope=message)["x-request-id"] = self.record.request_id
-        await self._send(message)
 
 
 def error_response(error: ApiError) -> JSONResponse:
