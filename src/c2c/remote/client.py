@@ -24,7 +24,7 @@ from c2c.handoff import PRECISIONS, Handoff, Packed, Precision, Reading
 from c2c.identity import ModelIdentity, differences, identify
 from c2c.kv_cache import KVGeometry
 from c2c.language_model import Sharer, Wanted
-from c2c.remote.connection import Connection, Loss, Traffic, check_unchanged, read_json, ssl_context
+from c2c.remote.connection import Connection, Loss, check_unchanged, read_json, ssl_context
 from c2c.remote.handoff import PartialHandoff
 from c2c.remote.model_stub import build_model, load_tokenizer, load_tokenizer_files
 from c2c.remote.protocol import HANDSHAKE_PATH, PREFILL_PATH, Handshake, PrefillRequest, fuser_hash, slots_of
@@ -61,6 +61,7 @@ class RemoteSharer(Sharer):
 
     Attributes:
         precision: of entries on the wire.
+        traffic: what has crossed since the connection was made.
 
     Raises:
         RemoteError: the server can't be reached, refuses, or is no such server; later ``SharerLost`` in its place with
@@ -91,6 +92,7 @@ class RemoteSharer(Sharer):
         trust = ssl_context(verify, client_cert or os.environ.get("C2C_CLIENT_CERT"))
         self._connection = Connection(url, token, trust, timeout, retries)
         self.url, self.on_failure, self._wanted = self._connection.url, on_failure, precision
+        self.traffic = self._connection.traffic
         self._fuser: Fuser | None = None
         path = HANDSHAKE_PATH + ("?tokenizer=true" if tokenizer is None else "")
         read = partial(read_json, largest=_LARGEST_HANDSHAKE)
@@ -109,11 +111,6 @@ class RemoteSharer(Sharer):
     def device(self) -> torch.device:
         """Where entries arrive: the host."""
         return torch.device("cpu")
-
-    @property
-    def traffic(self) -> Traffic:
-        """What has crossed since the connection was made."""
-        return self._connection.traffic
 
     @property
     def lost(self) -> Loss | None:
@@ -217,7 +214,7 @@ class RemoteSharer(Sharer):
         pairs = [placed.get(index, (none, none)) for index in range(self.geometry.layers)]
         layers = [(Packed(keys), Packed(values)) for keys, values in pairs]
         precision = cast(Precision, native(self.dtype))
-        return PartialHandoff(self.identity, ids, kept, layers, precision, held=frozenset(found), wire_bytes=size)
+        return PartialHandoff(self.identity, ids, kept, layers, precision, wire_bytes=size)
 
     def _projected(self, request: PrefillRequest, fuser: Fuser) -> PrefillRequest | None:
         """Return the request for projected entries, where the server has this fuser and they are fewer bytes."""

@@ -20,13 +20,11 @@ class PartialHandoff(Handoff):
     """Hold what one fuser needs: its layers at the columns that are handed over, or what it has made of them.
 
     Attributes:
-        held: layers that are there; the others are empty.
         fuser: hash of the fuser that the server projected with, None where layers were sent.
         entries: what it made, keys without rotation and values per receiver layer; None where layers were sent.
         wire_bytes: of the entries, as they crossed.
     """
 
-    held: frozenset[int] = frozenset()
     fuser: str | None = None
     entries: Sequence[KeyValue] | None = field(default=None, repr=False)
     wire_bytes: int = 0
@@ -48,12 +46,13 @@ class PartialHandoff(Handoff):
         Raises:
             HandoffError: it was read for another fuser.
         """
-        missing = sorted(set(fuser.config.source_layers) - self.held) if self.entries is None else []
-        if missing:
+        if self.entries is not None:
+            if fuser_hash(fuser) != self.fuser:
+                raise HandoffError(f"this handoff was projected with another fuser on the sharer's machine. {_ADVICE}")
+            return list(self.entries)
+        if missing := [i for i in sorted(set(fuser.config.source_layers)) if not self.layers[i][0].data.numel()]:
             raise HandoffError(f"this handoff was read for another fuser: layers {missing} are not in it. {_ADVICE}")
-        if self.entries is not None and fuser_hash(fuser) != self.fuser:
-            raise HandoffError(f"this handoff was projected with another fuser on the sharer's machine. {_ADVICE}")
-        return None if self.entries is None else list(self.entries)
+        return None
 
     def _refuse(self, *args: Any, **kwargs: Any) -> Never:
         # what is missing would be missing for other fusers, and the precision was chosen when it crossed

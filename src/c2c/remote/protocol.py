@@ -30,39 +30,22 @@ _MOST_LAYERS = 4096
 
 
 class Handshake(BaseModel, frozen=True):
-    """Describe a server's model and limits.
+    """Describe a server's model and limits."""
 
-    Attributes:
-        format: of the wire.
-        version: of c2c.
-        sharer: identity of the model.
-        config: of its text decoder.
-        dtype: of its cache.
-        layers: those whose entries may be sent.
-        precisions: in which they may be sent, the finest first.
-        fusers: hashes of the fusers that the server projects with.
-        tokens: of one request at most, padding and drafts included.
-        vocabulary: number of token ids.
-        context: positions of the model, None where its config does not say.
-        rotary: a checksum per layer of its rotary tables, None without rotary embedding.
-        rotary_error: why its rotation can't be taken off, None where it can.
-        tokenizer: its files, None where there is none or it was not wanted.
-    """
-
-    format: str
-    version: str
-    sharer: dict[str, Any]
-    config: dict[str, Any]
-    dtype: str
-    layers: list[int]
-    precisions: list[str]
-    fusers: list[str]
-    tokens: int
-    vocabulary: int
-    context: int | None = None
-    rotary: list[float] | None = None
-    rotary_error: str | None = None
-    tokenizer: dict[str, str] | None = None
+    format: str  # of the wire
+    version: str  # of c2c
+    sharer: dict[str, Any]  # identity of the model
+    config: dict[str, Any]  # of its text decoder
+    dtype: str  # of its cache
+    layers: list[int]  # whose entries may be sent
+    precisions: list[str]  # in which they may be sent, the finest first
+    fusers: list[str]  # hashes of those that the server projects with
+    tokens: int  # of one request at most, padding and drafts included
+    vocabulary: int  # number of token ids
+    context: int | None = None  # positions of the model, None where its config does not say
+    rotary: list[float] | None = None  # checksum of the rotary tables per layer, None without rotary embedding
+    rotary_error: str | None = None  # why the rotation can't be taken off, None where it can
+    tokenizer: dict[str, str] | None = None  # files by name, None where there is none or it was not wanted
 
     @property
     def identity(self) -> ModelIdentity:
@@ -101,33 +84,19 @@ class Handshake(BaseModel, frozen=True):
 
 
 class PrefillRequest(BaseModel, frozen=True, extra="forbid"):
-    """Describe what a sharer shall read, and which entries of it are wanted.
+    """Describe what a sharer shall read, and which entries of it are wanted."""
 
-    Attributes:
-        sharer: identity of the model that is meant.
-        ids: token ids, ``[rows, tokens]``.
-        mask: which of them are no padding; None for all.
-        positions: None where they count the tokens of each row.
-        padded: whether the batch counts as padded though the mask is full.
-        stop: only so many columns are read.
-        layers: sharer layers whose entries are sent, each once, in ascending order.
-        columns: per row the columns that are sent, ascending. What is drafted is sent as well.
-        precision: on the wire; for projected entries too.
-        draft_tokens: at most so many tokens are written first, greedily; one row only.
-        fuser: hash of a fuser of the server, to send projected entries instead; one row only.
-    """
-
-    sharer: dict[str, Any]
-    ids: list[list[int]]
-    stop: int
-    layers: list[int]
-    columns: list[list[int]]
-    precision: str
-    mask: list[list[bool]] | None = None
-    positions: list[list[int]] | None = None
-    padded: bool = False
-    draft_tokens: int = 0
-    fuser: str | None = None
+    sharer: dict[str, Any]  # identity of the model that is meant
+    ids: list[list[int]]  # [rows, tokens]
+    stop: int  # only so many columns are read
+    layers: list[int]  # whose entries are sent, each once, in ascending order
+    columns: list[list[int]]  # per row those that are sent, ascending; what is drafted is sent as well
+    precision: str  # on the wire; for projected entries too
+    mask: list[list[bool]] | None = None  # which ids are no padding; None for all
+    positions: list[list[int]] | None = None  # None where they count the tokens of each row
+    padded: bool = False  # whether the batch counts as padded though the mask is full
+    draft_tokens: int = 0  # at most so many are written first, greedily; one row only
+    fuser: str | None = None  # hash of a fuser of the server, to send projected entries instead; one row only
 
     @classmethod
     def from_batch(
@@ -152,11 +121,7 @@ class PrefillRequest(BaseModel, frozen=True, extra="forbid"):
         return "project" if self.fuser is not None else "read" if self.draft_tokens else "prefill"
 
     def batch(self) -> TokenBatch:
-        """Return the tokens.
-
-        Raises:
-            ValueError: ids, mask and positions have different shapes, or a row has another length.
-        """
+        """Return the tokens; ValueError where ids, mask and positions are no matrices of one shape."""
         ids = torch.tensor(self.ids)
         mask = torch.ones_like(ids, dtype=torch.bool) if self.mask is None else torch.tensor(self.mask)
         positions = natural_positions(mask) if self.positions is None else torch.tensor(self.positions)
@@ -172,7 +137,14 @@ def check_request(request: PrefillRequest, offer: Handshake) -> TokenBatch:
         ApiError: it can't be read (400), is for another model (409), too large (413), or asks for something that is
             not offered (422).
     """
-    _check_identity(request.sharer, offer)
+    try:
+        hard, soft = differences("sharer", ModelIdentity.from_dict(request.sharer), offer.identity, "request")
+    except TypeError as error:
+        message = "sharer must be the identity of the model that is meant."
+        raise ApiError(400, message, code="malformed", param="sharer") from error
+    if hard or soft:
+        message = "the request is for another model than the one that is served here."
+        raise ApiError(409, message, code="mismatch", param="sharer", details={"sharer": offer.sharer})
     try:
         batch = request.batch()
     except (ValueError, TypeError, RuntimeError, OverflowError) as error:
@@ -180,17 +152,6 @@ def check_request(request: PrefillRequest, offer: Handshake) -> TokenBatch:
     _check_size(request, batch, offer)
     _check_selection(request, batch, offer)
     return batch
-
-
-def _check_identity(given: dict[str, Any], offer: Handshake) -> None:
-    try:
-        hard, soft = differences("sharer", ModelIdentity.from_dict(given), offer.identity, "request")
-    except TypeError as error:
-        message = "sharer must be the identity of the model that is meant."
-        raise ApiError(400, message, code="malformed", param="sharer") from error
-    if hard or soft:
-        message = "the request is for another model than the one that is served here."
-        raise ApiError(409, message, code="mismatch", param="sharer", details={"sharer": offer.sharer})
 
 
 def _refuse_if(wrong: bool, status: int, code: str, param: str, message: str) -> None:

@@ -22,23 +22,14 @@ class ServerError(C2CError):
 
 @dataclass(eq=False)
 class ApiError(C2CError):
-    """A request that is refused or failed.
+    """A request that is refused or failed."""
 
-    Attributes:
-        status: HTTP status.
-        message: for the client; never any text of a prompt.
-        code: which error, for programs.
-        param: the field of the request that is wrong.
-        headers: response headers.
-        details: further fields of the error object.
-    """
-
-    status: int
-    message: str
-    code: str | None = None
-    param: str | None = None
-    headers: dict[str, str] = field(default_factory=dict)
-    details: dict[str, Any] = field(default_factory=dict)
+    status: int  # of HTTP
+    message: str  # for the client; never any text of a prompt
+    code: str | None = None  # which error, for programs
+    param: str | None = None  # the field of the request that is wrong
+    headers: dict[str, str] = field(default_factory=dict)  # of the response
+    details: dict[str, Any] = field(default_factory=dict)  # further fields of the error object
 
     def __post_init__(self) -> None:
         super().__init__(self.message)

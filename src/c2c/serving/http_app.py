@@ -32,24 +32,15 @@ _DISCARDED = 4  # times the body limit that are read, so that clients that send 
 
 @dataclass
 class RequestRecord:
-    """Record one request for logs and metrics; ``request.state.record`` in an endpoint. No texts.
+    """Record one request for logs and metrics; ``request.state.record`` in an endpoint. No texts."""
 
-    Attributes:
-        request_id: the client's ``x-request-id`` if it can stand in a header, else a new one.
-        owner: id of the API key, empty without keys.
-        status: HTTP status, even where a stream that began with 200 failed later.
-        code: which error.
-        facts: further facts for the log, set by endpoints.
-        began: ``time.monotonic()``.
-    """
-
-    request_id: str
+    request_id: str  # the client's x-request-id if it can stand in a header, else a new one
     method: str
     path: str
-    owner: str = ""
-    status: int | None = None
-    code: str | None = None
-    facts: dict[str, Any] = field(default_factory=dict)
+    owner: str = ""  # id of the API key, empty without keys
+    status: int | None = None  # of HTTP, even where a stream that began with 200 failed later
+    code: str | None = None  # which error
+    facts: dict[str, Any] = field(default_factory=dict)  # further ones for the log, set by endpoints
     began: float = field(default_factory=time.monotonic)
 
     @property
@@ -69,23 +60,14 @@ class RequestRecord:
 
 @dataclass
 class ServerState:
-    """Count the requests of one server, and hold its callbacks; ``app.state.server``.
+    """Count the requests of one server, and hold its callbacks; ``app.state.server``."""
 
-    Attributes:
-        active: requests under way.
-        ended: requests that have ended.
-        draining: new requests are refused, because the server is about to end.
-        health: returns facts for ``/health``; a ``status`` other than "ok" means 503.
-        on_request: called with each request that has ended, for metrics.
-        abort: called when a second signal gives up what is under way.
-    """
-
-    health: Callable[[], dict[str, Any]] = dict
-    on_request: Callable[[RequestRecord], None] = lambda record: None
-    abort: Callable[[], None] = lambda: None
-    active: int = 0
+    health: Callable[[], dict[str, Any]] = dict  # facts for /health; a status other than "ok" means 503
+    on_request: Callable[[RequestRecord], None] = lambda record: None  # gets each that has ended, for metrics
+    abort: Callable[[], None] = lambda: None  # gives up what is under way, at a second signal
+    active: int = 0  # requests under way
     ended: int = 0
-    draining: bool = False
+    draining: bool = False  # new requests are refused, because the server is about to end
 
 
 def create_app(
