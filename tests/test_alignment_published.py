@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import fields
 
 import pytest
 
 from c2c import C2CModel
-from c2c.alignment import PublishedAligner
+from c2c.alignment import CharSpanAligner, PublishedAligner
 from c2c.alignment.slots import align_conversation, translate
 from c2c.errors import AlignmentError
 from c2c.language_model import Receiver, Sharer
@@ -166,6 +168,12 @@ def test_a_batch_equals_its_singles(options):
     assert together == [token_ids(model.generate(prompt, max_new_tokens=6))[0] for prompt in prompts]
     assert token_ids(model.generate(prompts[::-1], max_new_tokens=6)) == together[::-1]
     assert together != token_ids(model.receiver.answer(prompts, max_new_tokens=6))
+
+
+@pytest.mark.parametrize("aligner", [CharSpanAligner, PublishedAligner])
+def test_documented_attributes_are_fields(aligner):
+    documented = re.findall(r"^ {8}(\w+):", aligner.__doc__, re.MULTILINE)
+    assert documented == [field.name for field in fields(aligner)]
 
 
 def test_the_aligner_is_part_of_the_fuser():

@@ -161,12 +161,6 @@ def test_other_weights_tokenizers_and_templates_can_be_accepted(name, change, tm
     assert model.notes[0] in model.generate("Hello", max_new_tokens=1).report.notes
 
 
-def test_models_under_other_names_and_types_are_the_same_models(tmp_path):
-    made().save_pretrained(tmp_path)
-    receiver = Receiver(build("llama", 1).to(torch.bfloat16), tokenizer("chatml"), "elsewhere")
-    assert C2CModel.from_pretrained(tmp_path, **models(receiver=receiver)).notes == []
-
-
 # -- writing fails -----------------------------------------------------------------------------------------------------
 
 
@@ -193,17 +187,11 @@ def files(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_failed_first_save_leaves_nothing(tmp_path, full_disk):
-    full_disk(1)
-    with pytest.raises(OSError, match="disk full"):
-        made().save_pretrained(tmp_path)
-    assert files(tmp_path) == {}
-
-
-@pytest.mark.parametrize("call", [1, 2])
-def test_a_failed_save_leaves_the_old_model(call, tmp_path, full_disk):
+@pytest.mark.parametrize(("call", "saved_before"), [(1, False), (1, True), (2, True)])
+def test_a_failed_save_leaves_the_folder_as_it_was(call, saved_before, tmp_path, full_disk):
     """Of two fusers as of one: never the first of the new model beside the second of the old."""
-    two_sharers().save_pretrained(tmp_path)
+    if saved_before:
+        two_sharers().save_pretrained(tmp_path)
     before = files(tmp_path)
     changed = two_sharers()
     for fuser in changed.fusers:

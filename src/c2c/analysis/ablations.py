@@ -15,7 +15,7 @@ from c2c.alignment import Alignment
 from c2c.analysis.capture import Experiment
 from c2c.analysis.config import AnalysisConfig, PrecisionConfig
 from c2c.analysis.results import accuracies, analysis, difference, gains
-from c2c.handoff import Packed, Precision
+from c2c.handoff import Precision, QuantizedTensor
 from c2c.training.shared_context import SharedBatch
 from c2c.utils import OnProgress
 
@@ -198,9 +198,9 @@ def quantize(
         nonlocal nbytes
         out = torch.zeros_like(x)
         for row, sent in columns.items():
-            packed = Packed.pack(x[row : row + 1].index_select(2, sent.to(x.device)), precision, along)
-            out[row, :, sent] = packed.unpack(x.dtype)[0]
-            nbytes += packed.nbytes
+            quantized = QuantizedTensor.quantize(x[row : row + 1].index_select(2, sent.to(x.device)), precision, along)
+            out[row, :, sent] = quantized.dequantize(x.dtype)[0]
+            nbytes += quantized.nbytes
         return out
 
     arrived = [

@@ -21,7 +21,7 @@ from c2c.data.config import DataSource
 from c2c.data.sources import load_rows
 from c2c.fusers import Fuser
 from c2c.fusers.base import Entries, fuser_hash, training_facts
-from c2c.fusion import Picker, Source, aligned_entries
+from c2c.fusion import AlignedIndex, Source, aligned_entries
 from c2c.language_model import LanguageModel
 from c2c.messages import conversations
 from c2c.model import C2CModel
@@ -67,8 +67,8 @@ def capture_layers(
     theirs, ours = aligned_entries(clean, receiver, tokens, source, alignment)
     _, merged = aligned_entries(fused, receiver, tokens, source, alignment)
     device, config = source.fuser.device, source.fuser.config
-    our_rotary = _rotary(receiver, tokens, Picker(alignment, alignment.receiver, 0), device)
-    their_rotary = _rotary(source.sharer, source.tokens, Picker(alignment, alignment.sharer, 1), device)
+    our_rotary = _rotary(receiver, tokens, AlignedIndex(alignment, "receiver"), device)
+    their_rotary = _rotary(source.sharer, source.tokens, AlignedIndex(alignment, "sharer"), device)
     read = torch.stack([alignment.rows, alignment.sharer]).cpu().numpy()
     unique = torch.zeros(len(alignment), dtype=torch.bool)
     unique[np.unique(read, axis=1, return_index=True)[1]] = True
@@ -81,9 +81,11 @@ def capture_layers(
         yield LayerCapture(layer, source_layer, entries, unique)
 
 
-def _rotary(model: LanguageModel, tokens: TokenBatch, picker: Picker, device: torch.device) -> Sequence[Rotary | None]:
+def _rotary(
+    model: LanguageModel, tokens: TokenBatch, aligned: AlignedIndex, device: torch.device
+) -> Sequence[Rotary | None]:
     """Return each layer's rotary table at aligned positions; None for a model without rotary embedding."""
-    return model.rotary(picker.take_positions(tokens.positions).to(device)) or [None] * model.geometry.layers
+    return model.rotary(aligned.gather_positions(tokens.positions).to(device)) or [None] * model.geometry.layers
 
 
 def _layer_entries(entries: Entries, index: int, rotary: Rotary | None) -> dict[str, Tensor]:

@@ -20,10 +20,10 @@ from transformers import Cache
 from c2c import kv_cache
 from c2c.errors import CacheError, MismatchError, RemoteError, SharerLost
 from c2c.fusers import Fuser
-from c2c.handoff import PRECISIONS, Handoff, Packed, Precision, Reading
+from c2c.handoff import PRECISIONS, Handoff, Precision, QuantizedTensor, SharerPrompt
 from c2c.identity import ModelIdentity, differences, identify
 from c2c.kv_cache import KVGeometry
-from c2c.language_model import Sharer, Wanted
+from c2c.language_model import EntrySelection, Sharer
 from c2c.remote.connection import Connection, Loss, check_unchanged, read_json, ssl_context
 from c2c.remote.handoff import PartialHandoff
 from c2c.remote.model_stub import build_model, load_tokenizer, load_tokenizer_files
@@ -33,7 +33,7 @@ from c2c.serving.http_config import is_loopback, read_keys
 from c2c.tokens import TokenBatch
 
 T = TypeVar("T")
-Rows = list[tuple[Packed, Packed]]  # keys and values of each row of a layer
+Rows = list[tuple[QuantizedTensor, QuantizedTensor]]  # keys and values of each row of a layer
 _LARGEST_HANDSHAKE = 1 << 28
 
 
@@ -133,7 +133,7 @@ class RemoteSharer(Sharer):
         """Close the connection."""
         self._connection.close()
 
-    def share(self, batch: TokenBatch, wanted: Wanted) -> Cache:
+    def share(self, batch: TokenBatch, wanted: EntrySelection) -> Cache:
         """Return the wanted entries at their places; other columns are zero, and other layers empty.
 
         A batch with more tokens than the server takes at a time is sent in parts.
@@ -179,7 +179,7 @@ class RemoteSharer(Sharer):
 
     # -- handoffs ----------------------------------------------------------------------------------------------------
 
-    def _read_prompt(self, plan: Reading, tokens: TokenBatch, cache: Cache, draft_tokens: int) -> Handoff:
+    def _read_prompt(self, plan: SharerPrompt, tokens: TokenBatch, cache: Cache, draft_tokens: int) -> Handoff:
         if self._fuser is not None:
             layers, kept = sorted(set(self._fuser.config.source_layers)), torch.tensor(plan.kept)
             return self._read_for(self._fuser, self._request(tokens, [kept], layers, draft_tokens=draft_tokens), plan)
@@ -191,12 +191,15 @@ class RemoteSharer(Sharer):
         if not known:
             return Handoff(self.identity, ids, kept, list(found.values()), cast(Precision, self.precision))
         joined = [
-            (torch.cat([old[0], keys.unpack(self.dtype)], dim=2), torch.cat([old[1], values.unpack(self.dtype)], dim=2))
+            (
+                torch.cat([old[0], keys.dequantize(self.dtype)], dim=2),
+                torch.cat([old[1], values.dequantize(self.dtype)], dim=2),
+            )
             for old, (keys, values) in zip(kv_cache.layers(cache), found.values(), strict=True)
         ]
         return Handoff.from_cache(self.identity, ids, kept, joined)
 
-    def _read_for(self, fuser: Fuser, request: PrefillRequest, plan: Reading) -> PartialHandoff:
+    def _read_for(self, fuser: Fuser, request: PrefillRequest, plan: SharerPrompt) -> PartialHandoff:
         """Read what a fuser needs, whichever is less: entries of its layers, or what it makes of them."""
         projected = self._projected(request, fuser)
         drafted, found = self._prefilled(projected or request, itemgetter(0))
@@ -204,7 +207,7 @@ class RemoteSharer(Sharer):
         size = sum(keys.nbytes + values.nbytes for keys, values in found.values())
         if projected is not None:
             entries = [
-                (keys.unpack(fuser.dtype).to(fuser.device), values.unpack(fuser.dtype).to(fuser.device))
+                (keys.dequantize(fuser.dtype).to(fuser.device), values.dequantize(fuser.dtype).to(fuser.device))
                 for keys, values in found.values()
             ]
             made: dict[str, Any] = {"fuser": projected.fuser, "entries": entries, "wire_bytes": size}
@@ -212,7 +215,7 @@ class RemoteSharer(Sharer):
         like, none = self._zeros(1, len(ids)), self._zeros(1, 0)
         placed = {index: spread([pair], [kept], like) for index, pair in found.items()}
         pairs = [placed.get(index, (none, none)) for index in range(self.geometry.layers)]
-        layers = [(Packed(keys), Packed(values)) for keys, values in pairs]
+        layers = [(QuantizedTensor(keys), QuantizedTensor(values)) for keys, values in pairs]
         precision = cast(Precision, native(self.dtype))
         return PartialHandoff(self.identity, ids, kept, layers, precision, wire_bytes=size)
 

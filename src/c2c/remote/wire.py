@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from c2c.handoff import PRECISIONS, Packed, Precision
+from c2c.handoff import PRECISIONS, Precision, QuantizedTensor
 from c2c.kv_cache import KeyValue, KVGeometry
 
 FORMAT = "c2c-remote-2"
@@ -149,16 +149,16 @@ def pack(entries: KeyValue, columns: Sequence[Tensor], precision: Precision) -> 
             continue
         for side, x in zip(_ALONG, entries, strict=True):
             taken = x[row : row + 1].index_select(2, chosen.to(x.device))
-            packed = Packed.pack(taken, precision, _ALONG[side])
-            tensors[f"{row}.{side}"] = packed.data.cpu()
-            if packed.scale is not None:
-                tensors[f"{row}.{side}.scale"] = packed.scale.cpu()
+            quantized = QuantizedTensor.quantize(taken, precision, _ALONG[side])
+            tensors[f"{row}.{side}"] = quantized.data.cpu()
+            if quantized.scale is not None:
+                tensors[f"{row}.{side}.scale"] = quantized.scale.cpu()
     return tensors
 
 
 def unpack(
     tensors: Mapping[str, Tensor], geometry: KVGeometry, columns: Sequence[int], precision: str
-) -> list[tuple[Packed, Packed]]:
+) -> list[tuple[QuantizedTensor, QuantizedTensor]]:
     """Check the tensors of a layer that :func:`pack` made, and arrange them by row; ``columns`` counts those of each.
 
     Returns:
@@ -174,16 +174,18 @@ def unpack(
         raise WireError(f"tensor {name!r}: got {given.get(name)}, expected {expected.get(name)}.")
     none = torch.zeros(1, geometry.kv_heads, 0, geometry.head_dim)
 
-    def packed(name: str) -> Packed:
-        return Packed(tensors.get(name, none), tensors.get(f"{name}.scale"))
+    def quantized(name: str) -> QuantizedTensor:
+        return QuantizedTensor(tensors.get(name, none), tensors.get(f"{name}.scale"))
 
-    return [(packed(f"{row}.key"), packed(f"{row}.value")) for row in range(len(columns))]
+    return [(quantized(f"{row}.key"), quantized(f"{row}.value")) for row in range(len(columns))]
 
 
-def spread(rows: Sequence[tuple[Packed, Packed]], columns: Sequence[Tensor], like: Tensor) -> KeyValue:
+def spread(
+    rows: Sequence[tuple[QuantizedTensor, QuantizedTensor]], columns: Sequence[Tensor], like: Tensor
+) -> KeyValue:
     """Scatter entries to their columns, zero elsewhere: keys and values with the shape and type of ``like``."""
     keys, values = torch.zeros_like(like), torch.zeros_like(like)
-    for row, (packed, chosen) in enumerate(zip(rows, columns, strict=True)):
-        for target, part in zip((keys, values), packed, strict=True):
-            target[row, :, chosen] = part.unpack(like.dtype)[0]
+    for row, (quantized, chosen) in enumerate(zip(rows, columns, strict=True)):
+        for target, part in zip((keys, values), quantized, strict=True):
+            target[row, :, chosen] = part.dequantize(like.dtype)[0]
     return keys, values

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from c2c.handoff import Reading
+from c2c.handoff import SharerPrompt
 from c2c.language_model import Sharer
 from c2c.tokens import TokenBatch, left_pad, natural_positions
 from c2c.training.prefill_store import PrefillStore, PromptRecords
@@ -76,5 +76,5 @@ def generate_drafts(
 
 
 def _append(example: Any, draft: Sequence[int]) -> Any:
-    handed_over = Reading(example.sharer_ids, example.kept).followed_by(draft)
+    handed_over = SharerPrompt(example.sharer_ids, example.kept).followed_by(draft)
     return replace(example, sharer_ids=handed_over.ids, kept=handed_over.kept)

@@ -11,7 +11,7 @@ from c2c.alignment import Alignment
 from c2c.data.formats import Row
 from c2c.data.prompts import choice_tokens, passage_with_question, response_tokens
 from c2c.errors import PromptError
-from c2c.handoff import reading
+from c2c.handoff import sharer_prompt
 from c2c.private_context import first_user_column
 from c2c.prompting import RenderOptions, encode, render
 
@@ -139,7 +139,7 @@ def _private_example(pair: Any, row: Row, max_response: int) -> PrivateExample:
         raise PromptError(f"row {row.id} has no private context")
     options, tokenizer = RenderOptions(answer_prefix=row.answer_prefix), pair.receiver.tokenizer
     messages = passage_with_question(row) if row.draft else row.sharer_messages
-    theirs = reading(pair.sharers[0].tokenizer, messages, RenderOptions())
+    theirs = sharer_prompt(pair.sharers[0].tokenizer, messages, RenderOptions())
     return PrivateExample(
         row=row,
         receiver_ids=encode(tokenizer, render(tokenizer, row.messages, options)).ids,

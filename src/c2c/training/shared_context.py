@@ -13,7 +13,7 @@ from c2c import kv_cache
 from c2c.alignment import Alignment, Chunk
 from c2c.alignment.base import derange_columns
 from c2c.fusers.base import AlignedEntries
-from c2c.fusion import Picker, Source, aligned_entries, fuse
+from c2c.fusion import AlignedIndex, Source, aligned_entries, fuse
 from c2c.prefill import continued_logits
 from c2c.tokens import TokenBatch, left_pad
 from c2c.training.attention import attention_received
@@ -97,10 +97,10 @@ class SharedContextObjective(FuserObjective):
 
     def _attention(self, batch: SharedBatch) -> Tensor:
         """Compute the attention that aligned entries receive, ``[layers, pairs]``."""
-        picker = Picker(batch.matched, batch.matched.receiver, 0)
+        aligned = AlignedIndex(batch.matched, "receiver")
         received = attention_received(self.model.receiver, batch.receiver, batch.receiver_cache, batch.responses)
         layers = self.fuser.config.fused_layers
-        return torch.stack([picker.take_positions(received[layer]).flatten() for layer in layers])
+        return torch.stack([aligned.gather_positions(received[layer]).flatten() for layer in layers])
 
 
 def _align(examples: Sequence[SharedExample], width: int, sharer_width: int, shift: int) -> Alignment:
