@@ -190,14 +190,8 @@ class RemoteSharer(Sharer):
         ids, kept = plan.followed_by(drafted).tensors()
         if not known:
             return Handoff(self.identity, ids, kept, list(found.values()), cast(Precision, self.precision))
-        joined = [
-            (
-                torch.cat([old[0], keys.dequantize(self.dtype)], dim=2),
-                torch.cat([old[1], values.dequantize(self.dtype)], dim=2),
-            )
-            for old, (keys, values) in zip(kv_cache.layers(cache), found.values(), strict=True)
-        ]
-        return Handoff.from_cache(self.identity, ids, kept, joined)
+        new = [(keys.dequantize(self.dtype), values.dequantize(self.dtype)) for keys, values in found.values()]
+        return Handoff.from_cache(self.identity, ids, kept, kv_cache.layers(kv_cache.append(cache, new)))
 
     def _read_for(self, fuser: Fuser, request: PrefillRequest, plan: SharerPrompt) -> PartialHandoff:
         """Read what a fuser needs, whichever is less: entries of its layers, or what it makes of them."""
