@@ -303,9 +303,8 @@ class RemoteSharer(Sharer):
     def _precision_for(self, dtype: torch.dtype) -> str:
         """Return the precision for entries of this type: the chosen one, else unchanged, else the finest given."""
         given = [name for name in self._handshake.precisions if name in PRECISIONS]
-        wanted = self._wanted or native(dtype)
-        if PRECISIONS[wanted].itemsize > PRECISIONS[native(dtype)].itemsize:
-            wanted = native(dtype)  # more bytes would say no more
+        own = native(dtype)  # more bytes than these would say no more
+        wanted = min(self._wanted or own, own, key=lambda name: PRECISIONS[name].itemsize)
         if wanted not in given and self._wanted is not None:
             message = f"the sharer at {self.url} does not give {self._wanted}, only {', '.join(given)}."
             raise RemoteError(f"{message} Ask for one of these.", "precision")

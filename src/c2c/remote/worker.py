@@ -81,8 +81,8 @@ class PrefillJob:
                 self._count(-_bytes(entries))
                 tensors = {} if entries is None else await asyncio.to_thread(pack, entries, columns, precision)
                 kind = manifest["kind"]
-                more = first if kind == "begin" else {}
-                data = await asyncio.to_thread(Record(more | manifest, tensors).encode)
+                whole = first | manifest if kind == "begin" else manifest
+                data = await asyncio.to_thread(Record(whole, tensors).encode)
                 self.facts["layers"] += entries is not None
                 self.facts["bytes"] += len(data)
                 yield data

@@ -197,12 +197,12 @@ async def _on_error(request: Request, error: Exception) -> JSONResponse:
         case RequestValidationError():
             first = error.errors()[0]
             known = validation_error({**first, "loc": first["loc"][1:]})
-        case HTTPException(status_code=status, detail=detail):
+        case HTTPException(status_code=status):
             code, message = {
                 400: ("invalid_json", "the body is not valid JSON."),  # all that FastAPI itself refuses this way
                 404: ("not_found", f"there is nothing at {request.url.path}."),
                 405: ("method_not_allowed", f"{request.url.path} takes no {request.method}."),
-            }.get(status, (None, str(detail)))
+            }.get(status, (None, str(error.detail)))
             known = ApiError(status, message, code=code, headers=dict(error.headers or {}))
         case _:
             known = internal()
