@@ -29,7 +29,7 @@ from c2c.utils import save_atomically
 
 Precision = Literal["float32", "bfloat16", "float16", "int8", "float8"]
 _FORMAT = "c2c-handoff-1"
-_TYPES: dict[str, torch.dtype] = {
+PRECISIONS: dict[str, torch.dtype] = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
@@ -56,10 +56,10 @@ class QuantizedTensor:
     def quantize(cls, x: Tensor, precision: Precision, along: int) -> QuantizedTensor:
         """Round ``x``; for 8 bits each slice along dimension ``along`` gets a scale of its own."""
         if precision not in _LARGEST:
-            return cls(x.to(_TYPES[precision]).contiguous())
+            return cls(x.to(PRECISIONS[precision]).contiguous())
         scale = (x.float().abs().amax(along, keepdim=True) / _LARGEST[precision]).clamp_min(1e-12)
         scaled = x.float() / scale
-        return cls((scaled.round() if precision == "int8" else scaled).to(_TYPES[precision]).contiguous(), scale)
+        return cls((scaled.round() if precision == "int8" else scaled).to(PRECISIONS[precision]).contiguous(), scale)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """Return the tensor in ``dtype``."""
@@ -166,8 +166,8 @@ class Handoff:
         Raises:
             HandoffError: an unknown precision.
         """
-        if precision not in _TYPES:
-            raise HandoffError(f"unknown precision {precision!r}; expected one of {', '.join(_TYPES)}.")
+        if precision not in PRECISIONS:
+            raise HandoffError(f"unknown precision {precision!r}; expected one of {', '.join(PRECISIONS)}.")
         if precision == self.precision:
             return self
         whole = ((keys.dequantize(torch.float32), values.dequantize(torch.float32)) for keys, values in self.layers)
