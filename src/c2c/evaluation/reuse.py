@@ -12,7 +12,7 @@ from c2c.evaluation.config import EvaluationError
 from c2c.evaluation.journal import Journal, Record
 from c2c.utils import read_json_object
 
-# Further fusers are told apart by their hash.
+# Further fusers are distinguished by their hash.
 WITHOUT_FUSER = ("receiver", "sharer", "text", "text_published", "adapter", "reader", "draft_text", "summary")
 _COMPARED = ("receiver", "sharer", "data", "config")
 

@@ -97,7 +97,7 @@ class Completion:
 
     def _chunks(self, first: int, event: Event) -> Iterator[Response]:
         if isinstance(event, Prefilled):
-            # a lost sharer is told before the first word, so that nobody reads on unaware
+            # a lost sharer is reported before the first token
             lost = {"system": self._system, "fallback": event.fallback} if event.fallback else {}
             openings = [self._builder.opening(first + index, lost) for index in range(self._body.n)]
             yield from (opening for opening in openings if opening is not None)

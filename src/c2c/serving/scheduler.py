@@ -51,7 +51,7 @@ class Scheduler:
         self._jobs: list[Job] = []
         self._changed = Condition()
         self._closed = False
-        self.last_batch = 1.0  # seconds that the last batch took: what a refused client is told to wait
+        self.last_batch = 1.0  # seconds that the last batch took: the Retry-After of a refusal
 
     def __len__(self) -> int:
         return len(self._jobs)
