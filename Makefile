@@ -9,6 +9,8 @@ VENV ?= .venv
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 # uv installs in a tenth of pip's time; pip is used where there is no uv
 UV := $(shell command -v uv 2>/dev/null)
+# uv does not read pip's settings: a folder or page of further builds, such as those of torch without CUDA
+export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
@@ -61,7 +63,7 @@ VLLM := .venv-vllm
 VLLM_STAMP := $(VLLM)/.installed
 
 $(VLLM_STAMP): pyproject.toml src/c2c/version.py
-	$(call make-environment,$(VLLM),-e '.[vllm]' pytest pip)
+	$(call make-environment,$(VLLM),-e '.[vllm]' openai pip pytest)
 	$(VLLM)/bin/python -m pip --quiet --disable-pip-version-check uninstall --yes torchvision torchaudio torchcodec
 	@touch $@
 

@@ -250,11 +250,22 @@ def server(engine: str, fuser: Path, options: argparse.Namespace) -> Iterator[tu
 def tiny(folder: Path) -> Path:
     """Make random models of two families, and a fuser that really changes the cache; return its folder."""
     sys.path.insert(0, str(ROOT / "tests"))
-    import tiny as models
-    from c2c import C2CModel
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-    folders = models.pair_folders(lambda name: folder / name)
-    models.open_fusers(C2CModel.from_models(*folders)).save_pretrained(folder / "fuser")
+    from c2c import C2CModel
+    from tiny import NO_SPECIALS, SIZES, open_fusers, tokenizer
+
+    sizes = SIZES | NO_SPECIALS | {"hidden_size": 64, "num_hidden_layers": 4, "max_position_embeddings": 2048}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}  # vLLM has no kernels for smaller ones
+    models = {
+        "chatml": LlamaForCausalLM(LlamaConfig(**sizes, **heads)),
+        "llama3": Qwen2ForCausalLM(Qwen2Config(**sizes)),
+    }
+    for name, model in models.items():
+        model.save_pretrained(folder / name)
+        tokenizer(name).save_pretrained(folder / name)
+    pair = C2CModel.from_models(str(folder / "chatml"), str(folder / "llama3"))
+    open_fusers(pair).save_pretrained(folder / "fuser")
     return folder / "fuser"
 
 
@@ -307,7 +318,11 @@ def row(level: dict[str, Any]) -> list[str]:
         return missing if value is None else f"{value:.2f} s"
 
     closed = level["loop"] == "closed"
-    load = f"{level['clients']} clients" if closed else f"{level['arrivals_per_second']:.2f} arrivals/s"
+    load = (
+        f"{level['clients']} client{'s' * (level['clients'] > 1)}"
+        if closed
+        else f"{level['arrivals_per_second']:.2f} arrivals/s"
+    )
     lost = [f"{level[key]} {key}" for key in ("cut", "failed") if level[key]]
     answered = str(level["requests"] - level["cut"] - level["failed"])
     rates = [f"{level['requests_per_second']:.2f}", f"{level['tokens_per_second']:.1f}"]

@@ -235,7 +235,7 @@ def _text(arguments: argparse.Namespace, url: str) -> dict[str, Any]:
     from c2c.fusers.base import load_fuser
     from c2c.language_model import Receiver
     from c2c.prompting import RenderOptions
-    from c2c.systems.text_to_text import hand_over, request
+    from c2c.systems.text_to_text import TextToText
 
     recorded = load_fuser(arguments.fuser).config.identity("receiver")
     assert recorded is not None
@@ -243,11 +243,17 @@ def _text(arguments: argparse.Namespace, url: str) -> dict[str, Any]:
     client = httpx.Client(base_url=url, timeout=600, headers={"Authorization": f"Bearer {KEY}"})
 
     def answer(row: Any) -> str:
-        asked = {"messages": request(row.messages, "fair"), "max_tokens": MESSAGE_TOKENS, "temperature": 0}
+        content = TextToText.request.format(question=row.messages[-1]["content"])
+        request = [*row.messages[:-1], {"role": "user", "content": content}]
+        asked = {"messages": request, "max_tokens": MESSAGE_TOKENS, "temperature": 0}
         reply = client.post("/v1/chat/completions", json={"model": "pair/sharer"} | asked).raise_for_status().json()
-        told = hand_over(row.messages, "fair", reply["choices"][0]["message"]["content"])
+        written = {"role": "assistant", "content": reply["choices"][0]["message"]["content"]}
         options = RenderOptions(answer_prefix=row.answer_prefix)
-        return str(receiver.answer(told, options=options, max_new_tokens=2, do_sample=False).text)
+        return str(
+            receiver.answer(
+                [*request, written, row.messages[-1]], options=options, max_new_tokens=2, do_sample=False
+            ).text
+        )
 
     return {"text-to-text": _measure(arguments, answer)}
 

@@ -51,22 +51,20 @@ class Visitor:
         found = next(
             one
             for one in self.events
-            if one["backend_fn"]
-            and any(self._name(target) == name and what == event for target, what in one["targets"])
+            if one["backend_fn"] and any((self._name(target), what) == (name, event) for target, what in one["targets"])
         )
-        values = [fields.get(self._name(one).replace("-", "_"), self._value(one)) for one in found["inputs"]]
+        defaults = [self.components[one]["props"].get("value") for one in found["inputs"]]
+        names = [self._name(one).replace("-", "_") for one in found["inputs"]]
+        values = [fields.get(name, default) for name, default in zip(names, defaults, strict=True)]
         body = {"data": values, "fn_index": found["id"], "session_hash": self.session}
-        output = self._direct(body) if found["queue"] is False else self._queued(body)
+        if found["queue"] is False:
+            output = self.http.post("gradio_api/run/predict", json=body).json()
+        else:
+            output = self._queued(body)
         return dict(zip(map(self._name, found["outputs"]), output["data"], strict=True))
 
     def _name(self, component: int | None) -> str:
         return str(self.components.get(component, {"props": {}})["props"].get("elem_id"))
-
-    def _value(self, component: int) -> Any:
-        return self.components[component]["props"].get("value")
-
-    def _direct(self, body: dict[str, Any]) -> dict[str, Any]:
-        return self.http.post("gradio_api/run/predict", json=body).json()
 
     def _queued(self, body: dict[str, Any]) -> dict[str, Any]:
         self.http.post("gradio_api/queue/join", json=body).raise_for_status()

@@ -80,11 +80,6 @@ def config(fuser, data):
 
 
 @pytest.fixture(scope="module")
-def untrained(make, data):
-    return AnalysisConfig(fuser=make(), data=data)
-
-
-@pytest.fixture(scope="module")
 def experiment(config):
     return Experiment(config)
 
@@ -96,9 +91,6 @@ def batch(experiment):
 
 def normal(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-# -- items -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("size", "sizes"), [(4, [4, 5]), (2, [2, 2, 2, 3]), (8, [9]), (3, [3, 3, 3])])
@@ -146,9 +138,6 @@ def test_stored_prefills_replace_the_sharer(fuser, data, tmp_path):
     assert [one["precision"] for one in entries] == ["float32", "bfloat16", "int8", "float8"]
 
 
-# -- captures --------------------------------------------------------------------------------------------------------
-
-
 def test_captures_are_the_caches_at_aligned_positions(experiment, batch):
     alignment = batch.matched
     capture = next(experiment.captures("reading", [3]))
@@ -175,18 +164,12 @@ def test_unrotated_keys_of_one_token_agree_at_all_positions(experiment, batch):
     assert not torch.allclose(cached, cached[:1].expand_as(cached), atol=0.5)
 
 
-# -- effective rank and gates ----------------------------------------------------------------------------------------
-
-
 def test_effective_rank():
     assert effective_rank(torch.eye(5)) == pytest.approx(5)
     assert effective_rank(torch.ones(7, 4)) == pytest.approx(1, abs=1e-3)
     # singular values 2, 1, 1: entropy of 1/2, 1/4, 1/4 is 1.5 ln 2
     assert effective_rank(torch.diag(torch.tensor([2.0, 1.0, 1.0]))) == pytest.approx(2**1.5)
     assert effective_rank(torch.zeros(3, 3)) == 0
-    x = normal(40, 12)
-    p = torch.linalg.svdvals(x) / torch.linalg.svdvals(x).sum()
-    assert effective_rank(x) == pytest.approx(float((-(p * p.log()).sum()).exp()), rel=1e-6)
 
 
 def test_ranks_and_norms_are_those_of_all_batches_together(config, experiment):
@@ -200,17 +183,15 @@ def test_ranks_and_norms_are_those_of_all_batches_together(config, experiment):
     assert [layer["layer"] for layer in ranks["layers"]] == [layer["layer"] for layer in gates["layers"]] == LAYERS
     mean = sum(layer["values"]["receiver"] for layer in ranks["layers"]) / 5
     assert ranks["mean"]["values"]["receiver"] == pytest.approx(mean, abs=0.01)
-    added, length = (
-        (fused - own).view(-1, 3, 8)[:, 1].norm(dim=-1).mean(),
-        own.view(-1, 3, 8)[:, 1].norm(dim=-1).mean(),
-    )
+    added, length = (x.view(-1, 3, 8)[:, 1].norm(dim=-1).mean() for x in (fused - own, own))
     assert gates["layers"][2]["added"]["values"][1] == pytest.approx(float(added), rel=1e-3)
     assert gates["layers"][2]["relative"]["values"][1] == pytest.approx(float(added / length), rel=1e-3)
     found = [[layer["gate"][kind] for kind in KINDS] for layer in gates["layers"]]
     assert torch.allclose(torch.tensor(found), experiment.fuser.gates(), atol=1e-4)
 
 
-def test_an_untrained_fuser_changes_nothing(untrained):
+def test_an_untrained_fuser_changes_nothing(make, data):
+    untrained = AnalysisConfig(fuser=make(), data=data)
     ranks, gates = measure_effective_rank(untrained), measure_gates(untrained)
     for layer in ranks["layers"]:
         for kind in ("keys", "keys_unrotated", "values"):
@@ -232,9 +213,6 @@ def test_hard_gates_are_counted(make, data):
     assert result["open"] == 20
     changed = [(layer["layer"], kind) for layer in result["layers"] for kind in KINDS if max(layer["added"][kind]) > 0]
     assert changed == [(0, "keys"), (3, "values")]
-
-
-# -- cache map -------------------------------------------------------------------------------------------------------
 
 
 def test_shared_variance_and_cka_of_known_subspaces():
@@ -275,14 +253,9 @@ def test_cache_map(fuser, data, tmp_path):
     assert [layer["layer"] for layer in result["layers"]] == [2, 4]  # the middle and the last
     assert result["points"] == 20 < result["tokens"]
     assert all(layer[kind]["change"] > 0 for layer in result["layers"] for kind in KINDS)
-    svg = (tmp_path / "cache-map.svg").read_text()
-    assert "Layer 2, keys" in svg
-    assert "Sharer layer" in svg
+    assert all(title in (tmp_path / "cache-map.svg").read_text() for title in ("Layer 2, keys", "Sharer layer"))
     with pytest.raises(AnalysisError, match=r"layers \[9\] are not fused; choose from \[0, 1, 2, 3, 4\]"):
         measure_cache_map(CacheMapConfig(**settings, layers="1,9"))
-
-
-# -- accuracy --------------------------------------------------------------------------------------------------------
 
 
 def test_answers_are_those_of_the_public_path(experiment, batch):
@@ -329,15 +302,12 @@ def test_accuracies_of_all_ablations_agree(config, data, experiment):
     progressive, layers = measure_progressive(config), measure_layers(config)
     precision = measure_precision(PrecisionConfig(fuser=config.fuser, data=data, batch_size=4))
     first, *fewer = precision["precisions"]
-    right = {"receiver": [], "matched": []}
-    for batch in experiment.batches("answering"):
-        right["receiver"] += experiment.answer(batch, experiment.fuse(batch, "none"))
-        right["matched"] += experiment.answer(batch, experiment.fuse(batch))
-    receiver, matched = (100 * sum(answers) / 9 for answers in right.values())
-    for part in ("former", "latter"):
-        assert [point["fraction"] for point in progressive[part]] == list(FRACTIONS)
-        ends = [progressive[part][end]["accuracy"] for end in (0, -1)]
-        assert ends == pytest.approx([receiver, matched], abs=1e-3)
+    messages = ("none", "matched")
+    right = experiment.score(lambda batch: ((message, experiment.fuse(batch, message)) for message in messages))
+    receiver, matched = (100 * sum(right[message]) / 9 for message in messages)
+    for points in (progressive["former"], progressive["latter"]):
+        assert [point["fraction"] for point in points] == list(FRACTIONS)
+        assert [points[end]["accuracy"] for end in (0, -1)] == pytest.approx([receiver, matched], abs=1e-3)
     assert layers["systems"]["matched"]["accuracy"] == first["accuracy"] == pytest.approx(matched, abs=1e-3)
     assert layers["systems"]["receiver"] == precision["receiver"]
     assert progressive["deranged"] == layers["systems"]["deranged"]
@@ -357,9 +327,9 @@ def test_mixing_caches_is_fusing_these_layers_only(config, experiment, batch):
     clean, fused = batch.receiver_cache, experiment.fuse(batch)
     assert_equal_caches(mix(clean, fused, LAYERS, LAYERS), fused)
     assert_equal_caches(mix(clean, fused, [], []), clean)
-    keys = kv_cache.layer(mix(clean, fused, [1], []), 1)
-    assert torch.equal(keys[0], kv_cache.layer(fused, 1)[0])
-    assert torch.equal(keys[1], kv_cache.layer(clean, 1)[1])
+    keys, values = kv_cache.layer(mix(clean, fused, [1], []), 1)
+    assert torch.equal(keys, kv_cache.layer(fused, 1)[0])
+    assert torch.equal(values, kv_cache.layer(clean, 1)[1])
     alone = Experiment(config)
     with torch.no_grad():
         for name in ("up", "up_bias"):
@@ -382,12 +352,7 @@ def test_what_is_sent_is_rounded_and_other_columns_are_zero(experiment, batch):
             assert 0 < float((near - arrived).norm() / arrived.norm()) < 0.02
 
 
-# -- files and commands ----------------------------------------------------------------------------------------------
-
-COMMANDS = ["effective-rank", "cache-map", "gates", "progressive", "precision", "layers"]
-
-
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", ["effective-rank", "cache-map", "gates", "progressive", "precision", "layers"])
 def test_commands_write_numbers_and_plot(fuser, data, tmp_path, command):
     arguments = ["analyze", command, "--fuser", fuser, "--data", data, "--limit", "4"]
     run = CliRunner().invoke(app, [*arguments, "--output-dir", str(tmp_path / "out"), "--json"])
@@ -398,7 +363,7 @@ def test_commands_write_numbers_and_plot(fuser, data, tmp_path, command):
     assert set(kept["provenance"]["data"]) == {"/".join(data.split("/")[-2:])}
     assert kept["provenance"]["config"]["limit"] == 4
     assert "<svg" in (tmp_path / "out" / f"{command}.svg").read_text()
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [f"{command}.json", f"{command}.svg"]
+    assert len(list((tmp_path / "out").iterdir())) == 2
     shown = CliRunner().invoke(app, arguments)
     assert shown.exit_code == 0, shown.output
     assert any(word in shown.output for word in ("layer", "fused", "precision"))
@@ -411,14 +376,11 @@ def test_the_key_tells_analyses_apart(fuser, data, tmp_path):
     assert one == again != other
 
 
-@pytest.mark.parametrize("package", ["matplotlib", "sklearn"])
-def test_plots_without_their_packages_are_refused_at_once(monkeypatch, data, tmp_path, package):
-    monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(AnalysisError, match=f"{'scikit-learn' if package == 'sklearn' else package}.*pip install"):
-        measure_gates(AnalysisConfig(fuser="no/fuser", data=data, output_dir=str(tmp_path / "out")))
-    assert not (tmp_path / "out").exists()
-
-
-def test_an_output_folder_that_is_a_file_is_refused(data):
+@pytest.mark.parametrize(("package", "name"), [("matplotlib", "matplotlib"), ("sklearn", "scikit-learn")])
+def test_plots_that_cannot_be_made_are_refused_at_once(monkeypatch, data, tmp_path, package, name):
     with pytest.raises(AnalysisError, match="is a file"):
         measure_gates(AnalysisConfig(fuser="no/fuser", data=data, output_dir=data))
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(AnalysisError, match=f"{name}.*pip install"):
+        measure_gates(AnalysisConfig(fuser="no/fuser", data=data, output_dir=str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()

@@ -19,7 +19,7 @@ from c2c.cli.app import app
 from c2c.data.formats import letter_form
 from c2c.errors import CacheError
 from c2c.language_model import LanguageModel
-from tiny import assert_equal_caches, build, pair_folders, tokenizer
+from tiny import build, pair_folders, tokenizer
 
 WORDS = ["fox", "dog", "sun", "sea"]
 
@@ -57,13 +57,6 @@ def shots():
 ROW = letter_form("Which one barks?", WORDS, 1)
 
 
-def enriched(model, prompts):
-    """The few-shot cache, the same without its exemplars, and the direct prompt's own."""
-    full = model.prefill(prompts.few_shot, prompts.few_shot.length - 1)
-    short = drop_columns(model, full, prompts.head, prompts.exemplars)
-    return full, short, model.prefill(prompts.direct, prompts.direct.length - 1)
-
-
 def test_prompts_share_head_and_question(model, shots):
     prompts = encode_prompts(model, ROW, shots)
     direct, long = prompts.direct.ids[0].tolist(), prompts.few_shot.ids[0].tolist()
@@ -71,26 +64,19 @@ def test_prompts_share_head_and_question(model, shots):
     assert long[: prompts.head] + long[end:] == direct
     assert long[end - 1] != direct[prompts.head - 1]  # no token of the question is left out
     dropped = model.tokenizer.decode(long[prompts.head : end])
-    assert "Is the sky blue?" in dropped
-    assert "The answer is B" in dropped
-    assert "Which one barks?" not in dropped
-
-
-def test_without_exemplars_the_oracle_is_direct(model):
-    prompts = encode_prompts(model, ROW, [])
-    assert prompts.exemplars == 0
-    _, short, own = enriched(model, prompts)
-    assert_equal_caches(short, own)
+    found = [text in dropped for text in ("Is the sky blue?", "The answer is B", "Which one barks?")]
+    assert found == [True, True, False]
 
 
 def test_enriched_entries_have_the_questions_positions_and_have_read_the_exemplars(model, shots):
     """In the first layer entries depend on token and position only: there they are those of the direct prompt."""
     prompts = encode_prompts(model, ROW, shots)
-    full, short, own = enriched(model, prompts)
     head, end = prompts.head, prompts.head + prompts.exemplars
+    full, own = (model.prefill(tokens, tokens.length - 1) for tokens in (prompts.few_shot, prompts.direct))
+    short = drop_columns(model, full, head, end - head)
     assert kv_cache.length(short) == kv_cache.length(own) < kv_cache.length(full)
-    for side in (0, 1):
-        assert torch.allclose(kv_cache.layer(short, 0)[side], kv_cache.layer(own, 0)[side], atol=1e-4)
+    for mine, alone in zip(kv_cache.layer(short, 0), kv_cache.layer(own, 0), strict=True):
+        assert torch.allclose(mine, alone, atol=1e-4)
     unmoved = kv_cache.layer(full, 0)[0][:, :, end:]
     assert not torch.allclose(unmoved, kv_cache.layer(own, 0)[0][:, :, head:], atol=1e-2)
     for layer in range(1, model.geometry.layers):
@@ -133,33 +119,23 @@ def test_enrichment_command(folder, files, tmp_path):
     assert run.exit_code == 0, run.output
     result = json.loads((tmp_path / "enrichment.json").read_text())
     assert result["n"] == 6
-    assert set(result["systems"]) == {"direct", "few_shot", "oracle"}
     assert result["tokens"]["few_shot"] > 1.5 * result["tokens"]["direct"]
     direct, oracle = (result["systems"][name]["accuracy"] for name in ("direct", "oracle"))
     assert result["oracle_gain"]["points"] == pytest.approx(oracle - direct, abs=2e-3)
     assert len(result["provenance"]["data"]) == 2
     assert (tmp_path / "enrichment.svg").read_text().count("<svg") == 1
-    shown = CliRunner().invoke(app, arguments)
-    assert "few-shot" in shown.output
+    assert "few-shot" in CliRunner().invoke(app, arguments).output
 
 
-def test_exemplars_are_never_items(folder, files):
-    items, _ = files
+def test_items_are_no_exemplars_and_dropped_where_they_do_not_fit(folder, files, tmp_path):
+    items, exemplars = files
     with pytest.raises(AnalysisError, match="has 0 questions that are not in"):
         measure_enrichment(EnrichmentConfig(model=folder, data=items, shots_data=items, shots=1))
-
-
-def test_items_that_do_not_fit_are_dropped_and_counted(folder, files, tmp_path):
-    items, exemplars = files
     long = tmp_path / "long.jsonl"
     row = {"id": "x", "question": "word " * 600, "choices": WORDS, "answer": 0}
     long.write_text(Path(items).read_text() + json.dumps(row) + "\n")
     result = measure_enrichment(EnrichmentConfig(model=folder, data=str(long), shots_data=exemplars, shots=1))
-    assert result["n"] == 6
-    assert result["dropped"] == {"prompt too long": 1}
-
-
-# -- scaling ---------------------------------------------------------------------------------------------------------
+    assert (result["n"], result["dropped"]) == (6, {"prompt too long": 1})
 
 
 def result(sharer="toy-0.5b", matched=50.0, receiver="r1", **changes):
@@ -184,39 +160,27 @@ def result(sharer="toy-0.5b", matched=50.0, receiver="r1", **changes):
 def store(folder, name, data):
     (folder / name).mkdir()
     (folder / name / "result.json").write_text(json.dumps(data))
-    return str(folder / name)
 
 
 def test_scaling_orders_sharers_by_size(tmp_path):
-    results = [
-        store(tmp_path, "large", result("toy-1.5b", 70.0)),
-        store(tmp_path, "small", result("toy-360M", 40.0)),
-    ]
-    found = measure_scaling(ScalingConfig(results=results, output_dir=str(tmp_path / "out")))
-    assert [(row["sharer"], row["parameters"]) for row in found["rows"]] == [
-        ("toy-360M", 360_000_000),
-        ("toy-1.5b", 1_500_000_000),
-    ]
-    assert [row["systems"]["matched"]["accuracy"] for row in found["rows"]] == [40, 70]
-    assert found["rows"][0]["G"] == 15
-    assert "1.5B" in (tmp_path / "out" / "scaling.svg").read_text()
-    assert json.loads((tmp_path / "out" / "scaling.json").read_text())["rows"] == found["rows"]
-
-
-def test_scaling_command_reads_folders(tmp_path):
-    store(tmp_path, "a", result("toy-0.5b"))
-    store(tmp_path, "b", result("nameless"))
+    for name, matched in (("nameless", 70.0), ("toy-0.5b", 60.0), ("toy-360M", 40.0)):
+        store(tmp_path, name, result(name, matched))
     arguments = ["analyze", "scaling", str(tmp_path)]
     unknown = CliRunner().invoke(app, arguments)
     assert isinstance(unknown.exception, AnalysisError)
     assert "--parameters nameless=COUNT" in str(unknown.exception)
-    run = CliRunner().invoke(app, [*arguments, "--parameters", "nameless=2e9", "--json"])
+    assert CliRunner().invoke(app, [*arguments, "--parameters", "nameless"]).exit_code == 2
+    arguments += ["--parameters", "nameless=2e9"]
+    run = CliRunner().invoke(app, [*arguments, "--output-dir", str(tmp_path / "out"), "--json"])
     assert run.exit_code == 0, run.output
     rows = json.loads(run.stdout.strip().splitlines()[-1])["rows"]
-    assert [(row["parameters"], row["counted"]) for row in rows] == [(500_000_000, "name"), (2_000_000_000, "given")]
-    assert CliRunner().invoke(app, [*arguments, "--parameters", "nameless"]).exit_code == 2
-    shown = CliRunner().invoke(app, [*arguments, "--parameters", "nameless=2e9"])
-    assert "nameless" in shown.output
+    assert [(row["sharer"], row["parameters"], row["counted"], row["G"]) for row in rows] == [
+        ("toy-360M", 360_000_000, "name", 15), ("toy-0.5b", 500_000_000, "name", 35),
+        ("nameless", 2_000_000_000, "given", 45),
+    ]  # fmt: skip
+    assert "0.36B" in (tmp_path / "out" / "scaling.svg").read_text()
+    assert json.loads((tmp_path / "out" / "scaling.json").read_text())["rows"] == rows
+    assert "nameless" in CliRunner().invoke(app, arguments).output
 
 
 @pytest.mark.parametrize(("change", "words"), [({"receiver": "other"}, "in receiver"), ({"n": 50}, "in n")])

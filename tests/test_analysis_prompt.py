@@ -55,23 +55,19 @@ def test_a_capture_holds_what_fusion_does(model, capture):
         keys = prefilled.cache.layers[one.layer].keys[0][:, columns].transpose(0, 1).flatten(1)
         torch.testing.assert_close(one.entries["fused"]["keys"], keys)
         assert not torch.allclose(one.entries["receiver"]["keys"], keys)
-    assert "".join(capture.receiver_tokens).count("Name") == 1
-    assert "".join(capture.sharer_tokens).count("Name") == 1
+    assert all("".join(tokens).count("Name") == 1 for tokens in (capture.receiver_tokens, capture.sharer_tokens))
 
 
 def test_an_untrained_fuser_has_no_strength():
     assert not fusion_strength(capture_prompt(pair(), PROMPT)).any()
 
 
-@pytest.mark.parametrize("family", ["c2c", "linear"])
-def test_every_family_of_shared_context_can_be_plotted(family):
-    plots = prompt_plots(capture_prompt(pair(fuser=family), PROMPT))
+@pytest.mark.parametrize("family", ["bottleneck", "c2c", "linear"])
+def test_plots_of_every_family_are_the_same_for_the_same_prompt(family):
+    model = open_fusers(pair()) if family == "bottleneck" else pair(fuser=family)
+    plots = prompt_plots(capture_prompt(model, PROMPT, OPTIONS))
     assert [plot.title for plot in plots] == TITLES
-    assert html_figures(plots).count("<svg") == len(TITLES)
-
-
-def test_html_is_the_same_for_the_same_prompt(model, capture):
-    page = html_figures(prompt_plots(capture))
+    page = html_figures(plots)
     assert page == html_figures(prompt_plots(capture_prompt(model, PROMPT, OPTIONS)))
     assert page.count("<figure>") == page.count("<svg") == len(TITLES)
     assert not re.search(r'(?:src|href)="http', page)
@@ -98,9 +94,6 @@ def test_what_can_not_be_captured_is_refused(model):
         capture_prompt(model, ["a", "b"])
     with pytest.raises(AnalysisError, match="private context"):
         capture_prompt(pair(fuser="memory"), PROMPT)
-
-
-# -- the command -------------------------------------------------------------------------------------------------------
 
 
 def test_gates_need_no_models(folders, tmp_path):

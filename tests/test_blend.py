@@ -34,8 +34,7 @@ def test_zero_is_the_receiver_and_one_the_ordinary_run(family):
     assert torch.equal(logits, alone)
     assert report.sharer_bytes == 0
     assert any("blend 0" in note for note in report.notes)
-    whole, report = scores(made.generate, PROMPT, blend=1.0)
-    ordinary, expected = scores(made.generate, PROMPT)
+    (whole, report), (ordinary, expected) = scores(made.generate, PROMPT, blend=1.0), scores(made.generate, PROMPT)
     assert torch.equal(whole, ordinary)
     assert report.notes == expected.notes
     assert not torch.equal(ordinary, alone)

@@ -19,7 +19,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from c2c import C2CModel
-from c2c.cli import app, output
+from c2c.cli import app, main, output
 from c2c.errors import C2CError, PromptError
 from c2c.fusers.base import load_fuser
 from tiny import pair, pair_folders
@@ -48,11 +48,6 @@ def c2c(*arguments: object, **how: Any) -> str:
 
 def c2c_json(*arguments: object, **how: Any) -> dict[str, Any]:
     return json.loads(c2c(*arguments, "--json", **how))
-
-
-def run_process(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """The installed command in its own process, where exit codes and streams are those of a shell."""
-    return subprocess.run([sys.executable, "-m", "c2c", *arguments], capture_output=True, text=True, timeout=120)
 
 
 def subcommands(command=None, path=()):
@@ -90,7 +85,7 @@ def test_version():
     assert c2c("--version").startswith("c2c ")
 
 
-def test_convert_then_inspect(tmp_path):
+def test_convert_then_inspect(tmp_path, monkeypatch, capsys):
     out = tmp_path / "fuser"
     c2c("convert", CHECKPOINT, out)
     assert {path.name for path in out.iterdir()} == {"config.json", "model.safetensors"}
@@ -100,17 +95,20 @@ def test_convert_then_inspect(tmp_path):
     # gates of the fixture: open means a logit above 0
     assert [[gate["key"], gate["value"]] for gate in inspected["gates"].values()] == [[1, 0], [0, 1], [1, 1], [0, 1]]
     assert "receiver layer" in c2c("inspect", CHECKPOINT)
-    again = run_process("convert", CHECKPOINT, str(out))
-    assert again.returncode == 1
-    assert again.stdout == ""
-    assert again.stderr.startswith(f"c2c: {out} already holds a fuser")
-    assert "Traceback" not in again.stderr
+    monkeypatch.setattr(os, "environ", os.environ.copy())  # main sets variables
+    monkeypatch.setattr(sys, "argv", ["c2c", "convert", CHECKPOINT, str(out)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 1
+    assert capsys.readouterr().err == f"c2c: {out} already holds a fuser; choose another folder or pass --force.\n"
 
 
 def test_convert_records_identities(tmp_path):
     folder = FIXTURES / "pair_a"
-    c2c("convert", CHECKPOINT, tmp_path, "--receiver", folder / "receiver", "--sharer", folder / "sharer")
+    options = ["--receiver", folder / "receiver", "--sharer", folder / "sharer"]
+    converted = c2c_json("convert", CHECKPOINT, tmp_path, *options)
     data = c2c_json("inspect", tmp_path)
+    assert converted == data | {"output": str(tmp_path)}
     assert data["receiver"]["identity"]["architecture"] == "Qwen3ForCausalLM"
     assert data["sharer"]["kv"] == {"layers": 3, "kv_heads": 2, "head_dim": 12}
     assert "Qwen3ForCausalLM" in c2c("inspect", tmp_path)

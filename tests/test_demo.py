@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -55,9 +56,6 @@ def done(panes):
 
 def states(session):
     return {name: pane.state for name, pane in session.panes.items()}
-
-
-# -- what is on offer --------------------------------------------------------------------------------------------------
 
 
 def test_the_zoo_is_offered_and_a_fuser_that_the_user_names_comes_first(folders):
@@ -120,9 +118,6 @@ def test_every_example_has_another_question_with_another_answer():
     assert other_question("anything else") in answers
 
 
-# -- answers -----------------------------------------------------------------------------------------------------------
-
-
 def test_panes_show_what_the_systems_answer(models, merging):
     session = Session()
     assert done(session.ask(models, merging, ASKED)) == list(RUN_ORDER)
@@ -135,13 +130,8 @@ def test_panes_show_what_the_systems_answer(models, merging):
             html = pane_html(pane, merging)
             assert re.search(rf"first token</dt><dd>\d+\.\d\d s.*tokens read</dt><dd>{expected.prompt_tokens}<", html)
             assert "right is B" in html or "\u2713 right" in html
-    crossed = {
-        name: re.search("crossed</dt><dd>(.*?)</dd>", pane_html(pane, merging))[1]
-        for name, pane in session.panes.items()
-    }
-    assert crossed["receiver"] == crossed["sharer"] == "nothing"
-    assert crossed["text"].endswith("of text")
-    assert crossed["c2c"].endswith("of cache")
+            crossed = {"receiver": "nothing", "sharer": "nothing", "text": ".* of text", "c2c": ".* of cache"}[name]
+            assert re.search(f"crossed</dt><dd>{crossed}</dd>", html)
     assert "The text that was passed" in pane_html(session.panes["text"], merging)
 
 
@@ -152,9 +142,7 @@ def test_a_wrong_message_runs_cache_to_cache_alone_and_shows_what_was_read(model
     assert done(session.ask_again(models, merging, blend=1.0, wrong_message=True)) == ["c2c"]
     pane, html = session.panes["c2c"], pane_html(session.panes["c2c"], merging)
     assert pane.previous == first != pane.text
-    assert "Wrong message" in html
-    assert "before: " in html
-    assert other_question(PROMPT).splitlines()[2] in html
+    assert all(words in html for words in ("Wrong message", "before: ", other_question(PROMPT).splitlines()[2]))
     list(session.ask_again(models, merging, blend=1.0, wrong_message=False))
     assert session.panes["c2c"].text == first
 
@@ -202,11 +190,8 @@ def test_no_fuser_and_the_unforeseen_are_shown(models, merging, monkeypatch):
     list(session.ask(models, None, ASKED))
     assert set(states(session).values()) == {"failed"}
 
-    def broken(*args, **kwargs):
-        raise RuntimeError("no room")
-
     with models.use(merging) as model:
-        monkeypatch.setattr(model.sharers[0].model, "generate", broken)
+        monkeypatch.setattr(model.sharers[0].model, "generate", Mock(side_effect=RuntimeError("no room")))
     assert done(session.ask(models, merging, ASKED)) == ["receiver", "c2c"]  # the others go on
     assert "RuntimeError: no room" in pane_html(session.panes["sharer"], merging)
 
@@ -246,9 +231,6 @@ def test_the_right_answer_to_the_sharers_question_is_recognised(models, merging)
     assert "was given." not in pane_html(replace(misled, text=" D"), merging)
 
 
-# -- models ------------------------------------------------------------------------------------------------------------
-
-
 def test_models_are_loaded_once_and_shared_by_fusers_of_one_pair(choices):
     models = ModelCache()
     assert models.seconds(choices["merging"]) is None
@@ -266,9 +248,8 @@ def test_another_pair_takes_the_place_of_the_first(choices, tmp_path):
     shutil.copytree(merging.receiver, tmp_path / "twin")
     with models.use(merging):
         pass
-    with models.use(
-        replace(merging, source=shutil.copytree(merging.source, tmp_path / "fuser"), receiver=str(tmp_path / "twin"))
-    ):
+    source = shutil.copytree(merging.source, tmp_path / "fuser")
+    with models.use(replace(merging, source=source, receiver=str(tmp_path / "twin"))):
         assert models.seconds(merging) is None
 
 
@@ -282,15 +263,10 @@ def test_a_pair_that_cannot_be_loaded_is_shown_and_can_be_tried_again(merging, t
 
 
 def test_what_is_unforeseen_in_loading_is_an_error_with_its_name(merging, monkeypatch):
-    def full(*args, **kwargs):
-        raise ValueError("disk is full")
-
+    full = Mock(side_effect=ValueError("disk is full"))
     monkeypatch.setattr("c2c.language_model.Receiver.from_pretrained", full)
     with pytest.raises(ModelLoadError, match="ValueError: disk is full"), ModelCache().use(merging):
         pass
-
-
-# -- the page and the command ------------------------------------------------------------------------------------------
 
 
 def test_uploads_are_read_or_refused(tmp_path):

@@ -15,10 +15,9 @@ from c2c.fusers import LinearFuser
 from c2c.fusers.base import AlignedEntries, load_fuser
 from c2c.fusers.ridge import RidgeRegression
 from c2c.fusion import Source, aligned_entries, fuse
-from c2c.training.attention import attention_received
 from c2c.training.examples import build_examples
 from c2c.training.prefill_store import PrefillStore
-from c2c.training.shared_context import SharedContextObjective
+from c2c.training.shared_context import SharedContextObjective, attention_received
 from tiny import assert_equal_caches, pair
 
 PROMPTS = [

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from c2c import C2CModel
 from c2c.alignment import PublishedAligner
-from c2c.alignment.base import derange, fit, merge
+from c2c.alignment.base import derange, merge, truncate
 from c2c.cli.app import app
 from c2c.errors import AlignmentError, PromptError
 from c2c.integrations import IntegrationError, MissingExtraError
@@ -361,14 +361,14 @@ def test_a_fitted_prompt_keeps_the_pairs_that_are_left(opened):
     prompt = aligned(opened, "A message with some words in it")
     ids, width = prompt.receiver.ids[0].tolist(), prompt.sharers[0].length
     ids = [*ids[:-2], 7]  # the last two tokens became one
-    fitted = fit(prompt, ids, 5, [width - 9])
+    fitted = truncate(prompt, ids, 5, [width - 9])
     assert fitted.receiver.ids[0].tolist() == ids[5:]
     assert torch.equal(fitted.sharers[0].ids, prompt.sharers[0].ids[:, 9:])
     assert fitted.receiver.positions[0, 0] == fitted.sharers[0].positions[0, 0] == 0
     last = len(ids) - 1
     assert pairs_of(fitted) == {(0, t - 5, s - 9) for _, t, s in pairs_of(prompt) if 5 <= t < last and s >= 9}
     assert fitted.chunks[0].stop == last - 5
-    assert fit(prompt, ids, 0, [1]).chunks[0].stop == last  # only what took the sharer's last token is left
+    assert truncate(prompt, ids, 0, [1]).chunks[0].stop == last  # only what took the sharer's last token is left
 
 
 def test_a_deranged_prompt_takes_the_others_columns(opened):

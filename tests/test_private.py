@@ -10,7 +10,7 @@ from c2c.errors import FuserError, MismatchError, PromptError
 from c2c.fusers import Entries, MemoryFuser
 from c2c.language_model import Sharer
 from c2c.layer_map import layer_map
-from c2c.private_context import PrivateEntries, first_user_column, place, prefill_entries, shared_part
+from c2c.private_context import PrivateEntries, align_shared, first_user_column, place, prefill_entries
 from c2c.prompting import RenderOptions
 from tiny import assert_equal_caches, build, entries, memory_pair, open_fusers, pair, token_ids, tokenizer
 
@@ -71,7 +71,7 @@ def test_entries_that_are_the_receivers_own_are_the_text_itself(receiver):
         (table.undo(keys[:, :, part]), values[:, :, part])
         for table, (keys, values) in zip(tables, kv_cache.layers(cache), strict=True)
     ]
-    prompt = shared_part(model, QUESTION, options)
+    prompt = align_shared(model, QUESTION, options)
     placed = place(prompt, ours.tokenizer, QUESTION, options, [PrivateEntries(own, 0)])
     tokens = placed.receiver
     assert tokens.positions.tolist() == whole.positions.tolist()

@@ -314,6 +314,7 @@ def test_wrong_names(names):
 
 
 def test_a_failed_download_in_json(index, monkeypatch, capsys):
+    monkeypatch.setattr(os, "environ", os.environ.copy())  # main sets variables
     monkeypatch.setattr(sys, "argv", ["c2c", "pull", "smollm2-135m", "--json"])
     with pytest.raises(SystemExit) as ended:
         main()

@@ -11,7 +11,7 @@ from c2c import C2CModel, kv_cache
 from c2c.alignment import PublishedAligner
 from c2c.errors import C2CError, CacheError, HandoffError, MismatchError, PromptError
 from c2c.handoff import Handoff
-from c2c.language_model import Sharer, Wanted
+from c2c.language_model import EntrySelection, Sharer
 from c2c.remote import RemoteError, RemoteSharer
 from c2c.remote.protocol import fuser_hash
 from c2c.remote.wire import packed_bytes
@@ -172,7 +172,7 @@ def test_a_batch_that_is_too_large_for_the_server_is_sent_in_parts(local):
 
 def test_rows_of_which_nothing_is_read_are_not_sent(local):
     tokens = left_pad([[1, 2, 3], [4, 5, 6]], 0)
-    wanted = Wanted([0, 2], torch.tensor([1, 1]), torch.tensor([0, 2]))
+    wanted = EntrySelection([0, 2], torch.tensor([1, 1]), torch.tensor([0, 2]))
     with serving(local.sharers[0], max_tokens=3) as running:
         sharer = RemoteSharer(running.url)
         found, expected = sharer.share(tokens, wanted), local.sharers[0].share(tokens, wanted)
@@ -185,7 +185,7 @@ def test_rows_of_which_nothing_is_read_are_not_sent(local):
 
 def test_entries_that_were_not_wanted_are_not_there(remote, local):
     sharer, batch = remote.sharers[0], left_pad([[5, 6, 7, 8], [9, 10]], 0)
-    wanted = Wanted([2, 1, 1], torch.tensor([0, 0, 1]), torch.tensor([1, 2, 3]))
+    wanted = EntrySelection([2, 1, 1], torch.tensor([0, 0, 1]), torch.tensor([1, 2, 3]))
     cache, whole = sharer.share(batch, wanted), local.sharers[0].prefill(batch)
     assert kv_cache.layer(cache, 0)[0].shape[2] == 0
     for layer in (1, 2):
@@ -452,7 +452,7 @@ def test_a_cache_tells_its_text_to_whoever_has_the_model(local, server):
     """One layer, in 8 bits: each token is found by trying all of them. That is why a cache is treated as the text."""
     sharer, model = RemoteSharer(server.url, precision="int8"), local.sharers[0]
     batch = left_pad([model.tokenizer("The fox sleeps by the sea.")["input_ids"]], 0)
-    wanted = Wanted([2], torch.zeros(batch.length, dtype=torch.long), torch.arange(batch.length))
+    wanted = EntrySelection([2], torch.zeros(batch.length, dtype=torch.long), torch.arange(batch.length))
     stolen = torch.cat(kv_cache.layer(sharer.share(batch, wanted), 2), dim=-1)
     found: list[int] = []
     for column in range(batch.length):

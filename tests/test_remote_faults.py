@@ -221,7 +221,7 @@ def request_of(sharer, /, **changes) -> dict:
     """A request by hand."""
     batch = left_pad([[5, 6, 7]], 0)
     made = PrefillRequest.from_batch(sharer.identity, batch, [torch.arange(3)], [0, 1, 2], stop=3, precision="float32")
-    return json.loads(made.encode()) | changes
+    return json.loads(made.model_dump_json()) | changes
 
 
 def post(running, body) -> tuple[int, dict]:

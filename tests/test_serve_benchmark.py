@@ -120,4 +120,4 @@ def test_a_run_measures_what_is_missing(serve, monkeypatch, tmp_path):
 
 def test_older_results_can_be_shown(serve):
     result = json.loads((BENCHMARKS / "results" / "serve_engines.json").read_text())
-    assert serve.markdown(result).splitlines()[2].startswith("| hf | receiver | 1 clients | 8 |")
+    assert serve.markdown(result).splitlines()[2].startswith("| hf | receiver | 1 client | 8 |")

@@ -21,11 +21,9 @@ from c2c.prompting import RenderOptions
 from c2c.training import load_config, train
 from c2c.training.dev_set import DevSet
 from c2c.training.examples import build_examples
-from c2c.training.losses import cross_entropy
-from c2c.training.objective import FuserObjective
+from c2c.training.objective import FuserObjective, cross_entropy
 from c2c.training.run import fill, initialise, prepare
-from c2c.training.sampler import LengthGroupedSampler
-from c2c.training.trainer import make_arguments
+from c2c.training.trainer import LengthGroupedSampler, make_arguments
 from training_rig import Stopped, config, make_folders, stop_at
 
 MINIMAL = "receiver: a\nsharer: b\noutput_dir: c\ntrain: [{path: x}]\ndev: [{path: x}]\n"

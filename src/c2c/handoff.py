@@ -29,7 +29,7 @@ from c2c.utils import save_atomically
 
 Precision = Literal["float32", "bfloat16", "float16", "int8", "float8"]
 _FORMAT = "c2c-handoff-1"
-_TYPES: dict[str, torch.dtype] = {
+PRECISIONS: dict[str, torch.dtype] = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
@@ -40,7 +40,7 @@ _LARGEST = {"int8": 127.0, "float8": 448.0}
 
 
 @dataclass(frozen=True)
-class Packed:
+class QuantizedTensor:
     """Hold a tensor of keys or values, perhaps quantized.
 
     Attributes:
@@ -53,15 +53,15 @@ class Packed:
     scale: Tensor | None = None
 
     @classmethod
-    def pack(cls, x: Tensor, precision: Precision, along: int) -> Packed:
+    def quantize(cls, x: Tensor, precision: Precision, along: int) -> QuantizedTensor:
         """Round ``x``; for 8 bits each slice along dimension ``along`` gets a scale of its own."""
         if precision not in _LARGEST:
-            return cls(x.to(_TYPES[precision]).contiguous())
+            return cls(x.to(PRECISIONS[precision]).contiguous())
         scale = (x.float().abs().amax(along, keepdim=True) / _LARGEST[precision]).clamp_min(1e-12)
         scaled = x.float() / scale
-        return cls((scaled.round() if precision == "int8" else scaled).to(_TYPES[precision]).contiguous(), scale)
+        return cls((scaled.round() if precision == "int8" else scaled).to(PRECISIONS[precision]).contiguous(), scale)
 
-    def unpack(self, dtype: torch.dtype) -> Tensor:
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
         """Return the tensor in ``dtype``."""
         return self.data.to(dtype) if self.scale is None else (self.data.float() * self.scale).to(dtype)
 
@@ -72,7 +72,7 @@ class Packed:
 
 
 @dataclass(frozen=True)
-class Reading:
+class SharerPrompt:
     """Hold a sharer's prompt tokens and the columns that are handed over."""
 
     ids: list[int]
@@ -82,13 +82,13 @@ class Reading:
         """Return ids and kept columns, each int64 on the host."""
         return torch.tensor(self.ids), torch.tensor(self.kept)
 
-    def followed_by(self, draft: Sequence[int]) -> Reading:
+    def followed_by(self, draft: Sequence[int]) -> SharerPrompt:
         """Append what the sharer wrote after it; all of that is handed over."""
         length = len(self.ids)
-        return Reading([*self.ids, *draft], [*self.kept, *range(length, length + len(draft))])
+        return SharerPrompt([*self.ids, *draft], [*self.kept, *range(length, length + len(draft))])
 
 
-def reading(tokenizer: Any, conversation: Conversation, options: RenderOptions) -> Reading:
+def sharer_prompt(tokenizer: Any, conversation: Conversation, options: RenderOptions) -> SharerPrompt:
     """Tokenise a conversation for a sharer and select what is handed over.
 
     Kept are the texts of the messages, and the template after the last one, whose positions have read everything; other
@@ -104,7 +104,7 @@ def reading(tokenizer: Any, conversation: Conversation, options: RenderOptions) 
         raise PromptError(
             f"nothing to hand over: no message text was found in the rendered prompt {encoded.rendered.text!r}."
         )
-    return Reading(encoded.ids, [*texts, *range(texts[-1] + 1, len(encoded.ids))])
+    return SharerPrompt(encoded.ids, [*texts, *range(texts[-1] + 1, len(encoded.ids))])
 
 
 @dataclass(frozen=True)
@@ -123,15 +123,17 @@ class Handoff:
     sharer: ModelIdentity
     ids: Tensor
     kept: Tensor
-    layers: list[tuple[Packed, Packed]] = field(repr=False)
+    layers: list[tuple[QuantizedTensor, QuantizedTensor]] = field(repr=False)
     precision: Precision
 
     @classmethod
     def from_cache(cls, sharer: ModelIdentity, ids: Tensor, kept: Tensor, layers: Sequence[KeyValue]) -> Self:
         """Make a handoff of keys and values as they lie in the cache, each ``[1, kv_heads, tokens, head_dim]``."""
         precision: Any = str(layers[0][0].dtype).removeprefix("torch.")
-        packed = [(Packed(keys.contiguous()), Packed(values.contiguous())) for keys, values in layers]
-        return cls(sharer, ids.cpu().long(), kept.cpu().long(), packed, precision)
+        quantized = [
+            (QuantizedTensor(keys.contiguous()), QuantizedTensor(values.contiguous())) for keys, values in layers
+        ]
+        return cls(sharer, ids.cpu().long(), kept.cpu().long(), quantized, precision)
 
     @property
     def tokens(self) -> TokenBatch:
@@ -155,7 +157,7 @@ class Handoff:
     def cache(self, dtype: torch.dtype, device: torch.device) -> Cache:
         """Return the sharer's cache of all tokens, in ``dtype``."""
         return kv_cache.from_layers(
-            (keys.unpack(dtype).to(device), values.unpack(dtype).to(device)) for keys, values in self.layers
+            (keys.dequantize(dtype).to(device), values.dequantize(dtype).to(device)) for keys, values in self.layers
         )
 
     def to(self, precision: Precision) -> Handoff:
@@ -164,17 +166,23 @@ class Handoff:
         Raises:
             HandoffError: an unknown precision.
         """
-        if precision not in _TYPES:
-            raise HandoffError(f"unknown precision {precision!r}; expected one of {', '.join(_TYPES)}.")
+        if precision not in PRECISIONS:
+            raise HandoffError(f"unknown precision {precision!r}; expected one of {', '.join(PRECISIONS)}.")
         if precision == self.precision:
             return self
-        whole = ((keys.unpack(torch.float32), values.unpack(torch.float32)) for keys, values in self.layers)
-        packed = [(Packed.pack(keys, precision, 2), Packed.pack(values, precision, 3)) for keys, values in whole]
-        return replace(self, layers=packed, precision=precision)
+        whole = ((keys.dequantize(torch.float32), values.dequantize(torch.float32)) for keys, values in self.layers)
+        quantized = [
+            (QuantizedTensor.quantize(keys, precision, 2), QuantizedTensor.quantize(values, precision, 3))
+            for keys, values in whole
+        ]
+        return replace(self, layers=quantized, precision=precision)
 
     def zeros_like(self) -> Handoff:
         """Return the same handoff with zeros for keys and values, for a control."""
-        layers = [(Packed(torch.zeros_like(k.data)), Packed(torch.zeros_like(v.data))) for k, v in self.layers]
+        layers = [
+            (QuantizedTensor(torch.zeros_like(k.data)), QuantizedTensor(torch.zeros_like(v.data)))
+            for k, v in self.layers
+        ]
         return replace(self, layers=layers)
 
     def projected(self, fuser: Any) -> list[KeyValue] | None:
@@ -201,10 +209,10 @@ class Handoff:
         path = Path(path)
         tensors = {"ids": self.ids, "kept": self.kept}
         for index, pair in enumerate(self.layers):
-            for name, packed in zip(("key", "value"), pair, strict=True):
-                tensors[f"{index}.{name}"] = packed.data.cpu()
-                if packed.scale is not None:
-                    tensors[f"{index}.{name}.scale"] = packed.scale.cpu()
+            for name, quantized in zip(("key", "value"), pair, strict=True):
+                tensors[f"{index}.{name}"] = quantized.data.cpu()
+                if quantized.scale is not None:
+                    tensors[f"{index}.{name}.scale"] = quantized.scale.cpu()
         manifest = {
             "format": _FORMAT,
             "sharer": self.sharer.to_dict(),
@@ -257,10 +265,10 @@ class Handoff:
     def _from_tensors(cls, manifest: dict[str, Any], tensors: dict[str, Tensor]) -> Self:
         """Make a handoff of a file's content; ValueError or KeyError where parts are missing or do not fit."""
 
-        def packed(name: str) -> Packed:
-            return Packed(tensors[name], tensors.get(f"{name}.scale"))
+        def quantized(name: str) -> QuantizedTensor:
+            return QuantizedTensor(tensors[name], tensors.get(f"{name}.scale"))
 
-        layers = [(packed(f"{index}.key"), packed(f"{index}.value")) for index in range(manifest["layers"])]
+        layers = [(quantized(f"{index}.key"), quantized(f"{index}.value")) for index in range(manifest["layers"])]
         identity, ids, kept = ModelIdentity.from_dict(manifest["sharer"]), tensors["ids"], tensors["kept"]
         if ids.dim() != 1 or kept.dim() != 1 or not (int(kept.min()) >= 0 and int(kept.max()) < len(ids)):
             raise ValueError(f"{tuple(ids.shape)} token ids, of which columns {kept.tolist()[:8]} are handed over")

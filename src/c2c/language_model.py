@@ -15,7 +15,7 @@ from transformers import Cache, PreTrainedModel
 from c2c import kv_cache, rope
 from c2c.errors import CacheError, ContextLengthError, MismatchError, PromptError
 from c2c.generation import DEFAULT_NEW_TOKENS, FirstTokenTimer, PrefilledPrompt, as_list, unbatch
-from c2c.handoff import Handoff, Reading, reading
+from c2c.handoff import Handoff, SharerPrompt, sharer_prompt
 from c2c.identity import ModelIdentity, differences, identify
 from c2c.loading import load
 from c2c.messages import conversations
@@ -290,7 +290,7 @@ class Receiver(LanguageModel):
 
 
 @dataclass(frozen=True)
-class Wanted:
+class EntrySelection:
     """Select the entries of a sharer's cache that fusion reads: column ``columns[i]`` of row ``rows[i]`` in ``layers``.
 
     Attributes:
@@ -314,7 +314,7 @@ class Sharer(LanguageModel):
 
     role = "sharer"
 
-    def share(self, batch: TokenBatch, wanted: Wanted) -> Cache:
+    def share(self, batch: TokenBatch, wanted: EntrySelection) -> Cache:
         """Return the cache of ``batch``, filled at least where ``wanted`` says; other entries must not be read."""
         return self.prefill(batch, wanted.stop)
 
@@ -345,7 +345,7 @@ class Sharer(LanguageModel):
         batch, single = conversations(messages)
         if not single:
             raise PromptError("a handoff holds one conversation: call read once for each.")
-        plan = reading(self.tokenizer, batch[0], options or RenderOptions())
+        plan = sharer_prompt(self.tokenizer, batch[0], options or RenderOptions())
         tokens = left_pad([plan.ids], 0)
         self.check_prompt(tokens)
         cache: Cache = kv_cache.empty_cache()
@@ -357,7 +357,7 @@ class Sharer(LanguageModel):
             cache = kv_cache.crop(reuse.cache(self.dtype, self.device), known) if known else cache
         return self._read_prompt(plan, tokens, cache, draft_tokens)
 
-    def _read_prompt(self, plan: Reading, tokens: TokenBatch, cache: Cache, draft_tokens: int) -> Handoff:
+    def _read_prompt(self, plan: SharerPrompt, tokens: TokenBatch, cache: Cache, draft_tokens: int) -> Handoff:
         """Prefill what ``cache`` does not hold yet, draft, and return all of it as a handoff."""
         if draft_tokens <= 0:
             cache = self.prefill(tokens, cache=cache)

@@ -25,10 +25,10 @@ from c2c.generation import (
     TextStream,
     unbatch,
 )
-from c2c.language_model import Receiver, Sharer, Wanted
+from c2c.language_model import EntrySelection, Receiver, Sharer
 from c2c.messages import Conversation, conversations
 from c2c.pretrained import Pretrained
-from c2c.private_context import PrivatePrompt, handoffs_of, place, prefill_entries, project_all, shared_part
+from c2c.private_context import PrivatePrompt, align_shared, place, prefill_entries, project_all, read_handoffs
 from c2c.prompting import RenderOptions
 from c2c.token_ids import TokenIds
 from c2c.tokens import TokenBatch, concatenate
@@ -219,7 +219,7 @@ class C2CModel(Pretrained, TokenIds, nn.Module):
         sharer.check_tokens(prompt.sharers[index])
         tokens = prompt.sharers[index].to(sharer.device)
         rows, columns = torch.cat([part.rows for part in needed]), torch.cat([part.sharer for part in needed])
-        cache = sharer.share(tokens, Wanted(self._fusers[index].config.source_layers, rows, columns))
+        cache = sharer.share(tokens, EntrySelection(self._fusers[index].config.source_layers, rows, columns))
         return Source(sharer, tokens, edit(cache) if edit else cache, self._fusers[index])
 
     def _join(self, parts: Sequence[tuple[TokenBatch, Cache]], report: FusionReport) -> PrefilledPrompt:
@@ -246,12 +246,12 @@ class C2CModel(Pretrained, TokenIds, nn.Module):
         timer = StageTimer(self.receiver.device)
         with timer.stage("sharer_prefill"):
             readers = [self.sharers[index].for_fuser(self._fusers[index]) for index in self.private]
-            handoffs = handoffs_of(given, readers, len(batch), options)
+            handoffs = read_handoffs(given, readers, len(batch), options)
         with timer.stage("fuse"):
             pairs = [(self.sharers[index], self._fusers[index]) for index in self.private]
             entries = project_all(handoffs, pairs)
         prompts = [
-            place(shared_part(self, conversation, options), self.receiver.tokenizer, conversation, options, row)
+            place(align_shared(self, conversation, options), self.receiver.tokenizer, conversation, options, row)
             for conversation, row in zip(batch, entries, strict=True)
         ]
         report = self._report(prompts, timer=timer)

@@ -79,7 +79,8 @@ def project(handoff: Handoff, sharer: Sharer, fuser: Fuser) -> PrivateEntries:
     identity.check([("handoff", sharer.identity, handoff.sharer)], allow_mismatch=False)
     device, layers, kept = fuser.device, fuser.config.source_layers, handoff.kept
     keys, values = (
-        [handoff.layers[layer][side].unpack(sharer.dtype)[:, :, kept].to(device) for layer in layers] for side in (0, 1)
+        [handoff.layers[layer][side].dequantize(sharer.dtype)[:, :, kept].to(device) for layer in layers]
+        for side in (0, 1)
     )
     tables = sharer.rotary(handoff.tokens.positions[:, kept].to(device))
     rotary = None if tables is None else [tables[layer] for layer in layers]
@@ -99,7 +100,7 @@ def project_all(
     return [[projected[index, id(handoff)] for index, handoff in enumerate(row)] for row in handoffs]
 
 
-def shared_part(model: C2CModel, conversation: Conversation, options: RenderOptions) -> Prompt:
+def align_shared(model: C2CModel, conversation: Conversation, options: RenderOptions) -> Prompt:
     """Align one conversation for the receiver and those sharers that read it too, beside those of private context."""
     shared = [index for index in range(len(model.sharers)) if index not in model.private]
     if not shared:
@@ -129,7 +130,7 @@ def place(
     slots = sum(part.slots for part in entries)
     receiver, chunks = prompt.receiver, prompt.chunks
     if slots > 0:
-        receiver = receiver.with_slots(column, slots)
+        receiver = receiver.insert_slots(column, slots)
         chunks = tuple(
             Chunk(
                 chunk.stop + slots * (chunk.stop > column),
@@ -170,7 +171,7 @@ def first_user_column(tokenizer: Any, conversation: Conversation, options: Rende
     raise PromptError("private context stands before the first user message, and there is none with any text.")
 
 
-def handoffs_of(given: Any, sharers: Sequence[Sharer], rows: int, options: RenderOptions) -> list[list[Handoff]]:
+def read_handoffs(given: Any, sharers: Sequence[Sharer], rows: int, options: RenderOptions) -> list[list[Handoff]]:
     """Read (or take, where handoffs are given) the private context of each conversation and sharer.
 
     Args:

@@ -51,7 +51,7 @@ class TokenBatch:
     def _each(self, change: Callable[[Tensor], Tensor]) -> TokenBatch:
         return replace(self, ids=change(self.ids), mask=change(self.mask), positions=change(self.positions))
 
-    def with_slots(self, column: int, slots: int) -> TokenBatch:
+    def insert_slots(self, column: int, slots: int) -> TokenBatch:
         """Insert columns that hold no token but count as read; for entries put into the cache.
 
         Args:

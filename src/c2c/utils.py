@@ -10,7 +10,7 @@ import re
 import shlex
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
@@ -103,6 +103,27 @@ def read_text(path: Path, what: str, error: type[C2CError]) -> str:
     if not text.strip():
         raise error(f"{what} is empty; expected some text to read.")
     return text
+
+
+RESULT_EXPECTED = (
+    "Expected the result.json that `c2c eval --output-dir FOLDER` writes (not the items.jsonl beside it), or a folder "
+    "that holds such files."
+)
+
+
+def find_results(paths: Iterable[Path], error: type[C2CError]) -> list[Path]:
+    """Find the result files of evaluations among files and in folders, each once; raise ``error`` where none is."""
+    found: dict[Path, Path] = {}
+    for path in map(Path.expanduser, paths):
+        if not path.exists():
+            raise error(f"{path} does not exist. {RESULT_EXPECTED}")
+        files = sorted(path.rglob("result.json")) if path.is_dir() else [path]
+        if not files:
+            raise error(f"the folder {path} holds no result.json, nor does a folder in it. {RESULT_EXPECTED}")
+        found |= {file.resolve(): file for file in files}
+    if not found:
+        raise error(f"no results were given. {RESULT_EXPECTED}")
+    return list(found.values())
 
 
 def write_json(path: Path, data: Any) -> None:

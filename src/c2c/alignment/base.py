@@ -123,7 +123,7 @@ class Aligner(Protocol):
         ...
 
 
-def fit(prompt: Prompt, ids: Sequence[int], cut: int, limits: Sequence[int]) -> Prompt:
+def truncate(prompt: Prompt, ids: Sequence[int], cut: int, limits: Sequence[int]) -> Prompt:
     """Truncate a prompt of one row to the receiver tokens ``ids`` without the first ``cut``.
 
     Args:

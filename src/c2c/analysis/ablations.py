@@ -14,13 +14,13 @@ from c2c import kv_cache
 from c2c.alignment import Alignment
 from c2c.analysis.capture import Experiment
 from c2c.analysis.config import AnalysisConfig, PrecisionConfig
-from c2c.analysis.results import accuracies, analysis, difference, gains
-from c2c.handoff import Packed, Precision
+from c2c.analysis.results import analysis, difference, gains
+from c2c.evaluation.statistics import summarise
+from c2c.handoff import Precision, QuantizedTensor
 from c2c.training.shared_context import SharedBatch
 from c2c.utils import OnProgress
 
 Part = Literal["former", "latter"]
-PARTS: tuple[Part, ...] = get_args(Part)
 FRACTIONS = (0.0, 0.125, 0.25, 0.5, 0.75, 1.0)
 STORED: Precision = "bfloat16"  # precision of a prefill store, so of what fusers are trained and evaluated on
 
@@ -38,22 +38,26 @@ def measure_progressive(config: AnalysisConfig, progress: OnProgress | None = No
         receiver and matched minus deranged, in ``points`` with ``ci95``.
     """
     experiment = Experiment(config, progress)
+    names = {
+        part: {0.0: "receiver"} | {fraction: f"{part} {fraction}" for fraction in FRACTIONS[1:-1]} | {1.0: "matched"}
+        for part in get_args(Part)
+    }
 
     def caches(batch: SharedBatch) -> Iterator[tuple[str, Cache]]:
         yield from _controls(experiment, batch)
-        for part in PARTS:
+        for part in names:
             for fraction in FRACTIONS[1:-1]:
                 some = part_of(batch.matched, fraction, part)
                 cache = experiment.fuse(batch, "matched" if len(some) else "none", matched=some)
-                yield _part_name(part, fraction), cache
+                yield names[part][fraction], cache
 
-    scores = experiment.score(caches)
-    found = accuracies(scores, config.seed)
+    summary = summarise(experiment.score(caches), config.seed)
+    found = summary["systems"]
     numbers: dict[str, Any] = {
-        part: [{"fraction": fraction} | found[_part_name(part, fraction)] for fraction in FRACTIONS] for part in PARTS
+        part: [{"fraction": fraction} | found[name] for fraction, name in fractions.items()]
+        for part, fractions in names.items()
     }
-    numbers |= {"deranged": found["deranged"], "zero": found["zero"]} | gains(scores, config.seed)
-    return numbers | experiment.facts()
+    return numbers | {name: found[name] for name in ("deranged", "zero")} | gains(summary) | experiment.facts()
 
 
 def part_of(alignment: Alignment, fraction: float, part: Part) -> Alignment:
@@ -81,16 +85,14 @@ def measure_layers(config: AnalysisConfig, progress: OnProgress | None = None) -
         :func:`measure_progressive`.
     """
     experiment = Experiment(config, progress)
-    fused_layers = experiment.fuser.config.fused_layers
-    thirds = split_in_thirds(fused_layers)
-    mixtures: dict[str, tuple[Sequence[int], Sequence[int]]] = {
-        "keys only": (fused_layers, []),
-        "values only": ([], fused_layers),
-    }
+    layers = experiment.fuser.config.fused_layers
+    chunks = zip(("early", "middle", "late"), torch.tensor(layers).tensor_split(3), strict=True)
+    thirds = {name: chunk.tolist() for name, chunk in chunks if len(chunk)}  # some are empty below three layers
+    mixtures: dict[str, tuple[Sequence[int], Sequence[int]]] = {"keys only": (layers, []), "values only": ([], layers)}
     for name, third in thirds.items():
-        rest = [layer for layer in fused_layers if layer not in third]
+        rest = [layer for layer in layers if layer not in third]
         mixtures[f"without {name} third"] = (rest, rest)
-    singles = {layer: f"layer {layer}" for layer in fused_layers}
+    singles = {layer: f"layer {layer}" for layer in layers}
     mixtures |= {name: ([layer], [layer]) for layer, name in singles.items()}
 
     def caches(batch: SharedBatch) -> Iterator[tuple[str, Cache]]:
@@ -100,16 +102,17 @@ def measure_layers(config: AnalysisConfig, progress: OnProgress | None = None) -
             yield name, mix(batch.receiver_cache, fused, *chosen)
 
     scores = experiment.score(caches)
-    found = accuracies(scores, config.seed)
-    numbers = {
-        "systems": {name: score for name, score in found.items() if name not in singles.values()},
+    summary = summarise(scores, config.seed)
+    found = summary["systems"]
+    numbers: dict[str, Any] = {
         "single": [
-            {"layer": layer} | found[name] | {"gain": difference(scores[name], scores["receiver"], config.seed)}
+            {"layer": layer} | found.pop(name) | {"gain": difference(scores[name], scores["receiver"], config.seed)}
             for layer, name in singles.items()
         ],
+        "systems": found,
         "thirds": thirds,
-    } | gains(scores, config.seed)
-    return numbers | experiment.facts()
+    }
+    return numbers | gains(summary) | experiment.facts()
 
 
 def mix(clean: Cache, fused: Cache, keys: Sequence[int], values: Sequence[int]) -> DynamicCache:
@@ -122,12 +125,6 @@ def mix(clean: Cache, fused: Cache, keys: Sequence[int], values: Sequence[int]) 
         (new[0] if layer in keys else own[0], new[1] if layer in values else own[1])
         for layer, (own, new) in enumerate(pairs)
     )
-
-
-def split_in_thirds(layers: Sequence[int]) -> dict[str, list[int]]:
-    """Split fused layers into ``early``, ``middle`` and ``late``; fewer where there are fewer than three layers."""
-    chunks = torch.tensor(list(layers)).tensor_split(3)
-    return {name: chunk.tolist() for name, chunk in zip(("early", "middle", "late"), chunks, strict=True) if len(chunk)}
 
 
 @analysis("precision")
@@ -160,21 +157,18 @@ def measure_precision(config: PrecisionConfig, progress: OnProgress | None = Non
             yield precision, experiment.fuse(batch, sharer_cache=sent)
 
     scores = experiment.score(caches)
-    found, first = accuracies(scores, config.seed), scores[precisions[0]]
-    numbers = {
+    first = scores[precisions[0]]
+    summary = summarise(scores | {"matched": first}, config.seed)
+    found = summary["systems"]
+    numbers: dict[str, Any] = {
         "precisions": [
-            {"precision": name, "bytes": sizes[name] / len(first)}
-            | found[name]
-            | {
-                "cost": difference(scores[name], first, config.seed),
-                "differ": 100 * sum(a != b for a, b in zip(scores[name], first, strict=True)) / len(first),
-            }
+            {"precision": name, "bytes": sizes[name] / len(first), **found[name]}
+            | {"cost": difference(scores[name], first, config.seed)}
+            | {"differ": 100 * sum(a != b for a, b in zip(scores[name], first, strict=True)) / len(first)}
             for name in precisions
-        ],
-        "receiver": found["receiver"],
-        "deranged": found["deranged"],
-    } | gains(scores | {"matched": first}, config.seed)
-    return numbers | experiment.facts()
+        ]
+    }
+    return numbers | {name: found[name] for name in ("receiver", "deranged")} | gains(summary) | experiment.facts()
 
 
 def quantize(
@@ -198,9 +192,9 @@ def quantize(
         nonlocal nbytes
         out = torch.zeros_like(x)
         for row, sent in columns.items():
-            packed = Packed.pack(x[row : row + 1].index_select(2, sent.to(x.device)), precision, along)
-            out[row, :, sent] = packed.unpack(x.dtype)[0]
-            nbytes += packed.nbytes
+            quantized = QuantizedTensor.quantize(x[row : row + 1].index_select(2, sent.to(x.device)), precision, along)
+            out[row, :, sent] = quantized.dequantize(x.dtype)[0]
+            nbytes += quantized.nbytes
         return out
 
     arrived = [
@@ -211,12 +205,6 @@ def quantize(
 
 
 def _controls(experiment: Experiment, batch: SharedBatch) -> Iterator[tuple[str, Cache]]:
-    """Yield the clean cache, the whole fused one, and those of another item's message and of zeros."""
     yield "receiver", batch.receiver_cache
-    yield "matched", experiment.fuse(batch)
-    yield "deranged", experiment.fuse(batch, "deranged")
-    yield "zero", experiment.fuse(batch, "zero")
-
-
-def _part_name(part: Part, fraction: float) -> str:
-    return {0.0: "receiver", 1.0: "matched"}.get(fraction, f"{part} {fraction}")
+    for message in ("matched", "deranged", "zero"):
+        yield message, experiment.fuse(batch, message)

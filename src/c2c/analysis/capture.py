@@ -20,8 +20,8 @@ from c2c.analysis.results import provenance
 from c2c.data.config import DataSource
 from c2c.data.sources import load_rows
 from c2c.fusers import Fuser
-from c2c.fusers.base import Entries, fuser_hash, training_facts
-from c2c.fusion import Picker, Source, aligned_entries
+from c2c.fusers.base import fuser_hash, training_facts
+from c2c.fusion import AlignedIndex, Source, aligned_entries
 from c2c.language_model import LanguageModel
 from c2c.messages import conversations
 from c2c.model import C2CModel
@@ -46,8 +46,7 @@ class LayerCapture:
     """Aligned entries of one fused receiver layer; row ``i`` of all sides belongs together.
 
     Attributes:
-        layer: receiver layer.
-        source: sharer layer that it reads.
+        source: sharer layer that ``layer`` reads.
         entries: by side and kind ``[pairs, kv_heads * head_dim]``, float32 on the CPU. Kinds: ``keys`` (as they lie in
             the cache), ``keys_unrotated`` (without their rotary embedding) and ``values``.
         unique: True where a sharer entry is read for the first time, ``[pairs]``; several positions may read one.
@@ -66,28 +65,28 @@ def capture_layers(
     """Yield the aligned entries of each fused layer; ``clean`` and ``fused`` are the receiver's caches."""
     theirs, ours = aligned_entries(clean, receiver, tokens, source, alignment)
     _, merged = aligned_entries(fused, receiver, tokens, source, alignment)
-    device, config = source.fuser.device, source.fuser.config
-    our_rotary = _rotary(receiver, tokens, Picker(alignment, alignment.receiver, 0), device)
-    their_rotary = _rotary(source.sharer, source.tokens, Picker(alignment, alignment.sharer, 1), device)
+    our_rotary = _rotary(receiver, tokens, AlignedIndex(alignment, "receiver"), source.fuser.device)
+    their_rotary = _rotary(source.sharer, source.tokens, AlignedIndex(alignment, "sharer"), source.fuser.device)
     read = torch.stack([alignment.rows, alignment.sharer]).cpu().numpy()
     unique = torch.zeros(len(alignment), dtype=torch.bool)
     unique[np.unique(read, axis=1, return_index=True)[1]] = True
+    config = source.fuser.config
     for index, (layer, source_layer) in enumerate(zip(config.fused_layers, config.source_layers, strict=True)):
-        entries: dict[Side, dict[str, Tensor]] = {
-            "sharer": _layer_entries(theirs, index, their_rotary[source_layer]),
-            "receiver": _layer_entries(ours, index, our_rotary[layer]),
-            "fused": _layer_entries(merged, index, our_rotary[layer]),
-        }
-        yield LayerCapture(layer, source_layer, entries, unique)
+        sides = zip(SIDES, (theirs, ours, merged), (their_rotary[source_layer], *[our_rotary[layer]] * 2), strict=True)
+        yield LayerCapture(
+            layer, source_layer, {side: _flatten(*part.layer(index), rotary) for side, part, rotary in sides}, unique
+        )
 
 
-def _rotary(model: LanguageModel, tokens: TokenBatch, picker: Picker, device: torch.device) -> Sequence[Rotary | None]:
+def _rotary(
+    model: LanguageModel, tokens: TokenBatch, aligned: AlignedIndex, device: torch.device
+) -> Sequence[Rotary | None]:
     """Return each layer's rotary table at aligned positions; None for a model without rotary embedding."""
-    return model.rotary(picker.take_positions(tokens.positions).to(device)) or [None] * model.geometry.layers
+    return model.rotary(aligned.gather_positions(tokens.positions).to(device)) or [None] * model.geometry.layers
 
 
-def _layer_entries(entries: Entries, index: int, rotary: Rotary | None) -> dict[str, Tensor]:
-    keys, values = (part.float() for part in entries.layer(index))
+def _flatten(keys: Tensor, values: Tensor, rotary: Rotary | None) -> dict[str, Tensor]:
+    keys, values = keys.float(), values.float()
     found = {"keys": keys, "keys_unrotated": keys if rotary is None else rotary.undo(keys), "values": values}
     return {kind: x.transpose(1, 2).flatten(2).flatten(0, 1).cpu() for kind, x in found.items()}
 
@@ -97,10 +96,8 @@ class PromptCapture:
     """One prompt as a pair reads it.
 
     Attributes:
-        fuser: the pair's fuser.
-        names: names of the receiver and the sharer.
-        receiver_tokens: text of each receiver token, template included.
-        sharer_tokens: text of each sharer token.
+        names: of the receiver and the sharer.
+        receiver_tokens: text of each receiver token, template included; ``sharer_tokens`` likewise.
         pairs: receiver token and sharer token that it reads, in order.
         layers: aligned entries of every fused layer; row ``i`` belongs to ``pairs[i]``.
     """
@@ -150,11 +147,7 @@ def capture_prompt(model: C2CModel, messages: Any, options: RenderOptions | None
 
 
 def only_fuser(model: C2CModel, name: str) -> Fuser:
-    """Return the single fuser of a pair, which must be for shared context.
-
-    Raises:
-        AnalysisError: several sharers, or a fuser of private context.
-    """
+    """Return the single fuser of a pair; raise AnalysisError for several sharers, or a fuser of private context."""
     if len(model.sharers) != 1:
         raise AnalysisError(
             f"{name} has {len(model.sharers)} sharers; one is analysed at a time: give one of its fusers."
@@ -163,11 +156,7 @@ def only_fuser(model: C2CModel, name: str) -> Fuser:
 
 
 def check_shared(fuser: Fuser, name: str) -> Fuser:
-    """Return a fuser of shared context.
-
-    Raises:
-        AnalysisError: it adds entries and merges none.
-    """
+    """Return a fuser of shared context; raise AnalysisError for one of private context."""
     if fuser.context != "shared":
         raise AnalysisError(
             f"{name} is for {fuser.context} context (family {fuser.family!r}): it adds entries and merges none, so "
@@ -182,8 +171,6 @@ class Experiment:
     The sharer's weights are given back where all its prefills are stored, except with ``needs_sharer``.
 
     Attributes:
-        model: the pair.
-        fuser: its fuser.
         examples: the items as both models' tokens, at least two.
         dropped: how many items the pair can't read, by reason.
 
@@ -205,10 +192,12 @@ class Experiment:
         longest = receiver.context_length or _UNLIMITED
         self.examples, self.dropped = build_examples(self.model, rows, longest, _UNLIMITED)
         check_items(len(self.examples), config.data, self.dropped)
-        ours = _prefill_store(receiver, range(receiver.geometry.layers), config)
-        theirs = _prefill_store(sharer, self.fuser.config.source_layers, config)
+        folder = Path(config.store_dir).expanduser() if config.store_dir is not None else None
+        budget = int(config.store_budget_gb * 5e8) if folder is not None else 0
+        needed = ((receiver, range(receiver.geometry.layers)), (sharer, self.fuser.config.source_layers))
+        ours, theirs = (PrefillStore(model, layers, folder=folder, budget=budget, batch=4) for model, layers in needed)
         self._objective = SharedContextObjective(self.model, ours, theirs).eval()
-        stored = theirs.folder is not None and all(example.sharer_ids in theirs for example in self.examples)
+        stored = folder is not None and all(example.sharer_ids in theirs for example in self.examples)
         if stored and not needs_sharer:
             sharer.release()
 
@@ -279,18 +268,8 @@ class Experiment:
         return {"n": len(self.examples), "dropped": dict(self.dropped), "provenance": about}
 
 
-def _prefill_store(model: LanguageModel, layers: Sequence[int], config: AnalysisConfig) -> PrefillStore:
-    folder = Path(config.store_dir).expanduser() if config.store_dir is not None else None
-    budget = int(config.store_budget_gb * 5e8) if folder is not None else 0
-    return PrefillStore(model, layers, folder=folder, budget=budget, batch=4)
-
-
 def data_source(path: str, form: str, limit: int | None) -> DataSource:
-    """Describe a file of items.
-
-    Raises:
-        AnalysisError: there is no such file.
-    """
+    """Describe a file of items; raise AnalysisError where there is no such file."""
     file = Path(path).expanduser().absolute()
     if not file.is_file():
         raise AnalysisError(
@@ -301,11 +280,7 @@ def data_source(path: str, form: str, limit: int | None) -> DataSource:
 
 
 def check_items(count: int, data: str, dropped: Counter[str]) -> None:
-    """Refuse fewer than two items.
-
-    Raises:
-        AnalysisError: fewer than two are left; says why.
-    """
+    """Raise AnalysisError, with the reasons, where fewer than two items are left."""
     if count < 2:
         reasons = f" (dropped: {dict(dropped)})" if dropped else ""
         raise AnalysisError(f"{data}: {count} items are left to analyse{reasons}; at least 2 are needed.")

@@ -18,11 +18,7 @@ class AnalysisError(C2CError, ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class ItemsConfig:
-    """Settings of every analysis of items.
-
-    Raises:
-        AnalysisError: a number below its minimum.
-    """
+    """Settings of every analysis of items; a number below its minimum raises AnalysisError."""
 
     data: str = field(metadata={"help": "JSONL file of items: question, choices, answer (index of the right choice)."})
     limit: int | None = option(200, "At most this many items, drawn with the seed.", min=2)
@@ -53,11 +49,7 @@ class AnalysisConfig(ItemsConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class CacheMapConfig(AnalysisConfig):
-    """Settings of the cache map.
-
-    Raises:
-        AnalysisError: a number below its minimum, layers that are no numbers, or an unknown method.
-    """
+    """Settings of the cache map; layers that are no numbers and unknown methods raise AnalysisError."""
 
     layers: str | None = option(None, "Receiver layers, with commas (14,29); else the middle and the last fused one.")
     method: Literal["pca", "tsne"] = option("pca", "Projection of the plot.")
@@ -93,10 +85,8 @@ class EnrichmentConfig(ItemsConfig):
 class ScalingConfig:
     """Settings of the comparison of sharers of different sizes.
 
-    Attributes:
-        results: result files of ``c2c eval``, or folders that hold ``result.json`` files.
-        parameters: parameter counts by the sharer's name, where they are not known otherwise.
-        output_dir: folder for the numbers and the plot.
+    ``results`` are result files of ``c2c eval``, or folders that hold ``result.json`` files; ``parameters`` the
+    parameter counts by the sharer's name, where they are not known otherwise.
     """
 
     results: Sequence[str]

@@ -10,23 +10,23 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 from transformers import Cache, DynamicCache
 
 from c2c import kv_cache
 from c2c.analysis.capture import check_items, data_source
 from c2c.analysis.config import AnalysisError, EnrichmentConfig
-from c2c.analysis.results import accuracies, analysis, difference, provenance
+from c2c.analysis.results import analysis, difference, provenance
 from c2c.data.formats import Row
 from c2c.data.prompts import choice_tokens
 from c2c.data.sources import load_rows, questions
 from c2c.errors import CacheError
+from c2c.evaluation.statistics import summarise
 from c2c.language_model import LanguageModel
 from c2c.messages import Conversation
 from c2c.prompting import RenderOptions
@@ -37,15 +37,8 @@ from c2c.utils import OnProgress
 SYSTEMS = ("direct", "few_shot", "oracle")
 
 
-@dataclass(frozen=True)
-class Prompts:
-    """An item without and with exemplars as tokens of one model, each ``[1, tokens]``.
-
-    Attributes:
-        direct: the item alone.
-        few_shot: exemplars before it.
-        head: columns before the exemplars, which both prompts begin with.
-    """
+class Prompts(NamedTuple):
+    """An item without (``direct``) and with exemplars, each ``[1, tokens]``; ``head``: columns before the exemplars."""
 
     direct: TokenBatch
     few_shot: TokenBatch
@@ -70,14 +63,13 @@ def measure_enrichment(config: EnrichmentConfig, progress: OnProgress | None = N
         AnalysisError: missing data, too few exemplars, options that share their first token, or a template that
             renders the question differently after other turns.
         CacheError: the model's keys can't be moved to other positions.
-        ModelLoadError: no such model.
     """
     shots, rows = _load_rows(config)
     model = LanguageModel.from_pretrained(config.model, dtype=config.dtype, device_map=config.device_map)
     if config.shots:
         model.check_rotary()
     scores: dict[str, list[float]] = {name: [] for name in SYSTEMS}
-    lengths: dict[str, list[int]] = {"direct": [], "few_shot": []}
+    kept: list[Prompts] = []
     dropped: Counter[str] = Counter()
     for index, row in enumerate(rows):
         prompts = encode_prompts(model, row, shots)
@@ -86,21 +78,20 @@ def measure_enrichment(config: EnrichmentConfig, progress: OnProgress | None = N
         else:
             for name, score in _answers(model, row, prompts).items():
                 scores[name].append(score)
-            lengths["direct"].append(prompts.direct.length)
-            lengths["few_shot"].append(prompts.few_shot.length)
+            kept.append(prompts)
         if progress is not None:
             progress("answering", index + 1, len(rows))
-    check_items(len(scores["direct"]), config.data, dropped)
-    about = {"model": model.identity.to_dict()}
+    check_items(len(kept), config.data, dropped)
     return {
-        "n": len(scores["direct"]),
+        "n": len(kept),
         "shots": config.shots,
-        "systems": accuracies(scores, config.seed),
-        "few_shot_gain": difference(scores["few_shot"], scores["direct"], config.seed),
-        "oracle_gain": difference(scores["oracle"], scores["direct"], config.seed),
-        "tokens": {name: round(fmean(values), 1) for name, values in lengths.items()},
+        "systems": summarise(scores, config.seed)["systems"],
+        **{f"{name}_gain": difference(scores[name], scores["direct"], config.seed) for name in SYSTEMS[1:]},
+        "tokens": {
+            name: round(fmean(getattr(prompts, name).length for prompts in kept), 1) for name in ("direct", "few_shot")
+        },
         "dropped": dict(dropped),
-        "provenance": provenance(about, asdict(config), [config.data, config.shots_data]),
+        "provenance": provenance({"model": model.identity.to_dict()}, asdict(config), [config.data, config.shots_data]),
     }
 
 
@@ -116,8 +107,7 @@ def encode_prompts(model: LanguageModel, row: Row, shots: Sequence[Row]) -> Prom
     """
     turns: Conversation = []
     for shot in shots:
-        answer = {"role": "assistant", "content": shot.answer_prefix + shot.response}
-        turns += [shot.messages[-1], answer]
+        turns += [shot.messages[-1], {"role": "assistant", "content": shot.answer_prefix + shot.response}]
     options = RenderOptions(answer_prefix=row.answer_prefix + row.lead)
     direct = model.encode(row.messages, options)
     few_shot = model.encode([*row.messages[:-1], *turns, row.messages[-1]], options)
@@ -142,13 +132,10 @@ def drop_columns(model: LanguageModel, cache: Cache, start: int, count: int) -> 
     in the short one. Nothing else of the entries changes; in particular they have attended to what is dropped.
 
     Args:
-        model: the model of the cache.
-        cache: one row, ``tokens`` columns from position 0.
+        model: of the cache.
+        cache: one row, columns from position 0.
         start: first column of the gap.
         count: columns of the gap.
-
-    Returns:
-        A cache of ``tokens - count`` columns.
 
     Raises:
         CacheError: the gap is not inside the cache.
@@ -161,24 +148,18 @@ def drop_columns(model: LanguageModel, cache: Cache, start: int, count: int) -> 
     before = torch.arange(stop, tokens, device=model.device).unsqueeze(0)
     old, new = model.rotary(before), model.rotary(before - count)
 
-    def shorter(layer: int, keys: Tensor, values: Tensor) -> kv_cache.KeyValue:
+    layers = []
+    for layer, (keys, values) in enumerate(kv_cache.layers(cache)):
         tail = keys[:, :, stop:]
         if old is not None and new is not None:
-            tail = _rerotate(tail, old[layer], new[layer])
+            there, here = (Rotary(x.cos.to(keys.device), x.sin.to(keys.device)) for x in (old[layer], new[layer]))
+            tail = here.apply(there.undo(tail.float())).to(keys.dtype)
         kept = torch.cat([values[:, :, :start], values[:, :, stop:]], dim=2)
-        return torch.cat([keys[:, :, :start], tail], dim=2), kept
-
-    return kv_cache.from_layers(shorter(layer, *pair) for layer, pair in enumerate(kv_cache.layers(cache)))
-
-
-def _rerotate(keys: Tensor, old: Rotary, new: Rotary) -> Tensor:
-    """Replace the rotation of keys, in float32."""
-    there, here = (Rotary(table.cos.to(keys.device), table.sin.to(keys.device)) for table in (old, new))
-    return here.apply(there.undo(keys.float())).to(keys.dtype)
+        layers.append((torch.cat([keys[:, :, :start], tail], dim=2), kept))
+    return kv_cache.from_layers(layers)
 
 
 def _answers(model: LanguageModel, row: Row, prompts: Prompts) -> dict[str, float]:
-    """Return 1 (right) or 0 for each of :data:`SYSTEMS`."""
     at, choices = choice_tokens(model.tokenizer, "", row.choices)
     if at > 0:
         raise AnalysisError(
@@ -196,7 +177,6 @@ def _answers(model: LanguageModel, row: Row, prompts: Prompts) -> dict[str, floa
 
 
 def _load_rows(config: EnrichmentConfig) -> tuple[list[Row], list[Row]]:
-    """Return exemplars and items; no item is an exemplar."""
     items = data_source(config.data, config.form, config.limit)
     exemplars = data_source(config.shots_data, config.form, config.shots)
     rows, _ = load_rows([items], Path(), config.seed)

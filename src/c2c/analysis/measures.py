@@ -26,8 +26,6 @@ from c2c.utils import OnProgress
 
 RANKED = ("keys", "keys_unrotated", "values")
 
-# -- effective rank ---------------------------------------------------------------------------------------------------
-
 
 @analysis("effective-rank")
 def measure_effective_rank(config: AnalysisConfig, progress: OnProgress | None = None) -> dict[str, Any]:
@@ -59,7 +57,7 @@ def layer_ranks(captures: Iterable[LayerCapture]) -> dict[str, Any]:
         ``values`` the rank of ``sharer``, ``receiver`` and ``fused``; ``tokens`` and ``sharer_tokens``: entries per
         layer.
     """
-    grams: dict[tuple[int, int], dict[tuple[str, str], Tensor]] = defaultdict(dict)
+    grams: dict[tuple[int, int], dict[tuple[str, str], Any]] = defaultdict(lambda: defaultdict(float))
     tokens: Counter[int] = Counter()
     sharer_tokens: Counter[int] = Counter()
     for capture in captures:
@@ -69,8 +67,7 @@ def layer_ranks(captures: Iterable[LayerCapture]) -> dict[str, Any]:
         for side in SIDES:
             for kind in RANKED:
                 rows = capture.entries[side][kind]
-                gram = _gram(rows[capture.unique] if side == "sharer" else rows)
-                sums[kind, side] = sums[kind, side] + gram if (kind, side) in sums else gram
+                sums[kind, side] = sums[kind, side] + _gram(rows[capture.unique] if side == "sharer" else rows)
     layers = [
         {"layer": layer, "sharer_layer": source}
         | {kind: {side: round(_gram_rank(sums[kind, side]), 2) for side in SIDES} for kind in RANKED}
@@ -88,18 +85,14 @@ def effective_rank(matrix: Tensor) -> float:
 
 
 def _gram(matrix: Tensor) -> Tensor:
-    """Return ``X'X``, which adds up over batches, ``[columns, columns]`` in float64."""
     x = matrix.double()
-    return x.t() @ x
+    return x.t() @ x  # adds up over batches
 
 
 def _gram_rank(gram: Tensor) -> float:
     singular = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
     total = float(singular.sum())
     return float(torch.special.entr(singular / total).sum().exp()) if total else 0.0
-
-
-# -- gates and norms --------------------------------------------------------------------------------------------------
 
 
 @analysis("gates")
@@ -114,12 +107,13 @@ def measure_gates(config: AnalysisConfig, progress: OnProgress | None = None) ->
     norms = layer_norms(experiment.captures("measuring what is added"), experiment.fuser)
     layers = [layer | norms[layer["layer"]] for layer in layer_gates(experiment.fuser)]
     gates = [gate for layer in layers for gate in layer["gate"].values()]
-    relative = {kind: [norm for layer in layers for norm in layer["relative"][kind]] for kind in KINDS}
     return {
         "tokens": sum(len(example.alignment) for example in experiment.examples),
         "open": round(100 * fmean(gates), 2) if set(gates) <= {0.0, 1.0} else None,
         "mean_gate": {kind: round(fmean(layer["gate"][kind] for layer in layers), 4) for kind in KINDS},
-        "mean_relative": {kind: round(fmean(norms), 4) for kind, norms in relative.items()},
+        "mean_relative": {
+            kind: round(fmean(norm for layer in layers for norm in layer["relative"][kind]), 4) for kind in KINDS
+        },
         "layers": layers,
     } | experiment.facts()
 
@@ -142,28 +136,17 @@ def layer_norms(captures: Iterable[LayerCapture], fuser: Fuser) -> dict[int, dic
     """
     heads = int(fuser.config.receiver_kv["kv_heads"])
     tokens: Counter[int] = Counter()
-    added: dict[tuple[int, str], Tensor] = defaultdict(lambda: torch.zeros(heads))
-    own: dict[tuple[int, str], Tensor] = defaultdict(lambda: torch.zeros(heads))
+    sums: dict[tuple[int, str], Tensor] = defaultdict(lambda: torch.zeros(2, heads))
     for capture in captures:
         tokens[capture.layer] += len(capture.unique)
         for kind in KINDS:
-            receiver, fused = capture.entries["receiver"][kind], capture.entries["fused"][kind]
-            added[capture.layer, kind] += (fused - receiver).view(len(fused), heads, -1).norm(dim=-1).sum(0)
-            own[capture.layer, kind] += receiver.view(len(fused), heads, -1).norm(dim=-1).sum(0)
-
-    def rounded(x: Tensor) -> list[float]:
-        return [round(float(value), 4) for value in x]
-
-    return {
-        layer: {
-            "added": {kind: rounded(added[layer, kind] / count) for kind in KINDS},
-            "relative": {kind: rounded(added[layer, kind] / own[layer, kind].clamp_min(1e-12)) for kind in KINDS},
-        }
-        for layer, count in tokens.items()
-    }
-
-
-# -- cache map --------------------------------------------------------------------------------------------------------
+            own, fused = (capture.entries[side][kind].unflatten(1, (heads, -1)) for side in ("receiver", "fused"))
+            sums[capture.layer, kind] += torch.stack([fused - own, own]).norm(dim=-1).sum(1)
+    norms: dict[int, dict[str, dict[str, list[float]]]] = defaultdict(lambda: {"added": {}, "relative": {}})
+    for (layer, kind), (added, own) in sums.items():
+        for name, values in (("added", added / tokens[layer]), ("relative", added / own.clamp_min(1e-12))):
+            norms[layer][name][kind] = [round(value, 4) for value in values.tolist()]
+    return norms
 
 
 @analysis("cache-map")

@@ -15,6 +15,7 @@ from typing import Any
 
 import matplotlib.style
 import torch
+import yaml
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator
@@ -25,21 +26,10 @@ from c2c.analysis.measures import project
 from c2c.utils import save_atomically, write_text
 
 WIDTH = 6.4  # inches
-STYLE = {
-    "axes.grid": True,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlesize": "medium",
-    "figure.constrained_layout.use": True,
-    "font.size": 9,
-    "grid.alpha": 0.3,
-    "legend.frameon": False,
-    "lines.markersize": 4,
-    "svg.fonttype": "none",  # a browser has fonts for characters that matplotlib's lacks
-    "text.parse_math": False,  # tokens may hold dollar signs
-}
+STYLE = Path(__file__).with_name("plots.mplstyle")
 COLOURS = {"receiver": "tab:gray", "sharer": "tab:orange", "fused": "tab:blue"}
 MARKERS = {"receiver": "o", "sharer": "s", "fused": "D"}
+_CAPTIONS = yaml.safe_load(Path(__file__).with_name("captions.yaml").read_text(encoding="utf-8"))
 _lock = Lock()  # matplotlib's style is global
 
 
@@ -47,11 +37,7 @@ _lock = Lock()  # matplotlib's style is global
 class Plot:
     """A plot that is drawn when it is needed, into a figure of its own or a part of one.
 
-    Attributes:
-        title: what it shows.
-        caption: how to read it.
-        height: in inches, for a width of 6.4.
-        draw: draws it into an empty figure.
+    ``draw`` draws it into an empty figure; ``height`` is in inches, for a width of 6.4.
     """
 
     title: str
@@ -59,35 +45,34 @@ class Plot:
     height: float
     draw: Callable[[Figure | SubFigure], None]
 
-    def figure(self) -> Figure:
-        """Draw the plot into a figure of its own."""
-        with _style():
-            figure = Figure(figsize=(WIDTH, self.height))
-            self.draw(figure)
-        return figure
+    @classmethod
+    def of(cls, name: str, height: float, draw: Callable[[Figure | SubFigure], None], **values: Any) -> Plot:
+        """Make a plot with the title and the caption of a name in ``captions.yaml``, filled with values."""
+        title, caption = (_CAPTIONS[name][part].format_map(values) for part in ("title", "caption"))
+        return cls(title, caption, height, draw)
 
     def svg(self) -> str:
         """Return the plot as an SVG document, the same for the same numbers."""
         return self._render("svg", metadata={"Date": None}).decode()
 
-    def _repr_png_(self) -> bytes:
-        """Return the plot as a PNG file, which notebooks show."""
+    def _repr_png_(self) -> bytes:  # which notebooks show
         return self._render("png", dpi=110)
 
     def _render(self, kind: str, **options: Any) -> bytes:
-        figure, file = self.figure(), io.BytesIO()
+        file = io.BytesIO()
         with _style(self.title):  # the ids of several SVG plots on one page must differ
+            figure = Figure(figsize=(WIDTH, self.height))
+            self.draw(figure)
             figure.savefig(file, format=kind, **options)
         return file.getvalue()
 
 
 def html_figures(plots: Sequence[Plot]) -> str:
     """Return plots as ``<figure>`` elements with headings and captions."""
-    pairs = ((plot, plot.svg()) for plot in plots)
     return "\n".join(
-        f"<figure><h2>{escape(plot.title)}</h2>{svg[svg.index('<svg') :]}"
+        f"<figure><h2>{escape(plot.title)}</h2><svg{plot.svg().partition('<svg')[2]}"
         f"<figcaption>{escape(plot.caption)}</figcaption></figure>"
-        for plot, svg in pairs
+        for plot in plots
     )
 
 
@@ -124,7 +109,7 @@ def _save_png(path: Path, title: str, plots: Sequence[Plot]) -> None:
 @contextmanager
 def _style(salt: str = "c2c") -> Iterator[None]:
     """Use this module's style and not the user's, so that the same numbers give the same file."""
-    with _lock, matplotlib.style.context(["default", STYLE | {"svg.hashsalt": salt}]), warnings.catch_warnings():
+    with _lock, matplotlib.style.context(["default", STYLE, {"svg.hashsalt": salt}]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")
         yield
 
@@ -144,12 +129,7 @@ def plot_ranks(numbers: Mapping[str, Any], kinds: Sequence[str] = ("keys", "keys
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend(ncols=3)
 
-    caption = (
-        f"Over {numbers['tokens']} aligned positions ({numbers['sharer_tokens']} of the sharer, whose layer is the one "
-        "that the receiver's layer reads). A rank is at most the number of positions or channels: compare ranks of the "
-        "same positions only. Higher is no proof of content."
-    )
-    return Plot("Effective rank by layer", caption, 2 * len(kinds), draw)
+    return Plot.of("ranks", 2 * len(kinds), draw, **numbers)
 
 
 def plot_gates(layers: Sequence[Mapping[str, Any]]) -> Plot:
@@ -176,12 +156,7 @@ def plot_gates(layers: Sequence[Mapping[str, Any]]) -> Plot:
             axes.set_xticks(range(0, len(names), step), names[::step])
         axes.set_xlabel("receiver layer")
 
-    caption = "How open each layer is to the sharer, keys and values; a gate says nothing of what stands behind it."
-    if norms:
-        caption += (
-            " Below: mean norm of what is added over the mean norm of the receiver's own keys (K) and values (V)."
-        )
-    return Plot("Gate and weight by layer and head", caption, 2 + (0.25 * len(norms) + 1 if norms else 0), draw)
+    return Plot.of("norms" if norms else "gates", 0.25 * len(norms) + 3 if norms else 2, draw)
 
 
 def plot_cache_map(
@@ -189,35 +164,29 @@ def plot_cache_map(
 ) -> Plot:
     """Plot entries in the plane: receiver and fused ones on axes of both together, the sharer's on their own."""
 
-    def scatter(axes: Axes, points: Any, side: str, names: tuple[str, str]) -> None:
-        axes.plot(*points.T, MARKERS[side], c=COLOURS[side], alpha=0.6, ms=3, label=side)
-        axes.set(xlabel=names[0], ylabel=names[1], xticklabels=[], yticklabels=[])
+    def scatter(axes: Axes, sides: Mapping[str, Any], title: str) -> None:
+        points, (x, y) = project(torch.cat([*sides.values()]), method, seed)
+        parts = points.reshape(len(sides), -1, 2)
+        if len(parts) > 1:
+            axes.plot(*parts.transpose(2, 0, 1), color="lightgray", lw=0.5, zorder=1)
+        for side, part in zip(sides, parts, strict=True):
+            axes.plot(*part.T, MARKERS[side], c=COLOURS[side], alpha=0.6, ms=3, label=side)
+        axes.set(title=title, xlabel=x, ylabel=y, xticklabels=[], yticklabels=[])
 
     def draw(figure: Figure | SubFigure) -> None:
         rows = figure.subplots(len(entries), 2, squeeze=False)
         for (left, right), ((layer, kind), sides) in zip(rows, entries.items(), strict=True):
-            both, names = project(torch.cat([sides["receiver"], sides["fused"]]), method, seed)
-            own, fused = both[: len(both) // 2], both[len(both) // 2 :]
-            left.plot(*zip(own.T, fused.T, strict=True), color="lightgray", lw=0.5, zorder=1)
-            scatter(left, own, "receiver", names)
-            scatter(left, fused, "fused", names)
-            points, names = project(sides["sharer"], method, seed)
-            scatter(right, points, "sharer", names)
-            left.set_title(f"Layer {layer}, {kind}")
-            right.set_title(f"Sharer layer {sources[layer]}, {kind}")
+            scatter(left, {side: sides[side] for side in ("receiver", "fused")}, f"Layer {layer}, {kind}")
+            scatter(right, {"sharer": sides["sharer"]}, f"Sharer layer {sources[layer]}, {kind}")
         rows[0, 0].legend()
         rows[0, 1].legend()
 
     count = len(next(iter(entries.values()))["receiver"])
-    caption = (
-        f"{count} aligned positions. Left: the receiver's entries and what fusion made of them, joined by lines. "
-        "Right: the sharer's entries that they read, on axes of their own, as their channels differ: compare their "
-        "shape, not their place. Keys without their rotary embedding."
-    )
-    return Plot(f"{'t-SNE' if method == 'tsne' else 'PCA'} of the three caches", caption, 1.9 * len(entries), draw)
+    name = {"pca": "PCA", "tsne": "t-SNE"}[method]
+    return Plot.of("cache_map", 1.9 * len(entries), draw, method=name, count=count)
 
 
-def plot_accuracies(title: str, estimates: Mapping[str, Mapping[str, Any]], caption: str) -> Plot:
+def plot_accuracies(name: str, numbers: Mapping[str, Any], estimates: Mapping[str, Mapping[str, Any]]) -> Plot:
     """Plot a row for each estimate: its name, its accuracy and its 95 % interval."""
 
     def draw(figure: Figure | SubFigure) -> None:
@@ -229,11 +198,11 @@ def plot_accuracies(title: str, estimates: Mapping[str, Mapping[str, Any]], capt
         axes.invert_yaxis()
         axes.set_xlabel("accuracy, percent")
 
-    return Plot(title, caption, 0.6 + 0.25 * len(estimates), draw)
+    return Plot.of(name, 0.6 + 0.25 * len(estimates), draw, **numbers)
 
 
 def plot_curves(
-    title: str, curves: Mapping[str, Sequence[tuple[float, Mapping[str, Any]]]], caption: str, **axis: Any
+    name: str, numbers: Mapping[str, Any], curves: Mapping[str, Sequence[tuple[float, Mapping[str, Any]]]], **axis: Any
 ) -> Plot:
     """Plot accuracies with their 95 % intervals shaded; ``curves`` has points (x, estimate) by label."""
 
@@ -249,46 +218,19 @@ def plot_curves(
         axes.minorticks_off()
         axes.legend()
 
-    return Plot(title, f"{caption} Shaded: 95 % intervals.", 3.6, draw)
-
-
-# -- plots of the analyses --------------------------------------------------------------------------------------------
-
-
-def _cache_map(numbers: Mapping[str, Any]) -> Plot:
-    sources = {layer["layer"]: layer["sharer_layer"] for layer in numbers["layers"]}
-    return plot_cache_map(numbers["_entries"], sources, numbers["method"], numbers["_seed"])
+    return Plot.of(name, 3.6, draw, **numbers)
 
 
 def _progressive(numbers: Mapping[str, Any]) -> Plot:
     curves = {f"{part} part": [(one["fraction"], one) for one in numbers[part]] for part in ("former", "latter")}
     curves["deranged, all positions"] = [(fraction, numbers["deranged"]) for fraction in (0.0, 1.0)]
-    caption = f"{numbers['n']} questions. 0 is the receiver alone and 1 the whole fused cache."
-    return plot_curves("Progressive fusion", curves, caption, xlabel="share of the aligned positions that is fused")
-
-
-def _layers(numbers: Mapping[str, Any]) -> Plot:
-    rows = dict(numbers["systems"]) | {f"layer {one['layer']} only": one for one in numbers["single"]}
-    caption = f"{numbers['n']} questions, 95 % intervals. Thirds of the fused layers: {numbers['thirds']}."
-    return plot_accuracies("Which layers carry the message", rows, caption)
+    return plot_curves("progressive", numbers, curves, xlabel="share of the aligned positions that is fused")
 
 
 def _precision(numbers: Mapping[str, Any]) -> Plot:
     rows = {f"{one['precision']}, {one['bytes'] / 1e3:,.0f} kB": one for one in numbers["precisions"]}
     rows |= {"deranged": numbers["deranged"], "receiver alone": numbers["receiver"]}
-    caption = f"{numbers['n']} questions, 95 % intervals; kilobytes of the sharer's entries per question."
-    return plot_accuracies("Accuracy by precision", rows, caption)
-
-
-def _enrichment(numbers: Mapping[str, Any]) -> Plot:
-    rows = {name.replace("_", "-"): score for name, score in numbers["systems"].items()}
-    tokens = numbers["tokens"]
-    caption = (
-        f"{numbers['n']} questions, 95 % intervals. Few-shot: {numbers['shots']} exemplars before the question "
-        f"({tokens['few_shot']:.0f} tokens). Oracle: the same, then the exemplars' entries are dropped, so that the "
-        f"cache is as long as that of direct ({tokens['direct']:.0f})."
-    )
-    return plot_accuracies("Cache enrichment", rows, caption)
+    return plot_accuracies("precision", numbers, rows)
 
 
 def _scaling(numbers: Mapping[str, Any]) -> Plot:
@@ -299,17 +241,25 @@ def _scaling(numbers: Mapping[str, Any]) -> Plot:
     }
     sizes = sorted({row["parameters"] for row in rows})
     axis = {"xscale": "log", "xticks": sizes, "xticklabels": [f"{size / 1e9:.3g}B" for size in sizes]}
-    caption = f"Receiver {numbers['receiver']}, {numbers['n']} questions."
-    return plot_curves("Accuracy by the size of the sharer", curves, caption, xlabel="parameters of the sharer", **axis)
+    return plot_curves("scaling", numbers, curves, xlabel="parameters of the sharer", **axis)
 
 
 ANALYSES: dict[str, Callable[[Mapping[str, Any]], Plot]] = {
     "effective-rank": plot_ranks,
-    "cache-map": _cache_map,
+    "cache-map": lambda numbers: plot_cache_map(
+        numbers["_entries"],
+        {layer["layer"]: layer["sharer_layer"] for layer in numbers["layers"]},
+        numbers["method"],
+        numbers["_seed"],
+    ),
     "gates": lambda numbers: plot_gates(numbers["layers"]),
     "progressive": _progressive,
     "precision": _precision,
-    "layers": _layers,
-    "enrichment": _enrichment,
+    "layers": lambda numbers: plot_accuracies(
+        "layers", numbers, numbers["systems"] | {f"layer {one['layer']} only": one for one in numbers["single"]}
+    ),
+    "enrichment": lambda numbers: plot_accuracies(
+        "enrichment", numbers, {name.replace("_", "-"): score for name, score in numbers["systems"].items()}
+    ),
     "scaling": _scaling,
 }

@@ -65,11 +65,7 @@ def plot_strength(capture: PromptCapture) -> Plot:
             axes.set_ylabel("receiver layer")
         figure.colorbar(image, ax=lines, label="norm added / own norm", extend="max")
 
-    caption = (
-        "Norm of what fusion adds to a token's entries over the norm of its own, mean of keys and values; first row: "
-        "mean over layers. Not fused: the template before the message, and the last token, which reads the fused cache."
-    )
-    return Plot("Fusion strength over the prompt", caption, 2.4 * len(parts), draw)
+    return Plot.of("strength", 2.4 * len(parts), draw)
 
 
 def plot_alignment(capture: PromptCapture) -> Plot:
@@ -97,12 +93,7 @@ def plot_alignment(capture: PromptCapture) -> Plot:
         place = {"ha": "center", "va": "bottom" if height else "top", "rotation": 90, "fontsize": 6}
         axes.text(column, height, visible(text), place, color=colour)
 
-    caption = (
-        f"Above: tokens of {capture.names[0]}; below: those of {capture.names[1]} that they read. A token of the "
-        "message reads the one that covers its last character; the template after it reads the last one, which has "
-        "read everything. Grey tokens read none. \u00b7: space, \u21b5: new line."
-    )
-    return Plot("Token alignment", caption, 1.6 * len(starts), draw)
+    return Plot.of("alignment", 1.6 * len(starts), draw, names=capture.names)
 
 
 def visible(text: str) -> str:

@@ -34,12 +34,14 @@ def analysis(name: str) -> Callable[[Measure], Measure]:
         @wraps(measure)
         def run(config: Any, progress: OnProgress | None = None) -> dict[str, Any]:
             if config.output_dir is not None:
-                _check_output(config.output_dir)
+                check_drawing()
+                if Path(config.output_dir).expanduser().is_file():
+                    raise AnalysisError(f"output_dir {config.output_dir} is a file; give a folder.")
             numbers = measure(config, progress)
             result = {"analysis": name} | {key: value for key, value in numbers.items() if not key.startswith("_")}
-            return (
-                result if config.output_dir is None else _write(result, numbers, Path(config.output_dir).expanduser())
-            )
+            if config.output_dir is not None:
+                result |= _write(result, numbers, Path(config.output_dir).expanduser())
+            return result
 
         return run
 
@@ -60,36 +62,26 @@ def check_drawing() -> None:
         )
 
 
-def _check_output(output_dir: str) -> None:
-    check_drawing()
-    if Path(output_dir).expanduser().is_file():
-        raise AnalysisError(f"output_dir {output_dir} is a file; give a folder.")
-
-
 def _write(result: dict[str, Any], numbers: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     from c2c.analysis.plots import ANALYSES
 
     name = result["analysis"]
     plot = ANALYSES[name](numbers)
-    result |= {"caption": plot.caption, "files": [f"{name}.json", f"{name}.svg"]}
+    written = {"caption": plot.caption, "files": [f"{name}.json", f"{name}.svg"]}
     try:
         write_text(folder / f"{name}.svg", plot.svg())
-        write_json(folder / f"{name}.json", result)
+        write_json(folder / f"{name}.json", result | written)
     except OSError as error:
         raise AnalysisError(f"the result could not be written to {folder}: {error}.") from error
-    return result
+    return written
 
 
 def provenance(facts: Mapping[str, Any], config: Mapping[str, Any], files: Sequence[str]) -> dict[str, Any]:
     """Collect what is needed to repeat an analysis.
 
-    Args:
-        facts: identities and hashes of what was analysed.
-        config: settings by name; those that can't change the numbers are left out.
-        files: data files, of which the hashes are kept.
-
     Returns:
-        ``facts``, ``data``, ``config``; ``key``, a hash of these; ``command`` and ``versions``.
+        ``facts``; ``data``, hashes of ``files``; ``config`` without what can't change the numbers; ``key``, a hash of
+        these; ``command`` and ``versions``.
     """
     compared = {
         **facts,
@@ -100,19 +92,13 @@ def provenance(facts: Mapping[str, Any], config: Mapping[str, Any], files: Seque
     return compared | {"key": key, "command": command(), "versions": versions()}
 
 
-def accuracies(scores: Mapping[str, Sequence[float]], seed: int) -> dict[str, dict[str, Any]]:
-    """Return ``accuracy`` in percent and its 95 % bootstrap interval ``ci95`` for each name."""
-    systems: dict[str, dict[str, Any]] = summarise(scores, seed)["systems"]
-    return systems
-
-
 def difference(first: Sequence[float], second: Sequence[float], seed: int) -> dict[str, Any]:
     """Return first minus second on the same items: ``points`` and their 95 % paired bootstrap interval ``ci95``."""
-    result = summarise({"matched": first, "receiver": second}, seed)
-    return {"points": result["G"], "ci95": result["G_ci95"]}
+    return gains(summarise({"matched": first, "receiver": second}, seed))["G"]
 
 
-def gains(scores: Mapping[str, Sequence[float]], seed: int) -> dict[str, Any]:
-    """Return ``G`` = matched - receiver and ``P`` = matched - deranged, see :func:`difference`."""
-    others = {"G": "receiver", "P": "deranged"}
-    return {letter: difference(scores["matched"], scores[other], seed) for letter, other in others.items()}
+def gains(summary: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return ``G`` and ``P`` of a summary, those that it has, as ``points`` and ``ci95``."""
+    return {
+        letter: {"points": summary[letter], "ci95": summary[f"{letter}_ci95"]} for letter in "GP" if letter in summary
+    }

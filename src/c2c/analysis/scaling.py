@@ -7,7 +7,7 @@ than that of text. Only result files of ``c2c eval`` are read; nothing is run.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from c2c.analysis.config import AnalysisError, ScalingConfig
 from c2c.analysis.results import analysis
 from c2c.errors import C2CError
-from c2c.utils import OnProgress, command, file_hash, read_json_object, short_path, versions
+from c2c.utils import OnProgress, command, file_hash, find_results, read_json_object, short_path, versions
 
 SYSTEMS = ("receiver", "sharer", "matched", "deranged", "text")
 _SIZE = re.compile(r"(?<![A-Za-z0-9.])(\d+(?:\.\d+)?)([bm])(?![a-z0-9])", re.IGNORECASE)
@@ -35,7 +35,8 @@ def measure_scaling(config: ScalingConfig, progress: OnProgress | None = None) -
         AnalysisError: fewer than two results, a file that is not the result of an evaluation of accuracy, results that
             can't be compared, or a sharer of unknown size.
     """
-    found = {path: _read(path) for path in dict.fromkeys(file for given in config.results for file in _files(given))}
+    paths = find_results(map(Path, config.results), AnalysisError)
+    found = {path.resolve(): _read(path) for path in paths}
     if len(found) < 2:
         raise AnalysisError(f"got {len(found)} result; give at least two, of different sharers.")
     (first_path, first), *others = found.items()
@@ -61,14 +62,10 @@ def measure_scaling(config: ScalingConfig, progress: OnProgress | None = None) -
 
 
 def count_parameters(identity: Mapping[str, Any], given: Mapping[str, float]) -> tuple[int, str]:
-    """Count a model's parameters.
-
-    Args:
-        identity: of the model, as result files have it.
-        given: counts by name, which come first.
+    """Count the parameters of a model, from its identity in a result file.
 
     Returns:
-        The count and its source: ``given``, ``config`` (of a model that lies on this machine) or ``name`` ("1.5b").
+        The count and its source: ``given`` by the user, ``config`` of a model on this machine, or ``name`` ("1.5b").
 
     Raises:
         AnalysisError: none of them has the count.
@@ -101,30 +98,16 @@ def _count_from_config(name: str) -> int | None:
 
 
 def _short_name(name: str) -> str:
-    """Return a folder's last name; hub ids and aliases as they are."""
     return Path(name).name if name.startswith(("/", "~", ".")) else name
-
-
-def _files(given: str) -> Iterator[Path]:
-    path = Path(given).expanduser().resolve()
-    if not path.exists():
-        raise AnalysisError(f"{given} does not exist. Expected result.json files of c2c eval, or folders with them.")
-    inside = sorted(path.rglob("result.json")) if path.is_dir() else [path]
-    if not inside:
-        raise AnalysisError(f"the folder {given} holds no result.json.")
-    yield from inside
 
 
 def _read(path: Path) -> dict[str, Any]:
     result = read_json_object(path, AnalysisError)
-    systems, provenance = result.get("systems"), result.get("provenance")
-    if not (
-        isinstance(systems, dict)
-        and isinstance(provenance, dict)
-        and all(isinstance(provenance.get(role), dict) for role in ("receiver", "sharer"))
-    ):
+    systems, about = result.get("systems"), result.get("provenance")
+    models = [about.get(role) for role in ("receiver", "sharer")] if isinstance(about, dict) else [None]
+    if not all(isinstance(part, dict) for part in (systems, *models)):
         raise AnalysisError(f"{path} is not a result of c2c eval with one sharer (systems and provenance are missing).")
-    if missing := [name for name in SYSTEMS[:3] if "accuracy" not in systems.get(name, {})]:
+    if missing := [name for name in SYSTEMS[:3] if "accuracy" not in result["systems"].get(name, {})]:
         raise AnalysisError(f"{path} has no accuracy of {', '.join(missing)}: evaluate these systems too.")
     return result
 
@@ -152,7 +135,7 @@ def _row(result: Mapping[str, Any], parameters: Mapping[str, float]) -> dict[str
         "systems": {
             name: {key: systems[name][key] for key in ("accuracy", "ci95")} for name in SYSTEMS if name in systems
         },
-        **{key: result[key] for letter in ("G", "P") for key in (letter, f"{letter}_ci95") if key in result},
+        **{key: result[key] for key in ("G", "G_ci95", "P", "P_ci95") if key in result},
         "fuser": provenance.get("fuser"),
         "seed": provenance.get("config", {}).get("seed"),
     }

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
+from importlib.util import find_spec
 from typing import Annotated, Any
 
 import typer
 
 from c2c.cli.options import from_config
 from c2c.cli.output import err, out
+from c2c.errors import C2CError
 from c2c.remote.config import ShareConfig
+from c2c.utils import install_command
 
 _EPILOG = """Examples:
 
@@ -39,8 +41,10 @@ def share(
     config = ShareConfig(**options)
     config.keys()  # refuses an open address without keys, before anything is loaded
     layers = config.layer_list()
+    missing = [name for name in ("fastapi", "uvicorn", "cachetools") if find_spec(name) is None]
+    if missing:
+        raise C2CError(f"c2c share needs {' and '.join(missing)}: {install_command('remote')}.")
     with err.status("loading model ..."):
-        _require_extra()
         import torch
 
         from c2c.fusers.base import load_fuser
@@ -66,12 +70,3 @@ def share(
     out.print(f"sharing {model} at {url_of(sock, config)}", highlight=False, soft_wrap=True)
     if not serve(app, sock, config):
         raise typer.Exit(1)
-
-
-def _require_extra() -> None:
-    from c2c.errors import C2CError
-    from c2c.utils import install_command
-
-    missing = [name for name in ("fastapi", "uvicorn", "cachetools") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise C2CError(f"c2c share needs {' and '.join(missing)}: {install_command('remote')}.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 from c2c.config import ConfigError
@@ -67,9 +68,6 @@ class Row:
     draft: int = 0
 
 
-# -- multiple choice -------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Form:
     """A way to put a multiple-choice question, answered by a letter or by a sentence with it.
@@ -122,20 +120,16 @@ def vary_options(rows: Sequence[dict[str, Any]], source: DataSource, seed: int) 
     Missing options are taken from other questions of the same file. A fuser that has only seen four letters has
     little reason to pass on a fifth.
     """
-    draw = random.Random(seed)
-    bounds = source.option_range
+    draw, bounds = random.Random(seed), source.option_range
     if bounds is not None:
-        return [_vary(data, rows, draw, bounds) for data in rows]
-    return [_vary(data, rows, draw, (2, 8)) if draw.random() < source.vary_options else data for data in rows]
+        return [_vary(data, rows, draw, *bounds) for data in rows]
+    return [_vary(data, rows, draw, 2, 8) if draw.random() < source.vary_options else data for data in rows]
 
 
-def _vary(
-    data: dict[str, Any], rows: Sequence[dict[str, Any]], draw: random.Random, bounds: tuple[int, int]
-) -> dict[str, Any]:
+def _vary(data: dict[str, Any], rows: Sequence[Any], draw: random.Random, low: int, high: int) -> dict[str, Any]:
     right = data["choices"][data["answer"]]
     wrong = [choice for choice in data["choices"] if choice != right]
     draw.shuffle(wrong)
-    low, high = bounds
     count = low if low == high else draw.randint(low, high)  # a single number must not advance the generator
     for _ in range(20 * count):  # ends even where the file holds too few different options
         if len(wrong) >= count - 1:
@@ -146,9 +140,6 @@ def _vary(
     choices = [right, *wrong[: count - 1]]
     draw.shuffle(choices)
     return data | {"choices": choices, "answer": choices.index(right)}
-
-
-# -- open answers ----------------------------------------------------------------------------------------------------
 
 
 def context_question(data: dict[str, Any], source: DataSource) -> Row:
@@ -201,17 +192,8 @@ def chat(data: dict[str, Any], source: DataSource) -> Row:
     return Row("", turns[:-1], "", turns[-1]["content"])
 
 
-KINDS: dict[str, Callable[[dict[str, Any], DataSource], Row]] = {
-    "multiple_choice": multiple_choice,
-    "context_question": context_question,
-    "private_question": private_question,
-    "question": question,
-    "instruction": instruction,
-    "chat": chat,
-}
-
-
-# -- layouts of well-known data sets ---------------------------------------------------------------------------------
+_READERS = (multiple_choice, context_question, private_question, question, instruction, chat)
+KINDS: dict[str, Callable[[dict[str, Any], DataSource], Row]] = {reader.__name__: reader for reader in _READERS}
 
 
 def normalise(data: dict[str, Any]) -> dict[str, Any]:
@@ -226,35 +208,25 @@ def normalise(data: dict[str, Any]) -> dict[str, Any]:
     if "question" not in found and "question_stem" in found:
         found["question"] = found["question_stem"]
     answer = data.get("answer", data.get("answerKey"))
+    text = answer.strip() if isinstance(answer, str) else ""
     if choices is not None:
-        found["choices"] = choices
-        found["answer"] = _index(answer, labels)
-    elif isinstance(answer, str) and "####" in answer:
-        found |= {"solution": answer, "answer": answer.rpartition("####")[2].strip()}
+        found |= {"choices": choices, "answer": labels.index(text) if text in labels else answer}
+    elif "####" in text:
+        found |= {"solution": answer, "answer": text.rpartition("####")[2].strip()}
     return found
 
 
 def _choices(data: dict[str, Any]) -> tuple[list[str] | None, list[str]]:
-    """Return the options and their labels."""
+    """Return the options and their labels; None where there are no options."""
     given = data.get("choices", data.get("options"))
     if isinstance(given, dict) and isinstance(given.get("text"), list):
         return list(given["text"]), [str(label) for label in given.get("label") or LETTERS[: len(given["text"])]]
-    if isinstance(given, list):
-        return given, list(LETTERS[: len(given)])
-    columns = []
-    for letter in LETTERS:
-        if data.get(letter) is None:
-            break
-        columns.append(str(data[letter]))
-    return (columns, list(LETTERS[: len(columns)])) if len(columns) > 1 else (None, [])
-
-
-def _index(answer: Any, labels: list[str]) -> Any:
-    """Return the index that a label or letter names; an index or anything else as it is."""
-    return labels.index(answer.strip()) if isinstance(answer, str) and answer.strip() in labels else answer
-
-
-# -- parts -----------------------------------------------------------------------------------------------------------
+    if not isinstance(given, list):
+        columns = list(takewhile(lambda letter: data.get(letter) is not None, LETTERS))
+        given = [str(data[letter]) for letter in columns]
+        if len(given) < 2:
+            return None, []
+    return given, list(LETTERS[: len(given)])
 
 
 def _text(data: dict[str, Any], key: str) -> str:

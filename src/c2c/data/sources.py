@@ -6,7 +6,7 @@ import json
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,21 +17,6 @@ from c2c.data.formats import FORMS, KINDS, Row, normalise, vary_options
 from c2c.data.synthetic import GENERATORS
 from c2c.errors import did_you_mean
 from c2c.utils import install_command
-
-_WITH_CONTEXT = ("context_question", "private_question")
-
-
-@dataclass(frozen=True)
-class RawRow:
-    """A row as it was read, with our keys.
-
-    Attributes:
-        data: its keys and values.
-        place: file and line, or data set, for errors.
-    """
-
-    data: dict[str, Any]
-    place: str
 
 
 def load_rows(
@@ -49,21 +34,30 @@ def load_rows(
         The rows, and how many were dropped, by reason: data sets of passages have rows without one.
 
     Raises:
-        ConfigError: a file is missing, a row lacks what its kind needs, or a kind is unknown; names the row.
+        ConfigError: a file is missing, a row lacks what its kind needs (named), a kind is unknown, or not exactly one
+            of ``path``, ``dataset`` and ``synthetic`` is given.
     """
     dropped: Counter[str] = Counter()
     rows: list[Row] = []
     for source in sources:
-        _check_names(source)
+        for what, name, known in (("kind of rows", source.kind, KINDS), ("form", source.form, FORMS)):
+            if name not in known:
+                raise ConfigError(f"unknown {what} {name!r}.{did_you_mean(name, known)} Known: {', '.join(known)}.")
         kept = []
-        for raw in read_rows(source, Path(data_dir), seed):
-            reason = _reason_to_drop(raw.data, source, exclude)
-            if reason:
-                dropped[reason] += 1
+        for place, data in _read(source, Path(data_dir), seed):
+            if _question(data) in exclude:
+                dropped["question is in an excluded file"] += 1
+            elif source.kind in ("context_question", "private_question") and data.get("context") == "":
+                dropped["context is empty"] += 1
             else:
-                kept.append(raw)
+                kept.append((place, data))
         random.Random(seed).shuffle(kept)
-        rows += _convert_all(kept[source.skip :][: source.limit], source, seed)
+        kept = kept[source.skip :][: source.limit]
+        converted = [_convert(data, place, source) for place, data in kept]
+        if source.vary_options or source.options is not None:
+            varied = vary_options([data for _, data in kept], source, seed)  # after all rows were checked above
+            converted = [_convert(data, place, source) for (place, _), data in zip(kept, varied, strict=True)]
+        rows += converted
     random.Random(seed + 1).shuffle(rows)
     return rows, dropped
 
@@ -73,12 +67,8 @@ def questions(files: Sequence[Path]) -> frozenset[str]:
     return frozenset(_question(data) for file in files for _, data in read_jsonl(file))
 
 
-def read_rows(source: DataSource, data_dir: Path, seed: int = 0) -> Iterator[RawRow]:
-    """Read the rows of a source, with columns renamed and filtered by ``keep``.
-
-    Raises:
-        ConfigError: not exactly one of ``path``, ``dataset`` and ``synthetic`` is given, or it can't be read.
-    """
+def _read(source: DataSource, data_dir: Path, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Read the rows of a source, each with its place for errors; columns are renamed, and filtered by ``keep``."""
     given = [source.path, source.dataset, source.synthetic]
     if sum(place is not None for place in given) != 1:
         raise ConfigError(
@@ -93,7 +83,7 @@ def read_rows(source: DataSource, data_dir: Path, seed: int = 0) -> Iterator[Raw
     for index, (line, data) in enumerate(found):
         if all(data.get(column) == value for column, value in source.keep.items()):
             renamed = data | {key: data[column] for key, column in source.columns.items() if column in data}
-            yield RawRow({"id": f"{source.name}/{index}"} | renamed, f"{source.name}{line}")
+            yield f"{source.name}{line}", {"id": f"{source.name}/{index}"} | renamed
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -118,21 +108,6 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise ConfigError(f"{path}, line {number}: not JSON: {error}. {expected}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is no text in UTF-8: {error}. {expected}") from error
-
-
-def _check_names(source: DataSource) -> None:
-    """Refuse unknown kinds and forms."""
-    for what, name, known in (("kind of rows", source.kind, KINDS), ("form", source.form, FORMS)):
-        if name not in known:
-            raise ConfigError(f"unknown {what} {name!r}.{did_you_mean(name, known)} Known: {', '.join(known)}.")
-
-
-def _reason_to_drop(data: dict[str, Any], source: DataSource, exclude: frozenset[str]) -> str:
-    if _question(data) in exclude:
-        return "question is in an excluded file"
-    if source.kind in _WITH_CONTEXT and data.get("context") == "":
-        return "context is empty"
-    return ""
 
 
 def _generate(source: DataSource, seed: int) -> Iterator[dict[str, Any]]:
@@ -167,23 +142,14 @@ def _read_dataset(source: DataSource) -> Iterator[dict[str, Any]]:
             yield dict(data) | ({"id": f"{subset}/{data['id']}"} if source.subset == "*" and "id" in data else {})
 
 
-def _convert_all(raws: Sequence[RawRow], source: DataSource, seed: int) -> list[Row]:
-    rows = [_convert(raw, source) for raw in raws]
-    if not source.vary_options and source.options is None:
-        return rows
-    varied = vary_options([raw.data for raw in raws], source, seed)  # after all rows were checked above
-    return [_convert(RawRow(data, raw.place), source) for data, raw in zip(varied, raws, strict=True)]
-
-
-def _convert(raw: RawRow, source: DataSource) -> Row:
+def _convert(data: dict[str, Any], place: str, source: DataSource) -> Row:
     try:
-        row = KINDS[source.kind](raw.data, source)
+        row = KINDS[source.kind](data, source)
     except ConfigError as error:
-        raise ConfigError(f"{raw.place}, row {raw.data.get('id')!r} as {source.kind}: {error}") from error
-    return replace(row, id=str(raw.data["id"]), source=source.name)
+        raise ConfigError(f"{place}, row {data.get('id')!r} as {source.kind}: {error}") from error
+    return replace(row, id=str(data["id"]), source=source.name)
 
 
 def _question(data: dict[str, Any]) -> str:
     """Return the question or instruction, without differences in case and white space."""
-    text = str(data.get("question") or data.get("instruction") or "")
-    return " ".join(text.lower().split())
+    return " ".join(str(data.get("question") or data.get("instruction") or "").lower().split())

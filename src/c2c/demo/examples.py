@@ -3,57 +3,36 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-from c2c.data.formats import Row, letter_form
+from c2c.data.formats import letter_form
 
 
-@dataclass(frozen=True)
-class Example:
-    """A multiple-choice question.
-
-    Attributes:
-        title: a few words for its button.
-        question: the question.
-        choices: the options.
-        answer: index of the right one.
-    """
+class Example(NamedTuple):
+    """A multiple-choice question: title of its button, prompt as in training, and letter of the right option."""
 
     title: str
-    question: str
-    choices: list[str]
-    answer: int
+    prompt: str
+    letter: str
 
-    @property
-    def prompt(self) -> str:
-        """The question as in training."""
-        return self._row.messages[-1]["content"]
-
-    @property
-    def letter(self) -> str:
-        """The letter of the right option."""
-        return self._row.response.strip()
-
-    @property
-    def _row(self) -> Row:
-        return letter_form(self.question, self.choices, self.answer)
+    @classmethod
+    def from_json(cls, title: str, question: str, choices: list[str], answer: int) -> Example:
+        """Make an example of a question, its options, and the index of the right one."""
+        row = letter_form(question, choices, answer)
+        return cls(title, row.messages[-1]["content"], row.response.strip())
 
 
 _FILE = json.loads(Path(__file__).with_name("examples.json").read_text(encoding="utf-8"))
 # The shipped receiver alone says C to nearly all of these, so most have another right letter.
-EXAMPLES = [Example(**question) for question in _FILE["questions"]]
+EXAMPLES = [Example.from_json(**question) for question in _FILE["questions"]]
+LETTERS = {example.prompt: example.letter for example in EXAMPLES}
 DOCUMENT: str = _FILE["document"]
 DOCUMENT_QUESTION: str = _FILE["document_question"]
 OTHER_DOCUMENT: str = _FILE["other_document"]
 
 
-def example_of(prompt: str) -> Example | None:
-    """Return the example with this prompt; None for any other text."""
-    return next((example for example in EXAMPLES if example.prompt == prompt.strip()), None)
-
-
 def other_question(prompt: str) -> str:
     """Return another question, with another right letter where the prompt is an example."""
-    own = example_of(prompt)
-    return next(example.prompt for example in EXAMPLES if own is None or example.answer != own.answer)
+    own = LETTERS.get(prompt.strip())
+    return next(other for other, letter in LETTERS.items() if letter != own)

@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from c2c.errors import FuserError
 from c2c.hub_aliases import ALIASES, is_pulled
@@ -20,10 +19,6 @@ class FuserChoice:
     Attributes:
         source: its folder.
         name: the folder's name.
-        family: of the fuser.
-        receiver: name of the model that answers.
-        sharer: name of the model that shares.
-        trained: whether it was trained.
         score: on the dev set of its training; None where there is none.
         answer_prefix: that it was trained with, if any.
         given: whether the user named it.
@@ -56,44 +51,35 @@ class FuserChoice:
 
 
 def find_fusers(given: Sequence[str]) -> list[FuserChoice]:
-    """Return the fusers that the user named, then those of the zoo, each once.
-
-    Raises:
-        FuserError: a folder that is no fuser of one pair, or nothing was found at all.
-    """
+    """Return the fusers that the user named, then those of the zoo, each once; raise FuserError where there is none."""
+    # zoo/ lies here, or in the clone that the package is installed from
+    places = (Path("zoo"), Path(__file__).resolve().parents[3] / "zoo")
+    shipped = [path.parent for place in places for path in sorted(place.glob("*/config.json"))]
     found: dict[Path, FuserChoice] = {}
-    for source in given:
-        choice = read_choice(_folder(source), given=True)
-        found.setdefault(Path(choice.source).resolve(), choice)
-    for folder in _shipped():
-        found.setdefault(folder.resolve(), read_choice(folder))
+    for folder, named in [*((_folder(source), True) for source in given), *((folder, False) for folder in shipped)]:
+        if folder.resolve() not in found:
+            found[folder.resolve()] = read_choice(folder, given=named)
     if not found:
         raise FuserError(
             "no fuser to show: there is no zoo/ here, and none was given. Pass --fuser FOLDER (a folder of `c2c train`,"
             " or a hub id), or start the demo in a clone of the repository, which has one in zoo/."
         )
-    return _with_unique_names(list(found.values()))
+    counts = Counter(choice.name for choice in found.values())
+    return [  # with the parent's name where several folders have one name, such as "best"
+        replace(choice, name="/".join(folder.parts[-2:])) if counts[choice.name] > 1 else choice
+        for folder, choice in found.items()
+    ]
 
 
 def default_fuser(choices: Sequence[FuserChoice], private: bool) -> FuserChoice | None:
-    """Choose what the page starts with.
-
-    The first fuser that the user named; else a shipped one, if possible one whose models are pulled, and of those the
-    one with the best dev score.
-    """
+    """Choose the first fuser that the user named, else that with the best dev score, of pulled models if possible."""
     fitting = [choice for choice in choices if choice.private is private]
-    named = [choice for choice in fitting if choice.given]
-    if named:
-        return named[0]
-    return max(fitting, key=lambda choice: (choice.pulled, choice.trained, choice.score or 0.0), default=None)
+    best = max(fitting, key=lambda choice: (choice.pulled, choice.trained, choice.score or 0.0), default=None)
+    return next((choice for choice in fitting if choice.given), best)
 
 
 def read_choice(folder: Path, given: bool = False) -> FuserChoice:
-    """Read a fuser's folder, without its weights.
-
-    Raises:
-        FuserError: it holds no fuser, or one that does not name its models.
-    """
+    """Read a fuser's folder without its weights; raise FuserError for one that names no pair of models."""
     if not (folder / "config.json").is_file():
         several = sorted(part.parent.name for part in folder.glob("fuser_*/config.json"))
         hint = f" It holds several fusers; name one of them: {', '.join(several)}." if several else ""
@@ -103,10 +89,11 @@ def read_choice(folder: Path, given: bool = False) -> FuserChoice:
     if not kind.startswith("c2c_fuser_"):
         raise FuserError(f"{folder} is no fuser: its model_type is {kind!r}, expected 'c2c_fuser_<family>'.")
     names = {role: (config.get(role) or {}).get("name") for role in ("receiver", "sharer")}
-    missing = [role for role, name in names.items() if not name]
-    if missing:
+    if missing := [role for role, name in names.items() if not name]:
         raise FuserError(f"{folder} does not say which {' and '.join(missing)} it was made for; it can't be loaded.")
     training = config.get("training") or {}
+    rows = (training.get("config") or {}).get("train") or []
+    letters = any(part.get("form") == "letter" and part.get("kind") == "multiple_choice" for part in rows)
     return FuserChoice(
         source=str(folder),
         name=folder.resolve().name,
@@ -115,15 +102,9 @@ def read_choice(folder: Path, given: bool = False) -> FuserChoice:
         sharer=str(names["sharer"]),
         trained=bool(config.get("training")),
         score=(training.get("dev") or {}).get("value"),
-        answer_prefix="The answer is" if _trained_on_letters(training) else "",
+        answer_prefix="The answer is" if letters else "",
         given=given,
     )
-
-
-def _shipped() -> list[Path]:
-    """Return the folders of the zoo, here or in the clone that the package is installed from."""
-    places = (Path("zoo"), Path(__file__).resolve().parents[3] / "zoo")
-    return [path.parent for place in places for path in sorted(place.glob("*/config.json"))]
 
 
 def _folder(source: str) -> Path:
@@ -133,17 +114,3 @@ def _folder(source: str) -> Path:
     from c2c.fusers.base import resolve  # a hub id; imports torch
 
     return resolve(source)
-
-
-def _trained_on_letters(training: dict[str, Any]) -> bool:
-    sources = (training.get("config") or {}).get("train") or []
-    return any(part.get("form") == "letter" and part.get("kind") == "multiple_choice" for part in sources)
-
-
-def _with_unique_names(choices: list[FuserChoice]) -> list[FuserChoice]:
-    """Add the parent's name where several folders have one name, such as ``best``."""
-    counts = Counter(choice.name for choice in choices)
-    return [
-        replace(choice, name="/".join(Path(choice.source).resolve().parts[-2:])) if counts[choice.name] > 1 else choice
-        for choice in choices
-    ]

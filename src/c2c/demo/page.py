@@ -10,46 +10,27 @@ import gradio as gr
 
 from c2c.demo.config import DemoConfig
 from c2c.demo.fusers import FuserChoice
-from c2c.demo.markup import status_html
+from c2c.demo.markup import TEXTS, status_html
 from c2c.demo.models import ModelCache
 from c2c.demo.panes import Question
-from c2c.demo.tab import NO_SHARED_FUSER, QUEUED, AnswerTab, Values
+from c2c.demo.tab import QUEUED, AnswerTab, Values
 from c2c.errors import C2CError, PromptError
 
-_LEAD = (
-    "Two language models answer together without a word of text between them: the **sharer** reads the prompt, a small "
-    "trained **fuser** merges its KV cache into that of the **receiver**, and the receiver answers. Compare with each "
-    "model alone and with the usual way, text."
-)
-_PICTURES_LEAD = (
-    "What crosses while the pair reads the prompt of the first tab: gates and weights, how strongly each token is "
-    "changed, which token takes which, and where the caches lie."
-)
 _FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "DejaVu Sans", "sans-serif"]
 _MONO = ["ui-monospace", "SFMono-Regular", "Menlo", "DejaVu Sans Mono", "monospace"]
 
 
-def style() -> str:
-    """Return the page's CSS."""
-    return Path(__file__).with_name("page.css").read_text(encoding="utf-8")
-
-
-def theme() -> Any:
-    """Return Gradio's theme with fonts of the machine, so that nothing is fetched from elsewhere."""
-    return gr.themes.Default(primary_hue="blue", font=_FONTS, font_mono=_MONO)
+def style() -> dict[str, Any]:
+    """Return the page's CSS, and a theme with fonts of the machine, so that nothing is fetched from elsewhere."""
+    css = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
+    return {"css": css, "theme": gr.themes.Default(primary_hue="blue", font=_FONTS, font_mono=_MONO)}
 
 
 def build(models: ModelCache, choices: Sequence[FuserChoice], config: DemoConfig) -> gr.Blocks:
-    """Build the whole page.
-
-    Args:
-        models: where models are loaded.
-        choices: fusers to choose from.
-        config: options of the demo.
-    """
+    """Build the whole page, with the fusers to choose from."""
     page: gr.Blocks = gr.Blocks(title="c2c demo", analytics_enabled=False, fill_width=True)
     with page:
-        gr.Markdown(f"# Cache-to-cache\n{_LEAD}")
+        gr.Markdown(f"# Cache-to-cache\n{TEXTS['lead']}")
         with gr.Tab("Ask both", id="ask"):
             ask = AnswerTab(models, choices, config, private=False)
         with gr.Tab("Private context", id="private"):
@@ -62,7 +43,7 @@ def build(models: ModelCache, choices: Sequence[FuserChoice], config: DemoConfig
 
 def _add_pictures(ask: AnswerTab) -> None:
     """Lay out the tab that draws what crosses for the prompt of the first tab."""
-    gr.Markdown(_PICTURES_LEAD, elem_classes="c2c-lead")
+    gr.Markdown(TEXTS["pictures"], elem_classes="c2c-lead")
     button = gr.Button("Draw", variant="primary", elem_id="pictures-run")
     status = gr.HTML("", elem_id="pictures-status")
     pictures = gr.HTML("", elem_id="pictures-shown")
@@ -85,7 +66,7 @@ def draw_pictures(models: ModelCache, choice: FuserChoice | None, question: Ques
         C2CError: no fuser or no prompt, matplotlib is missing, or the models can't take the prompt.
     """
     if choice is None:
-        raise PromptError(NO_SHARED_FUSER)
+        raise PromptError(TEXTS["no_shared_fuser"])
     question.check()
     from c2c.analysis.capture import capture_prompt
     from c2c.analysis.plots import html_figures

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from c2c.demo.examples import OTHER_DOCUMENT, example_of, other_question
+from c2c.demo.examples import OTHER_DOCUMENT, other_question
 from c2c.errors import PromptError
 from c2c.messages import Conversation
 
@@ -22,12 +22,7 @@ class Question:
     """One prompt with its options.
 
     Attributes:
-        prompt: the user's message.
-        system: the system message, empty for none.
-        answer_prefix: text that the answer continues.
-        max_new_tokens: longest answer.
         message_tokens: longest text that is passed in text-to-text.
-        blend: how much of what the fuser adds is taken, 0 to 1.
         document: what the sharer alone reads; None where both read the prompt.
         wrong_message: whether the sharer reads another question (or document) for cache-to-cache.
     """
@@ -59,11 +54,7 @@ class Question:
         return self.other if self.other is None or self.document is not None else self._conversation(self.other)
 
     def check(self) -> None:
-        """Refuse a question without a prompt, or without its document.
-
-        Raises:
-            PromptError: says what to do.
-        """
+        """Raise PromptError where there is no prompt, or no document."""
         if not self.prompt.strip():
             raise PromptError("there is no prompt. Write one above, or take an example.")
         if self.document is not None and not self.document.strip():
@@ -79,9 +70,6 @@ class Pane:
     """The answer of one system.
 
     Attributes:
-        name: of the system.
-        state: of the answer.
-        question: that is answered; None before the first.
         text: the answer so far.
         seconds: since the system began, while it runs.
         result: the whole answer, once it is done.
@@ -108,15 +96,3 @@ class Pane:
         """The letter that the answer names; None where it names none."""
         found = re.match(r"([A-J])(?![A-Za-z])", self.text.strip())
         return found[1] if found else None
-
-    @property
-    def right_letter(self) -> str | None:
-        """The letter of the right answer; None where it is not known."""
-        example = example_of(self.question.prompt) if self.question is not None else None
-        return None if example is None else example.letter
-
-    @property
-    def other_letter(self) -> str | None:
-        """The letter that is right for what the sharer read in place of the prompt; None where it is not known."""
-        example = example_of(self.other or "")
-        return None if example is None else example.letter

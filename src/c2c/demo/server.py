@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from threading import Thread
 from typing import TYPE_CHECKING
 
@@ -16,22 +17,16 @@ if TYPE_CHECKING:
 
 
 def launch(config: DemoConfig, models: ModelCache | None = None, on_start: Callable[[str], None] = print) -> gr.Blocks:
-    """Start the demo and return while it runs.
+    """Start the demo and return the running page, which ``close()`` ends.
 
-    Args:
-        config: options.
-        models: where models are loaded; by default a new cache with the options of ``config``.
-        on_start: called with the page's address once it is up.
-
-    Returns:
-        The running page; ``close()`` ends it.
+    ``on_start`` is called with the page's address once it is up; models are loaded then.
 
     Raises:
         FuserError: no fuser, or a folder that is none.
         ServerError: the port is taken.
     """
     choices = find_fusers(config.fuser or [])
-    from c2c.demo.page import build, style, theme
+    from c2c.demo.page import build, style
     from c2c.serving.http_server import listen
 
     with listen(config.host, config.port) as probe:  # Gradio takes no port 0, and its error names no option
@@ -48,8 +43,7 @@ def launch(config: DemoConfig, models: ModelCache | None = None, on_start: Calla
         ssr_mode=False,
         max_file_size="1mb",
         footer_links=[],
-        theme=theme(),
-        css=style(),
+        **style(),
     )
     on_start(url)
     first = default_fuser(choices, private=False) or default_fuser(choices, private=True)
@@ -59,8 +53,5 @@ def launch(config: DemoConfig, models: ModelCache | None = None, on_start: Calla
 
 
 def _preload(models: ModelCache, choice: FuserChoice) -> None:
-    try:
-        with models.use(choice):
-            pass
-    except C2CError:  # the page shows it, and the next question tries again
+    with suppress(C2CError), models.use(choice):  # the page shows errors, and the next question tries again
         pass

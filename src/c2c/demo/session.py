@@ -14,7 +14,6 @@ from c2c.errors import C2CError, PromptError
 
 if TYPE_CHECKING:
     from c2c.model import C2CModel
-    from c2c.systems import System
 
 RUN_ORDER = ("receiver", "c2c", "sharer", "text")  # quickest first, so that there is something to read meanwhile
 
@@ -26,47 +25,19 @@ class Session:
     panes: dict[str, Pane] = field(default_factory=lambda: {name: Pane(name) for name in SYSTEMS})
     question: Question | None = None
 
-    def ask(self, models: ModelCache, choice: FuserChoice | None, question: Question) -> Generator[Pane]:
-        """Answer a question with all systems, one after the other, so that none takes time from another.
-
-        Yields:
-            Panes as they change. Errors are panes as well.
-        """
-        yield from self._answer(models, choice, question, RUN_ORDER)
-
-    def ask_again(
-        self, models: ModelCache, choice: FuserChoice | None, *, blend: float, wrong_message: bool
-    ) -> Generator[Pane]:
-        """Answer the last question with cache-to-cache once more with one thing changed, and finish other panes.
-
-        Nothing is done before a first question.
-        """
-        if self.question is None:
-            return
-        question = replace(self.question, blend=blend, wrong_message=wrong_message)
-        fused = self.panes["c2c"]
-        previous = fused.text if fused.state == "done" else fused.previous
-        unfinished = [name for name in RUN_ORDER if name != "c2c" and self.panes[name].state != "done"]
-        yield from self._answer(models, choice, question, ["c2c", *unfinished], previous)
-
-    def stop(self) -> None:
-        """Mark what is not done as stopped."""
-        for name, pane in self.panes.items():
-            if pane.state in ("waiting", "running"):
-                self.panes[name] = replace(pane, state="stopped")
-
-    def clear(self) -> None:
-        """Empty all panes."""
-        self.panes, self.question = {name: Pane(name) for name in SYSTEMS}, None
-
-    def _answer(
+    def ask(
         self,
         models: ModelCache,
         choice: FuserChoice | None,
         question: Question,
-        names: Sequence[str],
+        names: Sequence[str] = RUN_ORDER,
         previous: str | None = None,
     ) -> Generator[Pane]:
+        """Answer a question with systems one after the other, so that none takes time from another.
+
+        Yields:
+            Panes as they change. Errors are panes as well.
+        """
         self.question = question
         panes = self.panes = dict(self.panes)  # a cancelled run that has not ended yet goes on with its own
         for name in names:
@@ -86,6 +57,31 @@ class Session:
                 panes[name] = replace(panes[name], state="failed", error=str(error))
                 yield panes[name]
 
+    def ask_again(
+        self, models: ModelCache, choice: FuserChoice | None, *, blend: float, wrong_message: bool
+    ) -> Generator[Pane]:
+        """Answer the last question with cache-to-cache once more with one thing changed, and finish other panes.
+
+        Nothing is done before a first question.
+        """
+        if self.question is None:
+            return
+        question = replace(self.question, blend=blend, wrong_message=wrong_message)
+        fused = self.panes["c2c"]
+        previous = fused.text if fused.state == "done" else fused.previous
+        unfinished = [name for name in RUN_ORDER if name != "c2c" and self.panes[name].state != "done"]
+        yield from self.ask(models, choice, question, ["c2c", *unfinished], previous)
+
+    def stop(self) -> None:
+        """Mark what is not done as stopped."""
+        for name, pane in self.panes.items():
+            if pane.state in ("waiting", "running"):
+                self.panes[name] = replace(pane, state="stopped")
+
+    def clear(self) -> None:
+        """Empty all panes."""
+        self.panes, self.question = {name: Pane(name) for name in SYSTEMS}, None
+
 
 def answer(model: C2CModel, pane: Pane) -> Generator[Pane]:
     """Answer the question of a pane with its system. Closing the iterator stops the model.
@@ -94,12 +90,15 @@ def answer(model: C2CModel, pane: Pane) -> Generator[Pane]:
         The pane with more and more text, then done or failed.
     """
     from c2c.prompting import RenderOptions
+    from c2c.systems import SystemOptions, make_system
 
     question, began = pane.question or Question(""), time.perf_counter()
+    system = "deranged" if pane.name == "c2c" and question.wrong_message else pane.name
+    options = SystemOptions(message_tokens=question.message_tokens, blend=question.blend, other=question.other_messages)
     pane = replace(pane, state="running", seconds=0.0)
     yield pane
     try:
-        stream = _system(model, pane.name, question).stream(
+        stream = make_system(system, model, options).stream(
             question.messages,
             question.document,
             options=RenderOptions(answer_prefix=question.answer_prefix),
@@ -112,14 +111,6 @@ def answer(model: C2CModel, pane: Pane) -> Generator[Pane]:
                 yield pane
         result = stream.result
         yield replace(pane, state="done", result=result, text=result.text if result is not None else pane.text)
-    except C2CError as error:
-        yield replace(pane, state="failed", error=str(error))
     except Exception as error:  # whatever it is, the page must show it and go on
-        yield replace(pane, state="failed", error=f"{type(error).__name__}: {error}")
-
-
-def _system(model: C2CModel, name: str, question: Question) -> System:
-    from c2c.systems import SystemOptions, make_system
-
-    options = SystemOptions(message_tokens=question.message_tokens, blend=question.blend, other=question.other_messages)
-    return make_system("deranged" if name == "c2c" and question.wrong_message else name, model, options)
+        text = str(error) if isinstance(error, C2CError) else f"{type(error).__name__}: {error}"
+        yield replace(pane, state="failed", error=text)

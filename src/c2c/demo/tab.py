@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,29 +14,13 @@ from c2c.data.formats import SYSTEM
 from c2c.demo.config import DemoConfig
 from c2c.demo.examples import DOCUMENT, DOCUMENT_QUESTION, EXAMPLES
 from c2c.demo.fusers import FuserChoice, default_fuser
-from c2c.demo.markup import pair_title, pane_html, status_html
+from c2c.demo.markup import TEXTS, pair_title, pane_html, status_html
 from c2c.demo.models import ModelCache
 from c2c.demo.panes import SYSTEMS, Pane, Question
 from c2c.demo.session import Session
 from c2c.errors import C2CError, PromptError
 from c2c.utils import read_text
 
-_PRIVATE_LEAD = (
-    "Only the sharer reads the document. The receiver gets entries for its cache, made from the sharer's, and answers "
-    "the question."
-)
-_TIMES = (
-    "Panes run one after the other, the quickest first, and each counts only its own seconds, prefills included. "
-    "*Crossed* is what went from the sharer to the receiver."
-)
-_BLEND = "How much of what the fuser adds is taken: 0 is the receiver alone, 1 the ordinary run."
-_WRONG = "The sharer reads another {}. Where its content crosses, the answer goes wrong."
-_EXAMPLES = "Examples, in the form that the shipped fuser was trained on"
-NO_SHARED_FUSER = "No fuser that merges two caches was found. Start the demo with `c2c demo --fuser FOLDER`."
-_NO_PRIVATE_FUSER = (
-    "No fuser of private context was given, and none is in zoo/. Such a fuser is of the family 'memory'. Train one "
-    "with `c2c train configs/private.yaml --data-dir DATA`, then start `c2c demo --fuser runs/private/best`."
-)
 # Events that use the models wait for each other; Gradio shows the place in the queue and the seconds.
 QUEUED: dict[str, Any] = {
     "concurrency_id": "models",
@@ -49,20 +34,13 @@ Updates = Iterator[dict[Any, str]]  # of components
 
 
 class AnswerTab:
-    """Fields, buttons and four panes: of one prompt for both models, or of a document that only the sharer reads.
-
-    Args:
-        models: where models are loaded.
-        choices: fusers to choose from.
-        config: options of the demo.
-        private: whether there is a document.
-    """
+    """Fields, buttons and four panes: of one prompt for both models, or of a document that only the sharer reads."""
 
     def __init__(
         self, models: ModelCache, choices: Sequence[FuserChoice], config: DemoConfig, *, private: bool
     ) -> None:
-        self.models, self.config, self.private = models, config, private
-        self.name = "private" if private else "ask"
+        self.models, self.private = models, private
+        name = "private" if private else "ask"
         self.choices = {choice.label: choice for choice in choices if choice.private is private}
         first = default_fuser(list(self.choices.values()), private)
         self.session = gr.State(Session())
@@ -72,72 +50,51 @@ class AnswerTab:
             label="Fuser, and so the pair",
             interactive=len(self.choices) > 1,
             visible=bool(self.choices),
-            elem_id=f"{self.name}-fuser",
+            elem_id=f"{name}-fuser",
         )
-        self.status = gr.HTML(self.status_html(first), elem_id=f"{self.name}-status")
-        self._add_texts()
+        self.status = gr.HTML(self.status_html(first), elem_id=f"{name}-status")
+        self._add_texts(name)
         with gr.Row():
-            run = gr.Button("Ask", variant="primary", interactive=bool(first), elem_id=f"{self.name}-run")
-            stop = gr.Button("Stop", interactive=bool(first), elem_id=f"{self.name}-stop")
-        self._add_switches()
+            run = gr.Button("Ask", variant="primary", interactive=bool(first), elem_id=f"{name}-run")
+            stop = gr.Button("Stop", interactive=bool(first), elem_id=f"{name}-stop")
+        what = "document" if private else "question"
+        with gr.Row():
+            with gr.Column(min_width=280, visible=not private):  # private context is there or not
+                self.blend = gr.Slider(0, 1, 1, step=0.05, label="Blend", info=TEXTS["blend"], elem_id=f"{name}-blend")
+            with gr.Column(min_width=280):
+                self.wrong = gr.Checkbox(
+                    False, label="Wrong message", info=TEXTS["wrong_message"].format(what), elem_id=f"{name}-wrong"
+                )
         with gr.Row(elem_classes="c2c-panes"):
             self.panes = {
-                name: gr.HTML(pane_html(Pane(name), first), elem_id=f"{self.name}-{name}") for name in SYSTEMS
+                system: gr.HTML(pane_html(Pane(system), first), elem_id=f"{name}-{system}") for system in SYSTEMS
             }
-        gr.Markdown(_TIMES, elem_classes="c2c-lead")
-        self._add_options("" if private or first is None else first.answer_prefix)
+        gr.Markdown(TEXTS["times"], elem_classes="c2c-lead")
+        with gr.Accordion("Options", open=False):
+            prefix = "" if private or first is None else first.answer_prefix
+            self.answer_prefix = gr.Textbox(
+                prefix, label="Answer prefix: text that the answer continues", elem_id=f"{name}-prefix"
+            )
+            self.system = gr.Textbox("" if private else SYSTEM, label="System message", elem_id=f"{name}-system")
+            with gr.Row():
+                limit = partial(gr.Number, precision=0, minimum=1)
+                self.tokens = limit(config.max_new_tokens, label="Tokens per answer, at most")
+                self.message_tokens = limit(config.message_tokens, label="Tokens of the passed text, at most")
         self._connect(run, stop)
 
-    # -- fields ------------------------------------------------------------------------------------------------------
-
-    def _add_texts(self) -> None:
+    def _add_texts(self, name: str) -> None:
         what, start, lines = ("Question", DOCUMENT_QUESTION, 2) if self.private else ("Prompt", EXAMPLES[0].prompt, 7)
         with gr.Column(visible=self.private):
-            gr.Markdown(_PRIVATE_LEAD, elem_classes="c2c-lead")
-            self.document = gr.Textbox(
-                DOCUMENT, label="Document, read by the sharer alone", lines=5, elem_id=f"{self.name}-document"
-            )
-            upload = gr.File(
-                label="or upload a text file",
-                file_types=["text", ".md", ".txt"],
-                height=120,
-                elem_id=f"{self.name}-upload",
-            )
-            uploaded = gr.HTML("", elem_id=f"{self.name}-uploaded")
-        self.prompt = gr.Textbox(
-            start, label=f"{what}, read by both models", lines=lines, elem_id=f"{self.name}-prompt"
-        )
+            gr.Markdown(TEXTS["private"], elem_classes="c2c-lead")
+            label, types = "Document, read by the sharer alone", ["text", ".md", ".txt"]
+            self.document = gr.Textbox(DOCUMENT, label=label, lines=5, elem_id=f"{name}-document")
+            upload = gr.File(label="or upload a text file", file_types=types, height=120, elem_id=f"{name}-upload")
+            uploaded = gr.HTML("", elem_id=f"{name}-uploaded")
+        self.prompt = gr.Textbox(start, label=f"{what}, read by both models", lines=lines, elem_id=f"{name}-prompt")
         if not self.private:
-            prompts, titles = zip(*(([example.prompt], example.title) for example in EXAMPLES), strict=True)
-            gr.Examples(
-                list(prompts), self.prompt, example_labels=list(titles), label=_EXAMPLES, api_visibility="private"
-            )
+            prompts, titles = [[example.prompt] for example in EXAMPLES], [example.title for example in EXAMPLES]
+            gr.Examples(prompts, self.prompt, example_labels=titles, label=TEXTS["examples"], api_visibility="private")
         upload.upload(read_upload, upload, [self.document, uploaded], **DIRECT)
-
-    def _add_switches(self) -> None:
-        what = _WRONG.format("document" if self.private else "question")
-        with gr.Row():
-            with gr.Column(min_width=280, visible=not self.private):  # private context is there or not
-                self.blend = gr.Slider(0, 1, 1, step=0.05, label="Blend", info=_BLEND, elem_id=f"{self.name}-blend")
-            with gr.Column(min_width=280):
-                self.wrong = gr.Checkbox(False, label="Wrong message", info=what, elem_id=f"{self.name}-wrong")
-
-    def _add_options(self, answer_prefix: str) -> None:
-        with gr.Accordion("Options", open=False):
-            self.answer_prefix = gr.Textbox(
-                answer_prefix, label="Answer prefix: text that the answer continues", elem_id=f"{self.name}-prefix"
-            )
-            self.system = gr.Textbox(
-                "" if self.private else SYSTEM, label="System message", elem_id=f"{self.name}-system"
-            )
-            with gr.Row():
-                self.tokens, self.message_tokens = (
-                    gr.Number(most, precision=0, minimum=1, label=f"Tokens {label}, at most")
-                    for most, label in (
-                        (self.config.max_new_tokens, "per answer"),
-                        (self.config.message_tokens, "of the passed text"),
-                    )
-                )
 
     @property
     def inputs(self) -> set[Any]:
@@ -160,8 +117,6 @@ class AnswerTab:
     def choice(self, values: Values) -> FuserChoice | None:
         """Return the chosen fuser."""
         return self.choices.get(values[self.fuser] or "")
-
-    # -- events ------------------------------------------------------------------------------------------------------
 
     def _connect(self, run: Any, stop: Any) -> None:
         outputs, options = [self.status, *self.panes.values()], QUEUED | {"show_progress_on": [self.status]}
@@ -207,9 +162,9 @@ class AnswerTab:
 
     def stop(self, values: Values) -> dict[Any, str]:
         """Show what was stopped; the runs themselves are cancelled by Gradio."""
-        values[self.session].stop()
-        panes = values[self.session].panes.values()
-        return {self.panes[pane.name]: pane_html(pane, self.choice(values)) for pane in panes}
+        session = values[self.session]
+        session.stop()
+        return {self.panes[pane.name]: pane_html(pane, self.choice(values)) for pane in session.panes.values()}
 
     def _updates(self, panes: Generator[Pane], values: Values) -> Updates:
         """Yield what changes on the page. Closing this, as Gradio does on cancelling, stops the models."""
@@ -221,7 +176,7 @@ class AnswerTab:
     def status_html(self, choice: FuserChoice | None) -> str:
         """Format the state of a fuser's models."""
         if choice is None:
-            return status_html("waiting", _NO_PRIVATE_FUSER if self.private else NO_SHARED_FUSER)
+            return status_html("waiting", TEXTS["no_private_fuser" if self.private else "no_shared_fuser"])
         seconds, pair = self.models.seconds(choice), pair_title(choice)
         if seconds is None:
             return status_html("waiting", f"{pair}: will be loaded when they are needed.")

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from c2c import kv_cache
 from c2c.alignment import Prompt
-from c2c.alignment.base import derange, fit
+from c2c.alignment.base import derange, truncate
 from c2c.errors import PromptError
 from c2c.generation import PrefilledPrompt
 from c2c.integrations import IntegrationError, MissingExtraError
@@ -195,7 +195,7 @@ class C2CLM(HFLM):  # type: ignore[misc]
         Raises:
             PromptError: an empty continuation, or one longer than the model.
         """
-        self._start(requests)
+        self._others = _derangement(requests) if self.system == "deranged" else {}
         scores: list[Likelihood] = super().loglikelihood(requests, disable_tqdm=disable_tqdm)
         return scores
 
@@ -220,8 +220,8 @@ class C2CLM(HFLM):  # type: ignore[misc]
         Raises:
             PromptError: ``max_gen_toks`` leaves no room for a context.
         """
-        self._start(requests)
-        longest = max(normalize_gen_kwargs(r.args[1], self.max_gen_toks)["max_gen_toks"] for r in requests)
+        self._others = _derangement(requests) if self.system == "deranged" else {}
+        longest = max((normalize_gen_kwargs(r.args[1], self.max_gen_toks)["max_gen_toks"] for r in requests), default=0)
         if longest >= self.max_length:
             raise PromptError(
                 f"max_gen_toks is {longest}, and the {self.language_model.role} {self.language_model.name} was made "
@@ -360,13 +360,7 @@ class C2CLM(HFLM):  # type: ignore[misc]
         limits = [self._length(sharer) for sharer in self.pair.sharers]
         too_long = any(theirs.length > limit for theirs, limit in zip(prompt.sharers, limits, strict=True))
         self.counts["sharer contexts truncated"] += too_long
-        return fit(prompt, context.ids, context.cut, limits)
-
-    def _start(self, requests: Sequence[Any]) -> None:
-        """Choose the document whose sharer cache each context of a call gets."""
-        if self.system == "deranged":
-            documents = {request.args[0]: _document(request) for request in reversed(requests)}
-            self._others = _derangement({text: d for text, d in documents.items() if text.strip()})
+        return truncate(prompt, context.ids, context.cut, limits)
 
     def _encode(self, context: str) -> list[int]:
         """Encode a context for the model that answers; an empty one as the token that texts begin with."""
@@ -394,18 +388,18 @@ class C2CLM(HFLM):  # type: ignore[misc]
             self.counts["contexts with nothing to fuse"] += sum(len(c.tokens) < 2 for c in contexts)
 
 
-def _document(request: Any) -> tuple[Any, Any]:
-    """Return task and document of a request; a request that names none is a document of its own."""
-    number = getattr(request, "doc_id", None)
-    return (getattr(request, "task_name", None), request.args[0] if number is None else number)
-
-
-def _derangement(documents: dict[str, tuple[Any, Any]]) -> dict[str, str]:
+def _derangement(requests: Sequence[Any]) -> dict[str, str]:
     """Return for each context the next one of another document, of the same task where there is one.
 
     Raises:
         IntegrationError: all contexts belong to one document.
     """
+    documents: dict[str, tuple[Any, Any]] = {}  # task and number; a request without a number is one of its own
+    for request in requests:
+        text, number = request.args[0], getattr(request, "doc_id", None)
+        if text.strip():
+            document = (getattr(request, "task_name", None), text if number is None else number)
+            documents.setdefault(text, document)
     if len(set(documents.values())) < 2:
         raise IntegrationError("system 'deranged' needs the prompts of at least two documents: raise the limit.")
     texts, chosen = list(documents), {}

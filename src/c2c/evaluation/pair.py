@@ -14,7 +14,7 @@ from c2c.evaluation.config import EvalConfig, EvaluationError
 from c2c.evaluation.prefills import EvaluationPrefills, StoredSharer
 from c2c.fusers import Fuser
 from c2c.fusers.base import load_fuser
-from c2c.handoff import reading
+from c2c.handoff import sharer_prompt
 from c2c.language_model import Sharer
 from c2c.model import C2CModel
 from c2c.private_context import first_user_column
@@ -94,7 +94,7 @@ class Pair:
             (prompt,) = self.model.align([row.messages], options)
             return prompt.receiver.length, prompt.sharers[0].length
         first_user_column(self.receiver.tokenizer, row.messages, options)  # where the entries will stand
-        read = reading(self.sharer.tokenizer, row.sharer_messages or [], options)
+        read = sharer_prompt(self.sharer.tokenizer, row.sharer_messages or [], options)
         return self.receiver.encode([row.messages], options).length, len(read.ids)
 
     def _sharer_of(self, fuser: Fuser, folder: str) -> StoredSharer:

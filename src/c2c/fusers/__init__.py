@@ -5,7 +5,6 @@ A third party adds one with the entry point group ``c2c.fusers``: ``name = "modu
 
 from __future__ import annotations
 
-from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
 from pkgutil import iter_modules
@@ -19,20 +18,12 @@ from c2c.fusers.memory import MemoryConfig, MemoryFuser
 
 
 def families() -> dict[str, type[Fuser]]:
-    """Return all fuser families by name: those of this package, and of others by entry point."""
-    found = dict(_own_families())
-    for entry in entry_points(group="c2c.fusers"):
-        if entry.name not in found:
-            found[entry.name] = entry.load()
-    return found
-
-
-@cache
-def _own_families() -> dict[str, type[Fuser]]:
-    """Collect the families of the modules beside this one."""
+    """Return all fuser families by name: of the modules beside this one, and of other packages by entry point."""
     modules = [import_module(f"{__name__}.{info.name}") for info in iter_modules(__path__)]
     kinds = {value for module in modules for value in vars(module).values() if isinstance(value, type)}
-    return {kind.family: kind for kind in kinds if issubclass(kind, Fuser) and "family" in vars(kind)}
+    own = {kind.family: kind for kind in kinds if issubclass(kind, Fuser) and "family" in vars(kind)}
+    others = [entry for entry in entry_points(group="c2c.fusers") if entry.name not in own]
+    return own | {entry.name: entry.load() for entry in others}
 
 
 def family(name: str) -> type[Fuser]:

@@ -24,6 +24,8 @@ from c2c.rope import Rotary
 from c2c.utils import file_hash, read_json_object, save_atomically
 from c2c.version import __version__
 
+_EXPECTED = "Expected a fuser's folder, as `c2c train` and `c2c convert` write it, or a hub id like 'owner/name'."
+
 
 @dataclass(frozen=True)
 class Entries:
@@ -62,9 +64,9 @@ class Entries:
         return list(zip(fused_keys.unbind(), fused_values.unbind(), strict=True))
 
 
-def split_channels(x: Tensor, batch: int, geometry: KVGeometry) -> tuple[Tensor, Tensor]:
+def split_channels(x: Tensor, batch: int, kv_heads: int) -> tuple[Tensor, Tensor]:
     """Undo :meth:`Entries.channels`: keys and values, ``[layers, batch, kv_heads, tokens, head_dim]`` each."""
-    shaped = x.view(len(x), batch, -1, 2, geometry.kv_heads, x.shape[-1] // (2 * geometry.kv_heads))
+    shaped = x.view(len(x), batch, -1, 2, kv_heads, x.shape[-1] // (2 * kv_heads))
     keys, values = shaped.permute(3, 0, 1, 4, 2, 5).unbind()
     return keys, values
 
@@ -108,6 +110,11 @@ class FuserConfig(PreTrainedConfig):
     alignment: dict[str, Any] | None = None
     training: dict[str, Any] | None = None
     c2c_version: str | None = None
+
+    @property
+    def geometries(self) -> tuple[KVGeometry, KVGeometry]:
+        """Geometry of the sharer's and of the receiver's cache."""
+        return KVGeometry(**self.sharer_kv), KVGeometry(**self.receiver_kv)
 
     @property
     def fused_layers(self) -> list[int]:
@@ -167,19 +174,13 @@ class Fuser(PreTrainedModel):
     def initialise_from_data(self, data: Iterable[AlignedEntries]) -> bool:
         """Set parameters from entries of training prompts, before the first step; by default nothing is set.
 
-        Args:
-            data: batches of aligned entries; read once.
-
         Returns:
             Whether the fuser is of use already, so that training must beat it: it is then scored as step 0.
         """
         return False
 
     def tune(self, score: Callable[[], float]) -> dict[str, Any]:
-        """Choose hyperparameters of a fitted ``closed_form`` fuser on a dev set; by default there are none.
-
-        Args:
-            score: scores the fuser as it is now; higher is better.
+        """Choose hyperparameters of a fitted ``closed_form`` fuser by a dev score; by default there are none.
 
         Returns:
             What was tried and chosen, for the training record.
@@ -216,14 +217,8 @@ class Fuser(PreTrainedModel):
                 f"fuser_options of {cls.family}: unknown {', '.join(unknown)}."
                 f"{''.join(did_you_mean(name, own) for name in unknown)} Known: {', '.join(own) or 'none'}."
             )
-        config = cls.config_class(
-            layer_map=layer_map,
-            sharer_kv=sharer.to_dict(),
-            receiver_kv=receiver.to_dict(),
-            c2c_version=__version__,
-            **options,
-        )
-        return cls(config)
+        shapes: dict[str, Any] = {"sharer_kv": sharer.to_dict(), "receiver_kv": receiver.to_dict()}
+        return cls(cls.config_class(layer_map=layer_map, c2c_version=__version__, **shapes, **options))
 
     @property
     def trained(self) -> bool:
@@ -231,11 +226,9 @@ class Fuser(PreTrainedModel):
         return self.config.training is not None
 
     def expected_identity(self, role: str, given: ModelIdentity) -> ModelIdentity:
-        """The identity that this fuser was made for: the recorded one, or at least its cache geometry.
+        """Return the identity of the ``sharer`` or ``receiver`` that this fuser was made for.
 
-        Args:
-            role: ``sharer`` or ``receiver``.
-            given: the model at hand, whose architecture stands in where none is recorded.
+        Where none is recorded, it is the recorded cache geometry with the architecture of the model at hand.
         """
         recorded: ModelIdentity | None = self.config.identity(role)
         if recorded is not None:
@@ -271,14 +264,14 @@ def load_fuser(source: str | Path, **kwargs: Any) -> Fuser:
             hint = " It looks like a published checkpoint: run `c2c convert`, or C2CModel.from_published."
         raise FuserError(f"{source} holds no fuser: config.json is missing.{hint} {_EXPECTED}")
     config = read_json_object(path, FuserError)
-    name = str(config.get("model_type", "")).removeprefix("c2c_fuser_")
-    if not str(config.get("model_type", "")).startswith("c2c_fuser_"):
+    kind = str(config.get("model_type", ""))
+    if not kind.startswith("c2c_fuser_"):
         raise FuserError(
             f"{source} is not a fuser: model_type is {config.get('model_type')!r}, expected 'c2c_fuser_<family>'. "
             "A model goes to --receiver or --sharer; for a published checkpoint run `c2c convert`, or use "
             "C2CModel.from_published."
         )
-    return _load_weights(family(name), folder, kwargs)
+    return _load_weights(family(kind.removeprefix("c2c_fuser_")), folder, kwargs)
 
 
 def _load_weights(kind: type[Fuser], folder: Path, kwargs: dict[str, Any]) -> Fuser:
@@ -288,13 +281,10 @@ def _load_weights(kind: type[Fuser], folder: Path, kwargs: dict[str, Any]) -> Fu
     except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
         raise FuserError(f"{folder} holds no whole fuser (config.json and model.safetensors): {error}") from error
     fuser, info = loaded
-    wrong = {
-        what: sorted(map(str, info.get(what) or [])) for what in ("missing_keys", "unexpected_keys", "mismatched_keys")
-    }
+    wrong = {what: sorted(map(str, info[what])) for what in ("missing_keys", "unexpected_keys", "mismatched_keys")}
     if any(wrong.values()):
         raise FuserError(f"{folder / 'model.safetensors'} does not fit its config.json: {wrong}")
-    result: Fuser = fuser
-    result.eval()
+    result: Fuser = fuser.eval()
     return result
 
 
@@ -304,7 +294,13 @@ def resolve(source: str | Path) -> Path:
     if path.is_dir():
         return path
     if path.is_file():
-        raise ModelLoadError(f"{source} is a file{_what_file(path)}. {_EXPECTED}")
+        try:
+            with safe_open(path, framework="pt") as file:
+                handoff = "manifest" in (file.metadata() or {})
+        except (SafetensorError, OSError):
+            handoff = False
+        hint = " of a handoff, which goes to sharer_messages as Handoff.load(FILE)" if handoff else ""
+        raise ModelLoadError(f"{source} is a file{hint or f', perhaps of the fuser in {path.parent}'}. {_EXPECTED}")
     beside = [other.name for other in path.parent.iterdir() if other.is_dir()] if path.parent.is_dir() else []
     if str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
         raise ModelLoadError(f"no such folder: {source}.{did_you_mean(path.name, beside)} {_EXPECTED}")
@@ -317,20 +313,6 @@ def resolve(source: str | Path) -> Path:
         ) from error
 
 
-_EXPECTED = "Expected a fuser's folder, as `c2c train` and `c2c convert` write it, or a hub id like 'owner/name'."
-
-
-def _what_file(path: Path) -> str:
-    """Describe a file that was given in place of a fuser's folder."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            if "manifest" in (file.metadata() or {}):
-                return " of a handoff, which goes to sharer_messages as Handoff.load(FILE)"
-    except (SafetensorError, OSError):
-        return ""
-    return f", perhaps of the fuser in {path.parent}"
-
-
 def fuser_hash(folder: str) -> str:
     """Return the sha256 of a fuser's weights."""
     return file_hash(resolve(folder) / "model.safetensors")
@@ -340,9 +322,7 @@ def training_facts(fuser: Any) -> dict[str, Any]:
     """Return what distinguishes one trained fuser from another, without its lists of data."""
     record = fuser.config.training or {}
     config = record.get("config")
-    settings = config if isinstance(config, dict) else {}
-    return {
-        "family": fuser.family,
-        "step": record.get("step"),
-        "config": {key: value for key, value in settings.items() if key not in ("train", "dev", "exclude")},
-    }
+    settings = dict(config) if isinstance(config, dict) else {}
+    for data in ("train", "dev", "exclude"):
+        settings.pop(data, None)
+    return {"family": fuser.family, "step": record.get("step"), "config": settings}

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from c2c.errors import FuserError
 from c2c.fusers.base import AlignedEntries, Entries, Fuser, FuserConfig, split_channels
 from c2c.fusers.ridge import float64
-from c2c.kv_cache import KeyValue, KVGeometry
+from c2c.kv_cache import KeyValue
 
 
 @strict
@@ -40,18 +40,14 @@ class BottleneckFuser(Fuser):
     family: ClassVar[str] = "bottleneck"
     needs_rotary: ClassVar[bool] = True
     # a gate rounded to bfloat16 cannot move by small steps
-    _keep_in_fp32_modules_strict = [  # noqa: RUF012 - as the base class has it
-        "gate_logit",
-        "head_weight",
-        "head_bias",
-    ]
+    _keep_in_fp32_modules_strict = ["gate_logit", "head_weight", "head_bias"]  # noqa: RUF012 - as the base class has it
 
     mean: Tensor
     scale: Tensor
 
     def __init__(self, config: BottleneckConfig) -> None:
         super().__init__(config)
-        sharer, receiver = KVGeometry(**config.sharer_kv), KVGeometry(**config.receiver_kv)
+        sharer, receiver = config.geometries
         layers, rank, inputs = len(config.fused_layers), config.rank, 2 * (sharer.width + receiver.width)
         self.register_buffer("mean", torch.zeros(layers, 1, inputs))
         self.register_buffer("scale", torch.ones(layers, 1, inputs))
@@ -95,14 +91,9 @@ class BottleneckFuser(Fuser):
         x = (self._features(sharer, receiver) - self.mean) / self.scale
         hidden = nn.functional.gelu(torch.baddbmm(self.down_bias, x, self.down))
         delta = torch.baddbmm(self.up_bias, hidden, self.up).to(self.up.dtype)  # autocast would rotate in bfloat16
-        weight = self._weights(hidden)
-        geometry = KVGeometry(**self.config.receiver_kv)
-        keys, values = (
-            part * factor.to(part.dtype)
-            for part, factor in zip(
-                split_channels(delta, batch, geometry), split_channels(weight, batch, geometry), strict=True
-            )
-        )
+        heads = self.config.receiver_kv["kv_heads"]
+        parts, factors = (split_channels(side, batch, heads) for side in (delta, self._weights(hidden)))
+        keys, values = (part * factor.to(part.dtype) for part, factor in zip(parts, factors, strict=True))
         return receiver.plus(keys, values)
 
     def _features(self, sharer: Entries, receiver: Entries) -> Tensor:

@@ -7,7 +7,8 @@ per layer decides whether anything is added. Keys are read as they lie in the ca
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from c2c.errors import FuserError
 from c2c.fusers.base import Entries, Fuser, FuserConfig
-from c2c.kv_cache import KeyValue, KVGeometry
+from c2c.kv_cache import KeyValue
 
 KINDS = ("key", "value")
 _PUBLISHED_STEPS = 1929
@@ -68,18 +69,10 @@ class ResidualBlock(nn.Module):
         return x + nn.functional.dropout(out, self.dropout, self.training)
 
 
-class ResidualStack(nn.Module):
-    """Blocks one after the other; the attribute name is that of the published state dict."""
-
-    def __init__(self, blocks: int, width: int, inner: int, dropout: float) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList([ResidualBlock(width, inner, dropout) for _ in range(blocks)])
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map ``[..., width]`` to the same shape."""
-        for block in self.blocks:
-            x = block(x)
-        return x
+def _residual_blocks(count: int, width: int, inner: int, dropout: float) -> nn.Module:
+    """Chain blocks, under the attribute name of the published state dict."""
+    blocks = nn.Sequential(*(ResidualBlock(width, inner, dropout) for _ in range(count)))
+    return nn.Sequential(OrderedDict(blocks=blocks))
 
 
 class Projector(nn.Module):
@@ -87,16 +80,16 @@ class Projector(nn.Module):
 
     def __init__(self, config: C2CFuserConfig) -> None:
         super().__init__()
-        sharer, receiver = KVGeometry(**config.sharer_kv), KVGeometry(**config.receiver_kv)
+        sharer, receiver = config.geometries
         width, inner, dropout = config.hidden_dim, config.intermediate_dim, config.dropout
         for kind in KINDS:
             self.register_parameter(f"{kind}_gate_logit", nn.Parameter(torch.zeros(())))
         for kind in KINDS:
             self.add_module(f"{kind}_in", nn.Linear(sharer.width + receiver.width, width))
-            self.add_module(f"{kind}_mlp1", ResidualStack(1, width, inner, dropout))
-            self.add_module(f"{kind}_scalar_mlp2", ResidualStack(1, width, width, dropout))
+            self.add_module(f"{kind}_mlp1", _residual_blocks(1, width, inner, dropout))
+            self.add_module(f"{kind}_scalar_mlp2", _residual_blocks(1, width, width, dropout))
             self.add_module(f"{kind}_scalar_head", nn.Linear(width, receiver.kv_heads))
-            self.add_module(f"{kind}_proj_mlp2", ResidualStack(config.num_layers - 2, width, inner, dropout))
+            self.add_module(f"{kind}_proj_mlp2", _residual_blocks(config.num_layers - 2, width, inner, dropout))
             self.add_module(f"{kind}_proj_out", nn.Linear(width, receiver.width))
             if config.zero_init:
                 nn.init.zeros_(self.get_parameter(f"{kind}_proj_out.weight"))
@@ -106,7 +99,8 @@ class Projector(nn.Module):
         """Return ``receiver + gate * weight * projection``; all ``[batch, kv_heads, tokens, head_dim]``."""
         batch, heads, tokens, dim = receiver.shape
         weight_dtype = self.get_parameter(f"{kind}_in.weight").dtype
-        x = torch.cat([_flatten(sharer), _flatten(receiver)], dim=-1).to(weight_dtype)
+        # to [batch, tokens, kv_heads * head_dim], head 0 first
+        x = torch.cat([side.transpose(1, 2).flatten(2) for side in (sharer, receiver)], dim=-1).to(weight_dtype)
         hidden = self.get_submodule(f"{kind}_mlp1")(self.get_submodule(f"{kind}_in")(x))
         feature = self.get_submodule(f"{kind}_proj_out")(self.get_submodule(f"{kind}_proj_mlp2")(hidden))
         feature = feature.view(batch, tokens, heads, dim).transpose(1, 2)
@@ -150,10 +144,15 @@ class C2CFuser(Fuser):
 
     def forward(self, sharer: Entries, receiver: Entries) -> list[KeyValue]:
         """See :meth:`Fuser.forward`."""
-        return [
-            self._fuse_layer(projector, sharer.layer(index), receiver.layer(index))
-            for index, projector in enumerate(self.layers)
-        ]
+        projectors: Iterable[Any] = self.layers
+        fused = []
+        for index, projector in enumerate(projectors):
+            keys, values = (
+                projector.fuse(kind, theirs, ours, self._gate(projector.get_parameter(f"{kind}_gate_logit"), ours))
+                for kind, theirs, ours in zip(KINDS, sharer.layer(index), receiver.layer(index), strict=True)
+            )
+            fused.append((keys, values))
+        return fused
 
     def gates(self) -> Tensor:
         """Return 0 or 1 for every layer, ``[layers, 2]``."""
@@ -164,13 +163,6 @@ class C2CFuser(Fuser):
         rows = [torch.stack([p.get_parameter(f"{kind}_gate_logit") for kind in KINDS]) for p in self.layers]
         return torch.stack(rows).detach()
 
-    def _fuse_layer(self, projector: Any, sharer: KeyValue, receiver: KeyValue) -> KeyValue:
-        keys, values = (
-            projector.fuse(kind, theirs, ours, self._gate(projector.get_parameter(f"{kind}_gate_logit"), ours))
-            for kind, theirs, ours in zip(KINDS, sharer, receiver, strict=True)
-        )
-        return keys, values
-
     def _gate(self, logit: Tensor, receiver: Tensor) -> Tensor:
         if not self.training:
             return hard_gate(logit)
@@ -179,21 +171,11 @@ class C2CFuser(Fuser):
         return gumbel_gate(logit, uniform, self.temperature)
 
 
-def _flatten(x: Tensor) -> Tensor:
-    """Reshape ``[batch, heads, tokens, dim]`` to ``[batch, tokens, heads * dim]``, head 0 first."""
-    return x.transpose(1, 2).flatten(2)
-
-
 def gumbel_gate(logit: Tensor, uniform: Tensor, temperature: float) -> Tensor:
     """Compute the published training gate, ``sigmoid((logit + g) / T)`` with a single Gumbel draw ``g``.
 
     One draw and not the difference of two, so at logit 0 it is open in 63 % of the draws; kept, because published
-    fusers were trained so.
-
-    Args:
-        logit: scalar.
-        uniform: numbers from [0, 1), of the shape wanted.
-        temperature: ``T``, above 0.
+    fusers were trained so. ``uniform`` are numbers from [0, 1), of the shape wanted; ``logit`` is a scalar.
     """
     noise = -torch.log(-torch.log(uniform + 1e-20) + 1e-20)
     return torch.sigmoid((logit + noise) / temperature)

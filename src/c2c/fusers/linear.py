@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from c2c.errors import FuserError
 from c2c.fusers.base import AlignedEntries, Entries, Fuser, FuserConfig, split_channels
 from c2c.fusers.ridge import RidgeRegression
-from c2c.kv_cache import KeyValue, KVGeometry
+from c2c.kv_cache import KeyValue
 
 BLENDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
@@ -58,7 +58,7 @@ class LinearFuser(Fuser):
     def __init__(self, config: LinearConfig) -> None:
         super().__init__(config)
         _check(config.blend)
-        sharer, receiver = KVGeometry(**config.sharer_kv), KVGeometry(**config.receiver_kv)
+        sharer, receiver = config.geometries
         layers, inputs, outputs = len(config.fused_layers), 2 * sharer.width, 2 * receiver.width
         # parameters and not buffers, since a model finds its device and type by them; never trained
         self.weight = nn.Parameter(torch.zeros(layers, inputs, outputs), requires_grad=False)
@@ -121,7 +121,7 @@ class LinearFuser(Fuser):
         batch, heads, _, dim = receiver.keys[0].shape
         blend = self.blend.float().repeat_interleave(heads * dim, dim=1).unsqueeze(1)
         delta = blend * (self.predict(sharer) - receiver.channels())
-        return receiver.plus(*split_channels(delta, batch, KVGeometry(**self.config.receiver_kv)))
+        return receiver.plus(*split_channels(delta, batch, heads))
 
     def predict(self, sharer: Entries) -> Tensor:
         """Predict the receiver's entries from the sharer's, ``[layers, batch * tokens, outputs]``, float32."""

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from c2c.errors import FuserError
 from c2c.fusers.base import AlignedEntries, Entries, Fuser, FuserConfig, split_channels
 from c2c.fusers.ridge import RidgeRegression
-from c2c.kv_cache import KeyValue, KVGeometry
+from c2c.kv_cache import KeyValue
 
 
 @strict
@@ -65,8 +65,15 @@ class MemoryFuser(Fuser):
 
     def __init__(self, config: MemoryConfig) -> None:
         super().__init__(config)
-        sharer, receiver = KVGeometry(**config.sharer_kv), KVGeometry(**config.receiver_kv)
-        self._check(config, receiver)
+        sharer, receiver = config.geometries
+        if len(config.fused_layers) != receiver.layers:
+            missing = [index for index, source in enumerate(config.layer_map) if source is None]
+            raise FuserError(
+                f"a memory fuser needs a sharer layer for each of the receiver's {receiver.layers} layers, since every "
+                f"layer's cache grows; the layer map leaves out {missing}."
+            )
+        if config.slots is not None and config.slots < 0:
+            raise FuserError(f"slots is {config.slots}; expected None (one per position), or a number from 0.")
         layers, inputs, outputs = receiver.layers, 2 * sharer.width, 2 * receiver.width
         self.register_buffer("mean", torch.zeros(layers, 1, inputs))
         self.register_buffer("scale", torch.ones(layers, 1, inputs))
@@ -125,7 +132,7 @@ class MemoryFuser(Fuser):
         if self.config.slots is not None:
             shape = (len(entries), batch, positions, -1)
             entries = self._pool(entries.view(shape), hidden.view(shape), mask).flatten(1, 2)
-        keys, values = split_channels(entries, batch, KVGeometry(**self.config.receiver_kv))
+        keys, values = split_channels(entries, batch, self.config.receiver_kv["kv_heads"])
         return list(zip(keys.unbind(), values.unbind(), strict=True))
 
     def _pool(self, entries: Tensor, hidden: Tensor, mask: Tensor | None) -> Tensor:
@@ -136,14 +143,3 @@ class MemoryFuser(Fuser):
         if mask is not None:
             scores = scores.masked_fill(~mask[None, :, None, :], float("-inf"))
         return torch.einsum("lbsp,lbpo->lbso", scores.softmax(-1), entries)
-
-    @staticmethod
-    def _check(config: MemoryConfig, receiver: KVGeometry) -> None:
-        if len(config.fused_layers) != receiver.layers:
-            missing = [index for index, source in enumerate(config.layer_map) if source is None]
-            raise FuserError(
-                f"a memory fuser needs a sharer layer for each of the receiver's {receiver.layers} layers, since every "
-                f"layer's cache grows; the layer map leaves out {missing}."
-            )
-        if config.slots is not None and config.slots < 0:
-            raise FuserError(f"slots is {config.slots}; expected None (one per position), or a number from 0.")

@@ -43,13 +43,7 @@ class RidgeRegression:
         self._sums: list[Tensor] = []
 
     def add(self, x: Tensor, y: Tensor, weight: Tensor | None = None) -> None:
-        """Add pairs.
-
-        Args:
-            x: ``[layers, pairs, inputs]``.
-            y: ``[layers, pairs, outputs]``.
-            weight: weight of each pair, ``[layers, pairs]``; 1 by default.
-        """
+        """Add pairs, ``[layers, pairs, inputs]`` and ``[layers, pairs, outputs]``, with weights ``[layers, pairs]``."""
         x, y = float64(x), float64(y)
         w = x.new_ones(x.shape[:2]) if weight is None else float64(weight).to(x.device)
         weighted = (x * w.unsqueeze(-1)).transpose(1, 2)
@@ -59,11 +53,9 @@ class RidgeRegression:
         self.pairs += x.shape[1]
 
     def solve(self, ridge: float) -> AffineMap:
-        """Solve for the map.
+        """Solve for the map with a penalty relative to each input channel's variance.
 
-        Args:
-            ridge: penalty, relative to each input channel's variance: channels are scaled to unit variance first, so
-                that keys, which are large in many models, do not outweigh values.
+        Channels are scaled to unit variance first, so that keys, which are large in many models, don't outweigh values.
 
         Raises:
             FuserError: an impossible penalty, fewer than two pairs, no weight in some layer, or singular equations.
@@ -82,13 +74,10 @@ class RidgeRegression:
         mean, bias = sum_x / total, sum_y / total
         covariance = xx / total - mean.transpose(1, 2) @ mean
         cross = xy / total - mean.transpose(1, 2) @ bias
-        deviation = covariance.diagonal(dim1=1, dim2=2).unsqueeze(1).clamp_min(1e-8).sqrt()
-        return AffineMap(self._solve(covariance, xx / total, cross, ridge), mean, deviation, bias)
-
-    def _solve(self, covariance: Tensor, moment: Tensor, cross: Tensor, ridge: float) -> Tensor:
-        """Solve ``(covariance + ridge * variances) W = cross`` by Cholesky, all layers at once."""
+        # solve (covariance + ridge * variances) W = cross by Cholesky, all layers at once
         variance = covariance.diagonal(dim1=1, dim2=2)
-        constant = variance <= 1e-12 * moment.diagonal(dim1=1, dim2=2)  # the rest is rounding
+        deviation = variance.unsqueeze(1).clamp_min(1e-8).sqrt()
+        constant = variance <= 1e-12 * (xx / total).diagonal(dim1=1, dim2=2)  # the rest is rounding
         scale = torch.where(constant, math.inf, variance.clamp_min(0).sqrt()).unsqueeze(-1)
         matrix = covariance / (scale * scale.transpose(1, 2))  # a constant channel is 0 here, and predicts nothing
         matrix.diagonal(dim1=1, dim2=2).add_(ridge + constant)
@@ -98,7 +87,7 @@ class RidgeRegression:
                 f"the normal equations of {int(failed.count_nonzero())} layers are singular with ridge {ridge}: "
                 f"{self.pairs} pairs for {matrix.shape[-1]} channels. Raise the ridge (1e-2), or give more examples."
             )
-        return torch.cholesky_solve(cross / scale, factor) / scale
+        return AffineMap(torch.cholesky_solve(cross / scale, factor) / scale, mean, deviation, bias)
 
 
 def float64(x: Tensor) -> Tensor:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import gzip
-import json
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
@@ -24,21 +22,14 @@ from c2c.version import __version__
 
 
 class PrefillStream(StreamingResponse):
-    """Stream the records of a job, cut at a deadline even where the client does not read what is sent.
-
-    Args:
-        job: the prefill.
-        first: facts for the first record.
-        deadline: on the monotonic clock.
-        record: gets what is logged.
-    """
+    """Stream the records of a job, cut at a deadline (on the monotonic clock) even where the client does not read."""
 
     def __init__(self, job: PrefillJob, first: dict[str, Any], deadline: float, record: RequestRecord) -> None:
         super().__init__(job.records(first), media_type=MEDIA_TYPE)
         self._job, self._deadline, self._record = job, deadline, record
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send."""
+        """Send, and record what is logged."""
         try:
             async with asyncio.timeout(max(0.0, self._deadline - time.monotonic())):
                 await super().__call__(scope, receive, send)
@@ -46,9 +37,8 @@ class PrefillStream(StreamingResponse):
             pass  # the connection is closed without the last record, which the client notices
         finally:
             self._job.stop()
-            facts = dict(self._job.facts)
-            self._record.code = facts.pop("code")
-            self._record.facts |= facts
+            self._record.code = self._job.facts.pop("code")
+            self._record.facts |= self._job.facts
 
 
 def build_app(worker: PrefillWorker, config: HTTPConfig) -> FastAPI:
@@ -57,10 +47,10 @@ def build_app(worker: PrefillWorker, config: HTTPConfig) -> FastAPI:
     Raises:
         ServerError: keys that can't be used, or none and an address that others can reach.
     """
-    router = APIRouter()
+    router, made = APIRouter(), worker.handshake
     handshakes = {
-        wanted: gzip.compress(json.dumps(made.to_dict()).encode())
-        for wanted, made in ((True, worker.handshake), (False, replace(worker.handshake, tokenizer=None)))
+        wanted: gzip.compress(made.model_dump_json(exclude=None if wanted else {"tokenizer"}).encode())
+        for wanted in (True, False)
     }
 
     @router.get(HANDSHAKE_PATH)

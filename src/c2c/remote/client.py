@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal, Never, Self, TypeVar, cast
@@ -20,31 +20,20 @@ from transformers import Cache
 from c2c import kv_cache
 from c2c.errors import CacheError, MismatchError, RemoteError, SharerLost
 from c2c.fusers import Fuser
-from c2c.handoff import Handoff, Packed, Precision, Reading
+from c2c.handoff import PRECISIONS, Handoff, Precision, QuantizedTensor, SharerPrompt
 from c2c.identity import ModelIdentity, differences, identify
 from c2c.kv_cache import KVGeometry
-from c2c.language_model import Sharer, Wanted
-from c2c.remote.connection import Connection, Loss, Traffic, check_unchanged, ssl_context
+from c2c.language_model import EntrySelection, Sharer
+from c2c.remote.connection import Connection, Loss, check_unchanged, read_json, ssl_context
 from c2c.remote.handoff import PartialHandoff
 from c2c.remote.model_stub import build_model, load_tokenizer, load_tokenizer_files
 from c2c.remote.protocol import HANDSHAKE_PATH, PREFILL_PATH, Handshake, PrefillRequest, fuser_hash, slots_of
-from c2c.remote.wire import (
-    NUMBER_BYTES,
-    OVERHEAD,
-    PRECISIONS,
-    Record,
-    WireError,
-    native,
-    packed_bytes,
-    read_records,
-    spread,
-    unpack,
-)
+from c2c.remote.wire import OVERHEAD, Record, WireError, native, packed_bytes, read_records, spread, unpack
 from c2c.serving.http_config import is_loopback, read_keys
 from c2c.tokens import TokenBatch
 
 T = TypeVar("T")
-Rows = list[tuple[Packed, Packed]]  # keys and values of each row of a layer
+Rows = list[tuple[QuantizedTensor, QuantizedTensor]]  # keys and values of each row of a layer
 _LARGEST_HANDSHAKE = 1 << 28
 
 
@@ -72,6 +61,7 @@ class RemoteSharer(Sharer):
 
     Attributes:
         precision: of entries on the wire.
+        traffic: what has crossed since the connection was made.
 
     Raises:
         RemoteError: the server can't be reached, refuses, or is no such server; later ``SharerLost`` in its place with
@@ -102,8 +92,11 @@ class RemoteSharer(Sharer):
         trust = ssl_context(verify, client_cert or os.environ.get("C2C_CLIENT_CERT"))
         self._connection = Connection(url, token, trust, timeout, retries)
         self.url, self.on_failure, self._wanted = self._connection.url, on_failure, precision
+        self.traffic = self._connection.traffic
         self._fuser: Fuser | None = None
-        made = self._handshake = self._shake_hands(with_tokenizer=tokenizer is None)
+        path = HANDSHAKE_PATH + ("?tokenizer=true" if tokenizer is None else "")
+        read = partial(read_json, largest=_LARGEST_HANDSHAKE)
+        made = self._handshake = Handshake.from_dict(self._connection.call(path, read), self.url)
         if tokenizer is not None:
             tokenizer = load_tokenizer(tokenizer)
         elif made.tokenizer is not None:
@@ -118,11 +111,6 @@ class RemoteSharer(Sharer):
     def device(self) -> torch.device:
         """Where entries arrive: the host."""
         return torch.device("cpu")
-
-    @property
-    def traffic(self) -> Traffic:
-        """What has crossed since the connection was made."""
-        return self._connection.traffic
 
     @property
     def lost(self) -> Loss | None:
@@ -145,7 +133,7 @@ class RemoteSharer(Sharer):
         """Close the connection."""
         self._connection.close()
 
-    def share(self, batch: TokenBatch, wanted: Wanted) -> Cache:
+    def share(self, batch: TokenBatch, wanted: EntrySelection) -> Cache:
         """Return the wanted entries at their places; other columns are zero, and other layers empty.
 
         A batch with more tokens than the server takes at a time is sent in parts.
@@ -159,8 +147,8 @@ class RemoteSharer(Sharer):
             self._cache(batch.select(range(i, min(i + most, batch.rows))), columns[i : i + most], layers, wanted.stop)
             for i in range(0, batch.rows, most)
         ]
-        by_layer = zip(*(kv_cache.layers(cache) for cache in parts), strict=True)
-        return parts[0] if len(parts) == 1 else kv_cache.from_layers(map(_stacked, by_layer))
+        layered = zip(*(kv_cache.layers(cache) for cache in parts), strict=True)
+        return kv_cache.from_layers((torch.cat([k for k, _ in x]), torch.cat([v for _, v in x])) for x in layered)
 
     def prefill(self, batch: TokenBatch, stop: int | None = None, cache: Cache | None = None) -> Cache:
         """Return the whole cache of the first ``stop`` columns: every layer crosses.
@@ -191,71 +179,60 @@ class RemoteSharer(Sharer):
 
     # -- handoffs ----------------------------------------------------------------------------------------------------
 
-    def _read_prompt(self, plan: Reading, tokens: TokenBatch, cache: Cache, draft_tokens: int) -> Handoff:
-        known = kv_cache.length(cache) if cache.layers else 0
-        kept = torch.tensor(plan.kept) if self._fuser is not None else torch.arange(known, tokens.length)
-        layers = self._fuser.config.source_layers if self._fuser is not None else range(self.geometry.layers)
-        request = self._request(tokens, [kept], sorted(set(layers)), tokens.length, draft_tokens=draft_tokens)
+    def _read_prompt(self, plan: SharerPrompt, tokens: TokenBatch, cache: Cache, draft_tokens: int) -> Handoff:
         if self._fuser is not None:
-            return self._read_for(self._fuser, request, plan)
+            layers, kept = sorted(set(self._fuser.config.source_layers)), torch.tensor(plan.kept)
+            return self._read_for(self._fuser, self._request(tokens, [kept], layers, draft_tokens=draft_tokens), plan)
+        known = kv_cache.length(cache) if cache.layers else 0
+        columns, layers = torch.arange(known, tokens.length), list(range(self.geometry.layers))
+        request = self._request(tokens, [columns], layers, draft_tokens=draft_tokens)
         drafted, found = self._prefilled(request, itemgetter(0))
         ids, kept = plan.followed_by(drafted).tensors()
         if not known:
             return Handoff(self.identity, ids, kept, list(found.values()), cast(Precision, self.precision))
-        new = [(keys.unpack(self.dtype), values.unpack(self.dtype)) for keys, values in found.values()]
-        joined = [
-            (torch.cat([old[0], keys], dim=2), torch.cat([old[1], values], dim=2))
-            for old, (keys, values) in zip(kv_cache.layers(cache), new, strict=True)
-        ]
-        return Handoff.from_cache(self.identity, ids, kept, joined)
+        new = [(keys.dequantize(self.dtype), values.dequantize(self.dtype)) for keys, values in found.values()]
+        return Handoff.from_cache(self.identity, ids, kept, kv_cache.layers(kv_cache.append(cache, new)))
 
-    def _read_for(self, fuser: Fuser, request: PrefillRequest, plan: Reading) -> PartialHandoff:
-        """What a fuser needs, whichever is less: entries of the layers that it reads, or what becomes of them."""
+    def _read_for(self, fuser: Fuser, request: PrefillRequest, plan: SharerPrompt) -> PartialHandoff:
+        """Read what a fuser needs, whichever is less: entries of its layers, or what it makes of them."""
         projected = self._projected(request, fuser)
+        drafted, found = self._prefilled(projected or request, itemgetter(0))
+        ids, kept = plan.followed_by(drafted).tensors()
+        size = sum(keys.nbytes + values.nbytes for keys, values in found.values())
         if projected is not None:
-            geometry, most = KVGeometry(**fuser.config.receiver_kv), slots_of(fuser) or 0
-            drafted, found = self._prefilled(projected, itemgetter(0), geometry, most)
-            ids, kept = plan.followed_by(drafted).tensors()
             entries = [
-                (keys.unpack(fuser.dtype).to(fuser.device), values.unpack(fuser.dtype).to(fuser.device))
+                (keys.dequantize(fuser.dtype).to(fuser.device), values.dequantize(fuser.dtype).to(fuser.device))
                 for keys, values in found.values()
             ]
-            precision, layers, held = cast(Precision, projected.precision), [], frozenset[int]()
-        else:
-            drafted, found = self._prefilled(request, itemgetter(0))
-            ids, kept = plan.followed_by(drafted).tensors()
-            like, none = self._zeros(1, len(ids)), Packed(self._zeros(1, 0))
-            placed = {index: spread([pair], [kept], like) for index, pair in found.items()}
-            layers = [
-                (Packed(placed[index][0]), Packed(placed[index][1])) if index in placed else (none, none)
-                for index in range(self.geometry.layers)
-            ]
-            precision, entries, held = cast(Precision, native(self.dtype)), None, frozenset(found)
-        size, name = sum(k.nbytes + v.nbytes for k, v in found.values()), projected.fuser if projected else None
-        return PartialHandoff(self.identity, ids, kept, layers, precision, held, name, entries, size)
+            made: dict[str, Any] = {"fuser": projected.fuser, "entries": entries, "wire_bytes": size}
+            return PartialHandoff(self.identity, ids, kept, [], cast(Precision, projected.precision), **made)
+        like, none = self._zeros(1, len(ids)), self._zeros(1, 0)
+        placed = {index: spread([pair], [kept], like) for index, pair in found.items()}
+        pairs = [placed.get(index, (none, none)) for index in range(self.geometry.layers)]
+        layers = [(QuantizedTensor(keys), QuantizedTensor(values)) for keys, values in pairs]
+        precision = cast(Precision, native(self.dtype))
+        return PartialHandoff(self.identity, ids, kept, layers, precision, wire_bytes=size)
 
     def _projected(self, request: PrefillRequest, fuser: Fuser) -> PrefillRequest | None:
-        """The request for projected entries, where the server has this fuser and they are fewer bytes."""
+        """Return the request for projected entries, where the server has this fuser and they are fewer bytes."""
         if not self._handshake.fusers or (name := fuser_hash(fuser)) not in self._handshake.fusers:
             return None
         receiver, precision = KVGeometry(**fuser.config.receiver_kv), self._precision_for(fuser.dtype)
-        columns = len(request.columns[0]) + request.draft_tokens
-        slots = columns if slots_of(fuser) is None else slots_of(fuser)
+        columns, slots = len(request.columns[0]) + request.draft_tokens, slots_of(fuser)
         raw = packed_bytes(self.geometry, len(request.layers), columns, request.precision)
-        made = packed_bytes(receiver, receiver.layers, slots or 0, precision)
-        return replace(request, fuser=name, precision=precision) if made < raw else None
+        made = packed_bytes(receiver, receiver.layers, columns if slots is None else slots, precision)
+        return request.model_copy(update={"fuser": name, "precision": precision}) if made < raw else None
 
     # -- requests ----------------------------------------------------------------------------------------------------
 
     def _request(
-        self, batch: TokenBatch, columns: Sequence[Tensor], layers: Sequence[int], stop: int, **more: Any
+        self, batch: TokenBatch, columns: Sequence[Tensor], layers: list[int], stop: int | None = None, **more: Any
     ) -> PrefillRequest:
-        return PrefillRequest.from_batch(
-            self.identity, batch, columns, layers, stop=stop, precision=self.precision, **more
-        )
+        more |= {"stop": batch.length if stop is None else stop, "precision": self.precision}
+        return PrefillRequest.from_batch(self.identity, batch, columns, layers, **more)
 
     def _cache(self, batch: TokenBatch, columns: Sequence[Tensor], layers: list[int], stop: int) -> Cache:
-        """Entries of a shared prompt in a cache of ``stop`` columns."""
+        """Return the entries of a shared prompt in a cache of ``stop`` columns."""
         self.check_tokens(batch)
         like, none = self._zeros(batch.rows, stop), self._zeros(batch.rows, 0)
         found = dict.fromkeys(layers, (like, like))  # rows of which nothing is read
@@ -264,31 +241,23 @@ class RemoteSharer(Sharer):
             found = self._prefilled(request, lambda rows: spread(rows, columns, like))[1]
         return kv_cache.from_layers(found.get(index, (none, none)) for index in range(self.geometry.layers))
 
-    def _prefilled(
-        self, request: PrefillRequest, use: Callable[[Rows], T], geometry: KVGeometry | None = None, slots: int = 0
-    ) -> tuple[list[int], dict[int, T]]:
-        """Post a request and use each layer as it arrives, while the server makes the next.
-
-        Args:
-            request: what is wanted.
-            use: called with the rows of each layer.
-            geometry: of projected entries; the sharer's own without.
-            slots: of projected entries at most, where they are more than the columns.
+    def _prefilled(self, request: PrefillRequest, use: Callable[[Rows], T]) -> tuple[list[int], dict[int, T]]:
+        """Post a request, and call ``use`` with the rows of each layer as it arrives, while the next one is made.
 
         Returns:
             What was drafted, and what ``use`` returned for each layer.
         """
-        layers = request.layers if geometry is None else list(range(geometry.layers))
-        geometry, body = geometry or self.geometry, request.encode()
-        columns = max(slots, sum(map(len, request.columns)) + request.draft_tokens)
+        geometry, layers = self.geometry, request.layers
+        columns = sum(map(len, request.columns)) + request.draft_tokens
+        if request.fuser is not None and self._fuser is not None:
+            geometry = KVGeometry(**self._fuser.config.receiver_kv)
+            layers, columns = list(range(geometry.layers)), max(columns, slots_of(self._fuser) or 0)
         largest = packed_bytes(geometry, 1, columns, request.precision) + len(request.ids) * OVERHEAD
 
         def read(pieces: Iterator[bytes]) -> tuple[list[int], dict[int, T]]:
             records, found = read_records(pieces, largest), cast(dict[int, T], {})
             drafted, counts = self._begun(next(records), request)
-            for record in records:
-                if record.kind == "end":
-                    break
+            while (record := next(records)).kind != "end":
                 index = self._manifest(record, "layer").get("layer")
                 if index not in layers or index in found:
                     raise WireError(f"layer {index!r} was not asked for.")
@@ -302,7 +271,7 @@ class RemoteSharer(Sharer):
                 advice = "Use a fuser that reads these, or start it with other --layers."
                 message = f"the sharer at {self.url} does not share layers {missing}, only {self._handshake.layers}."
                 raise RemoteError(f"{message} {advice}", "layer")
-            return self._connection.call(PREFILL_PATH, read, body, self.identity)
+            return self._connection.call(PREFILL_PATH, read, request.model_dump_json().encode(), self.identity)
         except RemoteError as error:
             if self.on_failure == "receiver_only":
                 raise SharerLost(str(error), error.code, error.status) from error
@@ -312,8 +281,7 @@ class RemoteSharer(Sharer):
         """Check who answers what, before any entry is read: the drafted tokens, and the columns of each row."""
         manifest = self._manifest(record, "begin")
         check_unchanged(self.identity, manifest.get("sharer"), self.url)
-        drafted: Any = manifest.get("drafted")
-        counts: Any = manifest.get("columns")
+        drafted, counts = cast("list[int]", manifest.get("drafted")), cast("list[int]", manifest.get("columns"))
         if not _whole_numbers(drafted, request.draft_tokens, self._handshake.vocabulary):
             raise WireError("a draft was sent that was not asked for, or with token ids that the model does not have.")
         wanted = [len(chosen) for chosen in request.columns]
@@ -324,7 +292,7 @@ class RemoteSharer(Sharer):
         return drafted, counts
 
     def _manifest(self, record: Record, kind: str) -> dict[str, Any]:
-        """The manifest of a record that must be of one kind."""
+        """Return the manifest of a record that must be of one kind."""
         if record.kind == "error":
             message = f"the sharer at {self.url} failed: {record.manifest.get('message')}"
             raise RemoteError(message, str(record.manifest.get("code")), 200)
@@ -332,27 +300,11 @@ class RemoteSharer(Sharer):
             raise WireError(f"a record {record.kind!r} came where {kind!r} was expected.")
         return record.manifest
 
-    def _shake_hands(self, with_tokenizer: bool) -> Handshake:
-        def read(pieces: Iterator[bytes]) -> Any:
-            held = bytearray()
-            for piece in pieces:
-                held += piece
-                if len(held) > _LARGEST_HANDSHAKE:
-                    raise WireError(f"the handshake is longer than {_LARGEST_HANDSHAKE} bytes.")
-            try:
-                return json.loads(held)
-            except (ValueError, RecursionError) as error:
-                raise WireError("the handshake is not JSON: is that `c2c share`?") from error
-
-        path = HANDSHAKE_PATH + ("?tokenizer=true" if with_tokenizer else "")
-        return Handshake.from_dict(self._connection.call(path, read), self.url)
-
     def _precision_for(self, dtype: torch.dtype) -> str:
-        """The precision for entries of this type: the chosen one, else unchanged, else the finest that is given."""
+        """Return the precision for entries of this type: the chosen one, else unchanged, else the finest given."""
         given = [name for name in self._handshake.precisions if name in PRECISIONS]
-        wanted = self._wanted or native(dtype)
-        if NUMBER_BYTES[wanted] > NUMBER_BYTES[native(dtype)]:
-            wanted = native(dtype)  # more bytes would say no more
+        own = native(dtype)  # more bytes than these would say no more
+        wanted = min(self._wanted or own, own, key=lambda name: PRECISIONS[name].itemsize)
         if wanted not in given and self._wanted is not None:
             message = f"the sharer at {self.url} does not give {self._wanted}, only {', '.join(given)}."
             raise RemoteError(f"{message} Ask for one of these.", "precision")
@@ -393,7 +345,3 @@ def _whole_numbers(value: Any, most: int, limit: int) -> bool:
     """Whether ``value`` is a list of at most ``most`` numbers from 0 to below ``limit``."""
     fits = isinstance(value, list) and len(value) <= most
     return fits and all(type(number) is int and 0 <= number < limit for number in value)
-
-
-def _stacked(layers: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    return torch.cat([keys for keys, _ in layers]), torch.cat([values for _, values in layers])

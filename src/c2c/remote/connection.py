@@ -6,7 +6,7 @@ import json
 import secrets
 import ssl
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Never, TypeVar
@@ -21,6 +21,7 @@ from c2c.remote.wire import CutOffError, WireError
 from c2c.version import __version__
 
 T = TypeVar("T")
+Read = Callable[[Iterator[bytes]], T]  # reads the bytes of an answer; called again from the start for another attempt
 _CONNECT_SECONDS = 10.0
 _LONGEST_ERROR = 1 << 16
 _RETRIED = frozenset({429, 502, 503, 504})
@@ -28,12 +29,7 @@ _backoff = wait_random_exponential(multiplier=0.25, max=8.0)
 
 
 class TransientError(Exception):
-    """A failure after which another attempt may succeed.
-
-    Attributes:
-        status: the HTTP status, None where the connection failed.
-        retry_after: seconds that the server wants the client to wait.
-    """
+    """A failure after which another attempt may succeed: with an HTTP status, and seconds that the server wants."""
 
     def __init__(self, message: str, status: int | None = None, retry_after: float = 0.0) -> None:
         super().__init__(message)
@@ -60,14 +56,7 @@ class Loss(NamedTuple):
 
 
 class Connection:
-    """Call one server.
-
-    Args:
-        url: ``http://host:port`` or ``https://host:port``.
-        token: bearer key.
-        verify: as in httpx: True, False, or an ``ssl.SSLContext``.
-        timeout: seconds for one call, all attempts included.
-        retries: attempts after the first.
+    """Call one server, ``retries`` times again, with ``timeout`` seconds for all attempts of a call together.
 
     Attributes:
         lost: why the last call failed; None if it did not, or if only the request was at fault.
@@ -85,14 +74,14 @@ class Connection:
         """Close the sockets."""
         self._client.close()
 
-    def call(self, path: str, read: Callable[[Iterator[bytes]], T], body: bytes | None = None, model: Any = None) -> T:
+    def call(self, path: str, read: Read[T], body: bytes | None = None, model: ModelIdentity | None = None) -> T:
         """Send a request and read the answer.
 
         Args:
             path: such as ``/v1/prefill``.
-            read: reads the bytes of an answer; called again from the start for another attempt.
+            read: reads an answer whose status is 200.
             body: JSON to post; a GET without it.
-            model: identity of the model that the request is for.
+            model: the one that the request is for.
 
         Raises:
             RemoteError: refused, lost, too slow or damaged. SharerChanged: another model is served.
@@ -111,24 +100,35 @@ class Connection:
         self.lost = None
         return result
 
-    def _retried(self, request: httpx.Request, read: Callable[[Iterator[bytes]], T], model: Any) -> T:
-        deadline = time.monotonic() + self.timeout
+    def _retried(self, request: httpx.Request, read: Read[T], model: ModelIdentity | None) -> T:
         retrying = Retrying(
             stop=stop_after_attempt(self._retries + 1) | stop_before_delay(self.timeout),
             wait=_pause,
             retry=retry_if_exception_type(TransientError),
-            before_sleep=self._count_retry,
             reraise=True,
         )
         try:
-            result: T = retrying(self._attempt, request, read, deadline, model)
+            result: T = retrying(self._attempt, request, read, time.monotonic() + self.timeout, model)
             return result
         except TransientError as error:
-            self._give_up(error, int(retrying.statistics["attempt_number"]))
+            attempts = int(retrying.statistics["attempt_number"])
+            code, advice = {
+                429: ("rate", "Wait, or start it with a larger --rate."),
+                None: ("unreachable", "Is `c2c share` running there, and is the address right?"),
+            }.get(error.status, ("busy", "Try again later."))
+            count = f"{attempts} attempt{'s' if attempts > 1 else ''}"
+            message = f"the sharer at {self.url} gave no answer in {count}: {str(error).rstrip('.')}. {advice}"
+            raise RemoteError(message, code, error.status) from error
         except WireError as error:
             raise RemoteError(f"the answer of the sharer at {self.url} was refused: {error}", error.code) from error
+        except (httpx.TimeoutException, TimeoutError) as error:
+            advice = "Pass a larger timeout=..., or ask for fewer bytes: precision='int8'."
+            message = f"the sharer at {self.url} took longer than {self.timeout:g} seconds. {advice}"
+            raise RemoteError(message, "timeout") from error
+        finally:
+            self.traffic.retries += int(retrying.statistics["attempt_number"]) - 1
 
-    def _attempt(self, request: httpx.Request, read: Callable[[Iterator[bytes]], T], deadline: float, model: Any) -> T:
+    def _attempt(self, request: httpx.Request, read: Read[T], deadline: float, model: ModelIdentity | None) -> T:
         left = max(0.001, deadline - time.monotonic())
         request.extensions["timeout"] = httpx.Timeout(left, connect=min(left, _CONNECT_SECONDS)).as_dict()
         self.traffic.requests += 1
@@ -136,16 +136,14 @@ class Connection:
         try:
             response = self._client.send(request, stream=True)
             try:
-                pieces = self._pieces(response, deadline)
-                return read(pieces) if response.status_code == 200 else self._refused(response, pieces, model)
+                pieces = _until(deadline, response.iter_bytes())
+                return read(pieces) if response.status_code == 200 else self._refuse(response, pieces, model)
             finally:
                 self.traffic.received += response.num_bytes_downloaded
                 response.close()
-        except (httpx.ReadTimeout, httpx.WriteTimeout, httpx.PoolTimeout) as error:
-            raise self._too_slow() from error
-        except CutOffError as error:
-            raise TransientError(str(error)) from error
-        except (httpx.TransportError, httpx.DecodingError) as error:
+        except (httpx.ReadTimeout, httpx.WriteTimeout, httpx.PoolTimeout):
+            raise
+        except (httpx.TransportError, httpx.DecodingError, CutOffError) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             if "CERTIFICATE_VERIFY" not in reason:
                 raise TransientError(reason) from error
@@ -153,16 +151,13 @@ class Connection:
             message = f"the certificate of {self.url} is not trusted: {reason}. {advice}"
             raise RemoteError(message, "certificate") from error
 
-    def _pieces(self, response: httpx.Response, deadline: float) -> Iterator[bytes]:
-        """The bytes of an answer, as long as there is time."""
-        for piece in response.iter_bytes():
-            if time.monotonic() > deadline:
-                raise self._too_slow()
-            yield piece
-
-    def _refused(self, response: httpx.Response, pieces: Iterator[bytes], model: Any) -> Never:
+    def _refuse(self, response: httpx.Response, pieces: Iterator[bytes], model: ModelIdentity | None) -> Never:
         """Turn a status other than 200 into an error."""
-        status, error = response.status_code, _error_of(pieces)
+        status = response.status_code
+        try:
+            error = dict(read_json(pieces, _LONGEST_ERROR)["error"])
+        except (WireError, KeyError, TypeError, ValueError):
+            error = {}
         code, message = str(error.get("code") or "status"), str(error.get("message") or response.reason_phrase)
         if status in _RETRIED:
             after = response.headers.get("retry-after", "")
@@ -173,22 +168,29 @@ class Connection:
             message += " Pass token=... to RemoteSharer, or set C2C_TOKEN."
         raise RemoteError(f"the sharer at {self.url} answered {status}: {message}", code, status)
 
-    def _count_retry(self, state: RetryCallState) -> None:
-        self.traffic.retries += 1
 
-    def _give_up(self, error: TransientError, attempts: int) -> Never:
-        code, advice = {
-            429: ("rate", "Wait, or start it with a larger --rate."),
-            None: ("unreachable", "Is `c2c share` running there, and is the address right?"),
-        }.get(error.status, ("busy", "Try again later."))
-        count = f"{attempts} attempt{'s' if attempts > 1 else ''}"
-        message = f"the sharer at {self.url} gave no answer in {count}: {str(error).rstrip('.')}. {advice}"
-        raise RemoteError(message, code, error.status) from error
+def read_json(pieces: Iterable[bytes], largest: int) -> Any:
+    """Read a JSON document that arrives in pieces.
 
-    def _too_slow(self) -> RemoteError:
-        advice = "Pass a larger timeout=..., or ask for fewer bytes: precision='int8'."
-        message = f"the sharer at {self.url} took longer than {self.timeout:g} seconds. {advice}"
-        return RemoteError(message, "timeout")
+    Raises:
+        WireError: longer than ``largest`` bytes, or no JSON.
+    """
+    held = bytearray()
+    for piece in pieces:
+        held += piece
+        if len(held) > largest:
+            raise WireError(f"the answer is longer than {largest} bytes.")
+    try:
+        return json.loads(held)
+    except (ValueError, RecursionError) as error:
+        raise WireError("the answer is not JSON: is that `c2c share`?") from error
+
+
+def _until(deadline: float, pieces: Iterable[bytes]) -> Iterator[bytes]:
+    for piece in pieces:
+        if time.monotonic() > deadline:
+            raise TimeoutError
+        yield piece
 
 
 def check_unchanged(expected: ModelIdentity, given: Any, url: str) -> None:
@@ -222,26 +224,13 @@ def ssl_context(verify: Any, client_cert: str | Path | None) -> Any:
         if client_cert is not None:
             context.load_cert_chain(str(client_cert))
     except OSError as error:
-        advice = (
-            "Pass files in PEM form: verify=... (c2c serve: --sharer-ca) with those to trust, client_cert=... with "
-        )
-        given = [f"{name}={str(path)!r}" for name, path in (("verify", trusted), ("client_cert", client_cert)) if path]
-        message = f"{' or '.join(given)} holds no certificates: {error}. {advice}"
-        raise RemoteError(f"{message}your own and its key.", "certificate") from error
+        given = " or ".join(f"{k}={str(v)!r}" for k, v in (("verify", trusted), ("client_cert", client_cert)) if v)
+        raise RemoteError(
+            f"{given} holds no certificates: {error}. Pass files in PEM form: verify=... (c2c serve: --sharer-ca) with "
+            "those to trust, client_cert=... with your own and its key.",
+            "certificate",
+        ) from error
     return context
-
-
-def _error_of(pieces: Iterator[bytes]) -> dict[str, Any]:
-    held = b""
-    for piece in pieces:
-        held += piece
-        if len(held) > _LONGEST_ERROR:
-            break
-    try:
-        error = json.loads(held)["error"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return {}
-    return error if isinstance(error, dict) else {}
 
 
 def _pause(state: RetryCallState) -> float:

@@ -20,12 +20,11 @@ class PartialHandoff(Handoff):
     """Hold what one fuser needs: its layers at the columns that are handed over, or what it has made of them.
 
     Attributes:
-        held: layers that are there; the others are empty.
         fuser: hash of the fuser that the server projected with, None where layers were sent.
         entries: what it made, keys without rotation and values per receiver layer; None where layers were sent.
+        wire_bytes: of the entries, as they crossed.
     """
 
-    held: frozenset[int] = frozenset()
     fuser: str | None = None
     entries: Sequence[KeyValue] | None = field(default=None, repr=False)
     wire_bytes: int = 0
@@ -38,8 +37,8 @@ class PartialHandoff(Handoff):
     @property
     def held_bytes(self) -> int:
         """Bytes that it takes here, where entries lie unpacked at their columns."""
-        placed = [entry for pair in self.entries or () for entry in pair]
-        return sum(part.nbytes for pair in self.layers for part in pair) + sum(entry.nbytes for entry in placed)
+        packed = [part.nbytes for pair in self.layers for part in pair]
+        return sum(packed) + sum(entry.nbytes for pair in self.entries or () for entry in pair)
 
     def projected(self, fuser: Fuser) -> list[KeyValue] | None:
         """Return what the server made with this fuser; None where it sent layers.
@@ -47,18 +46,16 @@ class PartialHandoff(Handoff):
         Raises:
             HandoffError: it was read for another fuser.
         """
-        if self.entries is None:
-            if missing := sorted(set(fuser.config.source_layers) - self.held):
-                raise HandoffError(
-                    f"this handoff was read for another fuser: layers {missing} are not in it. {_ADVICE}"
-                )
-            return None
-        if fuser_hash(fuser) != self.fuser:
-            raise HandoffError(f"this handoff was projected with another fuser on the sharer's machine. {_ADVICE}")
-        return list(self.entries)
+        if self.entries is not None:
+            if fuser_hash(fuser) != self.fuser:
+                raise HandoffError(f"this handoff was projected with another fuser on the sharer's machine. {_ADVICE}")
+            return list(self.entries)
+        if missing := [i for i in sorted(set(fuser.config.source_layers)) if not self.layers[i][0].data.numel()]:
+            raise HandoffError(f"this handoff was read for another fuser: layers {missing} are not in it. {_ADVICE}")
+        return None
 
     def _refuse(self, *args: Any, **kwargs: Any) -> Never:
-        """Refuse: what is missing would be missing for other fusers, and the precision was chosen when it crossed."""
+        # what is missing would be missing for other fusers, and the precision was chosen when it crossed
         raise HandoffError(
             f"this handoff holds only what one fuser reads, as {self.precision}: it has no whole cache, and is neither "
             f"converted nor saved. {_ADVICE}"

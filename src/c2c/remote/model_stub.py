@@ -40,11 +40,7 @@ def build_model(
 ) -> PreTrainedModel:
     """Build the model of a config on the meta device, with a rotary embedding that works.
 
-    Args:
-        config: what :func:`config_of` returned.
-        dtype: type of the weights that are elsewhere.
-        checksums: what :func:`rotary_checksums` returned there.
-        url: for errors.
+    ``checksums`` are those of :func:`rotary_checksums` where the weights are.
 
     Raises:
         RemoteError: a model that this version of transformers does not know, or rotates otherwise.
@@ -58,9 +54,10 @@ def build_model(
         if getattr(decoder, "rotary_emb", None) is not None:
             decoder.rotary_emb = type(decoder.rotary_emb)(made)
         ours = rotary_checksums(model)
-        alike = (ours is None) == (checksums is None) and all(
-            abs(a - b) < 1e-2 for a, b in zip(ours or [], checksums or [], strict=True)
-        )
+        if (ours is None) != (checksums is None) or any(
+            not abs(a - b) < 1e-2 for a, b in zip(ours or [], checksums or [], strict=True)
+        ):
+            raise ValueError("it rotates its keys otherwise than transformers does here")
     except Exception as error:  # whatever a foreign config makes it raise
         raise RemoteError(
             f"the model behind {url} can't be built from its config ({type(error).__name__}: {error}). Models with "
@@ -68,12 +65,6 @@ def build_model(
             "transformers.",
             "config",
         ) from error
-    if not alike:
-        raise RemoteError(
-            f"the model behind {url} rotates its keys otherwise than transformers does here. Bring both sides to the "
-            "same version of transformers.",
-            "config",
-        )
     return model
 
 
@@ -85,14 +76,13 @@ def tokenizer_files(tokenizer: Any) -> dict[str, str]:
         return {path.name: path.read_text(encoding="utf-8") for path in paths if path.exists()}
 
 
-def load_tokenizer_files(files: Mapping[str, Any], url: str) -> Any:
+def load_tokenizer_files(files: Mapping[str, str], url: str) -> Any:
     """Load the tokenizer in these files.
 
     Raises:
         RemoteError: files of other names, or no tokenizer.
     """
-    unknown = [name for name, text in files.items() if name not in _FILES or not isinstance(text, str)]
-    if unknown:
+    if unknown := sorted(set(files) - set(_FILES)):
         raise RemoteError(f"the sharer at {url} sent unexpected tokenizer files: {unknown}.", "malformed")
     with tempfile.TemporaryDirectory() as folder:
         for name, text in files.items():
@@ -100,11 +90,8 @@ def load_tokenizer_files(files: Mapping[str, Any], url: str) -> Any:
         try:
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         except Exception as error:  # whatever a broken file makes it raise
-            raise RemoteError(
-                f"the tokenizer that the sharer at {url} sent can't be loaded: {error}. Pass tokenizer=... with a "
-                "local one.",
-                "tokenizer",
-            ) from error
+            message = f"the tokenizer that the sharer at {url} sent can't be loaded: {error}."
+            raise RemoteError(f"{message} Pass tokenizer=... with a local one.", "tokenizer") from error
 
 
 def load_tokenizer(source: Any) -> Any:

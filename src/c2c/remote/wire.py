@@ -12,25 +12,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from c2c.handoff import Packed, Precision
+from c2c.handoff import PRECISIONS, Precision, QuantizedTensor
 from c2c.kv_cache import KeyValue, KVGeometry
 
 FORMAT = "c2c-remote-2"
 MEDIA_TYPE = "application/x-c2c-records"
 OVERHEAD = 1 << 16  # bytes that manifest and safetensors header of a record may take, per row
-NUMBER_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "float8": 1}
-PRECISIONS: tuple[str, ...] = get_args(Precision)
-_LENGTH_BYTES, _HASH_BYTES = 8, 32
-_SCALED = {"int8": torch.int8, "float8": torch.float8_e4m3fn}
 _ALONG = {"key": 2, "value": 3}  # a scale per channel of keys, per token of values
 
 
@@ -52,12 +49,7 @@ class CutOffError(WireError):
 
 @dataclass(frozen=True)
 class Record:
-    """Hold one part of an answer.
-
-    Attributes:
-        manifest: plain data; ``kind`` and what the kind needs.
-        tensors: by name.
-    """
+    """Hold one part of an answer: a manifest of plain data, with its ``kind`` and what the kind needs, and tensors."""
 
     manifest: dict[str, Any]
     tensors: dict[str, Tensor]
@@ -71,35 +63,11 @@ class Record:
         """Return the record as bytes."""
         metadata = {"manifest": json.dumps({"format": FORMAT} | self.manifest, sort_keys=True)}
         blob = save({name: tensor.contiguous() for name, tensor in self.tensors.items()}, metadata=metadata)
-        return len(blob).to_bytes(_LENGTH_BYTES, "big") + hashlib.sha256(blob).digest() + blob
-
-    @classmethod
-    def decode(cls, blob: bytes) -> Record:
-        """Read a safetensors blob.
-
-        Raises:
-            WireError: no safetensors, or no manifest of this format.
-        """
-        try:
-            tensors = load(blob)
-            header = json.loads(blob[8 : 8 + int.from_bytes(blob[:8], "little")])
-            manifest = json.loads(header["__metadata__"]["manifest"])
-            known = manifest["format"]
-        except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise WireError(f"a record is no safetensors file with a manifest: {error}") from error
-        if known != FORMAT:
-            raise WireError(
-                f"a record has format {known!r}, expected {FORMAT!r}: bring both sides to the same version."
-            )
-        return cls(manifest, tensors)
+        return len(blob).to_bytes(8, "big") + hashlib.sha256(blob).digest() + blob
 
 
 def read_records(pieces: Iterable[bytes], largest: int) -> Iterator[Record]:
-    """Read records from bytes in pieces of any size, up to ``end`` or ``error``, which must come.
-
-    Args:
-        pieces: the bytes, as they arrive.
-        largest: bytes of one record at most.
+    """Read records of at most ``largest`` bytes from pieces of any size, up to ``end`` or ``error``, which must come.
 
     Raises:
         CutOffError: the bytes end too early. WireError: damaged, too large, or no record.
@@ -108,48 +76,69 @@ def read_records(pieces: Iterable[bytes], largest: int) -> Iterator[Record]:
 
     def take(count: int) -> bytes:
         while len(held) < count:
-            try:
-                held.extend(next(source))
-            except StopIteration:
-                raise CutOffError("the answer was cut off before its last record.") from None
+            if (piece := next(source, None)) is None:
+                raise CutOffError("the answer was cut off before its last record.")
+            held.extend(piece)
         taken = bytes(held[:count])
         del held[:count]
         return taken
 
     while kind not in ("end", "error"):
-        length = int.from_bytes(take(_LENGTH_BYTES), "big")
+        length = int.from_bytes(take(8), "big")
         if not 0 < length <= largest:
             raise WireError(f"a record of {length} bytes, expected 1 to {largest}: this is no answer of `c2c share`.")
-        digest, blob = take(_HASH_BYTES), take(length)
+        digest, blob = take(32), take(length)
         if hashlib.sha256(blob).digest() != digest:
             raise WireError("a record does not have the sha256 before it: it was damaged on the way.", "damaged")
-        record = Record.decode(blob)
+        record = _decode(blob)
         kind = record.kind
         yield record
+
+
+def _decode(blob: bytes) -> Record:
+    try:
+        tensors = load(blob)
+        header = json.loads(blob[8 : 8 + int.from_bytes(blob[:8], "little")])
+        manifest = json.loads(header["__metadata__"]["manifest"])
+        given = manifest["format"]
+    except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise WireError(f"a record is no safetensors file with a manifest: {error}") from error
+    if given != FORMAT:
+        raise WireError(f"a record has format {given!r}, expected {FORMAT!r}: bring both sides to the same version.")
+    return Record(manifest, tensors)
 
 
 # -- entries of a layer ------------------------------------------------------------------------------------------------
 
 
 def native(dtype: torch.dtype) -> str:
-    """Return the precision in which entries of this type cross unchanged."""
-    name = str(dtype).removeprefix("torch.")
-    return name if name in PRECISIONS else "float32"
+    """Return the precision in which entries of this type cross unchanged; float32 for types without one."""
+    return next((name for name, known in PRECISIONS.items() if known == dtype), "float32")
 
 
 def packed_bytes(geometry: KVGeometry, layers: int, columns: int, precision: str) -> int:
     """Return the bytes of so many columns of so many layers of one row, scales included."""
-    scales = 4 * (geometry.width + geometry.kv_heads * columns) if precision in _SCALED else 0
-    return layers * (2 * geometry.width * columns * NUMBER_BYTES[precision] + scales)
+    tensors = _layout(geometry, [columns], precision).values()
+    return layers * sum(math.prod(shape) * dtype.itemsize for shape, dtype in tensors)
+
+
+def _layout(
+    geometry: KVGeometry, columns: Sequence[int], precision: str
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Return shape and type of each tensor of a layer; rows without columns have none."""
+    heads, dim, dtype = geometry.kv_heads, geometry.head_dim, PRECISIONS[precision]
+    found: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    for row, count in enumerate(columns):
+        if count:
+            found |= {f"{row}.{side}": ((1, heads, count, dim), dtype) for side in _ALONG}
+        if count and dtype.itemsize == 1:
+            found[f"{row}.key.scale"] = (1, heads, 1, dim), torch.float32
+            found[f"{row}.value.scale"] = (1, heads, count, 1), torch.float32
+    return found
 
 
 def pack(entries: KeyValue, columns: Sequence[Tensor], precision: Precision) -> dict[str, Tensor]:
-    """Select and quantize the entries of a layer.
-
-    Args:
-        entries: keys and values, ``[rows, kv_heads, tokens, head_dim]``.
-        columns: per row, which; a row without any takes no space.
-        precision: on the wire.
+    """Select columns of each row of a layer's entries, ``[rows, kv_heads, tokens, head_dim]``, and quantize them.
 
     Returns:
         ``<row>.key`` and ``<row>.value``, ``[1, kv_heads, columns, head_dim]`` on the host, and ``.scale`` for 8 bits.
@@ -160,23 +149,17 @@ def pack(entries: KeyValue, columns: Sequence[Tensor], precision: Precision) -> 
             continue
         for side, x in zip(_ALONG, entries, strict=True):
             taken = x[row : row + 1].index_select(2, chosen.to(x.device))
-            packed = Packed.pack(taken, precision, _ALONG[side])
-            tensors[f"{row}.{side}"] = packed.data.cpu()
-            if packed.scale is not None:
-                tensors[f"{row}.{side}.scale"] = packed.scale.cpu()
+            quantized = QuantizedTensor.quantize(taken, precision, _ALONG[side])
+            tensors[f"{row}.{side}"] = quantized.data.cpu()
+            if quantized.scale is not None:
+                tensors[f"{row}.{side}.scale"] = quantized.scale.cpu()
     return tensors
 
 
 def unpack(
     tensors: Mapping[str, Tensor], geometry: KVGeometry, columns: Sequence[int], precision: str
-) -> list[tuple[Packed, Packed]]:
-    """Check the tensors of a layer and arrange them by row.
-
-    Args:
-        tensors: what :func:`pack` returned on the other side.
-        geometry: the shape of the cache.
-        columns: per row, how many.
-        precision: on the wire.
+) -> list[tuple[QuantizedTensor, QuantizedTensor]]:
+    """Check the tensors of a layer that :func:`pack` made, and arrange them by row; ``columns`` counts those of each.
 
     Returns:
         Per row keys and values, each ``[1, kv_heads, columns, head_dim]``.
@@ -184,40 +167,25 @@ def unpack(
     Raises:
         WireError: other tensors, shapes or types than these.
     """
-    expected = _expected(geometry, columns, precision)
+    expected = _layout(geometry, columns, precision)
     given = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
     if given != expected:
-        name = sorted(name for name in given.keys() | expected if given.get(name) != expected.get(name))[0]
+        name = min(name for name in given.keys() | expected if given.get(name) != expected.get(name))
         raise WireError(f"tensor {name!r}: got {given.get(name)}, expected {expected.get(name)}.")
-
     none = torch.zeros(1, geometry.kv_heads, 0, geometry.head_dim)
 
-    def packed(name: str) -> Packed:
-        return Packed(tensors.get(name, none), tensors.get(f"{name}.scale"))
+    def quantized(name: str) -> QuantizedTensor:
+        return QuantizedTensor(tensors.get(name, none), tensors.get(f"{name}.scale"))
 
-    return [(packed(f"{row}.key"), packed(f"{row}.value")) for row in range(len(columns))]
-
-
-def _expected(
-    geometry: KVGeometry, columns: Sequence[int], precision: str
-) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and type of each tensor of a layer."""
-    heads, dim = geometry.kv_heads, geometry.head_dim
-    dtype = _SCALED.get(precision) or getattr(torch, precision)
-    found: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-    for row, count in enumerate(columns):
-        if count:
-            found |= {f"{row}.{side}": ((1, heads, count, dim), dtype) for side in _ALONG}
-        if count and precision in _SCALED:
-            found[f"{row}.key.scale"] = (1, heads, 1, dim), torch.float32
-            found[f"{row}.value.scale"] = (1, heads, count, 1), torch.float32
-    return found
+    return [(quantized(f"{row}.key"), quantized(f"{row}.value")) for row in range(len(columns))]
 
 
-def spread(rows: Sequence[tuple[Packed, Packed]], columns: Sequence[Tensor], like: Tensor) -> KeyValue:
+def spread(
+    rows: Sequence[tuple[QuantizedTensor, QuantizedTensor]], columns: Sequence[Tensor], like: Tensor
+) -> KeyValue:
     """Scatter entries to their columns, zero elsewhere: keys and values with the shape and type of ``like``."""
     keys, values = torch.zeros_like(like), torch.zeros_like(like)
-    for row, (pair, chosen) in enumerate(zip(rows, columns, strict=True)):
-        keys[row, :, chosen] = pair[0].unpack(like.dtype)[0]
-        values[row, :, chosen] = pair[1].unpack(like.dtype)[0]
+    for row, (quantized, chosen) in enumerate(zip(rows, columns, strict=True)):
+        for target, part in zip((keys, values), quantized, strict=True):
+            target[row, :, chosen] = part.dequantize(like.dtype)[0]
     return keys, values

@@ -18,12 +18,12 @@ from transformers import Cache, DynamicCache
 from c2c import identity, kv_cache
 from c2c.errors import C2CError
 from c2c.fusers import Fuser
-from c2c.handoff import Handoff, Precision
+from c2c.handoff import PRECISIONS, Handoff, Precision
 from c2c.kv_cache import KeyValue
 from c2c.language_model import Sharer
 from c2c.private_context import project
 from c2c.remote.model_stub import config_of, rotary_checksums, tokenizer_files
-from c2c.remote.protocol import Handshake, PrefillRequest, check_request, fuser_hash, offered_precisions
+from c2c.remote.protocol import Handshake, PrefillRequest, check_request, fuser_hash
 from c2c.remote.wire import FORMAT, Record, pack
 from c2c.serving.errors import ApiError
 from c2c.tokens import TokenBatch
@@ -33,12 +33,14 @@ QUEUED_BYTES = 1 << 26  # of finished layers of one request that wait for its cl
 Part = tuple[dict[str, Any], KeyValue | None, Sequence[Tensor]]  # manifest, entries of a layer, columns of each row
 
 
-class StreamingCache(DynamicCache):
-    """Hand each layer to a callback as soon as the forward pass has made it.
+class Stopped(Exception):
+    """The client has gone, or the deadline has passed."""
 
-    Args:
-        callback: called with layer, keys and values, each ``[rows, kv_heads, tokens, head_dim]``. An exception stops
-            the forward pass.
+
+class StreamingCache(DynamicCache):
+    """Hand index, keys and values of each layer, ``[rows, kv_heads, tokens, head_dim]``, to a callback once it is made.
+
+    An exception in the callback stops the forward pass.
     """
 
     def __init__(self, callback: Callable[[int, KeyValue], None]) -> None:
@@ -49,24 +51,16 @@ class StreamingCache(DynamicCache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Append to a layer; called by its attention."""
-        keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        self._callback(layer_idx, (keys, values))
-        return keys, values
-
-
-class Stopped(Exception):
-    """The client has gone, or the deadline has passed."""
+        entries = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        self._callback(layer_idx, entries)
+        return entries
 
 
 class PrefillJob:
-    """Run one request: made on the event loop, run in the worker's thread.
+    """Run one request, made on the event loop, in the worker's thread; ``deadline`` is on the monotonic clock.
 
-    Args:
-        sharer: the model.
-        fuser: what to project with; None to send layers.
-        request: what is wanted.
-        batch: its tokens.
-        deadline: on the monotonic clock.
+    Attributes:
+        facts: layers and bytes that were sent, and the code of the error, for the log.
     """
 
     def __init__(
@@ -79,25 +73,20 @@ class PrefillJob:
         self.facts: dict[str, Any] = {"layers": 0, "bytes": 0, "code": "cut"}
 
     async def records(self, first: dict[str, Any]) -> AsyncIterator[bytes]:
-        """Yield encoded records, up to ``end`` or ``error``; ``facts`` then has layers, bytes and code, for the log.
-
-        Args:
-            first: what the manifest of the first record says besides.
-        """
-        precision = cast(Precision, self._request.precision)
+        """Yield encoded records, up to ``end`` or ``error``; the manifest of the first one gets ``first`` besides."""
+        precision, kind = cast(Precision, self._request.precision), ""
         try:
-            while True:
+            while kind not in ("end", "error"):
                 manifest, entries, columns = await self._parts.get()
                 self._count(-_bytes(entries))
                 tensors = {} if entries is None else await asyncio.to_thread(pack, entries, columns, precision)
-                more = first if manifest["kind"] == "begin" else {}
-                data = await asyncio.to_thread(Record(more | manifest, tensors).encode)
+                kind = manifest["kind"]
+                whole = first | manifest if kind == "begin" else manifest
+                data = await asyncio.to_thread(Record(whole, tensors).encode)
                 self.facts["layers"] += entries is not None
                 self.facts["bytes"] += len(data)
                 yield data
-                if manifest["kind"] in ("end", "error"):
-                    self.facts["code"] = manifest.get("code")
-                    return
+            self.facts["code"] = manifest.get("code")
         finally:
             self.stop()
 
@@ -108,6 +97,7 @@ class PrefillJob:
 
     def run(self) -> None:
         """Prefill; the last record says how it ended. Raises nothing."""
+        last = {"kind": "error"}
         try:
             with torch.no_grad():
                 self._run()
@@ -116,30 +106,38 @@ class PrefillJob:
             message = "the time limit of the server was reached. Ask for less, or start it with a larger --timeout."
             if time.monotonic() < self._deadline:
                 message = "the server is shutting down."
-            last = {"kind": "error", "code": "timeout", "message": message}
+            last |= {"code": "timeout", "message": message}
         except C2CError as error:
-            last = {"kind": "error", "code": "refused", "message": str(error)}
+            last |= {"code": "refused", "message": str(error)}
         except Exception as error:  # such as no memory; the server goes on
-            last = {"kind": "error", "code": "failed", "message": f"the model failed: {type(error).__name__}."}
+            last |= {"code": "failed", "message": f"the model failed: {type(error).__name__}."}
         self._loop.call_soon_threadsafe(self._parts.put_nowait, (last, None, ()))
 
     def _run(self) -> None:
-        wanted = self._request.layers
-        columns = [torch.tensor(chosen, dtype=torch.long) for chosen in self._request.columns]
-        if self._fuser is None and not self._request.draft_tokens:
+        request, batch = self._request, self._batch
+        columns = [torch.tensor(chosen, dtype=torch.long) for chosen in request.columns]
+        if self._fuser is None and not request.draft_tokens:
             self._begin([], columns)
-            self._prefill(lambda index, entries: self._put_layer(index, entries, columns) if index in wanted else None)
+
+            def stream(index: int, entries: KeyValue) -> None:
+                if index in request.layers:
+                    self._put({"kind": "layer", "layer": index}, entries, columns)
+
+            self._prefill(stream)
             return
-        ids, cache = self._read()
-        kept, layers = torch.cat([columns[0], torch.arange(self._batch.length, len(ids))]), kv_cache.layers(cache)
-        columns, made = [kept], {index: layers[index] for index in wanted}
+        if request.draft_tokens:
+            ids, cache = self._sharer.draft(batch, StreamingCache(lambda *_: self._check()), request.draft_tokens)
+        else:
+            ids, cache = batch.ids[0].tolist(), self._prefill(lambda *_: None)
+        columns, layers = [torch.cat([columns[0], torch.arange(batch.length, len(ids))])], kv_cache.layers(cache)
+        made = {index: layers[index] for index in request.layers}
         if self._fuser is not None:
-            handoff = Handoff.from_cache(self._sharer.identity, torch.tensor(ids), kept, layers)
+            handoff = Handoff.from_cache(self._sharer.identity, torch.tensor(ids), columns[0], layers)
             made = dict(enumerate(project(handoff, self._sharer, self._fuser).layers))
             columns = [torch.arange(made[0][0].shape[2])]
-        self._begin(ids[self._batch.length :], columns)
+        self._begin(ids[batch.length :], columns)
         for index, entries in made.items():
-            self._put_layer(index, entries, columns)
+            self._put({"kind": "layer", "layer": index}, entries, columns)
 
     def _prefill(self, callback: Callable[[int, KeyValue], None]) -> Cache:
         def checked(index: int, entries: KeyValue) -> None:
@@ -148,22 +146,12 @@ class PrefillJob:
 
         return self._sharer.prefill(self._batch, self._request.stop, StreamingCache(checked))
 
-    def _read(self) -> tuple[list[int], Cache]:
-        """All ids, drafted ones included, and the cache of them all."""
-        if not self._request.draft_tokens:
-            return self._batch.ids[0].tolist(), self._prefill(lambda *_: None)
-        cache = StreamingCache(lambda *_: self._check())
-        return self._sharer.draft(self._batch, cache, self._request.draft_tokens)
-
     def _begin(self, drafted: list[int], columns: Sequence[Tensor]) -> None:
-        self._put(({"kind": "begin", "drafted": drafted, "columns": list(map(len, columns))}, None, ()))
+        self._put({"kind": "begin", "drafted": drafted, "columns": list(map(len, columns))})
 
-    def _put_layer(self, index: int, entries: KeyValue, columns: Sequence[Tensor]) -> None:
-        self._put(({"kind": "layer", "layer": index}, entries, columns))
-
-    def _put(self, part: Part) -> None:
+    def _put(self, manifest: dict[str, Any], entries: KeyValue | None = None, columns: Sequence[Tensor] = ()) -> None:
         """Wait for room, so that a client that reads slowly does not fill the memory."""
-        size = _bytes(part[1])
+        size = _bytes(entries)
         with self._room:
             self._room.wait_for(
                 lambda: self._stopped or not self._queued or self._queued + size <= QUEUED_BYTES,
@@ -171,7 +159,7 @@ class PrefillJob:
             )
         self._check()
         self._count(size)
-        self._loop.call_soon_threadsafe(self._parts.put_nowait, part)
+        self._loop.call_soon_threadsafe(self._parts.put_nowait, (manifest, entries, columns))
 
     def _count(self, size: int) -> None:
         with self._room:
@@ -192,7 +180,7 @@ class PrefillWorker:
         waiting: requests under way at most.
         layers: those whose entries may be sent; all by default.
         finest: the precision of most bytes that is sent.
-        fusers: fusers of private context to project with.
+        fusers: of private context, to project with.
 
     Attributes:
         handshake: model and limits, for clients.
@@ -212,26 +200,32 @@ class PrefillWorker:
         finest: str = "float32",
         fusers: Sequence[Fuser] = (),
     ) -> None:
-        self._sharer, self._most, self.waiting = sharer, waiting, 0
-        self._fusers = {fuser_hash(fuser): _fitting(fuser, sharer) for fuser in fusers}
-        count = sharer.geometry.layers
+        self._sharer, self._most, self.waiting, count = sharer, waiting, 0, sharer.geometry.layers
+        self._fusers = {fuser_hash(fuser): _prepared(fuser, sharer) for fuser in fusers}
         given = sorted(set(range(count) if layers is None else layers))
         if outside := [layer for layer in given if not 0 <= layer < count]:
             raise C2CError(f"layers {outside} do not exist: {sharer.name} has layers 0 to {count - 1}.")
+        name, most = Path(sharer.identity.name), PRECISIONS[finest].itemsize
+        public = {"name": name.name} if name.is_absolute() else {}  # not the folder that it was loaded from
+        rotary_error = None
+        try:
+            sharer.check_rotary()
+        except C2CError as error:
+            rotary_error = str(error)
         self.handshake = Handshake(
             format=FORMAT,
             version=__version__,
-            sharer=_public(sharer.identity),
+            sharer=sharer.identity.to_dict() | public,
             config=config_of(sharer.model),
             dtype=str(sharer.dtype).removeprefix("torch."),
             layers=given,
-            precisions=offered_precisions(finest),
+            precisions=[name for name, dtype in PRECISIONS.items() if dtype.itemsize <= most],
             fusers=sorted(self._fusers),
             tokens=tokens,
             vocabulary=sharer.model.get_input_embeddings().num_embeddings,
             context=sharer.context_length,
             rotary=rotary_checksums(sharer.model),
-            rotary_error=_rotary_error(sharer),
+            rotary_error=rotary_error,
             tokenizer=None if sharer.tokenizer is None else tokenizer_files(sharer.tokenizer),
         )
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="sharer")
@@ -252,8 +246,11 @@ class PrefillWorker:
         job = PrefillJob(self._sharer, fuser, request, batch, deadline)
         self._jobs.add(job)
         done = asyncio.get_running_loop().run_in_executor(self._thread, job.run)
-        done.add_done_callback(lambda _: self._leave())
+        done.add_done_callback(self._leave)
         return job
+
+    def _leave(self, _: Any) -> None:
+        self.waiting -= 1
 
     def stop(self) -> None:
         """Give up what is under way."""
@@ -264,16 +261,12 @@ class PrefillWorker:
         """Wait for what is under way, and take no more."""
         self._thread.shutdown(wait=True, cancel_futures=True)
 
-    def _leave(self) -> None:
-        self.waiting -= 1
-
 
 def _bytes(entries: KeyValue | None) -> int:
-    return 0 if entries is None else entries[0].nbytes + entries[1].nbytes
+    return sum(part.nbytes for part in entries or ())
 
 
-def _fitting(fuser: Fuser, sharer: Sharer) -> Fuser:
-    """A fuser that can project here."""
+def _prepared(fuser: Fuser, sharer: Sharer) -> Fuser:
     if fuser.context != "private":
         raise C2CError(
             f"a {fuser.family} fuser merges into the receiver's entries, which are not here: it can't project. Leave "
@@ -283,17 +276,3 @@ def _fitting(fuser: Fuser, sharer: Sharer) -> Fuser:
     nn.Module.to(fuser, sharer.device)
     fuser.eval()
     return fuser
-
-
-def _public(known: identity.ModelIdentity) -> dict[str, Any]:
-    """The identity without the folder that a model was loaded from."""
-    name = Path(known.name).name if Path(known.name).is_absolute() else known.name
-    return known.to_dict() | {"name": name}
-
-
-def _rotary_error(sharer: Sharer) -> str | None:
-    try:
-        sharer.check_rotary()
-    except C2CError as error:
-        return str(error)
-    return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,6 @@ import pandas as pd
 
 from c2c.report.load import INDEX, Run
 from c2c.report.names import POOLED
-
-_SHOWN = 3  # settings in a title
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,29 +98,26 @@ def flag_losses(run: Run) -> pd.DataFrame:
 
 def group_runs(runs: Iterable[Run]) -> list[Evaluation]:
     """Group runs by what was compared: accuracies first, then by the names of the models, the largest first."""
+
+    def order(run: Run) -> tuple[Any, ...]:
+        unit = ["percent", "percent f1", run.unit].index(run.unit)
+        seeds = [seed or 0 for seed in reversed(run.seeds)]
+        return unit, run.receiver, run.sharer, -run.n, run.mode, run.tasks, run.key, seeds, run.fuser
+
     groups: dict[str, list[Run]] = {}
-    for run in sorted(runs, key=_order):
+    names = attrgetter("receiver", "sharer", "mode", "tasks")
+    for run in sorted(runs, key=order):
         groups.setdefault(run.key, []).append(run)
     evaluations = []
     for number, group in enumerate(groups.values(), 1):
-        alike = [other[0].settings for other in groups.values() if _names(other[0]) == _names(group[0])]
+        alike = [other[0].settings for other in groups.values() if names(other[0]) == names(group[0])]
         evaluations.append(Evaluation(group, f"evaluation-{number}", _variant(group[0].settings, alike)))
     return evaluations
 
 
-def _order(run: Run) -> tuple[Any, ...]:
-    units = ["percent", "percent f1", run.unit]
-    seeds = [seed or 0 for seed in reversed(run.seeds)]
-    return units.index(run.unit), run.receiver, run.sharer, -run.n, run.mode, run.tasks, run.key, seeds, run.fuser
-
-
-def _names(run: Run) -> tuple[str, str, str, list[str]]:
-    return run.receiver, run.sharer, run.mode, run.tasks
-
-
 def _variant(settings: dict[str, str], alike: list[dict[str, str]]) -> str:
-    """Name the settings in which evaluations of the same title differ."""
+    """Name the settings in which evaluations of the same title differ, at most three."""
     names = sorted({name for one in alike for name in one if name not in ("path", "dataset")})
     differing = [name for name in names if len({one.get(name) for one in alike}) > 1]
     words = [f"{name} {settings[name]}" if name in settings else f"default {name}" for name in differing]
-    return ", ".join(words[:_SHOWN]) + ", \u2026" * (len(words) > _SHOWN)
+    return ", ".join(words[:3]) + ", \u2026" * (len(words) > 3)

@@ -13,15 +13,10 @@ import pandas as pd
 from c2c.errors import C2CError
 from c2c.report.names import CHANGES, DIFFERENCES, POOLED, short_path, task_titles
 from c2c.report.provenance import comparison_key, data_sources, flatten, mapping, provenance_lines, settings_of
-from c2c.utils import read_json_object
+from c2c.utils import RESULT_EXPECTED, find_results, read_json_object
 
 INDEX = ["task", "measure", "name"]
-_EXPECTED = (
-    "Expected the result.json that `c2c eval --output-dir FOLDER` writes (not the items.jsonl beside it), or a folder "
-    "that holds such files."
-)
-_NAN = math.nan
-_Row = tuple[str, str, str, float, float, float]
+_Estimate = tuple[float, float, float]  # a number and the bounds of its interval, NaN without one
 
 
 class ReportError(C2CError, ValueError):
@@ -33,7 +28,6 @@ class Run:
     """Hold the numbers of one fuser on some data with one seed.
 
     Attributes:
-        receiver: name of the receiver.
         sharer: name of the sharer; those of several are joined by a plus.
         fuser: hash of the fuser's weights, empty where it is not recorded.
         seeds: of the evaluation and of the fuser's training, None where it is not recorded.
@@ -93,40 +87,17 @@ def load_results(paths: Iterable[Path]) -> list[Run]:
         ReportError: nothing is there, a file is not a result, or two files contradict or repeat each other.
     """
     runs: dict[tuple[Any, ...], tuple[Run, Path]] = {}
-    for path in _find(paths):
-        run = load_result(path)
+    for path in find_results(paths, ReportError):
+        try:
+            run = _run(read_json_object(path, ReportError))
+        except ReportError as error:
+            raise ReportError(f"{path} is not a result of c2c eval: {error} {RESULT_EXPECTED}") from error
         key = (run.key, run.fuser, run.seeds)
         if key in runs:
             first, first_path = runs[key]
             run, path = _merge(first, run, f"{first_path} and {path}"), first_path
         runs[key] = run, path
     return [run for run, _ in runs.values()]
-
-
-def load_result(path: Path) -> Run:
-    """Load one result file.
-
-    Raises:
-        ReportError: it is not the result of an evaluation; the message says where.
-    """
-    try:
-        return _run(read_json_object(path, ReportError))
-    except ReportError as error:
-        raise ReportError(f"{path} is not a result of c2c eval: {error} {_EXPECTED}") from error
-
-
-def _find(paths: Iterable[Path]) -> list[Path]:
-    found: dict[Path, Path] = {}
-    for path in paths:
-        if not path.exists():
-            raise ReportError(f"{path} does not exist. {_EXPECTED}")
-        files = sorted(path.rglob("result.json")) if path.is_dir() else [path]
-        if not files:
-            raise ReportError(f"the folder {path} holds no result.json, nor does a folder in it. {_EXPECTED}")
-        found |= {file.resolve(): file for file in files}
-    if not found:
-        raise ReportError(f"no results were given. {_EXPECTED}")
-    return list(found.values())
 
 
 def _merge(first: Run, second: Run, paths: str) -> Run:
@@ -147,8 +118,10 @@ def _run(data: Mapping[str, Any]) -> Run:
     unit = _get(data, "unit", str)
     sources = _get(data, "sources", dict) if data.get("sources") else {}
     titles = task_titles(sources)
-    rows = [row for name in sources for row in _rows(_get(sources, name, dict, "sources."), titles[name], f"{name}: ")]
-    rows += _rows(data, POOLED if sources else _only_task(provenance))
+    rows = [
+        (titles[name], *row) for name in sources for row in _rows(_get(sources, name, dict, "sources."), f"{name}: ")
+    ]
+    rows += [(POOLED if sources else _only_task(provenance), *row) for row in _rows(data)]
     seeds = (mapping(provenance, *keys).get("seed") for keys in (("config",), ("training", "config")))
     seed, training_seed = (seed if isinstance(seed, int) else None for seed in seeds)
     return Run(
@@ -166,33 +139,31 @@ def _run(data: Mapping[str, Any]) -> Run:
     )
 
 
-def _rows(data: Mapping[str, Any], task: str, where: str = "") -> Iterator[_Row]:
-    """Yield all numbers over the items of a task."""
+def _rows(data: Mapping[str, Any], where: str = "") -> Iterator[tuple[str, str, *_Estimate]]:
+    """Yield measure, name and estimate of all numbers over the items of a task."""
     n = float(_get(data, "n", int, where))
-    yield task, "n", "", n, n, n
+    yield "n", "", n, n, n
     scores = {}
     for name in _get(data, "systems", dict, where):
         numbers, place = _get(data["systems"], name, dict, f"{where}systems."), f"{where}systems.{name}."
         key = next((key for key in ("accuracy", "f1", "mean") if key in numbers), "accuracy, f1 or mean")
-        scores[name] = _estimate(numbers, key, "ci95", place)
-        yield task, "score", name, *scores[name]
+        scores[name] = _estimate(numbers, key, place, "ci95")
+        yield "score", name, *scores[name]
         for field, value in numbers.items():
             if isinstance(value, int | float) and not isinstance(value, bool) and field != key:
-                yield task, field, name, _number(numbers, field, place), _NAN, _NAN
+                yield field, name, *_estimate(numbers, field, place)
     for letter in dict.fromkeys([*DIFFERENCES, *(key.removesuffix("_ci95") for key in data if key.endswith("_ci95"))]):
         system, other = DIFFERENCES.get(letter, ("", ""))
         if letter in data:
-            yield task, "difference", letter, *_estimate(data, letter, f"{letter}_ci95", where)
+            yield "difference", letter, *_estimate(data, letter, where, f"{letter}_ci95")
         elif system in scores and other in scores:
-            yield task, "difference", letter, scores[system][0] - scores[other][0], _NAN, _NAN
+            yield "difference", letter, scores[system][0] - scores[other][0], math.nan, math.nan
     speed = _get(data, "speed", dict, where) if data.get("speed") else {}
     for name in speed:
-        yield task, "ratio", name, *_estimate(_get(speed, name, dict, "speed."), "ratio", "ci95", f"speed.{name}.")
-    for field in CHANGES:
+        yield "ratio", name, *_estimate(_get(speed, name, dict, "speed."), "ratio", f"speed.{name}.", "ci95")
+    for measure, field in (*(("change", field) for field in CHANGES), ("mcnemar_p", "mcnemar_p")):
         if data.get(field) is not None:
-            yield task, "change", field, _number(data, field, where), _NAN, _NAN
-    if data.get("mcnemar_p") is not None:
-        yield task, "mcnemar_p", "", _number(data, "mcnemar_p", where), _NAN, _NAN
+            yield measure, field.removeprefix("mcnemar_p"), *_estimate(data, field, where)
 
 
 def _only_task(provenance: Mapping[str, Any]) -> str:
@@ -222,19 +193,17 @@ def _get(data: Mapping[str, Any], key: str, kind: type, where: str = "") -> Any:
     return value
 
 
-def _number(data: Mapping[str, Any], key: str, where: str) -> float:
-    value = data.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ReportError(f"{where}{key} is {value!r:.80}, expected a number.")
-    return float(value)
+def _estimate(data: Mapping[str, Any], key: str, where: str, interval: str = "") -> _Estimate:
+    """Return a number and the bounds of its interval."""
 
+    def number(value: Any, name: str) -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise ReportError(f"{where}{name} is {value!r:.80}, expected a number.")
+        return float(value)
 
-def _estimate(data: Mapping[str, Any], key: str, interval: str, where: str) -> tuple[float, float, float]:
-    """Return a number and the bounds of its interval, NaN without one."""
-    value, bounds = _number(data, key, where), data.get(interval)
+    value, bounds = number(data.get(key), key), data.get(interval)
     if bounds is None:
-        return value, _NAN, _NAN
+        return value, math.nan, math.nan
     if not isinstance(bounds, list) or len(bounds) != 2:
         raise ReportError(f"{where}{interval} is {bounds!r:.80}, expected [low, high].")
-    low, high = (_number({interval: bound}, interval, where) for bound in bounds)
-    return value, low, high
+    return value, number(bounds[0], interval), number(bounds[1], interval)

@@ -2,62 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from collections.abc import Iterable
+from pathlib import Path
 
 POOLED = "all questions"
 
+_NAMES = json.loads(Path(__file__).with_name("names.json").read_text(encoding="utf-8"))
 # Systems in the order of the tables, each with what it is; a system that is not here comes after these.
-SYSTEMS: dict[str, str] = {
-    "receiver": "the receiver alone",
-    "sharer": "the sharer alone",
-    "matched": "the receiver with the sharer's cache of the same question, through the fuser",
-    "deranged": "the same fuser with the sharer's cache of another question",
-    "zero": "the same fuser with a sharer cache of zeros",
-    "untrained": "a fuser that was not trained",
-    "text": "text-to-text: the sharer answers briefly in words, the receiver reads that and answers",
-    "text_published": "text-to-text with the published prompt, in which the sharer must not name the answer",
-    "adapter": "the receiver with a LoRA adapter trained on the same rows, without a sharer",
-    "router": "each question goes to the sharer or to the receiver, chosen by its words",
-    "abstain": "matched where it is surer than the receiver alone, else the receiver",
-    "reader": "the receiver with the passage in its own prompt",
-    "summary_50": "the receiver with the sharer's summary of the passage, at most 50 tokens",
-    "summary_100": "the same, at most 100 tokens",
-    "summary_200": "the same, at most 200 tokens",
-    "draft": "matched, where the sharer drafts an answer first, whose cache is fused too",
-    "draft_deranged": "the same with passage and draft of another question",
-    "draft_text": "the receiver reads the sharer's draft as text",
-    "linear": "a linear fuser, fitted in closed form",
-    "self": "a fuser that reads the receiver's own cache",
-}
+SYSTEMS: dict[str, str] = _NAMES["systems"]
+_TASKS: dict[str, str] = _NAMES["tasks"]
 # Differences between two systems, by their letter.
-DIFFERENCES: dict[str, tuple[str, str]] = {
-    "G": ("matched", "receiver"),
-    "P": ("matched", "deranged"),
-    "S": ("matched", "sharer"),
-    "T": ("matched", "text"),
-    "A": ("matched", "adapter"),
-    "Z": ("matched", "zero"),
-    "D": ("deranged", "receiver"),
-}
+DIFFERENCES: dict[str, list[str]] = _NAMES["differences"]
+# Titles of measures that say more than their name, the most important first.
+MEASURES: dict[str, str] = _NAMES["measures"]
+LEGEND: str = _NAMES["legend"]
 # Changes of single answers from the receiver alone to matched.
 CHANGES = ("mended", "spoiled", "gap_recovered")
 # Parts of the seconds, in the order in which they pass.
 STAGES = ("sharer_prefill", "sharer_decode", "receiver_prefill", "fuse", "decode")
 COSTS = ("seconds", "first_token", *STAGES, "tokens", "bytes", "memory")
-
-_TASKS = {
-    "arc_challenge": "ARC-Challenge",
-    "arc_easy": "ARC-Easy",
-    "ceval": "C-Eval",
-    "gsm8k": "GSM8K",
-    "hotpotqa": "HotpotQA",
-    "mmlu": "MMLU",
-    "mmlu_redux": "MMLU-Redux",
-    "openbookqa": "OpenBookQA",
-    "squad": "SQuAD",
-}
 
 
 def in_order(names: Iterable[str], known: Iterable[str]) -> list[str]:
@@ -108,10 +74,9 @@ def short_command(command: str) -> str:
         words = shlex.split(command)
     except ValueError:  # an open quote
         words = command.split()
-    return shlex.join(_short_word(word) for word in words)
-
-
-def _short_word(word: str) -> str:
-    option, equals, path = word.rpartition("=")
-    short = short_path(path, 2)
-    return option + equals + (path if short == path else f".../{short}")
+    shortened = []
+    for word in words:
+        option, equals, path = word.rpartition("=")
+        short = short_path(path, 2)
+        shortened.append(option + equals + (path if short == path else f".../{short}"))
+    return shlex.join(shortened)

@@ -16,13 +16,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 
 from c2c.report.evaluations import Evaluation
 from c2c.report.load import ReportError
-from c2c.report.names import SYSTEMS, in_order, spaced
+from c2c.report.names import LEGEND, SYSTEMS, in_order, spaced
 from c2c.report.plots import draw_plots
-from c2c.report.tables import LEGEND, readme_table, result_tables, summary_table
+from c2c.report.tables import readme_table, result_tables, summary_table
 from c2c.utils import write_text
 
 _BEGIN, _END = "<!-- results -->", "<!-- /results -->"
-_DIFF_LINES = 12
 
 
 def make_files(
@@ -34,13 +33,9 @@ def make_files(
     plots: Path | None = None,
     readme: Path | None = None,
 ) -> dict[Path, str]:
-    """Make the text of every file that is asked for.
+    """Make the text of every file that is wanted, for at least one evaluation.
 
     Args:
-        evaluations: what to report, at least one.
-        title: heading.
-        html: where the page goes.
-        markdown: where the Markdown goes.
         plots: folder of the plots, which the Markdown then shows.
         readme: a file with lines ``<!-- results -->`` and ``<!-- /results -->``, between which the table goes.
 
@@ -52,7 +47,10 @@ def make_files(
     if readme is not None:
         files[readme] = _fill_readme(readme, _render("summary.md", summary=readme_table(evaluations)))
     if html is not None:
-        images = {_data_address(svg): caption for caption, svg in drawn.values()}
+        images = {
+            f"data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}": caption
+            for caption, svg in drawn.values()
+        }
         files[html] = _report("report.html", evaluations, title, images)
     images = {}
     if plots is not None:
@@ -75,11 +73,7 @@ def summary_markdown(evaluations: Sequence[Evaluation]) -> str:
 
 
 def write_files(files: Mapping[Path, str]) -> None:
-    """Write every file, whole or not at all.
-
-    Raises:
-        ReportError: one can't be written.
-    """
+    """Write every file, whole or not at all; raise ReportError where one can't be written."""
     for path, text in files.items():
         try:
             write_text(path, text)
@@ -88,11 +82,7 @@ def write_files(files: Mapping[Path, str]) -> None:
 
 
 def check_files(files: Mapping[Path, str], command: str) -> None:
-    """Compare the files that are there with those that would be written; of plots only which there are.
-
-    Args:
-        files: what would be written.
-        command: what writes them.
+    """Compare the files that are there with those that ``command`` would write; of plots only which there are.
 
     Raises:
         ReportError: a file is missing or differs, or a plot is there that would not be written.
@@ -104,15 +94,10 @@ def check_files(files: Mapping[Path, str], command: str) -> None:
     if extra:
         raise ReportError(f"{', '.join(map(str, extra))} are no plots of these results: delete them.")
     if stale:
-        names = ", ".join(map(str, stale))
-        raise ReportError(f"{names}: not what the results say. Run: {command}{_diff(found[stale[0]], files[stale[0]])}")
-
-
-def _diff(found: str | None, expected: str) -> str:
-    if found is None:
-        return " (there is no such file yet)"
-    lines = unified_diff(found.splitlines(), expected.splitlines(), "found", "expected", lineterm="", n=0)
-    return "\n" + "\n".join(line[:200] for line in islice(lines, _DIFF_LINES))
+        text, wanted = found[stale[0]], files[stale[0]].splitlines()
+        lines = [] if text is None else unified_diff(text.splitlines(), wanted, "found", "expected", lineterm="", n=0)
+        difference = "".join(f"\n{line[:200]}" for line in islice(lines, 12)) or " (there is no such file yet)"
+        raise ReportError(f"{', '.join(map(str, stale))}: not what the results say. Run: {command}{difference}")
 
 
 def _report(template: str, evaluations: Sequence[Evaluation], title: str, images: Mapping[str, str]) -> str:
@@ -147,19 +132,14 @@ def escape_markdown(text: str) -> str:
     return re.sub(r"[\\`*|~$\[\]]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", text)
 
 
-def _data_address(svg: str) -> str:
-    return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
-
-
 def _fill_readme(path: Path, table: str) -> str:
-    """Return the text of a file with the table between its marks."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ReportError(f"{path} can't be read: {error}.") from error
-    before, begin, rest = text.partition(_BEGIN)
+    before, _, rest = text.partition(_BEGIN)
     _, end, after = rest.partition(_END)
-    if not begin or not end or text.count(_BEGIN) != 1 or text.count(_END) != 1:
+    if not end or text.count(_BEGIN) != 1 or text.count(_END) != 1:
         raise ReportError(
             f"{path} must have {_BEGIN} and {_END} once each, in this order, on lines of their own: put them where the "
             "results belong."

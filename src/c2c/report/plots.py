@@ -44,6 +44,9 @@ def draw_plots(evaluations: Sequence[Evaluation]) -> dict[str, tuple[str, str]]:
     """
     scores = pd.concat([_run_values(one, "score") for one in evaluations], ignore_index=True)
     differences = pd.concat([_run_values(one, "difference") for one in evaluations], ignore_index=True)
+    scores = scores[(scores["task"] != POOLED) & scores["name"].isin(list(_STYLES))]
+    # for each system on each task the evaluation with the most questions
+    scores = scores[scores["n"] == scores.groupby(["panel", "task", "name"])["n"].transform("max")]
     choice = scores["unit"] == "percent"
     intervals = "Bars: 95 % intervals, a mark for each run."
     content = differences[(differences["name"] == "P") & differences["whole"]]
@@ -52,16 +55,21 @@ def draw_plots(evaluations: Sequence[Evaluation]) -> dict[str, tuple[str, str]]:
         mpl.rcdefaults()
         mpl.rcParams.update(_RC)
         figures = {
-            "accuracy": (f"Accuracy by pair and data. {intervals}", _draw_panels(_largest(scores[choice]))),
-            "open-answers": (f"Open answers by pair and data. {intervals}", _draw_panels(_largest(scores[~choice]))),
+            "accuracy": (f"Accuracy by pair and data. {intervals}", _draw_panels(scores[choice])),
+            "open-answers": (f"Open answers by pair and data. {intervals}", _draw_panels(scores[~choice])),
             "content": (f"P = matched - deranged. {intervals}", _draw_panels(content, zero=True)),
             "speed": ("Seconds of an answer, by stage.", _draw_speed(evaluations)),
         }
-        return {name: (caption, _svg(figure)) for name, (caption, figure) in figures.items() if figure is not None}
+        drawn = {}
+        for name, (caption, figure) in figures.items():
+            if figure is not None:
+                buffer = io.StringIO()
+                figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+                drawn[name] = (caption, buffer.getvalue())
+        return drawn
 
 
 def _run_values(evaluation: Evaluation, measure: str) -> pd.DataFrame:
-    """Return the values of a measure of all runs, each with what the plots need to place it."""
     frames = []
     for number, run in enumerate(evaluation.runs, 1):
         values = run.values[run.values.index.get_level_values("measure") == measure].reset_index()
@@ -72,12 +80,6 @@ def _run_values(evaluation: Evaluation, measure: str) -> pd.DataFrame:
     return pd.concat(frames).assign(
         unit=evaluation.runs[0].unit, panel=panel, data=evaluation.title, evaluation=evaluation.anchor
     )
-
-
-def _largest(scores: pd.DataFrame) -> pd.DataFrame:
-    """Keep, for each system on each task, the evaluation with the most questions."""
-    tasks = scores[(scores["task"] != POOLED) & scores["name"].isin(list(_STYLES))]
-    return tasks[tasks["n"] == tasks.groupby(["panel", "task", "name"])["n"].transform("max")]
 
 
 def _draw_panels(values: pd.DataFrame, *, zero: bool = False) -> Figure | None:
@@ -105,8 +107,7 @@ def _draw_panels(values: pd.DataFrame, *, zero: bool = False) -> Figure | None:
 
 def _draw_speed(evaluations: Sequence[Evaluation]) -> Figure | None:
     """Draw the seconds of every system as a bar of its stages, a panel for each evaluation that was timed."""
-    timed = {one: _stages(one) for one in evaluations}
-    timed = {one: stages for one, stages in timed.items() if not stages.empty}
+    timed = {one: stages for one in evaluations if not (stages := _stages(one)).empty}
     if not timed:
         return None
     figure, all_axes = _subplots([len(stages) for stages in timed.values()])
@@ -135,7 +136,6 @@ def _stages(evaluation: Evaluation) -> pd.DataFrame:
 
 
 def _subplots(rows: Sequence[int]) -> tuple[Figure, list[Axes]]:
-    """Make a figure of panels below each other, as high as their numbers of rows need."""
     figure = Figure(figsize=(9, 0.8 + sum(0.3 * count + 0.6 for count in rows)), layout="constrained")
     axes = figure.subplots(len(rows), squeeze=False, height_ratios=[count + 0.5 for count in rows])
     return figure, list(axes[:, 0])
@@ -146,10 +146,3 @@ def _legend(figure: Figure, all_axes: Sequence[Axes]) -> None:
         label: handle for axes in all_axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
     figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=len(handles), frameon=False)
-
-
-def _svg(figure: Figure) -> str:
-    """Return a figure as SVG without a date or a version."""
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    return buffer.getvalue()

@@ -32,7 +32,13 @@ def comparison_key(unit: str, provenance: Mapping[str, Any]) -> str:
     hashes = mapping(provenance, "data")
     names = [str(source.get("path") or source.get("dataset")) for source in data_sources(provenance)]
     data = {name: hashes.get(name) for name in names or hashes}  # without the dev data of a router
-    models = [_weights(provenance.get(role)) for role in ("receiver", "sharer")]
+
+    def weights(identity: Any) -> Any:  # since one model has many names
+        if isinstance(identity, list):  # several sharers
+            return [weights(one) for one in identity]
+        return identity.get("weights") or identity.get("name") if isinstance(identity, dict) else identity
+
+    models = [weights(provenance.get(role)) for role in ("receiver", "sharer")]
     return json.dumps([unit, models, data, settings_of(provenance)], sort_keys=True)
 
 
@@ -77,10 +83,3 @@ def flatten(settings: Mapping[Any, Any]) -> dict[str, str]:
     for name, value in settings.items():
         flat |= flatten(value) if isinstance(value, dict) else {name: str(value)}
     return flat
-
-
-def _weights(identity: Any) -> Any:
-    """Return the hash of a model's weights, since one model has many names; of several sharers a list."""
-    if isinstance(identity, list):
-        return [_weights(one) for one in identity]
-    return identity.get("weights") or identity.get("name") if isinstance(identity, dict) else identity

@@ -10,28 +10,10 @@ from matplotlib.ticker import EngFormatter
 
 from c2c.report.evaluations import Evaluation, flag_losses
 from c2c.report.load import Run
-from c2c.report.names import CHANGES, COSTS, DIFFERENCES, SYSTEMS, in_order, spaced
+from c2c.report.names import CHANGES, COSTS, DIFFERENCES, MEASURES, SYSTEMS, in_order, spaced
 
 MISSING, AHEAD, LOSS = "\u2013", "\u25b2", "\u2717"
-LEGEND = (
-    "Bold: the best system. In square brackets: 95 % intervals over the questions; in round ones: lowest and highest "
-    f"of several runs, whose mean stands before. {AHEAD} better than matched. {LOSS} a loss, in any of the runs: the "
-    "interval of a difference to matched is not wholly on the better side, deranged is better than the receiver (D), "
-    f"or a system is faster than matched. {MISSING} not measured."
-)
 _SUMMARY = ("receiver", "sharer", "matched", "deranged", "text")
-# Titles of measures that say more than their name, the most important first.
-_TITLES = {
-    "score": "",
-    "exact": "exact answers, %",
-    "holds": "answers that hold a reference, %",
-    "difference": "differences",
-    "change": "changes against the receiver alone, %",
-    "mcnemar_p": "McNemar's test of mended against spoiled",
-    "seconds": "seconds of an answer",
-    "ratio": "seconds over those of matched",
-}
-_SCORES = ("score", "exact", "holds")
 _DIGITS = {"exact": 1, "holds": 1, "change": 1, "ratio": 2}
 
 
@@ -62,12 +44,10 @@ class _Numbers:
         self.sign, self.runs = evaluation.runs[0].sign, 1 if run else len(evaluation.runs)
 
     def names(self, measure: str) -> list[str]:
-        """Return the systems, letters or changes that have a measure."""
         names = (name for _, other, name in self.rows if other == measure)
         return in_order(names, {"difference": DIFFERENCES, "change": CHANGES}.get(measure, SYSTEMS))
 
     def size(self, task: str) -> str:
-        """Return the number of questions, a range where runs differ."""
         row = self.rows.get((task, "n", ""))
         return MISSING if row is None else " to ".join(dict.fromkeys(f"{n:,.0f}" for n in (row.low, row.high)))
 
@@ -78,7 +58,7 @@ class _Numbers:
             return Cell(MISSING)
         text = "+" * (measure == "difference" and row.value >= 0) + self._text(measure, row.value)
         detail = "" if math.isnan(row.low) else self._bounds(measure, row)
-        if measure not in _SCORES:
+        if measure not in ("score", "exact", "holds"):
             return Cell(text, detail, mark=LOSS if row.loss else "")
         found = (self.rows.get((task, measure, other)) for other in ("matched", *among))
         matched, *others = (row if other is None else other for other in found)
@@ -86,7 +66,6 @@ class _Numbers:
         return Cell(text, detail, best, AHEAD if row.value * self.sign > matched.value * self.sign else "")
 
     def _bounds(self, measure: str, row: Any) -> str:
-        """Write the 95 % interval of one run, or the lowest and highest of several and how many have the number."""
         low, high = (self._text(measure, value) for value in (row.low, row.high))
         if self.runs == 1:
             return f"[{low}, {high}]"
@@ -125,7 +104,7 @@ def readme_table(evaluations: Sequence[Evaluation]) -> Table:
 
 
 def _summary(rows: Iterable[tuple[str, Evaluation, Evaluation]], letters: Sequence[str]) -> Table:
-    """Make a row of a title, an evaluation, and the evaluation whose text-to-text is shown beside it."""
+    """Make a row for each title, evaluation, and evaluation whose text-to-text is shown beside it."""
     groups: dict[str, list[list[Cell]]] = {}
     for title, shown, other in rows:
         numbers, texts, task, text_task = _Numbers(shown), _Numbers(other), shown.tasks[-1], other.tasks[-1]
@@ -149,29 +128,21 @@ def _summary(rows: Iterable[tuple[str, Evaluation, Evaluation]], letters: Sequen
 def result_tables(evaluation: Evaluation, run: Run | None = None) -> list[Table]:
     """Make a table of all numbers and one of further costs, with a column for each task; of one run if given."""
     numbers, runs = _Numbers(evaluation, run), len(evaluation.runs)
+    titles = {letter: f"{letter} = {' - '.join(pair)}" for letter, pair in DIFFERENCES.items()} | {"": "p"}
     caption = run.title if run else f"Mean of {runs} runs" if runs > 1 else evaluation.runs[0].title
-    further = in_order({measure for _, measure, _ in numbers.rows} - {"n", *_TITLES}, COSTS)
-    parts = {caption: list(_TITLES), "Costs of an answer, of those that were answered one by one (timed)": further}
-    columns = [evaluation.metric, *(f"{task}, n {numbers.size(task)}" for task in evaluation.tasks)]
-    return [
-        Table(title, columns, _groups(numbers, measures, evaluation.tasks))
-        for title, measures in parts.items()
-        if measures
-    ]
-
-
-def _groups(numbers: _Numbers, measures: Iterable[str], tasks: Sequence[str]) -> list[tuple[str, list[list[Cell]]]]:
-    """Make a group for each measure, with a row for each system, letter or change."""
-    groups = []
-    for measure in measures:
-        names = numbers.names(measure)
-        rows = [
-            [Cell(_title(name or "p")), *(numbers.cell(task, measure, name, names) for task in tasks)] for name in names
-        ]
-        groups += [(_TITLES.get(measure, spaced(measure)), rows)] if rows else []
-    return groups
-
-
-def _title(name: str) -> str:
-    """Write out the name of a system, or a letter as ``P = matched - deranged``."""
-    return f"{name} = {' - '.join(DIFFERENCES[name])}" if name in DIFFERENCES else spaced(name)
+    further = in_order({measure for _, measure, _ in numbers.rows} - {"n", *MEASURES}, COSTS)
+    parts = {caption: list(MEASURES), "Costs of an answer, of those that were answered one by one (timed)": further}
+    tasks = evaluation.tasks
+    columns = [evaluation.metric, *(f"{task}, n {numbers.size(task)}" for task in tasks)]
+    tables = []
+    for title, measures in parts.items():
+        groups = []
+        for measure in measures:
+            names = numbers.names(measure)
+            rows = [
+                [Cell(titles.get(name, spaced(name))), *(numbers.cell(task, measure, name, names) for task in tasks)]
+                for name in names
+            ]
+            groups += [(MEASURES.get(measure, spaced(measure)), rows)] if rows else []
+        tables += [Table(title, columns, groups)] if measures else []
+    return tables

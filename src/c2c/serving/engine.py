@@ -301,26 +301,21 @@ class Engine(Protocol):
     @property
     def info(self) -> EngineInfo:
         """What it serves."""
-        ...
 
     @property
     def sharers(self) -> tuple[SharerHealth, ...]:
         """Health of the sharers, in the order of :attr:`info`."""
-        ...
 
     @property
     def alive(self) -> bool:
         """Whether it can still answer."""
-        ...
 
     @property
     def waiting(self) -> int:
         """Accepted requests that have not begun."""
-        ...
 
     def start(self) -> None:
         """Start to work."""
-        ...
 
     async def submit(self, request: Request) -> RequestHandle:
         """Accept a request. Each that was accepted is answered, failed or cancelled on its handle.
@@ -332,8 +327,6 @@ class Engine(Protocol):
         Raises:
             ApiError: too many requests wait, or the engine can't do what is requested.
         """
-        ...
 
     def close(self) -> None:
         """Finish what was accepted, and stop."""
-        ...

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from c2c.errors import C2CError, ContextLengthError, RemoteError, SharerChanged
@@ -19,31 +20,19 @@ class ServerError(C2CError):
     """A server that can't start with the given options."""
 
 
+@dataclass(eq=False)
 class ApiError(C2CError):
-    """A request that is refused or failed.
+    """A request that is refused or failed."""
 
-    Attributes:
-        status: HTTP status.
-        message: for the client; never any text of a prompt.
-        code: which error, for programs.
-        param: the field of the request that is wrong.
-        headers: response headers.
-        details: further fields of the error object.
-    """
+    status: int  # of HTTP
+    message: str  # for the client; never any text of a prompt
+    code: str | None = None  # which error, for programs
+    param: str | None = None  # the field of the request that is wrong
+    headers: dict[str, str] = field(default_factory=dict)  # of the response
+    details: dict[str, Any] = field(default_factory=dict)  # further fields of the error object
 
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        code: str | None = None,
-        param: str | None = None,
-        headers: dict[str, str] | None = None,
-        details: dict[str, Any] | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.status, self.message, self.code, self.param = status, message, code, param
-        self.headers, self.details = headers or {}, details or {}
+    def __post_init__(self) -> None:
+        super().__init__(self.message)
 
     @property
     def type(self) -> str:
@@ -67,7 +56,7 @@ def to_api_error(error: C2CError, param: str | None = None) -> ApiError:
         case ApiError():
             return error
         case RemoteError(code="too_long") | ContextLengthError():
-            return too_long(message, param)
+            return ApiError(400, message, code="context_length_exceeded", param=param)  # which clients look for
         case RemoteError():
             status, code = (504, "sharer_timeout") if error.code == "timeout" else (502, "sharer_lost")
             return ApiError(status, f"the sharer could not be asked: {message}", code=code)
@@ -97,16 +86,6 @@ def validation_error(first: Mapping[str, Any]) -> ApiError:
     return invalid(f"{param or 'the body'}: {message}.", param or None)
 
 
-def too_long(message: str, param: str | None = "messages") -> ApiError:
-    """Return the error of a prompt that exceeds a model's context: 400, with the code that clients look for."""
-    return ApiError(400, message, code="context_length_exceeded", param=param)
-
-
-def unauthorized(message: str) -> ApiError:
-    """Return the error of a missing or unknown API key: 401."""
-    return ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
-
-
 def queue_full(waiting: int, retry_after: int) -> ApiError:
     """Return the error of a full queue: 429."""
     message = f"{waiting} requests wait already, which is the limit (--max-queue). Try again in {retry_after} s."
@@ -121,11 +100,9 @@ def shutting_down() -> ApiError:
 
 def timed_out(seconds: float) -> ApiError:
     """Return the error of a request that took longer than the server allows, waiting included: 504."""
-    message = (
-        f"the request took longer than {seconds:g} s, waiting in the queue included. Ask for fewer tokens, send fewer "
-        "requests at a time, or raise --timeout."
-    )
-    return ApiError(504, message, code="timeout")
+    message = f"the request took longer than {seconds:g} s, waiting in the queue included."
+    advice = "Ask for fewer tokens, send fewer requests at a time, or raise --timeout."
+    return ApiError(504, f"{message} {advice}", code="timeout")
 
 
 def internal(request_id: str | None = None) -> ApiError:

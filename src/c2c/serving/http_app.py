@@ -32,24 +32,15 @@ _DISCARDED = 4  # times the body limit that are read, so that clients that send 
 
 @dataclass
 class RequestRecord:
-    """Record one request for logs and metrics; ``request.state.record`` in an endpoint. No texts.
+    """Record one request for logs and metrics; ``request.state.record`` in an endpoint. No texts."""
 
-    Attributes:
-        request_id: the client's ``x-request-id`` if it can stand in a header, else a new one.
-        owner: id of the API key, empty without keys.
-        status: HTTP status, even where a stream that began with 200 failed later.
-        code: which error.
-        facts: further facts for the log, set by endpoints.
-        began: ``time.monotonic()``.
-    """
-
-    request_id: str
+    request_id: str  # the client's x-request-id if it can stand in a header, else a new one
     method: str
     path: str
-    owner: str = ""
-    status: int | None = None
-    code: str | None = None
-    facts: dict[str, Any] = field(default_factory=dict)
+    owner: str = ""  # id of the API key, empty without keys
+    status: int | None = None  # of HTTP, even where a stream that began with 200 failed later
+    code: str | None = None  # which error
+    facts: dict[str, Any] = field(default_factory=dict)  # further ones for the log, set by endpoints
     began: float = field(default_factory=time.monotonic)
 
     @property
@@ -63,31 +54,20 @@ class RequestRecord:
 
     def to_dict(self) -> dict[str, Any]:
         """Return what is logged."""
-        known = {name: getattr(self, name) for name in ("request_id", "method", "path", "owner", "status", "code")}
-        return (
-            {name: value for name, value in known.items() if value} | {"seconds": round(self.seconds, 4)} | self.facts
-        )
+        known = {name: value for name, value in vars(self).items() if value and name not in ("facts", "began")}
+        return known | {"seconds": round(self.seconds, 4)} | self.facts
 
 
 @dataclass
 class ServerState:
-    """Count the requests of one server, and hold its callbacks; ``app.state.server``.
+    """Count the requests of one server, and hold its callbacks; ``app.state.server``."""
 
-    Attributes:
-        active: requests under way.
-        ended: requests that have ended.
-        draining: new requests are refused, because the server is about to end.
-        health: returns facts for ``/health``; a ``status`` other than "ok" means 503.
-        on_request: called with each request that has ended, for metrics.
-        abort: called when a second signal gives up what is under way.
-    """
-
-    health: Callable[[], dict[str, Any]] = dict
-    on_request: Callable[[RequestRecord], None] = lambda record: None
-    abort: Callable[[], None] = lambda: None
-    active: int = 0
+    health: Callable[[], dict[str, Any]] = dict  # facts for /health; a status other than "ok" means 503
+    on_request: Callable[[RequestRecord], None] = lambda record: None  # gets each that has ended, for metrics
+    abort: Callable[[], None] = lambda: None  # gives up what is under way, at a second signal
+    active: int = 0  # requests under way
     ended: int = 0
-    draining: bool = False
+    draining: bool = False  # new requests are refused, because the server is about to end
 
 
 def create_app(
@@ -101,25 +81,17 @@ def create_app(
     app = FastAPI(lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.server = state
     app.add_middleware(RequestMiddleware, config=config, state=state, keys=config.keys())
-    app.add_exception_handler(C2CError, _on_error)
-    app.add_exception_handler(HTTPException, _on_http_error)
-    app.add_exception_handler(RequestValidationError, _on_validation_error)
+    for kind in (C2CError, HTTPException, RequestValidationError):
+        app.add_exception_handler(kind, _on_error)
     for router in routers:
         app.include_router(router)
 
-    def health() -> tuple[int, dict[str, Any]]:
-        facts = {"status": "draining" if state.draining else "ok"} | state.health()
-        return (200 if facts["status"] == "ok" else 503), facts
-
     @app.get("/health")
-    async def _health() -> JSONResponse:
-        status, facts = health()
-        return JSONResponse(facts, status)
-
     @app.get("/ready")
-    async def _ready() -> JSONResponse:
-        status, facts = health()
-        return JSONResponse({"status": facts["status"]}, status)
+    async def health(request: Request) -> JSONResponse:
+        facts = {"status": "draining" if state.draining else "ok"} | state.health()
+        shown = facts if request.url.path == "/health" else {"status": facts["status"]}
+        return JSONResponse(shown, 200 if facts["status"] == "ok" else 503)
 
     return app
 
@@ -136,37 +108,45 @@ class RequestMiddleware:
         if scope["type"] != "http" or scope["path"] in OPEN_PATHS:
             await self._app(scope, receive, send)
             return
-        headers = Headers(scope=scope)
-        given = headers.get("x-request-id", "")
+        given = Headers(scope=scope).get("x-request-id", "")
         request_id = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(16)
-        record = RequestRecord(request_id, scope["method"], scope["path"])
+        record, started = RequestRecord(request_id, scope["method"], scope["path"]), False
         scope.setdefault("state", {})["record"] = record
+
+        async def send_recorded(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                record.status = record.status or message["status"]
+                MutableHeaders(scope=message)["x-request-id"] = record.request_id
+            await send(message)
+
         self._state.active += 1
         try:
-            await self._respond(scope, receive, _Sender(send, record), headers)
+            if failure := await self._respond(scope, receive, send_recorded, record):
+                record.fail(failure)
+                if not started and failure.status != client_gone().status:
+                    await error_response(failure)(scope, receive, send_recorded)
         finally:
             self._state.active -= 1
             self._state.ended += 1
             self._state.on_request(record)
             log("request", **record.to_dict())
 
-    async def _respond(self, scope: Scope, receive: Receive, send: _Sender, headers: Headers) -> None:
-        record = send.record
+    async def _respond(self, scope: Scope, receive: Receive, send: Send, record: RequestRecord) -> ApiError | None:
+        """Let the application answer, and return the error that is still to be sent."""
         try:
-            record.owner = self._keys.owner(headers.get("authorization"))
+            record.owner = self._keys.owner(Headers(scope=scope).get("authorization"))
             self._check_rate(record.owner or str((scope.get("client") or ("unknown",))[0]))
             if self._state.draining and scope["method"] == "POST":
                 raise shutting_down()
             await self._app(scope, await self._buffered(receive), send)
         except ApiError as error:
-            record.fail(error)
-            if not send.started and error.status != client_gone().status:
-                await error_response(error)(scope, receive, send)
+            return error
         except Exception as error:
             log_failure("request_failed", error, request_id=record.request_id)
-            record.fail(internal())
-            if not send.started:
-                await error_response(internal(record.request_id))(scope, receive, send)
+            return internal(record.request_id)
+        return None
 
     def _check_rate(self, caller: str) -> None:
         if not self._config.rate:
@@ -181,46 +161,28 @@ class RequestMiddleware:
 
     async def _buffered(self, receive: Receive) -> Receive:
         """Read the whole body, within size and time, and return what replays it."""
+        parts, size, limit, more = [], 0, self._config.max_body, True
         try:
             async with asyncio.timeout(self._config.timeout):
-                body = await self._read(receive)
+                while more and size <= limit * _DISCARDED:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise client_gone()
+                    size += len(message.get("body", b""))
+                    parts.append(message.get("body", b"") if size <= limit else b"")
+                    more = message.get("more_body", False)
         except TimeoutError:
-            message = f"the body did not arrive within {self._config.timeout:g} s."
-            raise ApiError(408, message, code="timeout", headers={"Connection": "close"}) from None
-        messages = iter([{"type": "http.request", "body": body, "more_body": False}])
+            reason = f"the body did not arrive within {self._config.timeout:g} s."
+            raise ApiError(408, reason, code="timeout", headers={"Connection": "close"}) from None
+        if size > limit:
+            reason = f"the body has more than {limit} bytes, the limit of this server (--max-body-mb or --max-body-kb)."
+            raise ApiError(413, reason, code="request_too_large", headers={"Connection": "close"})
+        messages = iter([{"type": "http.request", "body": b"".join(parts), "more_body": False}])
 
         async def replay() -> Message:
             return next(messages, None) or await receive()
 
         return replay
-
-    async def _read(self, receive: Receive) -> bytes:
-        parts, size, limit, more = [], 0, self._config.max_body, True
-        while more and size <= limit * _DISCARDED:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                raise client_gone()
-            size += len(message.get("body", b""))
-            parts.append(message.get("body", b"") if size <= limit else b"")
-            more = message.get("more_body", False)
-        if size > limit:
-            reason = f"the body has more than {limit} bytes, the limit of this server (--max-body-mb or --max-body-kb)."
-            raise ApiError(413, reason, code="request_too_large", headers={"Connection": "close"})
-        return b"".join(parts)
-
-
-class _Sender:
-    """Sends with the request id in the headers, and records the status."""
-
-    def __init__(self, send: Send, record: RequestRecord) -> None:
-        self._send, self.record, self.started = send, record, False
-
-    async def __call__(self, message: Message) -> None:
-        if message["type"] == "http.response.start":
-            self.started = True
-            self.record.status = self.record.status or message["status"]
-            MutableHeaders(scope=message)["x-request-id"] = self.record.request_id
-        await self._send(message)
 
 
 def error_response(error: ApiError) -> JSONResponse:
@@ -229,24 +191,24 @@ def error_response(error: ApiError) -> JSONResponse:
 
 
 async def _on_error(request: Request, error: Exception) -> JSONResponse:
-    known = to_api_error(error) if isinstance(error, C2CError) else internal()
+    match error:
+        case C2CError():
+            known = to_api_error(error)
+        case RequestValidationError():
+            first = error.errors()[0]
+            known = validation_error({**first, "loc": first["loc"][1:]})
+        case HTTPException(status_code=status):
+            code, message = {
+                400: ("invalid_json", "the body is not valid JSON."),  # all that FastAPI itself refuses this way
+                404: ("not_found", f"there is nothing at {request.url.path}."),
+                405: ("method_not_allowed", f"{request.url.path} takes no {request.method}."),
+            }.get(status, (None, str(error.detail)))
+            known = ApiError(status, message, code=code, headers=dict(error.headers or {}))
+        case _:
+            known = internal()
     if isinstance(record := getattr(request.state, "record", None), RequestRecord):
         record.fail(known)
     return error_response(known)
-
-
-async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
-    status, headers = getattr(error, "status_code", 500), dict(getattr(error, "headers", None) or {})
-    messages = {404: f"there is nothing at {request.url.path}.", 405: f"{request.url.path} takes no {request.method}."}
-    messages[400] = "the body is not valid JSON."  # all that FastAPI itself refuses this way
-    code = {400: "invalid_json", 404: "not_found", 405: "method_not_allowed"}.get(status)
-    message = messages.get(status) or str(getattr(error, "detail", "refused."))
-    return await _on_error(request, ApiError(status, message, code=code, headers=headers))
-
-
-async def _on_validation_error(request: Request, error: Exception) -> JSONResponse:
-    first = error.errors()[0] if isinstance(error, RequestValidationError) else {}
-    return await _on_error(request, validation_error({**first, "loc": first.get("loc", ())[1:]}))
 
 
 @asynccontextmanager

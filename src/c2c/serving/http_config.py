@@ -1,5 +1,7 @@
 """Options and keys of an HTTP server. Imports neither torch nor a web framework, so that ``--help`` stays fast."""
 
+# ruff: noqa: RUF009 - option() returns a dataclass field
+
 from __future__ import annotations
 
 import hashlib
@@ -7,42 +9,29 @@ import hmac
 import ipaddress
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-from c2c.serving.errors import ServerError, unauthorized
+from c2c.config import option
+from c2c.serving.errors import ApiError, ServerError
 
 
 @dataclass(frozen=True, kw_only=True)
 class HTTPConfig:
-    """Configure one HTTP server; ``c2c serve`` and ``c2c share`` add their own.
+    """Configure one HTTP server; ``c2c serve`` and ``c2c share`` add their own."""
 
-    Attributes:
-        connections: open connections at most; None for no limit.
-    """
-
-    host: str = field(default="127.0.0.1", metadata={"help": "Address to listen at; 0.0.0.0 for all."})
-    port: int = field(default=8000, metadata={"help": "Port to listen at; 0 for a free one.", "min": 0, "max": 65535})
-    api_key: list[str] | None = field(
-        default=None, repr=False, metadata={"help": "Bearer key that clients must send; may be repeated."}
-    )
-    key_file: Path | None = field(default=None, metadata={"help": "File with such keys, one a line."})
-    insecure: bool = field(
-        default=False, metadata={"help": "Listen on an address that others can reach without any key."}
-    )
-    tls_cert: Path | None = field(default=None, metadata={"help": "Certificate file for TLS."})
-    tls_key: Path | None = field(default=None, metadata={"help": "Its private key."})
-    tls_client_ca: Path | None = field(
-        default=None, metadata={"help": "Certificate authority that client certificates must be signed by."}
-    )
-    timeout: float = field(
-        default=300.0, metadata={"help": "Seconds that a request may take, waiting included.", "min": 0.1}
-    )
-    max_body_mb: float = field(default=4.0, metadata={"help": "Megabytes of a request at most.", "min": 0.001})
-    rate: int = field(
-        default=0, metadata={"help": "Requests per minute and key (or address) at most; 0 for no limit.", "min": 0}
-    )
-    connections: int | None = field(default=None, metadata={"cli": False})
+    host: str = option("127.0.0.1", "Address to listen at; 0.0.0.0 for all.")
+    port: int = option(8000, "Port to listen at; 0 for a free one.", min=0, max=65535)
+    api_key: list[str] | None = option(None, "Bearer key that clients must send; may be repeated.", repr=False)
+    key_file: Path | None = option(None, "File with such keys, one a line.")
+    insecure: bool = option(False, "Listen on an address that others can reach without any key.")
+    tls_cert: Path | None = option(None, "Certificate file for TLS.")
+    tls_key: Path | None = option(None, "Its private key.")
+    tls_client_ca: Path | None = option(None, "Certificate authority that client certificates must be signed by.")
+    timeout: float = option(300.0, "Seconds that a request may take, waiting included.", min=0.1)
+    max_body_mb: float = option(4.0, "Megabytes of a request at most.", min=0.001)
+    rate: int = option(0, "Requests per minute and key (or address) at most; 0 for no limit.", min=0)
+    connections: int | None = option(None, "Open connections at most; None for no limit.", cli=False)
 
     key_variable = "C2C_API_KEY"  # environment variable with keys, separated by commas or spaces
 
@@ -75,11 +64,7 @@ class HTTPConfig:
 
 
 class KeyRing:
-    """Check bearer keys, kept as hashes; without any key everybody is admitted.
-
-    Args:
-        keys: the keys in plain text.
-    """
+    """Check bearer keys, given in plain text and kept as hashes; without any key everybody is admitted."""
 
     def __init__(self, keys: Iterable[str]) -> None:
         self._digests = [hashlib.sha256(key.strip().encode()).hexdigest() for key in keys]
@@ -96,13 +81,13 @@ class KeyRing:
         if not self:
             return ""
         scheme, _, given = (authorization or "").partition(" ")
+        digest, message = hashlib.sha256(given.strip().encode()).hexdigest(), "the API key is not one of this server's."
         if scheme.lower() != "bearer" or not given.strip():
-            raise unauthorized("no API key was given: send the header 'Authorization: Bearer KEY'.")
-        digest = hashlib.sha256(given.strip().encode()).hexdigest()
+            message = "no API key was given: send the header 'Authorization: Bearer KEY'."
         # Every hash is compared, each in constant time: the time reveals neither a key nor its place.
-        if not sum(hmac.compare_digest(digest, known) for known in self._digests):
-            raise unauthorized("the API key is not one of this server's.")
-        return digest[:16]
+        elif sum(hmac.compare_digest(digest, known) for known in self._digests):
+            return digest[:16]
+        raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
 
 def read_keys(path: str | Path) -> list[str]:

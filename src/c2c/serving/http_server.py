@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import signal
 import socket
 import ssl
 import time
-from collections.abc import Iterator
-from threading import current_thread, main_thread
+from types import FrameType
 from typing import Any
 
 import uvicorn
@@ -19,7 +16,6 @@ from c2c.serving.errors import ServerError
 from c2c.serving.http_config import HTTPConfig
 from c2c.serving.logs import log
 
-_KEEP_ALIVE = 75  # seconds; longer than clients keep idle connections, so that none is closed under a request
 _GRACE = 5.0  # seconds after the longest request, for sending
 
 
@@ -60,21 +56,17 @@ class Server(uvicorn.Server):
     """
 
     def __init__(self, app: FastAPI, config: HTTPConfig) -> None:
-        super().__init__(
-            uvicorn.Config(
-                app,
-                log_config=None,
-                access_log=False,
-                lifespan="on",
-                ws="none",
-                backlog=2048,
-                server_header=False,
-                limit_concurrency=config.connections,
-                timeout_keep_alive=_KEEP_ALIVE,
-                timeout_graceful_shutdown=int(_GRACE),
-                **_tls_options(config),
-            )
-        )
+        options: dict[str, Any] = {
+            "log_config": None,
+            "access_log": False,
+            "lifespan": "on",
+            "ws": "none",
+            "server_header": False,
+            "limit_concurrency": config.connections,
+            "timeout_keep_alive": 75,  # longer than clients keep idle connections: none is closed under a request
+            "timeout_graceful_shutdown": int(_GRACE),
+        }
+        super().__init__(uvicorn.Config(app, **options, **_tls_options(config)))
         try:
             self.config.load()
         except OSError as error:
@@ -83,20 +75,9 @@ class Server(uvicorn.Server):
         self._draining: asyncio.Task[None] | None = None
         self.forced = False
 
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Let signals call :meth:`stop`; outside the main thread there are none."""
-        if current_thread() is not main_thread():
-            yield
-            return
-        loop, wanted = asyncio.get_running_loop(), (signal.SIGTERM, signal.SIGINT)
-        for number in wanted:
-            loop.add_signal_handler(number, self.stop)
-        try:
-            yield
-        finally:
-            for number in wanted:
-                loop.remove_signal_handler(number)
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Stop at a signal; outside the main thread there are none."""
+        asyncio.get_running_loop().call_soon_threadsafe(self.stop)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begin to listen, and log where."""
@@ -146,11 +127,12 @@ def serve(app: FastAPI, sock: socket.socket, config: HTTPConfig) -> bool:
 def _tls_options(config: HTTPConfig) -> dict[str, Any]:
     if (config.tls_cert is None) != (config.tls_key is None):
         raise ServerError("TLS needs both --tls-cert and --tls-key.")
-    if config.tls_cert is None:
-        if config.tls_client_ca is not None:
-            raise ServerError("--tls-client-ca needs --tls-cert and --tls-key: without TLS there are no certificates.")
-        return {}
-    options: dict[str, Any] = {"ssl_certfile": str(config.tls_cert), "ssl_keyfile": str(config.tls_key)}
-    if config.tls_client_ca is not None:
-        options |= {"ssl_ca_certs": str(config.tls_client_ca), "ssl_cert_reqs": ssl.CERT_REQUIRED}
-    return options
+    if config.tls_client_ca is not None and config.tls_cert is None:
+        raise ServerError("--tls-client-ca needs --tls-cert and --tls-key: without TLS there are no certificates.")
+    required = ssl.CERT_REQUIRED if config.tls_client_ca is not None else ssl.CERT_NONE
+    return {
+        "ssl_certfile": config.tls_cert,
+        "ssl_keyfile": config.tls_key,
+        "ssl_ca_certs": config.tls_client_ca,
+        "ssl_cert_reqs": required,
+    }

@@ -10,7 +10,6 @@ from datetime import UTC, datetime
 from typing import Any
 
 _LOG = logging.getLogger("c2c.serving")
-_FRAMES = 12
 
 
 class JsonFormatter(logging.Formatter):
@@ -49,4 +48,4 @@ def warn(event: str, **facts: Any) -> None:
 def log_failure(event: str, error: BaseException, **facts: Any) -> None:
     """Log a fault with its stack, without the message of the exception, which may quote a prompt."""
     frames = [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in traceback.extract_tb(error.__traceback__)]
-    _LOG.error(event, extra={"facts": facts | {"error": type(error).__name__, "frames": frames[-_FRAMES:]}})
+    _LOG.error(event, extra={"facts": facts | {"error": type(error).__name__, "frames": frames[-12:]}})

@@ -13,6 +13,8 @@ from c2c.serving.sampling import SamplingParams
 
 MAX_STOPS, MAX_STOP_LENGTH = 16, 256  # each is looked for after every token
 _ANY = object()  # stands for all values
+_WITHOUT_EFFECT = ("user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention")
+_UNSUPPORTED = ("audio", "moderation", "prediction", "reasoning_effort", "verbosity", "web_search_options")
 
 
 def _text(value: Any) -> Any:
@@ -129,29 +131,21 @@ class GenerateBody(_Body):
     """Fields that chat completions and completions have in common."""
 
     neutral = {
-        # without effect on any answer
-        **dict.fromkeys(
-            ("user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"), (_ANY,)
-        ),
-        "audio": (),
+        **dict.fromkeys(_WITHOUT_EFFECT, (_ANY,)),
+        **dict.fromkeys(_UNSUPPORTED, ()),
         "best_of": (1,),
         "echo": (False,),
         "function_call": ("none", "auto"),
         "functions": ([],),
         "logit_bias": ({},),
         "modalities": (["text"],),
-        "moderation": (),
         "parallel_tool_calls": (True, False),
-        "prediction": (),
-        "reasoning_effort": (),
         "response_format": ({"type": "text"},),
         "service_tier": ("auto", "default"),
         "store": (False,),
         "suffix": ("",),
         "tool_choice": ("none", "auto"),
         "tools": ([],),
-        "verbosity": (),
-        "web_search_options": (),
     }
 
     model: str

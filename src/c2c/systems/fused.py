@@ -18,7 +18,7 @@ from c2c.generation import PrefilledPrompt
 from c2c.handoff import Handoff
 from c2c.messages import Conversation, conversations
 from c2c.model import C2CModel
-from c2c.private_context import handoffs_of
+from c2c.private_context import read_handoffs
 from c2c.prompting import RenderOptions
 from c2c.systems.base import System, SystemOptions, context_texts, count_tokens, with_passage
 
@@ -93,7 +93,7 @@ class Control(CacheToCache):
         if self.drafts and self.options.draft_tokens:
             sharer_messages = self._draft(messages, sharer_messages)
         sharers = [self.model.sharers[index] for index in self.model.private]
-        rows = self.exchange_handoffs(handoffs_of(sharer_messages, sharers, len(batch), options), options)
+        rows = self.exchange_handoffs(read_handoffs(sharer_messages, sharers, len(batch), options), options)
         columns = tuple(list(column) for column in zip(*rows, strict=True))
         return self.model.prefill(batch, sharer_messages=columns, options=options, blend=self.options.blend)
 
@@ -127,7 +127,7 @@ class Deranged(Control):
         if self.options.other is None:
             return _rotate(rows)
         sharers = [self.model.sharers[index] for index in self.model.private]
-        return handoffs_of(self.options.other, sharers, 1, options) * len(rows)
+        return read_handoffs(self.options.other, sharers, 1, options) * len(rows)
 
 
 class DraftDeranged(Deranged):

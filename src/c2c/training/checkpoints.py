@@ -8,26 +8,15 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback
-
 from c2c.config import ConfigError
 from c2c.training.config import TrainConfig
 from c2c.utils import check_writable, read_json_object, write_json
 
-_COMPLETE = "complete"
+COMPLETE = "complete"
 _RUN = "run.json"
 # fields that may change when a run is resumed: paths, lengths, and how often it reports
 _FREE = {"data_dir", "output_dir", "store_dir", "store_budget_gb", "report_to", "epochs", "max_steps"}
 _FREE |= {"eval_steps", "save_steps", "logging_steps", "fill", "prefill_batch", "device_map"}
-
-
-class CompleteCheckpoints(TrainerCallback):
-    """Marks each checkpoint after its last file was written."""
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Mark the checkpoint of this step."""
-        if state.is_world_process_zero:
-            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / _COMPLETE).touch()
 
 
 def last_complete(folder: Path) -> str | None:
@@ -35,7 +24,7 @@ def last_complete(folder: Path) -> str | None:
     found: dict[int, Path] = {}
     for path in folder.glob("checkpoint-*") if folder.is_dir() else ():
         step = re.fullmatch(r"checkpoint-(\d+)", path.name)
-        if step and (path / _COMPLETE).exists():
+        if step and (path / COMPLETE).exists():
             found[int(step[1])] = path
         elif step:
             shutil.rmtree(path, ignore_errors=True)

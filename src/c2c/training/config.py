@@ -83,11 +83,6 @@ class TrainConfig:
     logging_steps: int = option(10, "Report the loss every so many steps.")
 
     def __post_init__(self) -> None:
-        """Refuse impossible values.
-
-        Raises:
-            ConfigError: says which, and what was expected.
-        """
         ahead = self.fill == "ahead"
         problems = {
             f"soft_targets is {self.soft_targets} (a share, 0 to 1) and soft_temperature {self.soft_temperature} "
@@ -117,12 +112,10 @@ class TrainConfig:
 
 
 def load_config(path: str | Path, **overrides: Any) -> TrainConfig:
-    """Read a YAML file.
+    """Read a YAML file; ``overrides`` replace its values, and None is ignored.
 
-    Args:
-        path: the file.
-        **overrides: values that replace those of the file; None is ignored. Another ``family`` has its own default
-            options in place of the file's; ``adapter`` takes the file's family as ``adapter_of``.
+    Another ``family`` has its own default options in place of the file's; ``adapter`` takes the file's family as
+    ``adapter_of``.
 
     Raises:
         ConfigError: not a mapping, unknown or missing keys, or impossible values.

@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 
-from c2c.training.losses import answered_right, cross_entropy
-from c2c.training.objective import Message, Objective
+from c2c.training.objective import Message, Objective, answered_right, cross_entropy
 
 
 @dataclass(frozen=True)
@@ -31,11 +30,6 @@ class DevScore:
     loss: float
 
     @property
-    def gain(self) -> float:
-        """G = matched - receiver, in points."""
-        return self.matched - self.receiver
-
-    @property
     def pairing(self) -> float:
         """P = matched - deranged, in points; 0 for an adapter."""
         return 0.0 if self.deranged is None else self.matched - self.deranged
@@ -47,11 +41,11 @@ class DevScore:
 
     def to_dict(self) -> dict[str, float]:
         """Plain data, for ``dev.json``."""
-        common = {"loss": self.loss, "G": self.gain, "value": self.value}
+        common = {"loss": self.loss, "G": self.matched - self.receiver, "value": self.value}
+        found = {"n": self.n, "receiver": self.receiver}
         if self.deranged is None:
-            return {"n": self.n, "receiver": self.receiver, "adapter": self.matched} | common
-        accuracy = {"receiver": self.receiver, "matched": self.matched, "deranged": self.deranged}
-        return {"n": self.n} | accuracy | common | {"P": self.pairing}
+            return found | {"adapter": self.matched} | common
+        return found | {"matched": self.matched, "deranged": self.deranged} | common | {"P": self.pairing}
 
 
 class DevSet:
@@ -77,26 +71,21 @@ class DevSet:
         messages: list[Message] = ["matched"]
         messages += ["deranged"] if objective.has_sharer else []
         messages += ["none"] if self.receiver is None else []
-        right, loss = dict.fromkeys(messages, 0.0), 0.0
-        for start in range(0, len(self.examples), self.batch_size):
+        right, loss, n = dict.fromkeys(messages, 0.0), 0.0, len(self.examples)
+        for start in range(0, n, self.batch_size):
             for part in objective.micro_batches(self.examples[start : start + self.batch_size]):
-                loss += self._add(objective, part, right)
+                counted = len(part)
+                if counted == 1 and objective.has_sharer and n > 1:
+                    part = [*part, self.examples[0]]  # a derangement needs two; only the first is counted
+                batch = objective.collate(part)
+                for message in messages:
+                    logits = objective.logits(batch, message)
+                    right[message] += sum(answered_right(logits, part)[:counted])
+                    if message == "matched":
+                        losses = (cross_entropy(logits, batch.responses) * batch.weights).sum(-1)
+                        loss += float(losses[:counted].sum())
         objective.train(was_training)
-        n = len(self.examples)
         accuracy = {message: 100 * hits / n for message, hits in right.items()}
         if self.receiver is None:
             self.receiver = accuracy["none"]
         return DevScore(n, self.receiver, accuracy["matched"], accuracy.get("deranged"), loss / n)
-
-    def _add(self, objective: Objective, part: Sequence[Any], right: dict[Message, float]) -> float:
-        """Count right answers of some examples, and return the sum of their losses."""
-        counted, loss = len(part), 0.0
-        if counted == 1 and objective.has_sharer and len(self.examples) > 1:
-            part = [*part, self.examples[0]]  # a derangement needs two; only the first is counted
-        batch = objective.collate(part)
-        for message in right:
-            logits = objective.logits(batch, message)
-            right[message] += sum(answered_right(logits, part)[:counted])
-            if message == "matched":
-                loss = float((cross_entropy(logits, batch.responses) * batch.weights).sum(-1)[:counted].sum())
-        return loss

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from c2c.handoff import Reading
+from c2c.handoff import SharerPrompt
 from c2c.language_model import Sharer
 from c2c.tokens import TokenBatch, left_pad, natural_positions
 from c2c.training.prefill_store import PrefillStore, PromptRecords
@@ -23,33 +23,21 @@ from c2c.utils import OnProgress
 def with_drafts(
     examples: Sequence[Any], sharer: Sharer, store: PrefillStore, progress: OnProgress | None = None
 ) -> list[Any]:
-    """Append drafts to what the sharer hands over, in the examples of rows with a ``draft``.
-
-    Args:
-        examples: of any kind; rows of shared context have no drafts.
-        sharer: the sharer, with its weights.
-        store: its prefills.
-        progress: called with (stage, done, total).
-    """
-    found: dict[int, list[int]] = {}
+    """Append drafts to what the sharer hands over, in the examples of private context whose rows have a ``draft``."""
+    found: dict[int, Any] = {}
+    records = PromptRecords(store, "drafts")
+    stage = None if progress is None else partial(progress, "sharer's drafts")
     for longest in sorted({example.row.draft for example in examples} - {0}):
         part = [index for index, example in enumerate(examples) if example.row.draft == longest]
-        drafts = _drafts([examples[index].sharer_ids for index in part], longest, sharer, store, progress)
-        found |= zip(part, drafts, strict=True)
-    return [_append(example, found[index]) if index in found else example for index, example in enumerate(examples)]
+        prompts = [examples[index].sharer_ids for index in part]
 
+        def generate(rows: list[int], prompts: Any = prompts, longest: int = longest) -> list[list[int]]:
+            return generate_drafts([prompts[row] for row in rows], longest, sharer, store)
 
-def _drafts(
-    prompts: Sequence[Sequence[int]], longest: int, sharer: Sharer, store: PrefillStore, progress: OnProgress | None
-) -> list[list[int]]:
-    """Return the draft of each prompt, generated or from the records."""
-    drafts: list[list[int]] = PromptRecords(store, "drafts").get(
-        prompts,
-        [longest] * len(prompts),
-        lambda part: generate_drafts([prompts[index] for index in part], longest, sharer, store),
-        None if progress is None else partial(progress, "sharer's drafts"),
-    )
-    return drafts
+        for index, draft in zip(part, records.get(prompts, [longest] * len(part), generate, stage), strict=True):
+            handed_over = SharerPrompt(examples[index].sharer_ids, examples[index].kept).followed_by(draft)
+            found[index] = replace(examples[index], sharer_ids=handed_over.ids, kept=handed_over.kept)
+    return [found.get(index, example) for index, example in enumerate(examples)]
 
 
 @torch.no_grad()
@@ -73,8 +61,3 @@ def generate_drafts(
     whole = [[*prompt, *draft] for prompt, draft in zip(prompts, drafts, strict=True)]
     store.put(whole, cache, [tokens.length - len(prompt) for prompt in prompts])
     return drafts
-
-
-def _append(example: Any, draft: Sequence[int]) -> Any:
-    handed_over = Reading(example.sharer_ids, example.kept).followed_by(draft)
-    return replace(example, sharer_ids=handed_over.ids, kept=handed_over.kept)

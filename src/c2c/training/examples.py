@@ -11,7 +11,7 @@ from c2c.alignment import Alignment
 from c2c.data.formats import Row
 from c2c.data.prompts import choice_tokens, passage_with_question, response_tokens
 from c2c.errors import PromptError
-from c2c.handoff import reading
+from c2c.handoff import sharer_prompt
 from c2c.private_context import first_user_column
 from c2c.prompting import RenderOptions, encode, render
 
@@ -53,15 +53,9 @@ class Example:
 
     def reconstructing(self) -> Self:
         """Return the same prompt with its message as the response."""
-        length = len(self.message_ids)
-        return replace(
-            self,
-            response_ids=self.message_ids,
-            weights=[1 / length] * length,
-            decisive=0,
-            choice_ids=[],
-            soft_target=None,
-        )
+        weights = [1 / len(self.message_ids)] * len(self.message_ids)
+        response: dict[str, Any] = {"response_ids": self.message_ids, "weights": weights}
+        return replace(self, **response, decisive=0, choice_ids=[], soft_target=None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,8 +88,8 @@ def build_examples(
     Args:
         pair: a :class:`~c2c.model.C2CModel`, or anything with its ``receiver``, ``sharers``, ``aligner``, ``private``.
         rows: the rows.
-        max_prompt: longest prompt in tokens, of either model.
-        max_response: longest response in tokens.
+        max_prompt: in tokens, of either model.
+        max_response: in tokens.
 
     Returns:
         :class:`PrivateExample` where the pair's fuser is of private context, else :class:`SharedExample`.
@@ -139,7 +133,7 @@ def _private_example(pair: Any, row: Row, max_response: int) -> PrivateExample:
         raise PromptError(f"row {row.id} has no private context")
     options, tokenizer = RenderOptions(answer_prefix=row.answer_prefix), pair.receiver.tokenizer
     messages = passage_with_question(row) if row.draft else row.sharer_messages
-    theirs = reading(pair.sharers[0].tokenizer, messages, RenderOptions())
+    theirs = sharer_prompt(pair.sharers[0].tokenizer, messages, RenderOptions())
     return PrivateExample(
         row=row,
         receiver_ids=encode(tokenizer, render(tokenizer, row.messages, options)).ids,
@@ -154,17 +148,13 @@ def _target(tokenizer: Any, row: Row, message: str, max_response: int) -> dict[s
     """Encode the response, its loss weights, and the message to reconstruct."""
     response = response_tokens(tokenizer, row)
     decisive, choices = choice_tokens(tokenizer, row.lead, row.choices)
+    weights = [1 / len(response)] * len(response)
+    if choices:  # the token that names the choice weighs as much as all others together
+        weights = [1.0 if index == decisive else 1 / (len(response) - 1) for index in range(len(response))]
     return {
         "response_ids": response,
-        "weights": _loss_weights(len(response), decisive if choices else None),
+        "weights": weights,
         "decisive": decisive,
         "choice_ids": choices,
         "message_ids": tokenizer.encode(message, add_special_tokens=False)[:max_response],
     }
-
-
-def _loss_weights(length: int, decisive: int | None) -> list[float]:
-    """Weigh response tokens: the token that names the choice as much as all others together."""
-    if decisive is None:
-        return [1 / length] * length
-    return [1.0 if index == decisive else 1 / (length - 1) for index in range(length)]

@@ -50,13 +50,7 @@ class AdapterBatch(Batch):
 
 
 class AdapterObjective(Objective):
-    """The receiver with its adapter.
-
-    Args:
-        adapter: from :func:`~c2c.systems.lora.new_adapter`.
-        receiver: the model that it is in.
-        matched: the fuser whose size it has: ``family`` and ``parameters``.
-    """
+    """The receiver with its adapter; ``matched`` is the fuser whose size it has: ``family`` and ``parameters``."""
 
     kind = "adapter"
     has_sharer = False
@@ -65,11 +59,6 @@ class AdapterObjective(Objective):
         super().__init__()
         self.adapter, self.matched = adapter.eval(), matched or {}
         self.receiver = receiver
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the receiver."""
-        return self.receiver.device
 
     def train(self, mode: bool = True) -> AdapterObjective:
         """Record the mode; the receiver stays in ``eval()`` as it does beside a fuser."""
@@ -138,18 +127,7 @@ def make_adapter_objective(config: TrainConfig, pair: TokenizerPair) -> AdapterO
     Raises:
         ConfigError: the fuser is of private context. AdapterError: an impossible rank; ``peft`` is missing.
     """
-    receiver = pair.receiver
-    size = _fuser_size(config, receiver, pair.sharers[0])
-    rank = nearest_rank(receiver.model, size) if config.adapter_rank is None else config.adapter_rank
-    set_seed(config.seed)
-    matched = {"family": config.adapter_of, "parameters": size}
-    objective = AdapterObjective(new_adapter(receiver, rank), receiver, matched)
-    log.info("adapter: %s", objective.summary())
-    return objective
-
-
-def _fuser_size(config: TrainConfig, receiver: LanguageModel, sharer: LanguageModel) -> int:
-    """Count the parameters of the fuser of a configuration, ``adapter_of`` being its family."""
+    receiver, sharer = pair.receiver, pair.sharers[0]
     kind = family(config.adapter_of)
     if kind.context != "shared":
         raise ConfigError(
@@ -159,4 +137,10 @@ def _fuser_size(config: TrainConfig, receiver: LanguageModel, sharer: LanguageMo
     layers = layer_map(config.layer_map, receiver.geometry.layers, sharer.geometry.layers)
     with torch.device("meta"):
         fuser = kind.from_geometry(sharer.geometry, receiver.geometry, layers, **config.fuser_options)
-    return sum(parameter.numel() for parameter in fuser.parameters())
+    size = sum(parameter.numel() for parameter in fuser.parameters())
+    rank = nearest_rank(receiver.model, size) if config.adapter_rank is None else config.adapter_rank
+    set_seed(config.seed)
+    matched = {"family": config.adapter_of, "parameters": size}
+    objective = AdapterObjective(new_adapter(receiver, rank), receiver, matched)
+    log.info("adapter: %s", objective.summary())
+    return objective

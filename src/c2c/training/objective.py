@@ -1,4 +1,4 @@
-"""The training objective: next-token loss on the responses, and the guard against other examples' messages."""
+"""The training objective: next-token loss on the responses, and the guard against another example's message."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from c2c.fusers import Fuser
 from c2c.fusers.base import AlignedEntries, load_fuser
+from c2c.language_model import LanguageModel
 from c2c.model import C2CModel
+from c2c.tokens import TokenBatch, left_pad
 from c2c.training.config import Precision
 from c2c.training.examples import Example
-from c2c.training.losses import cross_entropy, soft_target_loss
-from c2c.training.prefill_store import PrefillStore
+from c2c.training.prefill_store import PrefillStore, stack
 
 # The sharer cache of the example itself, of another one, zeros, or none at all: the receiver alone.
 Message = Literal["matched", "deranged", "zero", "none"]
@@ -38,6 +40,21 @@ class Batch:
     weights: Tensor
 
 
+@dataclass(frozen=True)
+class FuserBatch(Batch):
+    """Examples with their stored caches, left-padded.
+
+    Attributes:
+        receiver_cache: the receiver's cache of the prefixes of its prompts.
+        sharer: the sharer's prompts.
+        sharer_cache: their cache; layers that the fuser does not read are empty.
+    """
+
+    receiver_cache: DynamicCache
+    sharer: TokenBatch
+    sharer_cache: DynamicCache
+
+
 class Objective(nn.Module, ABC):
     """What the Trainer trains: parameters, and the loss of a batch of examples.
 
@@ -52,13 +69,14 @@ class Objective(nn.Module, ABC):
     kind: ClassVar[str]
     has_sharer: ClassVar[bool] = True
     accepts_loss_kwargs: ClassVar[bool] = False
+    receiver: LanguageModel
     precision: Precision = "float32"
     soft_targets: float = 0.0
 
     @property
-    @abstractmethod
     def device(self) -> torch.device:
         """Device of the receiver, where everything is computed."""
+        return self.receiver.device
 
     @abstractmethod
     def collate(self, examples: Sequence[Any]) -> Any:
@@ -97,8 +115,8 @@ class Objective(nn.Module, ABC):
         losses = cross_entropy(logits, batch.responses)
         if self.soft_targets > 0:
             losses = soft_target_loss(losses, logits, batch.examples, self.soft_targets)
-        weighted: Tensor = losses * batch.weights
-        return weighted.sum(-1)
+        weighted: Tensor = (losses * batch.weights).sum(-1)
+        return weighted
 
     def micro_batches(self, examples: Sequence[Any]) -> list[Sequence[Any]]:
         """Split the examples of a step into parts that run at once; by default there is one part."""
@@ -114,52 +132,48 @@ class Objective(nn.Module, ABC):
 class FuserObjective(Objective):
     """A fuser with its two frozen models, of which only the fuser is a submodule.
 
-    Args:
-        model: the pair.
-        receiver_store: the receiver's prefills.
-        sharer_store: the sharer's prefills.
-        guard_weight: weight of the guard: with another example's message the loss must not be lower than the
-            receiver's alone.
-        soft_targets: share of the sharer's own answer in the target of multiple choice.
-        reconstruction_steps: first steps, in which the message is the response.
+    The guard: with another example's message the loss must not be lower than the receiver's alone.
+
+    Numbers are those of :class:`~c2c.training.config.TrainConfig`; the stores hold the prefills of each model.
     """
 
     kind = "fuser"
 
-    def __init__(
-        self,
-        model: C2CModel,
-        receiver_store: PrefillStore,
-        sharer_store: PrefillStore,
-        guard_weight: float = 0.0,
-        soft_targets: float = 0.0,
-        reconstruction_steps: int = 0,
-    ) -> None:
+    guard_weight: float = 0.0
+    reconstruction_steps: int = 0
+    reconstructing = False
+
+    def __init__(self, model: C2CModel, receiver_store: PrefillStore, sharer_store: PrefillStore) -> None:
         super().__init__()
         self.fuser: Fuser = model.fusers[0]  # type: ignore[assignment]
+        self.receiver = model.receiver
         self._model = (model,)  # in a tuple, so that the frozen models are neither parameters nor saved
         self.receiver_store, self.sharer_store = receiver_store, sharer_store
-        self.guard_weight, self.soft_targets = guard_weight, soft_targets
-        self.reconstruction_steps, self.reconstructing = reconstruction_steps, False
 
     @property
     def model(self) -> C2CModel:
         """The frozen pair with its fuser."""
         return self._model[0]
 
-    @property
-    def device(self) -> torch.device:
-        """Device of the receiver."""
-        return self.model.receiver.device
-
     @abstractmethod
     def observe(self, examples: Sequence[Any], weighting: str = "none") -> Iterator[AlignedEntries]:
         """Yield entries of both models at corresponding tokens, which a new fuser is initialised from.
 
-        Args:
-            examples: one batch.
-            weighting: ``attention`` weighs token pairs by the attention that they receive, ``none`` does not.
+        With the weighting ``attention`` token pairs are weighted by the attention that they receive.
         """
+
+    def stored(self, examples: Sequence[Example]) -> dict[str, Any]:
+        """Pad targets and fetch stored caches, as arguments of a :class:`FuserBatch`."""
+        layers, dtype = self.model.sharers[0].geometry.layers, self.receiver.dtype
+        own = self.receiver_store.get([example.receiver_prefix for example in examples])
+        prompts = [example.sharer_ids for example in examples]
+        theirs = self.sharer_store.get(prompts)
+        return {
+            **targets(examples, self.device),
+            "receiver_cache": stack(own, self.receiver.geometry.layers, dtype, self.device),
+            "sharer": left_pad(prompts, 0).to(self.device),
+            "sharer_cache": stack(theirs, layers, dtype, self.device),
+        }
 
     def forward(self, examples: Sequence[Any], share: float = 1.0) -> dict[str, Tensor]:
         """Compute the loss of examples; in the first steps that of reconstructing their messages."""
@@ -179,8 +193,7 @@ class FuserObjective(Objective):
 
     def summary(self) -> dict[str, Any]:
         """Return how many prompts were prefilled."""
-        stores = {"receiver": self.receiver_store, "sharer": self.sharer_store}
-        return {"prefilled": {name: store.computed for name, store in stores.items()}}
+        return {"prefilled": {"receiver": self.receiver_store.computed, "sharer": self.sharer_store.computed}}
 
     def save(self, folder: Path, record: dict[str, Any] | None = None) -> None:
         """Write the fuser."""
@@ -203,15 +216,53 @@ class FuserObjective(Objective):
 
 
 def targets(examples: Sequence[Example], device: torch.device) -> dict[str, Any]:
-    """Pad responses and weights, as arguments of a :class:`Batch`."""
-    return {
-        "examples": examples,
-        "responses": right_pad([example.response_ids for example in examples], -100).to(device),
-        "weights": right_pad([example.weights for example in examples], 0.0).to(device),
-    }
+    """Pad responses and weights on the right, as arguments of a :class:`Batch`."""
+
+    def pad(rows: Sequence[Sequence[float]], filler: float) -> Tensor:
+        tensors = [torch.tensor(row) for row in rows]
+        return nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=filler).to(device)
+
+    responses, weights = [example.response_ids for example in examples], [example.weights for example in examples]
+    return {"examples": examples, "responses": pad(responses, -100), "weights": pad(weights, 0.0)}
 
 
-def right_pad(rows: Sequence[Sequence[float]], filler: float) -> Tensor:
-    """Pad rows of numbers to one tensor, ``[rows, longest]``."""
-    tensors = [torch.tensor(row) for row in rows]
-    return nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=filler)
+def cross_entropy(logits: Tensor, responses: Tensor) -> Tensor:
+    """Compute the loss of each response token in nats, in float32, 0 on padding; ``[batch, response]``.
+
+    Args:
+        logits: ``[batch, response, vocab]``.
+        responses: ids, ``[batch, response]``, -100 on padding.
+    """
+    loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), responses.flatten(), reduction="none")
+    return loss.view(responses.shape)
+
+
+def soft_target_loss(losses: Tensor, logits: Tensor, examples: Sequence[Example], share: float) -> Tensor:
+    """Mix the sharer's probabilities of the choices into the target of each token that names a choice.
+
+    Args:
+        losses: of the response tokens, ``[batch, response]``.
+        logits: ``[batch, response, vocab]``.
+        examples: with or without ``soft_target``.
+        share: of the soft target, 0 to 1.
+    """
+    losses = losses.clone()
+    for row, example in enumerate(examples):
+        if example.soft_target is not None:
+            scores = logits[row, example.decisive].float().log_softmax(-1)[example.choice_ids]
+            soft = -(torch.tensor(example.soft_target, device=scores.device) * scores).sum()
+            losses[row, example.decisive] = (1 - share) * losses[row, example.decisive] + share * soft
+    return losses
+
+
+def answered_right(logits: Tensor, examples: Sequence[Example]) -> list[float]:
+    """Score each example: 1 if the best choice is the right one; without choices the share of right tokens."""
+    scores = []
+    for row, example in enumerate(examples):
+        if example.choice_ids:
+            best = int(logits[row, example.decisive, example.choice_ids].argmax())
+            scores.append(float(best == example.row.answer))
+        else:
+            hits = logits[row, : len(example.response_ids)].argmax(-1).cpu() == torch.tensor(example.response_ids)
+            scores.append(float(hits.float().mean()))
+    return scores

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 
 from c2c import kv_cache
@@ -107,21 +107,16 @@ class PrefillStore:
         """Return the caches of these prompts; missing ones are computed, equal ones once."""
         keys = [self.key(ids) for ids in prompts]
         found: dict[str, PromptCache | None] = {key: self._read(key) for key in dict.fromkeys(keys)}
-        missing = {key: ids for key, ids in zip(keys, prompts, strict=True) if found[key] is None}
-        order = list(missing)
-        for start in range(0, len(order), self.batch):
-            part = order[start : start + self.batch]
-            found |= dict(zip(part, self._compute([missing[key] for key in part]), strict=True))
-        return [entry for entry in (found[key] for key in keys) if entry is not None]
+        missing = list({key: ids for key, ids in zip(keys, prompts, strict=True) if found[key] is None}.items())
+        for start in range(0, len(missing), self.batch):
+            part = dict(missing[start : start + self.batch])
+            found |= zip(part, self._compute(list(part.values())), strict=True)
+        return [entry for entry in map(found.get, keys) if entry is not None]
 
     def fill(self, prompts: Sequence[Sequence[int]], progress: Callable[[int, int], None] | None = None) -> None:
-        """Compute the missing prompts, short ones first, until the budget is used up.
+        """Compute the missing prompts, short ones first (so that little goes into padding), within the budget.
 
-        Prompts of similar length are prefilled together, so that little of the work goes into padding.
-
-        Args:
-            prompts: token ids.
-            progress: called with the tokens done and those to do, which the time left can be estimated from.
+        ``progress`` is called with the tokens done and those to do, which the time left can be estimated from.
         """
         unique = {self.key(ids): ids for ids in prompts if ids not in self}
         order = sorted(unique.values(), key=len)
@@ -136,12 +131,9 @@ class PrefillStore:
                 return
 
     def put(self, prompts: Sequence[Sequence[int]], cache: Cache, first: Sequence[int]) -> None:
-        """Store entries that were computed elsewhere, such as by ``generate``.
+        """Store entries that were computed elsewhere, such as by ``generate``: one row of ``cache`` for each prompt.
 
-        Args:
-            prompts: token ids, one row of the cache each; a prompt that the cache does not cover to its end is skipped.
-            cache: of the model, all layers.
-            first: column of each prompt's first token.
+        ``first`` are the columns of their first tokens; a prompt that the cache does not cover to its end is skipped.
         """
         length = kv_cache.length(cache)
         for row, (ids, start) in enumerate(zip(prompts, first, strict=True)):
@@ -202,13 +194,9 @@ class PrefillStore:
 
 
 class PromptRecords:
-    """Slow results about one model's prompts, such as drafts, in a JSON file beside its prefills.
+    """Slow results about one model's prompts, such as drafts, in a JSON file ``name`` beside its prefills.
 
-    In memory where the store has no folder.
-
-    Args:
-        store: the model's store; its key tells models and prompts apart.
-        name: of the file.
+    In memory where the store has no folder. The store's key tells models and prompts apart.
     """
 
     def __init__(self, store: PrefillStore, name: str) -> None:
@@ -228,12 +216,11 @@ class PromptRecords:
         Args:
             prompts: token ids.
             settings: what each result depends on besides; JSON.
-            compute: computes the results of some prompts, given by index.
-            progress: called with the number done and the number to do.
+            compute: makes the results of some prompts, given by index.
+            progress: called with (done, total).
         """
-        keys = [
-            _digest(json.dumps([self._store.key(ids), setting])) for ids, setting in zip(prompts, settings, strict=True)
-        ]
+        parts = zip(map(self._store.key, prompts), settings, strict=True)
+        keys = [_digest(json.dumps(part)) for part in parts]
         missing = {key: index for index, key in enumerate(keys) if key not in self._records}
         order = sorted(missing.values(), key=lambda index: len(prompts[index]))  # little padding
         for start in range(0, len(order), _RECORDS):
@@ -243,9 +230,8 @@ class PromptRecords:
                 progress(start + len(part), len(order))
         return [self._records[key] for key in keys]
 
-    def _add(self, records: Mapping[str, Any]) -> None:
-        """Store records, beside those that other processes have written meanwhile."""
-        self._records = self._read() | self._records | dict(records)
+    def _add(self, records: dict[str, Any]) -> None:
+        self._records = self._read() | self._records | records  # other processes may have written meanwhile
         if self._path is not None:
             path, text = self._path, json.dumps(self._records)
             save_atomically(path.parent, lambda folder: (Path(folder) / path.name).write_text(text), private=True)
@@ -265,11 +251,8 @@ def stack(entries: Sequence[PromptCache], total_layers: int, dtype: torch.dtype,
 
     def join(layer: int, side: int) -> Tensor:
         rows = [entry.layers[layer][side] for entry in entries]
-        first = rows[0]
-        out = torch.zeros(len(rows), first.shape[1], width, first.shape[3], dtype=dtype, device=device)
-        for row, tensor in enumerate(rows):
-            out[row, :, width - tensor.shape[2] :] = tensor[0].to(device)
-        return out
+        padded = [nn.functional.pad(row, (0, 0, width - row.shape[2], 0)) for row in rows]
+        return torch.cat(padded).to(device=device, dtype=dtype)
 
     return kv_cache.from_layers(
         (join(layer, 0), join(layer, 1)) if layer in kept else (nothing, nothing) for layer in range(total_layers)

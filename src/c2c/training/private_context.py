@@ -23,29 +23,23 @@ from c2c.prefill import logits_after
 from c2c.prompting import Encoded, RenderOptions, encode, render, text_tokens
 from c2c.tokens import TokenBatch, left_pad
 from c2c.training.examples import PrivateExample
-from c2c.training.objective import Batch, FuserObjective, Message, targets
+from c2c.training.objective import FuserBatch, FuserObjective, Message
 from c2c.training.prefill_store import stack
 
 
 @dataclass(frozen=True)
-class PrivateBatch(Batch):
+class PrivateBatch(FuserBatch):
     """Examples with their stored caches.
 
     Attributes:
         prefix: the receiver's tokens before the memory entries, left-padded.
-        prefix_cache: their cache.
         question: the receiver's tokens after them, left-padded.
-        sharer: the sharer's prompts, left-padded.
-        sharer_cache: their cache; layers that the fuser does not read are empty.
         kept: handed-over columns of ``sharer``, ``[batch, kept]``, left-padded with 0.
         kept_mask: False on that padding.
     """
 
     prefix: TokenBatch
-    prefix_cache: DynamicCache
     question: TokenBatch
-    sharer: TokenBatch
-    sharer_cache: DynamicCache
     kept: Tensor
     kept_mask: Tensor
 
@@ -55,21 +49,16 @@ class PrivateContextObjective(FuserObjective):
 
     def collate(self, examples: Sequence[PrivateExample]) -> PrivateBatch:
         """Fetch the caches and pad."""
-        ours, theirs, device = self.model.receiver, self.model.sharers[0], self.device
-        prefixes = [example.receiver_prefix for example in examples]
-        own = self.receiver_store.get(prefixes)
-        shared = self.sharer_store.get([example.sharer_ids for example in examples])
-        sharer = left_pad([example.sharer_ids for example in examples], 0)
-        kept, kept_mask = _kept_columns(examples, sharer.length)
+        stored, device = self.stored(examples), self.device
+        shifts = [stored["sharer"].length - len(example.sharer_ids) for example in examples]
+        columns = [[column + shift for column in e.kept] for e, shift in zip(examples, shifts, strict=True)]
+        kept = left_pad(columns, 0).to(device)
         return PrivateBatch(
-            **targets(examples, device),
-            prefix=left_pad(prefixes, 0).to(device),
-            prefix_cache=stack(own, ours.geometry.layers, ours.dtype, device),
+            **stored,
+            prefix=left_pad([example.receiver_prefix for example in examples], 0).to(device),
             question=left_pad([example.receiver_ids[example.prefix :] for example in examples], 0).to(device),
-            sharer=sharer.to(device),
-            sharer_cache=stack(shared, theirs.geometry.layers, ours.dtype, device),
-            kept=kept.to(device),
-            kept_mask=kept_mask.to(device),
+            kept=kept.ids,
+            kept_mask=kept.mask,
         )
 
     def logits(self, batch: PrivateBatch, message: Message, width: int | None = None) -> Tensor:
@@ -81,16 +70,30 @@ class PrivateContextObjective(FuserObjective):
         new = torch.cat([batch.question.mask, read != -100], dim=1)
         positions = _positions_after(mask, new)
         whole = torch.cat([mask, new], dim=1)
-        return logits_after(self.model.receiver.model, ids, whole, positions, cache, keep=responses.shape[1])
+        return logits_after(self.receiver.model, ids, whole, positions, cache, keep=responses.shape[1])
 
     def observe(self, examples: Sequence[PrivateExample], weighting: str = "none") -> Iterator[AlignedEntries]:
-        """Yield, for each passage, both models' entries of its tokens, matched by characters."""
+        """Yield, for each passage, both models' entries of its tokens; the receiver reads it too.
+
+        Raises:
+            PromptError: the passage is not found in both prompts.
+        """
+        sharer, receiver = self.model.sharers[0], self.model.receiver
         for example in examples:
-            yield self._observe(example)
+            theirs, ours = (
+                encode(m.tokenizer, render(m.tokenizer, example.row.sharer_messages or [], RenderOptions()))
+                for m in (sharer, receiver)
+            )
+            tokens = left_pad([ours.ids], 0)
+            (stored,) = self.sharer_store.get([example.sharer_ids])
+            cache = stack([stored], sharer.geometry.layers, torch.float32, receiver.device)
+            source = Source(sharer, left_pad([example.sharer_ids], 0), cache, self.fuser)
+            own = receiver.prefill(tokens)
+            yield AlignedEntries(*aligned_entries(own, receiver, tokens, source, _align(theirs, ours)))
 
     def _cache_with_memory(self, batch: PrivateBatch, message: Message) -> tuple[DynamicCache, Tensor]:
         """Append the memory entries to the prefix's cache: the cache, and its mask ``[batch, columns]``."""
-        cache = kv_cache.from_layers(kv_cache.layers(batch.prefix_cache))  # appending makes new tensors
+        cache = kv_cache.from_layers(kv_cache.layers(batch.receiver_cache))  # appending makes new tensors
         if message == "none" or self.fuser.output_length(batch.kept.shape[1]) == 0:
             return cache, batch.prefix.mask
         entries, mask = self._memory(batch, message)
@@ -101,11 +104,18 @@ class PrivateContextObjective(FuserObjective):
         return cache, torch.cat([batch.prefix.mask, mask], dim=1)
 
     def _memory(self, batch: PrivateBatch, message: Message) -> tuple[list[kv_cache.KeyValue], Tensor]:
-        """Project a message: keys without rotation and values, and their mask, ``[batch, slots]``."""
-        theirs, mask = self.handed_over(batch), batch.kept_mask
+        """Project what is handed over: keys without rotation and values, and their mask, ``[batch, slots]``."""
+        cache, layers, mask = batch.sharer_cache, self.fuser.config.source_layers, batch.kept_mask
         if message == "zero":
-            keys, values = ([torch.zeros_like(x) for x in side] for side in (theirs.keys, theirs.values))
-            theirs = Entries(keys, values, theirs.rotary)
+            cache = kv_cache.zeros_like(cache)
+
+        def take(x: Tensor) -> Tensor:
+            return x.gather(2, batch.kept[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+
+        pairs = [kv_cache.layer(cache, layer) for layer in layers]
+        tables = self.model.sharers[0].rotary(batch.sharer.positions.gather(1, batch.kept))
+        rotary = None if tables is None else [tables[layer] for layer in layers]
+        theirs = Entries([take(keys) for keys, _ in pairs], [take(values) for _, values in pairs], rotary)
         entries = self.fuser(theirs, mask=mask)
         slots = self.fuser.output_length(mask.shape[1])
         if slots != mask.shape[1]:  # pooled: padding is not in it any more
@@ -115,61 +125,20 @@ class PrivateContextObjective(FuserObjective):
             entries, mask = [(keys[rows], values[rows]) for keys, values in entries], mask[rows]
         return entries, mask
 
-    def handed_over(self, batch: PrivateBatch) -> Entries:
-        """Return the sharer's entries that are handed over, padding included."""
-        sharer, layers = self.model.sharers[0], self.fuser.config.source_layers
-
-        def take(x: Tensor) -> Tensor:
-            return x.gather(2, batch.kept[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
-
-        pairs = [kv_cache.layer(batch.sharer_cache, layer) for layer in layers]
-        tables = sharer.rotary(batch.sharer.positions.gather(1, batch.kept))
-        rotary = None if tables is None else [tables[layer] for layer in layers]
-        return Entries([take(keys) for keys, _ in pairs], [take(values) for _, values in pairs], rotary)
-
-    def _observe(self, example: PrivateExample) -> AlignedEntries:
-        """Read a passage with the receiver too: both models' entries of its tokens.
-
-        Raises:
-            PromptError: the passage is not found in both prompts.
-        """
-        sharer, receiver = self.model.sharers[0], self.model.receiver
-        messages = example.row.sharer_messages or []
-        theirs, ours = (encode(m.tokenizer, render(m.tokenizer, messages, RenderOptions())) for m in (sharer, receiver))
-        alignment = Alignment.from_pairs([(0, target, column) for column, target in _token_pairs(theirs, ours)])
-        tokens = left_pad([ours.ids], 0)
-        cache = stack(
-            self.sharer_store.get([example.sharer_ids]), sharer.geometry.layers, torch.float32, receiver.device
-        )
-        source = Source(sharer, left_pad([example.sharer_ids], 0), cache, self.fuser)
-        return AlignedEntries(*aligned_entries(receiver.prefill(tokens), receiver, tokens, source, alignment))
-
 
 def _positions_after(mask: Tensor, new: Tensor) -> Tensor:
     """Count the positions of new tokens after those of a cache: only what is no padding, ``[batch, new]``."""
     return (mask.sum(-1, keepdim=True) + new.long().cumsum(-1) - 1).clamp_min(0)
 
 
-def _kept_columns(examples: Sequence[PrivateExample], width: int) -> tuple[Tensor, Tensor]:
-    """Return the handed-over columns of a left-padded batch, and their mask."""
-    longest = max(len(example.kept) for example in examples)
-    columns = torch.zeros(len(examples), longest, dtype=torch.long)
-    mask = torch.zeros(len(examples), longest, dtype=torch.bool)
-    for row, example in enumerate(examples):
-        shift = width - len(example.sharer_ids)
-        columns[row, longest - len(example.kept) :] = torch.tensor(example.kept) + shift
-        mask[row, longest - len(example.kept) :] = True
-    return columns, mask
-
-
-def _token_pairs(theirs: Encoded, ours: Encoded) -> list[tuple[int, int]]:
+def _align(theirs: Encoded, ours: Encoded) -> Alignment:
     """Pair each of the sharer's text tokens with the receiver's token that covers its last character."""
     owners = text_tokens(theirs)
-    found = [
-        (column, target)
+    pairs = [
+        (0, target, column)
         for column, target in enumerate(SpanAligner().pairs(theirs, ours))
         if target is not None and owners[column] is not None
     ]
-    if not found:
+    if not pairs:
         raise PromptError(f"no text of {theirs.rendered.text!r} was found in {ours.rendered.text!r}.")
-    return found
+    return Alignment.from_pairs(pairs)

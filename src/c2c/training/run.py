@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,6 @@ class Run:
     """A run with its models, rows and stores, before the first step.
 
     Attributes:
-        config: the configuration.
-        objective: what is trained.
         train: examples to train on.
         dev: examples to select on.
         dropped: rows left out, by reason.
@@ -56,15 +55,11 @@ class Run:
     dropped: Counter[str]
     processes: PartialState
     started_from: str | None = None
-    output: Path = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.output = Path(self.config.output_dir)
 
     @property
-    def steps_per_epoch(self) -> int:
-        """Optimizer steps in one pass over the data."""
-        return max(1, len(self.train) // (self.config.batch_size * self.config.gradient_accumulation))
+    def output(self) -> Path:
+        """Folder of checkpoints and of what is selected."""
+        return Path(self.config.output_dir)
 
     def keep(self, facts: dict[str, Any]) -> None:
         """Save what is trained as the best so far, with all that is needed to train it again."""
@@ -95,10 +90,8 @@ class Run:
 def train(config: TrainConfig, *, resume: bool = True, progress: OnProgress | None = None) -> dict[str, Any]:
     """Train a fuser; with ``family: adapter`` a receiver-only adapter of its size.
 
-    Args:
-        config: the run.
-        resume: go on from the last checkpoint in ``output_dir`` if there is one.
-        progress: called with (stage, done, total) while prompts are prefilled and after every step.
+    Goes on from the last checkpoint in ``output_dir``, if there is one and ``resume``. ``progress`` is called with
+    (stage, done, total) while prompts are prefilled and after every step.
 
     Returns:
         A summary: the selected fuser's folder, its dev scores, counts and seconds; empty in all but the first process.
@@ -115,7 +108,7 @@ def train(config: TrainConfig, *, resume: bool = True, progress: OnProgress | No
     useful = fresh and (config.start_from is not None or initialise(run, progress))
     if fresh and first:
         (run.output / "dev.json").unlink(missing_ok=True)  # scores of an earlier run
-    every = config.eval_steps or run.steps_per_epoch
+    every = config.eval_steps or max(1, len(run.train) // (config.batch_size * config.gradient_accumulation))
     selection = Selection(run.objective, DevSet(run.dev, config.batch_size), every, run.output, run.keep)
     trainer = make_trainer(run.objective, run.train, arguments, selection, progress)
     if first:
@@ -128,11 +121,7 @@ def train(config: TrainConfig, *, resume: bool = True, progress: OnProgress | No
 
 
 def prepare(config: TrainConfig, processes: PartialState | None = None) -> Run:
-    """Load models, read rows, open the stores.
-
-    Args:
-        config: the run.
-        processes: this process among those that train together; by default as the environment says.
+    """Load models, read rows, open the stores; ``processes`` are by default as the environment says.
 
     Raises:
         ConfigError: the configuration asks for something that can't be done; says what.
@@ -171,7 +160,8 @@ def fill(run: Run, progress: OnProgress | None = None) -> None:
         }
         for stage, (target, prompts) in stores.items():
             ordered = sorted(prompts, key=len)  # so that all processes get as much
-            target.fill(ordered[processes.process_index :: processes.num_processes], _stage(stage, first))
+            report = None if first is None else partial(first, f"{stage} (tokens)")
+            target.fill(ordered[processes.process_index :: processes.num_processes], report)
         processes.wait_for_everyone()
     if config.soft_targets > 0 and not objective.model.private:
         run.train = with_soft_targets(run.train, sharer, store, config.soft_temperature, first)
@@ -227,11 +217,7 @@ def fit(run: Run, progress: OnProgress | None = None) -> dict[str, Any]:
 
 def _load_pair(config: TrainConfig) -> C2CModel:
     """Load the pair with a new fuser, or with the one that training starts from."""
-    options: dict[str, Any] = {
-        "dtype": config.dtype,
-        "sharer_dtype": config.sharer_dtype,
-        "device_map": config.device_map,
-    }
+    options: Any = {name: getattr(config, name) for name in ("dtype", "sharer_dtype", "device_map")}
     if config.start_from is None:
         return C2CModel.from_models(
             config.receiver,
@@ -243,8 +229,7 @@ def _load_pair(config: TrainConfig) -> C2CModel:
             **options,
         )
     model = C2CModel.from_pretrained(config.start_from, receiver=config.receiver, sharer=config.sharer, **options)
-    fusers: Any = model.fusers
-    names = [str(fuser.family) for fuser in fusers]
+    names = [str(fuser.family) for fuser in model.fusers]
     if names != [config.family]:
         raise ConfigError(
             f"start_from: {config.start_from} holds {' and '.join(names)}; expected one fuser of family "
@@ -262,14 +247,14 @@ def _fuser_objective(config: TrainConfig, model: C2CModel, writers: int) -> Fuse
         "writers": writers,
     }
     kind = PrivateContextObjective if model.private else SharedContextObjective
-    return kind(
+    objective: FuserObjective = kind(
         model,
         PrefillStore(model.receiver, range(model.receiver.geometry.layers), **options),
         PrefillStore(model.sharers[0], fuser.config.source_layers, **options),
-        guard_weight=config.guard_weight,
-        soft_targets=config.soft_targets,
-        reconstruction_steps=config.reconstruction_steps,
     )
+    objective.guard_weight, objective.soft_targets = config.guard_weight, config.soft_targets
+    objective.reconstruction_steps = config.reconstruction_steps
+    return objective
 
 
 def _read_examples(config: TrainConfig, pair: Any) -> tuple[list[Any], list[Any], Counter[str]]:
@@ -292,8 +277,3 @@ def _read_examples(config: TrainConfig, pair: Any) -> tuple[list[Any], list[Any]
             "smaller batch_size."
         )
     return train, dev, dropped + too_long
-
-
-def _stage(name: str, progress: OnProgress | None) -> Any:
-    """Bind the name of a stage."""
-    return None if progress is None else lambda done, total: progress(f"{name} (tokens)", done, total)

@@ -4,41 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
 
 from c2c import kv_cache
 from c2c.alignment import Alignment, Chunk
 from c2c.alignment.base import derange_columns
+from c2c.errors import FuserError
 from c2c.fusers.base import AlignedEntries
-from c2c.fusion import Picker, Source, aligned_entries, fuse
+from c2c.fusion import AlignedIndex, Source, aligned_entries, fuse
+from c2c.language_model import LanguageModel
 from c2c.prefill import continued_logits
 from c2c.tokens import TokenBatch, left_pad
-from c2c.training.attention import attention_received
 from c2c.training.examples import SharedExample
-from c2c.training.objective import Batch, FuserObjective, Message, targets
-from c2c.training.prefill_store import stack
+from c2c.training.objective import FuserBatch, FuserObjective, Message
 
 
 @dataclass(frozen=True)
-class SharedBatch(Batch):
-    """Examples with their stored caches, left-padded.
+class SharedBatch(FuserBatch):
+    """Examples with their stored caches; that of the receiver is clean, and of all tokens but the last of a prompt.
 
     Attributes:
         receiver: the receiver's prompts.
-        sharer: the sharer's prompts.
-        receiver_cache: clean cache of all receiver tokens but the last of each prompt.
-        sharer_cache: the sharer's cache; layers that the layer map does not use are empty.
         matched: alignment with each row's own sharer cache.
         deranged: alignment with another row's.
     """
 
     receiver: TokenBatch
-    sharer: TokenBatch
-    receiver_cache: DynamicCache
-    sharer_cache: DynamicCache
     matched: Alignment
     deranged: Alignment
 
@@ -48,19 +43,14 @@ class SharedContextObjective(FuserObjective):
 
     def collate(self, examples: Sequence[SharedExample]) -> SharedBatch:
         """Fetch the caches and pad."""
-        ours, theirs, device = self.model.receiver, self.model.sharers[0], self.device
         receiver = left_pad([example.receiver_ids for example in examples], 0)
-        sharer = left_pad([example.sharer_ids for example in examples], 0)
-        own = self.receiver_store.get([example.receiver_prefix for example in examples])
-        shared = self.sharer_store.get([example.sharer_ids for example in examples])
+        stored = self.stored(examples)
+        widths = receiver.length, stored["sharer"].length
         return SharedBatch(
-            **targets(examples, device),
-            receiver=receiver.to(device),
-            sharer=sharer.to(device),
-            receiver_cache=stack(own, ours.geometry.layers, ours.dtype, device),
-            sharer_cache=stack(shared, theirs.geometry.layers, ours.dtype, device),
-            matched=_align(examples, receiver.length, sharer.length, shift=0),
-            deranged=_align(examples, receiver.length, sharer.length, shift=1),
+            **stored,
+            receiver=receiver.to(self.device),
+            matched=_align(examples, *widths, shift=0),
+            deranged=_align(examples, *widths, shift=1),
         )
 
     def logits(self, batch: SharedBatch, message: Message, width: int | None = None) -> Tensor:
@@ -93,14 +83,13 @@ class SharedContextObjective(FuserObjective):
         model, batch = self.model, self.collate(examples)
         source = Source(model.sharers[0], batch.sharer, batch.sharer_cache, self.fuser)
         theirs, ours = aligned_entries(batch.receiver_cache, model.receiver, batch.receiver, source, batch.matched)
-        yield AlignedEntries(theirs, ours, self._attention(batch) if weighting == "attention" else None)
-
-    def _attention(self, batch: SharedBatch) -> Tensor:
-        """Compute the attention that aligned entries receive, ``[layers, pairs]``."""
-        picker = Picker(batch.matched, batch.matched.receiver, 0)
-        received = attention_received(self.model.receiver, batch.receiver, batch.receiver_cache, batch.responses)
-        layers = self.fuser.config.fused_layers
-        return torch.stack([picker.take_positions(received[layer]).flatten() for layer in layers])
+        weight = None
+        if weighting == "attention":
+            aligned = AlignedIndex(batch.matched, "receiver")
+            received = attention_received(model.receiver, batch.receiver, batch.receiver_cache, batch.responses)
+            layers = self.fuser.config.fused_layers
+            weight = torch.stack([aligned.gather_positions(received[layer]).flatten() for layer in layers])
+        yield AlignedEntries(theirs, ours, weight)
 
 
 def _align(examples: Sequence[SharedExample], width: int, sharer_width: int, shift: int) -> Alignment:
@@ -112,7 +101,47 @@ def _align(examples: Sequence[SharedExample], width: int, sharer_width: int, shi
         if shift:
             columns = derange_columns(columns, other.alignment.sharer.tolist())
         ours, theirs = width - len(example.receiver_ids), sharer_width - len(other.sharer_ids)
-        pairs += [
-            (row, t + ours, s + theirs) for t, s in zip(example.alignment.receiver.tolist(), columns, strict=True)
-        ]
+        matched = zip(example.alignment.receiver.tolist(), columns, strict=True)
+        pairs += [(row, target + ours, source + theirs) for target, source in matched]
     return Alignment.from_pairs(pairs)
+
+
+@torch.no_grad()
+def attention_received(receiver: LanguageModel, prompt: TokenBatch, cache: Cache, responses: Tensor) -> list[Tensor]:
+    """Compute how much attention each prompt entry gets from the tokens that will read the fused cache.
+
+    These are the last prompt token and the response: the receiver reads the rest of the prompt before it is fused. A
+    head with attention ``a`` that reads values with errors ``e`` is off by at most ``sum_i a_i |e_i|^2``, squared. So
+    with this weight ridge regression minimises a bound on the error of the attention output, as far as values go; for
+    keys it is a heuristic.
+
+    Costs one pass of the receiver over last prompt token and responses, with eager attention, since no other returns
+    probabilities. ``cache`` holds all but the last prompt token and is not changed; ``responses`` are as in a batch.
+
+    Returns:
+        For every receiver layer ``[batch, tokens]``: attention on the clean cache, mean over readers and heads.
+
+    Raises:
+        FuserError: the receiver's eager attention returns no probabilities.
+    """
+    ids = torch.cat([prompt.ids[:, -1:], responses[:, :-1].clamp_min(0)], dim=1)
+    mask = torch.cat([prompt.mask, responses[:, :-1] != -100], dim=1)
+    decoder: Any = receiver.model.get_decoder()
+    implementation = decoder.config._attn_implementation
+    decoder.set_attn_implementation("eager")
+    try:
+        out = decoder(
+            input_ids=ids,
+            attention_mask=mask.long(),
+            position_ids=prompt.positions[:, -1:] + torch.arange(ids.shape[1], device=ids.device),
+            past_key_values=kv_cache.from_layers(kv_cache.layers(cache)),  # a copy: it grows
+            use_cache=True,
+            output_attentions=True,
+        )
+    finally:
+        decoder.set_attn_implementation(implementation)
+    if not out.attentions or any(layer is None for layer in out.attentions):
+        raise FuserError(f"{receiver.name} returns no attention probabilities: fit with linear_weight 'none'.")
+    reads = (responses != -100).unsqueeze(-1)  # tokens that predict a token of the response
+    share = reads / reads.sum(1, keepdim=True)
+    return [(layer.float().mean(1) * share).sum(1)[:, : prompt.length - 1] for layer in out.attentions]

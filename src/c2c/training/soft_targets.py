@@ -14,64 +14,46 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import Cache
 
 from c2c.config import ConfigError
 from c2c.data.prompts import choice_tokens
 from c2c.language_model import Sharer
 from c2c.prompting import RenderOptions
-from c2c.tokens import TokenBatch, left_pad
+from c2c.tokens import left_pad
 from c2c.training.prefill_store import PrefillStore, PromptRecords, stack
 from c2c.utils import OnProgress
 
 
 def with_soft_targets(
-    examples: Sequence[Any],
-    sharer: Sharer,
-    store: PrefillStore,
-    temperature: float,
-    progress: OnProgress | None = None,
+    examples: Sequence[Any], sharer: Sharer, store: PrefillStore, temperature: float, progress: OnProgress | None = None
 ) -> list[Any]:
     """Add the sharer's probability of each option to the examples of multiple choice.
 
-    Args:
-        examples: the training examples.
-        sharer: the sharer, with its weights.
-        store: its prefills; scores are kept beside them, if these are on disk.
-        temperature: lower is sharper.
-        progress: called with (stage, done, total).
+    Scores are kept beside the prefills of ``store``. A lower ``temperature`` makes targets sharper.
     """
-    with_choices = [index for index, example in enumerate(examples) if example.choice_ids]
-    found = _option_scores([examples[index] for index in with_choices], sharer, store, progress)
-    scores = dict(zip(with_choices, found, strict=True))
+    chosen = {index: example for index, example in enumerate(examples) if example.choice_ids}
+    prompts: list[list[int]] = []
+    for example in chosen.values():
+        options = RenderOptions(answer_prefix=example.row.answer_prefix + example.row.lead)
+        prompts.append(sharer.encode([example.row.messages], options).ids[0].tolist())
+    choices = [example.row.choices for example in chosen.values()]
+    found = PromptRecords(store, "answers").get(
+        prompts,
+        choices,
+        lambda part: _score(sharer, store, [prompts[i] for i in part], [choices[i] for i in part]),
+        None if progress is None else partial(progress, "sharer's answers"),
+    )
+    scores = dict(zip(chosen, map(torch.tensor, found), strict=True))
     targets: dict[int, tuple[float, ...]] = {}
-    for options in {len(score) for score in found}:
-        group = [index for index in with_choices if len(scores[index]) == options]
+    for count in {len(score) for score in found}:
+        group = [index for index, score in scores.items() if len(score) == count]
         table = torch.stack([scores[index] for index in group])
         centred = table - table.mean(0)
         deviation = centred.std().clamp_min(1e-6) if len(group) > 1 else 1.0
         for index, row in zip(group, (centred / deviation / temperature).softmax(-1).tolist(), strict=True):
             targets[index] = tuple(row)
     return [replace(example, soft_target=targets.get(index)) for index, example in enumerate(examples)]
-
-
-def _option_scores(
-    examples: Sequence[Any], sharer: Sharer, store: PrefillStore, progress: OnProgress | None
-) -> list[Tensor]:
-    """Return the sharer's log-probability of each option among the options, ``[options]`` per example."""
-    prompts: list[list[int]] = []
-    for example in examples:
-        options = RenderOptions(answer_prefix=example.row.answer_prefix + example.row.lead)
-        prompts.append(sharer.encode([example.row.messages], options).ids[0].tolist())
-    choices = [example.row.choices for example in examples]
-    scores = PromptRecords(store, "answers").get(
-        prompts,
-        choices,
-        lambda part: _score(sharer, store, [prompts[i] for i in part], [choices[i] for i in part]),
-        None if progress is None else partial(progress, "sharer's answers"),
-    )
-    return [torch.tensor(score) for score in scores]
 
 
 @torch.no_grad()
@@ -84,16 +66,12 @@ def _score(
             f"soft_targets: the sharer {sharer.name} spells the options {list(choices[0])} with a common first token, "
             "so that its next token does not tell them apart."
         )
-    tokens = left_pad(prompts, 0)
-    logits = sharer.next_logits(tokens, _cache(sharer, store, prompts, tokens))
-    rows = [scores[options].float().log_softmax(-1) for scores, (_, options) in zip(logits, spelled, strict=True)]
-    return [[round(float(value), 5) for value in row] for row in rows]
-
-
-def _cache(sharer: Sharer, store: PrefillStore, prompts: list[list[int]], tokens: TokenBatch) -> Cache:
-    """Return the cache of all but the last token of each prompt, from the store where it has all of it."""
-    layers = sharer.geometry.layers
+    tokens, layers = left_pad(prompts, 0), sharer.geometry.layers
     if store.kept == list(range(layers)) and all(ids in store for ids in prompts):
         entries = [entry.first(len(ids) - 1) for ids, entry in zip(prompts, store.get(prompts), strict=True)]
-        return stack(entries, layers, sharer.dtype, sharer.device)
-    return sharer.prefill(tokens, tokens.length - 1)
+        cache: Cache = stack(entries, layers, sharer.dtype, sharer.device)
+    else:
+        cache = sharer.prefill(tokens, tokens.length - 1)
+    logits = sharer.next_logits(tokens, cache)
+    rows = [scores[options].float().log_softmax(-1) for scores, (_, options) in zip(logits, spelled, strict=True)]
+    return [[round(float(value), 5) for value in row] for row in rows]

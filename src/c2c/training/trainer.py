@@ -4,24 +4,56 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from c2c.config import ConfigError
-from c2c.training.checkpoints import CompleteCheckpoints
+from c2c.training.checkpoints import COMPLETE
 from c2c.training.config import ADAPTER, TrainConfig
-from c2c.training.dev_set import DevScore, DevSet
+from c2c.training.dev_set import DevSet
 from c2c.training.objective import Objective
-from c2c.training.sampler import LengthGroupedSampler
 from c2c.utils import OnProgress, install_command, write_json
 
 log = logging.getLogger("c2c.training")
+_POOL = 16  # batches that are sorted among themselves
+
+
+class LengthGroupedSampler(Sampler[int]):
+    """Indices of all examples in random order, with responses of similar length in one batch, to save padding.
+
+    A function of seed and epoch alone, so that a resumed run repeats it; the sampler of transformers draws from the
+    global generator, and so depends on what ran before. ``batch`` counts over all processes.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch: int, seed: int) -> None:
+        self.lengths, self.batch, self.seed, self.epoch = lengths, batch, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Move to another epoch's order."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        draw = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        order = torch.randperm(len(self.lengths), generator=draw).tolist()
+        batches: list[list[int]] = []
+        for start in range(0, len(order), _POOL * self.batch):
+            pool = sorted(order[start : start + _POOL * self.batch], key=lambda index: self.lengths[index])
+            batches += [pool[i : i + self.batch] for i in range(0, len(pool), self.batch)]
+        last = [batches.pop()] if batches and len(batches[-1]) < self.batch else []  # dropped by the loader
+        for index in torch.randperm(len(batches), generator=draw).tolist():
+            yield from batches[index]
+        for batch in last:
+            yield from batch
 
 
 class InPlaceArguments(TrainingArguments):
@@ -68,26 +100,19 @@ class ObjectiveTrainer(Trainer):
         self.unwrapped.load(Path(resume_from_checkpoint))
 
 
-class Schedule(TrainerCallback):
-    """Moves the objective's schedules before each step."""
+class RunCallback(TrainerCallback):
+    """Moves the objective's schedules, reports progress (the Trainer's bars write to stdout), and marks checkpoints."""
 
-    def __init__(self, objective: Objective) -> None:
-        self.objective = objective
+    def __init__(self, objective: Objective, progress: OnProgress | None) -> None:
+        self.objective, self.progress = objective, progress
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Set the length of the training."""
         self.objective.on_train_begin(state.max_steps)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Move to a step."""
+        """Move the schedules to a step."""
         self.objective.on_step(state.global_step)
-
-
-class Progress(TrainerCallback):
-    """Reports progress, in place of the Trainer's own bars, which write to stdout."""
-
-    def __init__(self, progress: OnProgress | None) -> None:
-        self.progress = progress
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Report the step."""
@@ -100,16 +125,16 @@ class Progress(TrainerCallback):
         if "loss" in logs and state.is_world_process_zero:
             log.info("step %d of %d: loss %.3f", state.global_step, state.max_steps, logs["loss"])
 
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Mark a checkpoint as complete after its last file was written."""
+        if state.is_world_process_zero:
+            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+
 
 class Selection(TrainerCallback):
-    """Scores the dev set, and keeps the best parameters. Scores from before a resume are read back.
+    """Scores the dev set every so many steps, and passes the record of a new best to ``keep``.
 
-    Args:
-        objective: what is trained.
-        dev: the dev set.
-        every: steps between scores.
-        folder: folder of ``dev.json``.
-        keep: called with the record of the best step so far.
+    Scores are in ``dev.json`` in the folder; those from before a resume are read back.
 
     Attributes:
         scores: scores by step.
@@ -117,12 +142,7 @@ class Selection(TrainerCallback):
     """
 
     def __init__(
-        self,
-        objective: Objective,
-        dev: DevSet,
-        every: int,
-        folder: Path,
-        keep: Callable[[dict[str, Any]], None],
+        self, objective: Objective, dev: DevSet, every: int, folder: Path, keep: Callable[[dict[str, Any]], None]
     ) -> None:
         self.objective, self.dev, self.every, self.keep = objective, dev, every, keep
         self.path = folder / "dev.json"
@@ -138,7 +158,7 @@ class Selection(TrainerCallback):
             self.score(state.global_step)
             control.should_log = due_to_log  # writing the scores to the log cleared it, in this process alone
 
-    def score(self, step: int) -> DevScore:
+    def score(self, step: int) -> None:
         """Score the parameters as they are after ``step``, and keep them if they are the best so far."""
         result = self.dev.score(self.objective)
         entry = result.to_dict()
@@ -150,7 +170,6 @@ class Selection(TrainerCallback):
         write_json(self.path, self.scores)
         if self.log is not None:
             self.log({f"dev_{name}": value for name, value in entry.items()})
-        return result
 
     @property
     def best(self) -> dict[str, Any]:
@@ -173,7 +192,7 @@ def make_trainer(
         args=arguments,
         train_dataset=examples,
         data_collator=lambda examples: {"examples": examples},
-        callbacks=[Schedule(objective), selection, CompleteCheckpoints(), Progress(progress)],
+        callbacks=[selection, RunCallback(objective, progress)],
     )
     trainer.accelerator.device_placement = False
     trainer.remove_callback(PrinterCallback)
@@ -190,7 +209,29 @@ def make_arguments(config: TrainConfig) -> TrainingArguments:
     if config.report_to == "tensorboard" and find_spec("tensorboard") is None:
         raise ConfigError(f"report_to is 'tensorboard', which is not installed: {install_command('tensorboard')}.")
     try:
-        arguments = _arguments(config)
+        arguments = InPlaceArguments(
+            output_dir=config.output_dir,
+            max_steps=config.max_steps,
+            weight_decay=config.weight_decay,
+            warmup_steps=config.warmup_steps,
+            max_grad_norm=config.max_grad_norm,
+            logging_steps=config.logging_steps,
+            save_steps=config.save_steps,
+            report_to=config.report_to,
+            seed=config.seed,
+            num_train_epochs=config.epochs,
+            gradient_accumulation_steps=config.gradient_accumulation,
+            learning_rate=config.adapter_learning_rate if config.family == ADAPTER else config.learning_rate,
+            lr_scheduler_type=config.schedule,
+            optim="adamw_torch_fused",
+            save_total_limit=2,
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            dataloader_drop_last=True,
+            dataloader_pin_memory=False,
+            ddp_find_unused_parameters=False,
+            use_cpu=config.device_map in (None, "cpu"),  # where the frozen models are then
+        )
     except ValueError as error:
         raise ConfigError(f"the Trainer refuses this configuration: {error}") from error
     # batch_size counts over all processes, so that a result does not depend on how many there are
@@ -203,30 +244,3 @@ def make_arguments(config: TrainConfig) -> TrainingArguments:
         )
     arguments.per_device_train_batch_size = share
     return arguments
-
-
-def _arguments(config: TrainConfig) -> TrainingArguments:
-    return InPlaceArguments(
-        output_dir=config.output_dir,
-        num_train_epochs=config.epochs,
-        max_steps=config.max_steps,
-        gradient_accumulation_steps=config.gradient_accumulation,
-        learning_rate=config.adapter_learning_rate if config.family == ADAPTER else config.learning_rate,
-        weight_decay=config.weight_decay,
-        warmup_steps=config.warmup_steps,
-        lr_scheduler_type=config.schedule,
-        max_grad_norm=config.max_grad_norm,
-        optim="adamw_torch_fused",
-        logging_steps=config.logging_steps,
-        save_strategy="steps",
-        save_steps=config.save_steps,
-        save_total_limit=2,
-        report_to=config.report_to,
-        disable_tqdm=True,
-        seed=config.seed,
-        remove_unused_columns=False,
-        dataloader_drop_last=True,
-        dataloader_pin_memory=False,
-        ddp_find_unused_parameters=False,
-        use_cpu=config.device_map in (None, "cpu"),  # where the frozen models are then
-    )

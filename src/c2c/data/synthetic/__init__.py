@@ -10,9 +10,5 @@ from c2c.data.synthetic.halves import halves
 from c2c.data.synthetic.relay import relay
 from c2c.data.synthetic.skeleton import skeleton
 
-GENERATORS: dict[str, Callable[[str, int], Iterator[dict[str, Any]]]] = {
-    "relay": relay,
-    "facts": facts,
-    "halves": halves,
-    "skeleton": skeleton,
-}
+_ALL: tuple[Callable[[str, int], Iterator[dict[str, Any]]], ...] = (relay, facts, halves, skeleton)
+GENERATORS = {generator.__name__: generator for generator in _ALL}

@@ -5,19 +5,13 @@ from __future__ import annotations
 import random
 import zlib
 from collections.abc import Callable, Iterator
+from importlib.resources import files
 from typing import Any
 
-NAMES = ("Anna", "Bruno", "Carla", "David", "Elena", "Felix", "Greta", "Hugo", "Irene", "Jonas", "Karin", "Leo")
-NUMBERS = ("access code", "locker number", "room number", "ticket number", "badge number", "table number")
-OBJECTS = ("umbrella", "suitcase", "bicycle", "hat", "piano", "lamp", "kite", "basket", "clock", "boat", "drum")
-TOWNS = ("Lisbon", "Oslo", "Vienna", "Cairo", "Lima", "Dublin", "Kyoto", "Quebec", "Athens", "Havana", "Prague")
-COLOURS = ("red", "blue", "green", "white", "black", "yellow", "purple", "orange", "brown", "grey")
+import yaml
+
+WORDS: dict[str, Any] = yaml.safe_load(files("c2c.data.synthetic").joinpath("words.yaml").read_text(encoding="utf-8"))
 _TEST = 5  # one key in so many is kept for tests
-
-
-def words(text: str, separator: str = " ") -> tuple[str, ...]:
-    """Split a list of words that is too long for one line as a tuple."""
-    return tuple(text.split(separator))
 
 
 def generate(

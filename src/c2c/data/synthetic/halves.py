@@ -10,26 +10,16 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
-from c2c.data.synthetic.base import COLOURS, NAMES, generate, words
-
-_THINGS = ("lamps", "chairs", "boxes", "cups", "bags", "books", "plates", "shirts")
-_STREETS = words(
-    "Mill Road, High Street, Park Lane, Station Road, Church Street, "
-    "Garden Way, Harbour Street, Hill Road, Market Square, River Lane",
-    ", ",
-)
+from c2c.data.synthetic.base import WORDS, generate
 
 
 def halves(split: str, seed: int) -> Iterator[dict[str, Any]]:
     """Generate rows with ``context``, ``known``, ``question`` and ``answer``, without end.
 
-    What the sharer reads in ``test`` it never reads in ``train``, whoever it is about.
-
-    Args:
-        split: ``train`` or ``test``.
-        seed: of the draw.
+    What the sharer reads in the split ``test`` it never reads in ``train``, whoever it is about.
     """
-    return generate("halves", _row, split, random.Random(f"{split} {seed}"), key=_secret)
+    draw = random.Random(f"{split} {seed}")
+    return generate("halves", _row, split, draw, key=lambda row: row["answer"].partition(", ")[2])
 
 
 def _row(draw: random.Random) -> dict[str, str]:
@@ -37,9 +27,9 @@ def _row(draw: random.Random) -> dict[str, str]:
 
 
 def _label(draw: random.Random) -> dict[str, str]:
-    name = draw.choice(NAMES)
-    what = f"{draw.randint(2, 9)} {draw.choice(COLOURS)} {draw.choice(_THINGS)}"
-    where = f"{draw.randint(11, 99)} {draw.choice(_STREETS)}"
+    name = draw.choice(WORDS["names"])
+    what = f"{draw.randint(2, 9)} {draw.choice(WORDS['colours'])} {draw.choice(WORDS['goods'])}"
+    where = f"{draw.randint(11, 99)} {draw.choice(WORDS['streets'])}"
     return {
         "context": f"{name} lives at {where}.",
         "known": f"{name} has ordered {what}.",
@@ -49,8 +39,8 @@ def _label(draw: random.Random) -> dict[str, str]:
 
 
 def _visit(draw: random.Random) -> dict[str, str]:
-    name = draw.choice(NAMES)
-    hour = f"{draw.randint(8, 17)}:{draw.choice(('00', '10', '15', '20', '30', '40', '45', '50'))}"
+    name = draw.choice(WORDS["names"])
+    hour = f"{draw.randint(8, 17)}:{draw.choice(WORDS['minutes'])}"
     room = f"room {draw.randint(100, 999)}"
     return {
         "context": f"{name} is expected in {room}.",
@@ -68,8 +58,3 @@ def _code(draw: random.Random) -> dict[str, str]:
         "question": "Write the code: the first part and the second part.",
         "answer": f"{first}, {second}",
     }
-
-
-def _secret(row: dict[str, str]) -> str:
-    """The sharer's half of the answer, without whom it is about."""
-    return row["answer"].partition(", ")[2]

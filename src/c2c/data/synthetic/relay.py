@@ -9,28 +9,22 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
-from c2c.data.synthetic.base import COLOURS, NAMES, NUMBERS, OBJECTS, TOWNS, generate
-
-_COLOURS = (*COLOURS, "silver")
+from c2c.data.synthetic.base import WORDS, generate
 
 
 def relay(split: str, seed: int) -> Iterator[dict[str, Any]]:
     """Generate rows with ``context``, ``question`` and ``answer``, without end.
 
-    Keys of ``test`` never occur in ``train``.
-
-    Args:
-        split: ``train`` or ``test``.
-        seed: of the draw.
+    Keys of the split ``test`` never occur in ``train``.
     """
     return generate("relay", lambda draw: draw.choice((_number, _thing))(draw), split, random.Random(f"{split} {seed}"))
 
 
 def _number(draw: random.Random) -> dict[str, str]:
-    name, thing = draw.choice(NAMES), draw.choice(NUMBERS)
+    name, thing = draw.choice(WORDS["names"]), draw.choice(WORDS["numbers"])
     key = "".join(draw.choice("0123456789") for _ in range(draw.randint(3, 5)))
-    other = draw.choice([one for one in NAMES if one != name])
-    noise = draw.choice(("", f"{other} has left for {draw.choice(TOWNS)}. ", f"{other} is late today. "))
+    other = draw.choice([one for one in WORDS["names"] if one != name])
+    noise = draw.choice(("", f"{other} has left for {draw.choice(WORDS['towns'])}. ", f"{other} is late today. "))
     return {
         "context": f"{noise}The {thing} of {name} is {key}.",
         "question": f"What is the {thing} of {name}?",
@@ -39,7 +33,8 @@ def _number(draw: random.Random) -> dict[str, str]:
 
 
 def _thing(draw: random.Random) -> dict[str, str]:
-    name, colour, thing, town = (draw.choice(words) for words in (NAMES, _COLOURS, OBJECTS, TOWNS))
+    name, colour = draw.choice(WORDS["names"]), draw.choice([*WORDS["colours"], "silver"])
+    thing, town = draw.choice(WORDS["objects"]), draw.choice(WORDS["towns"])
     return {
         "context": f"{name} bought the {colour} {thing} in {town}.",
         "question": f"What did {name} buy, of which colour, and where?",

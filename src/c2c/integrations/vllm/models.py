@@ -19,7 +19,7 @@ from c2c.integrations.vllm.client import EngineClient
 from c2c.integrations.vllm.errors import EngineError, LoadError, SnapshotError, UnsupportedError, as_api_error
 from c2c.integrations.vllm.sampling import vllm_params
 from c2c.integrations.vllm.snapshot import Snapshot
-from c2c.language_model import LanguageModel, Receiver, Sharer, Wanted
+from c2c.language_model import EntrySelection, LanguageModel, Receiver, Sharer
 from c2c.serving.logs import log_failure
 from c2c.serving.sampling import SamplingParams
 from c2c.tokens import TokenBatch
@@ -124,7 +124,7 @@ class VLLMSharer(VLLMModel, Sharer):
         limit = super().context_length
         return limit if limit is None else min(limit, self.client.context_length - 1)
 
-    def share(self, batch: TokenBatch, wanted: Wanted) -> Cache:
+    def share(self, batch: TokenBatch, wanted: EntrySelection) -> Cache:
         """Return the cache of ``batch``, as far as it is wanted."""
         return self.prefill(batch, wanted.stop, kv_cache.empty_cache())
 
