@@ -17,8 +17,10 @@ if TYPE_CHECKING:
     from c2c.errors import C2CError
     from c2c.fusers import Fuser
     from c2c.generation import Chat, FusionReport, GenerationResult
+    from c2c.handoff import Handoff
     from c2c.language_model import Receiver, Sharer
     from c2c.model import C2CModel
+    from c2c.prompting import RenderOptions
 
 _HOMES = {
     "C2CError": "c2c.errors",
@@ -27,7 +29,9 @@ _HOMES = {
     "Fuser": "c2c.fusers",
     "FusionReport": "c2c.generation",
     "GenerationResult": "c2c.generation",
+    "Handoff": "c2c.handoff",
     "Receiver": "c2c.language_model",
+    "RenderOptions": "c2c.prompting",
     "Sharer": "c2c.language_model",
 }
 
@@ -38,7 +42,9 @@ __all__ = [
     "Fuser",
     "FusionReport",
     "GenerationResult",
+    "Handoff",
     "Receiver",
+    "RenderOptions",
     "Sharer",
     "__version__",
 ]
