@@ -341,6 +341,8 @@ def test_the_server_projects_a_draft_and_in_8_bits():
         assert handoff.entries is not None
         expected = logits(ours, QUESTION, ours.sharers[0].read(LONGER, draft_tokens=3))
         assert torch.equal(logits(ours, QUESTION, handoff), expected)
+        with pytest.raises(HandoffError, match="zeroed"):  # its entries would stay, and the control be no control
+            handoff.zeros_like()
         rough, exact = far(ours, running, precision="int8"), logits(ours, QUESTION, LONGER)
         found = logits(rough, QUESTION, LONGER)
         assert not torch.equal(found, exact)

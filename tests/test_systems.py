@@ -162,6 +162,20 @@ def test_wrong_inputs_are_refused(shared, private):
         make("reader", private).generate(PROMPTS, PASSAGES[:2], **GREEDY)
 
 
+@pytest.mark.parametrize("name", ["c2c", "matched", "deranged", "zero", "draft"])
+def test_private_context_is_given_exactly_where_it_is_taken(shared, private, name):
+    """A context that is dropped without a word would be a wrong answer."""
+    with pytest.raises(PromptError, match="both models read"):
+        make(name, shared, draft_tokens=3).generate(PROMPTS, PASSAGES, **GREEDY)
+    with pytest.raises(PromptError, match="sharer_messages"):
+        make(name, private, draft_tokens=3).generate(PROMPTS, **GREEDY)
+
+
+def test_one_other_conversation_is_expected(shared):
+    with pytest.raises(PromptError, match="expected one"):
+        make("deranged", shared, other=PROMPTS).generate(PROMPTS, **GREEDY)
+
+
 def test_raw_text_is_continued_without_a_template(shared):
     options = RenderOptions(chat_template=False)
     for name in ("receiver", "sharer", "c2c"):

@@ -54,11 +54,15 @@ class PartialHandoff(Handoff):
             raise HandoffError(f"this handoff was read for another fuser: layers {missing} are not in it. {_ADVICE}")
         return None
 
+    def zeros_like(self) -> Handoff:
+        """Return zeros for keys and values; refused for entries that were projected already, which would stay."""
+        return super().zeros_like() if self.entries is None else self._refuse()
+
     def _refuse(self, *args: Any, **kwargs: Any) -> Never:
         # what is missing would be missing for other fusers, and the precision was chosen when it crossed
         raise HandoffError(
             f"this handoff holds only what one fuser reads, as {self.precision}: it has no whole cache, and is neither "
-            f"converted nor saved. {_ADVICE}"
+            f"converted, zeroed nor saved. {_ADVICE}"
         )
 
     cache = to = save = _refuse

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -127,7 +128,7 @@ class C2COptions(_Body):
         return self
 
 
-class GenerateBody(_Body):
+class GenerateBody(_Body, ABC):
     """Fields that chat completions and completions have in common."""
 
     neutral = {
@@ -173,14 +174,14 @@ class GenerateBody(_Body):
         return self.stream_options is not None and self.stream_options.include_usage
 
     @property
+    @abstractmethod
     def conversations(self) -> list[Conversation]:
         """One conversation per prompt; for raw text its only message."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def top_count(self) -> int | None:
         """How many of the likeliest tokens are reported at each position; None for no log-probabilities at all."""
-        raise NotImplementedError
 
     def sampling(self) -> SamplingParams:
         """Return how to decode."""

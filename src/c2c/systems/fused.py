@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 
 from c2c import kv_cache
-from c2c.alignment import Prompt
 from c2c.alignment.base import derange
 from c2c.errors import PromptError
 from c2c.fusers import Fuser
@@ -35,6 +33,7 @@ class CacheToCache(System):
         self, messages: Any, sharer_messages: Any = None, *, options: RenderOptions | None = None
     ) -> PrefilledPrompt:
         """Prefill all models and fuse; see :meth:`System.prefill`."""
+        self.model.check_context(sharer_messages)
         if self.drafts and self.options.draft_tokens and sharer_messages is not None:
             sharer_messages = self._draft(messages, sharer_messages)
         return self.model.prefill(messages, sharer_messages=sharer_messages, options=options, blend=self.options.blend)
@@ -88,6 +87,7 @@ class Control(CacheToCache):
         """Prefill all models, exchange the sharers' caches and fuse; see :meth:`System.prefill`."""
         batch, _ = conversations(messages)
         options = options or RenderOptions()
+        self.model.check_context(sharer_messages)
         if not self.model.private:
             return self.fuse(batch, options)
         if self.drafts and self.options.draft_tokens:
@@ -115,11 +115,14 @@ class Deranged(Control):
     def fuse(self, batch: list[Conversation], options: RenderOptions) -> PrefilledPrompt:
         """Fuse with the caches of other prompts."""
         own = self.model.align(batch, options)
-        if self.options.other is not None:
-            others: Sequence[Prompt] = self.model.align(conversations(self.options.other)[0], options) * len(own)
-        else:
+        if self.options.other is None:
             others = _rotate(own)
-        prompts = [derange(*pair) for pair in zip(own, others, strict=False)]
+        else:
+            read, _ = conversations(self.options.other)
+            if len(read) != 1:
+                raise PromptError(f"SystemOptions(other=...) holds {len(read)} conversations; expected one, for all.")
+            others = self.model.align(read, options) * len(own)
+        prompts = [derange(*pair) for pair in zip(own, others, strict=True)]
         return self.model.fuse_prompts(prompts, blend=self.options.blend)
 
     def exchange_handoffs(self, rows: list[list[Handoff]], options: RenderOptions) -> list[list[Handoff]]:
