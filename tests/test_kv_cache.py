@@ -144,7 +144,7 @@ def test_layers_of_another_shape_are_left_out():
     assert list(kv_cache.left_out(uneven)) == kv_cache.other_attention_layers(uneven) == [2]
     kv_cache.set_layer(uneven, 2, torch.ones(1, 2, 5, 4), torch.ones(1, 2, 5, 4))
     assert [float(layer.keys.mean()) for layer in uneven.layers] == [0, 0, 0, 1]
-    with pytest.raises(CacheError, match="3 layers.*4 attention layers"):
+    with pytest.raises(CacheError, match=r"3 layers.*4 attention layers"):
         kv_cache.append(uneven, kv_cache.layers(uneven))
 
 

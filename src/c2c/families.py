@@ -91,8 +91,7 @@ def build_tiny(family: str, seed: int = 0, **options: Any) -> PreTrainedModel:
     known = {entry.name for entry in dataclasses.fields(kind)} - set(kind.attribute_map)
     sizes = {name: value for name, value in _SIZES["all"].items() if name in known}
     config = kind(**sizes | _SIZES["families"].get(family, {}) | options)
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[kind]
-    model_class = model_class[0] if isinstance(model_class, tuple) else model_class
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[kind]
     with torch.device("meta"):
         size = sum(weight.numel() for weight in model_class(config).parameters())
     if size > _LARGEST:

@@ -141,7 +141,7 @@ def kv_layers(cache: Cache) -> list[int]:
     shapes = {
         index: (*entry.keys.shape[1::2], *entry.values.shape[1::2])
         for index, entry in enumerate(cache.layers)
-        if isinstance(entry, DynamicLayer) and entry.keys is not None
+        if isinstance(entry, DynamicLayer) and entry.keys is not None and entry.values is not None
     }
     equal = [shape for shape in shapes.values() if shape[:2] == shape[2:]]
     if not equal:
@@ -223,17 +223,17 @@ def geometry(cache: Cache) -> KVGeometry:
     return KVGeometry(len(found), found[0][0].shape[1], found[0][0].shape[3])
 
 
-def copy(cache: Cache) -> Cache:
+def copy(cache: Cache) -> DynamicCache:
     """Copy a cache; writing to the copy leaves the original alone."""
     return _joined([cache], lambda tensors: tensors[0].clone())
 
 
-def view(cache: Cache) -> Cache:
-    """Return a cache with the same tensors: what is appended to it, or put in their place, leaves the original alone."""
+def view(cache: Cache) -> DynamicCache:
+    """Return a cache with the same tensors; what is appended to it or put in their place leaves the original alone."""
     return _joined([cache], lambda tensors: tensors[0], lambda tensors: tensors[0].clone())
 
 
-def zeros_like(cache: Cache) -> Cache:
+def zeros_like(cache: Cache) -> DynamicCache:
     """Make a cache of the same shapes with zeros."""
     return _joined([cache], lambda tensors: torch.zeros_like(tensors[0]))
 
@@ -242,11 +242,12 @@ def repeat(cache: Cache, times: int) -> Cache:
     """Repeat every row ``times`` times, in place, as beams and ``num_return_sequences`` need it."""
     if times > 1 and length(cache):
         keys, _ = layer(cache, 0)
-        cache.reorder_cache(torch.arange(len(keys), device=keys.device).repeat_interleave(times))
+        rows: Any = torch.arange(len(keys), device=keys.device).repeat_interleave(times)
+        cache.reorder_cache(rows)
     return cache
 
 
-def crop(cache: Cache, tokens: int) -> Cache:
+def crop(cache: Cache, tokens: int) -> DynamicCache:
     """Crop a cache to its first ``tokens`` tokens, as views.
 
     Raises:
@@ -282,7 +283,7 @@ def append(cache: Cache, entries: Sequence[KeyValue]) -> Cache:
     return cache
 
 
-def stack(caches: Sequence[Cache]) -> Cache:
+def stack(caches: Sequence[Cache]) -> DynamicCache:
     """Join caches along the batch; shorter ones get zeros on the left, which the mask must hide.
 
     Right for rotary models, since keys carry their position: moving a row to the right changes nothing in it.
@@ -292,10 +293,10 @@ def stack(caches: Sequence[Cache]) -> Cache:
     def join(entries: Sequence[Tensor]) -> Tensor:
         return torch.cat([torch.nn.functional.pad(x, (0, 0, width - x.shape[2], 0)) for x in entries])
 
-    return _joined(caches, join, torch.cat)
+    return _joined(caches, join, lambda tensors: torch.cat(list(tensors)))
 
 
-def select_rows(cache: Cache, rows: Tensor) -> Cache:
+def select_rows(cache: Cache, rows: Tensor) -> DynamicCache:
     """Select rows of a cache, in this order."""
     return _joined([cache], lambda tensors: tensors[0][rows.to(tensors[0].device)])
 
@@ -308,13 +309,14 @@ def nbytes(cache: Cache) -> int:
 Join = Callable[[Sequence[Tensor]], Tensor]
 
 
-def _joined(caches: Sequence[Cache], tokens: Join, states: Join | None = None) -> Cache:
+def _joined(caches: Sequence[Cache], tokens: Join, states: Join | None = None) -> DynamicCache:
     """Make a cache whose keys and values are ``tokens(...)`` of those of the caches, and its states ``states(...)``."""
-    made = copying.copy(caches[0])
+    made: Any = copying.copy(caches[0])
     made.layers = [
         _joined_layer(entries, tokens, states or tokens) for entries in zip(*(c.layers for c in caches), strict=True)
     ]
-    return made
+    result: DynamicCache = made
+    return result
 
 
 def _joined_layer(entries: Sequence[Any], tokens: Join, states: Join) -> Any:

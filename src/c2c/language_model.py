@@ -170,7 +170,7 @@ class LanguageModel:
         for once, twice in zip(kv_cache.layers(whole), kv_cache.layers(parts), strict=True):
             if not all(torch.dist(a, b) <= tolerance * a.norm() for a, b in zip(once, twice, strict=True)):
                 raise CacheError(
-                    f"{self.name} can't be a {self.role}: keys and values of a prompt that is read in two parts are not "
+                    f"{self.name} can't be a {self.role}: keys and values of a prompt read in two parts are not "
                     f"those of one read at once ({type(self.model).__name__} attends to later tokens, or loses its "
                     "state between calls of several tokens). Use it as the sharer, or another model."
                 )
