@@ -20,8 +20,8 @@ from c2c.analysis.ablations import (
     part_of,
     quantize,
 )
-from c2c.analysis.capture import Experiment
 from c2c.analysis.config import AnalysisConfig, AnalysisError, CacheMapConfig, PrecisionConfig
+from c2c.analysis.experiment import Experiment, difference
 from c2c.analysis.measures import (
     compare,
     effective_rank,
@@ -29,10 +29,9 @@ from c2c.analysis.measures import (
     measure_cache_map,
     measure_effective_rank,
     measure_gates,
-    project,
     shared_variance,
 )
-from c2c.analysis.results import difference
+from c2c.analysis.plots import project
 from c2c.cli.app import app
 from c2c.config import ConfigError
 from c2c.prompting import RenderOptions
@@ -303,7 +302,7 @@ def test_accuracies_of_all_ablations_agree(config, data, experiment):
     precision = measure_precision(PrecisionConfig(fuser=config.fuser, data=data, batch_size=4))
     first, *fewer = precision["precisions"]
     messages = ("none", "matched")
-    right = experiment.score(lambda batch: ((message, experiment.fuse(batch, message)) for message in messages))
+    right = experiment.score(lambda batch: ((message, experiment.fuse(batch, message)) for message in messages)).items
     receiver, matched = (100 * sum(right[message]) / 9 for message in messages)
     for points in (progressive["former"], progressive["latter"]):
         assert [point["fraction"] for point in points] == list(FRACTIONS)

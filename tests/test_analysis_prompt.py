@@ -12,8 +12,7 @@ from typer.testing import CliRunner
 
 from c2c.analysis.capture import capture_prompt
 from c2c.analysis.config import AnalysisError
-from c2c.analysis.plots import html_figures, save_plots
-from c2c.analysis.prompt_plots import fusion_strength, plot_alignment, prompt_plots, visible
+from c2c.analysis.plots import fusion_strength, html_figures, plot_alignment, prompt_plots, save_plots, visible
 from c2c.cli import app
 from c2c.prompting import RenderOptions
 from demo_rig import fuser_folders
