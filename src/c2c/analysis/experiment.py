@@ -29,7 +29,17 @@ from c2c.prefill import continued_logits
 from c2c.training.examples import build_examples
 from c2c.training.prefill_store import PrefillStore
 from c2c.training.shared_context import SharedBatch, SharedContextObjective
-from c2c.utils import OnProgress, command, file_hash, install_command, short_path, versions, write_json, write_text
+from c2c.utils import (
+    OnProgress,
+    check_writable,
+    command,
+    file_hash,
+    install_command,
+    short_path,
+    versions,
+    write_json,
+    write_text,
+)
 
 _UNLIMITED = 10**9
 # Where files lie and what runs the models: neither makes it another analysis.
@@ -190,28 +200,21 @@ def analysis(name: str) -> Callable[[Measure], Measure]:
             folder = None if config.output_dir is None else Path(config.output_dir).expanduser()
             if folder is not None:
                 check_drawing()
-                if folder.is_file():
-                    raise AnalysisError(f"output_dir {folder} is a file; give a folder.")
+                check_writable(folder, "output_dir", AnalysisError)
             numbers = measure(config, progress)
             result = {"analysis": name} | {key: value for key, value in numbers.items() if not key.startswith("_")}
-            return result if folder is None else _write(name, result, numbers, folder)
+            if folder is not None:
+                from c2c.analysis.plots import plot_analysis  # imports matplotlib
+
+                plot = plot_analysis(name, numbers)
+                result |= {"caption": plot.caption, "files": [f"{name}.json", f"{name}.svg"]}
+                write_text(folder / f"{name}.svg", plot.svg())
+                write_json(folder / f"{name}.json", result)
+            return result
 
         return run
 
     return decorate
-
-
-def _write(name: str, result: dict[str, Any], numbers: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    from c2c.analysis.plots import plot_analysis  # imports matplotlib
-
-    plot = plot_analysis(name, numbers)
-    result |= {"caption": plot.caption, "files": [f"{name}.json", f"{name}.svg"]}
-    try:
-        write_text(folder / f"{name}.svg", plot.svg())
-        write_json(folder / f"{name}.json", result)
-    except OSError as error:
-        raise AnalysisError(f"the result could not be written to {folder}: {error}.") from error
-    return result
 
 
 def check_drawing() -> None:

@@ -24,7 +24,6 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from c2c.analysis.capture import KINDS, SIDES, PromptCapture
-from c2c.analysis.config import AnalysisError
 from c2c.analysis.measures import RANKED, join_captures, layer_gates, layer_norms, layer_ranks, middle_and_last
 from c2c.utils import save_atomically, write_text
 
@@ -84,15 +83,12 @@ def html_figures(plots: Sequence[Plot]) -> str:
 
 
 def save_plots(path: Path, title: str, plots: Sequence[Plot]) -> None:
-    """Write plots to one PNG or HTML file; raise AnalysisError where it can't be written."""
-    try:
-        if path.suffix.lower() == ".html":
-            head = f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title></head>'
-            write_text(path, f"{head}<body><h1>{escape(title)}</h1>\n{html_figures(plots)}\n</body></html>\n")
-        else:
-            save_atomically(path.parent, lambda folder: _save_png(Path(folder) / path.name, title, plots))
-    except OSError as error:
-        raise AnalysisError(f"the plots could not be written to {path}: {error}.") from error
+    """Write plots to one HTML file, or else PNG file."""
+    if path.suffix.lower() == ".html":
+        head = f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title></head>'
+        write_text(path, f"{head}<body><h1>{escape(title)}</h1>\n{html_figures(plots)}\n</body></html>\n")
+    else:
+        save_atomically(path.parent, lambda folder: _save_png(Path(folder) / path.name, title, plots))
 
 
 def _save_png(path: Path, title: str, plots: Sequence[Plot]) -> None:

@@ -13,6 +13,7 @@ from c2c.cli.options import Json
 from c2c.cli.output import err, human_bytes, out, print_result, print_table
 from c2c.cli.run import make_messages
 from c2c.errors import FuserError
+from c2c.utils import check_writable
 
 if TYPE_CHECKING:
     from c2c.fusers import Fuser
@@ -36,7 +37,9 @@ def inspect(
 
     if plot is None and prompt is not None:
         raise typer.BadParameter("--prompt is for plots: add --plot OUT.png or --plot OUT.html.")
-    plot = None if plot is None else _check_plot(plot.expanduser())
+    if plot is not None:
+        plot = plot.expanduser()
+        _check_plot(plot)
     published = _is_published(Path(fuser).expanduser())
     loaded = import_published(fuser) if published else load_fuser(fuser)
     data = describe(loaded)
@@ -61,14 +64,14 @@ def inspect(
     print_result(data, json_, _show)
 
 
-def _check_plot(plot: Path) -> Path:
+def _check_plot(plot: Path) -> None:
     """Refuse a file that plots can't be written to, before anything is loaded."""
     from c2c.analysis.experiment import check_drawing
 
     if plot.suffix.lower() not in (".png", ".html") or plot.is_dir():
         raise AnalysisError(f"--plot {plot}: expected a file that ends with .png or .html.")
+    check_writable(plot.parent, "the folder of --plot", AnalysisError)
     check_drawing()
-    return plot
 
 
 def _is_published(folder: Path) -> bool:

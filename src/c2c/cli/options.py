@@ -7,7 +7,7 @@ A field becomes an option by its type and its metadata::
         limit: int | None = option(None, "Read at most this many rows.", min=1)
 
 Metadata keys: ``help``; ``flag`` (a name such as ``--json`` in place of the field's); ``cli`` (False: no option);
-others as in :func:`typer.Option`, such as ``min``. ``--help`` imports the module of a config, so it must not import torch.
+others as in :func:`typer.Option`, such as ``min``. ``--help`` imports configs, so their modules must not import torch.
 """
 
 from __future__ import annotations
