@@ -85,16 +85,17 @@ def test_tokens_are_visible(capture):
     assert all(escape(visible(text)) in svg for text in capture.receiver_tokens)
 
 
-@pytest.mark.parametrize("prompt", [None, PROMPT])
-@pytest.mark.parametrize("name", ["all.png", "all.html"])
+@pytest.mark.parametrize(("name", "prompt"), [("all.png", PROMPT), ("all.html", PROMPT), ("gates.png", None)])
 def test_plots_in_a_file(folders, tmp_path, name, prompt):
     """Without a prompt the gates alone are drawn, which needs no models."""
     out = tmp_path / "deeper" / name
     options = ["--prompt", prompt, "--system", "Be brief.", "--answer-prefix", "The answer is"] if prompt else []
+    titles = TITLES if prompt else TITLES[:1]
+    shown = inspect(folders["merging"], "--plot", out, *options)
+    assert titles[-1] in " ".join(shown.output.split())
     result = inspect(folders["merging"], "--plot", out, "--json", *options)
     assert result.exit_code == 0, result.output
-    plotted = {"file": str(out), "pictures": TITLES if prompt else TITLES[:1]}
-    assert json.loads(result.stdout.strip().splitlines()[-1])["plot"] == plotted
+    assert json.loads(result.stdout.strip().splitlines()[-1])["plot"] == {"file": str(out), "pictures": titles}
     content = out.read_bytes()
     assert content.startswith(b"\x89PNG" if name.endswith("png") else b"<!doctype html>")
     assert len(content) > (50_000 if prompt else 5_000)

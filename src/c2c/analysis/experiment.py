@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from functools import wraps
@@ -27,6 +27,7 @@ from c2c.fusion import Source
 from c2c.model import C2CModel
 from c2c.prefill import continued_logits
 from c2c.training.examples import build_examples
+from c2c.training.objective import answered_right
 from c2c.training.prefill_store import PrefillStore
 from c2c.training.shared_context import SharedBatch, SharedContextObjective
 from c2c.utils import (
@@ -83,15 +84,15 @@ class Experiment:
         self.examples, self.dropped = build_examples(self.model, rows, longest, _UNLIMITED)
         check_items(len(self.examples), config.data, self.dropped)
         folder = Path(config.store_dir).expanduser() if config.store_dir is not None else None
-        budget = int(config.store_budget_gb * 5e8) if folder is not None else 0
-        layers = range(self.receiver.geometry.layers), self.fuser.config.source_layers
-        ours, theirs = (
-            PrefillStore(model, needed, folder=folder, budget=budget, batch=4)
-            for model, needed in zip((self.receiver, self.sharer), layers, strict=True)
-        )
+        store: dict[str, Any] = {
+            "folder": folder,
+            "budget": int(config.store_budget_gb * 5e8) if folder else 0,
+            "batch": 4,
+        }
+        ours = PrefillStore(self.receiver, range(self.receiver.geometry.layers), **store)
+        theirs = PrefillStore(self.sharer, self.fuser.config.source_layers, **store)
         self._objective = SharedContextObjective(self.model, ours, theirs).eval()
-        stored = folder is not None and all(example.sharer_ids in theirs for example in self.examples)
-        if stored and not needs_sharer:
+        if folder and not needs_sharer and all(example.sharer_ids in theirs for example in self.examples):
             self.sharer.release()
 
     def batches(self, stage: str) -> Iterator[SharedBatch]:
@@ -147,10 +148,7 @@ class Experiment:
         read = batch.responses[:, : max(example.decisive for example in batch.examples)]
         own = kv_cache.from_layers(kv_cache.layers(cache))  # decoding replaces its tensors, not those of ``cache``
         logits = continued_logits(self.receiver.model, batch.receiver, read.clamp_min(0), read != -100, own)
-        return [
-            float(int(logits[row, example.decisive, example.choice_ids].argmax()) == example.row.answer)
-            for row, example in enumerate(batch.examples)
-        ]
+        return answered_right(logits, batch.examples)
 
     def facts(self, **options: Any) -> dict[str, Any]:
         """Return ``n``, ``dropped`` and ``provenance``, with ``options`` in place of those in the config."""
@@ -178,7 +176,7 @@ def load_items(path: str, form: str, limit: int | None, seed: int, exclude: froz
     return load_rows([DataSource(str(file), form=form, limit=limit)], Path(), seed, exclude)[0]
 
 
-def check_items(count: int, data: str, dropped: Counter[str]) -> None:
+def check_items(count: int, data: str, dropped: Mapping[str, int]) -> None:
     """Raise AnalysisError, with the reasons, where fewer than two items are left."""
     if count < 2:
         reasons = f" (dropped: {dict(dropped)})" if dropped else ""
