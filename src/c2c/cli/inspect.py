@@ -38,8 +38,13 @@ def inspect(
     if plot is None and prompt is not None:
         raise typer.BadParameter("--prompt is for plots: add --plot OUT.png or --plot OUT.html.")
     if plot is not None:
+        from c2c.analysis.experiment import check_drawing
+
         plot = plot.expanduser()
-        _check_plot(plot)
+        if plot.suffix.lower() not in (".png", ".html") or plot.is_dir():
+            raise AnalysisError(f"--plot {plot}: expected a file that ends with .png or .html.")
+        check_writable(plot.parent, "the folder of --plot", AnalysisError)
+        check_drawing()
     published = _is_published(Path(fuser).expanduser())
     loaded = import_published(fuser) if published else load_fuser(fuser)
     data = describe(loaded)
@@ -62,16 +67,6 @@ def inspect(
         save_plots(plot, title, plots)
         data["plot"] = {"file": str(plot), "pictures": [one.title for one in plots]}
     print_result(data, json_, _show)
-
-
-def _check_plot(plot: Path) -> None:
-    """Refuse a file that plots can't be written to, before anything is loaded."""
-    from c2c.analysis.experiment import check_drawing
-
-    if plot.suffix.lower() not in (".png", ".html") or plot.is_dir():
-        raise AnalysisError(f"--plot {plot}: expected a file that ends with .png or .html.")
-    check_writable(plot.parent, "the folder of --plot", AnalysisError)
-    check_drawing()
 
 
 def _is_published(folder: Path) -> bool:

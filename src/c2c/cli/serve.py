@@ -20,7 +20,6 @@ from c2c.serving.serve_config import ServeConfig
 from c2c.utils import install_command
 
 if TYPE_CHECKING:
-    from c2c.model import C2CModel
     from c2c.serving.engine import Engine
 
 _SHARER_SECONDS = 60.0  # a sharer that is waited for holds up the whole server
@@ -39,7 +38,8 @@ def serve(
 ) -> None:
     """Serve a pair over HTTP, as the OpenAI API does: chat completions, completions, models."""
     _check_packages(("fastapi", "uvicorn", "prometheus_client", "sse_starlette", "cachetools"), "serve")
-    from c2c.serving.http_server import listen
+    from c2c.serving import http_server
+    from c2c.serving.logs import log_to_stderr
 
     if fuser_argument is not None and fuser is not None:
         raise typer.BadParameter(f"a fuser is given already: {fuser_argument}. Give one.", param_hint="--fuser")
@@ -48,20 +48,24 @@ def serve(
     config = replace(config, name=config.name or (Path(fuser).resolve().name if fuser else "c2c"))
     config.keys()  # refuses an open address without keys, before models load
     vllm_options = _vllm_options(config)
-    sock = listen(config.host, config.port)
+    sock = http_server.listen(config.host, config.port)
     with err.status("loading models ..."):
         dtypes = {"dtype": config.dtype, "sharer_dtype": config.sharer_dtype}
         model = load_pair(config, fuser, _sharer(config), device_map=config.device, **dtypes)
     if not model.trained:
         err.print("The fuser is untrained: cache-to-cache answers equal the receiver's.", style="yellow")
-    _run(_engine(model, config, vllm_options), config, sock)
-
-
-def _run(engine: Engine, config: ServeConfig, sock: Any) -> None:
-    from c2c.serving import http_server
     from c2c.serving.app import create_app
-    from c2c.serving.logs import log_to_stderr
 
+    engine: Engine
+    if config.engine == "vllm":
+        from c2c.integrations.vllm.engine import VLLMEngine
+
+        with err.status("starting vLLM ..."):
+            engine = VLLMEngine(model, config, vllm_options)
+    else:
+        from c2c.serving.transformers_engine import TransformersEngine
+
+        engine = TransformersEngine(model, config)
     log_to_stderr()
     answered = http_server.serve(create_app(engine, config), sock, config)
     if config.engine != "vllm":  # with it libraries would complain about what is left
@@ -75,17 +79,6 @@ def _check_packages(names: Sequence[str], extra: str) -> None:
 
     if missing := [name for name in names if find_spec(name) is None]:
         raise MissingServerError(f"{', '.join(missing)} not installed. This command needs: {install_command(extra)}.")
-
-
-def _engine(model: C2CModel, config: ServeConfig, vllm_options: dict[str, Any]) -> Engine:
-    if config.engine == "vllm":
-        from c2c.integrations.vllm.engine import VLLMEngine
-
-        with err.status("starting vLLM ..."):
-            return VLLMEngine(model, config, vllm_options)
-    from c2c.serving.transformers_engine import TransformersEngine
-
-    return TransformersEngine(model, config)
 
 
 def _vllm_options(config: ServeConfig) -> dict[str, Any]:
