@@ -161,7 +161,8 @@ def test_scaling_orders_sharers_by_size(tmp_path):
     unknown = CliRunner().invoke(app, arguments)
     assert isinstance(unknown.exception, AnalysisError)
     assert "--parameters nameless=COUNT" in str(unknown.exception)
-    assert CliRunner().invoke(app, [*arguments, "--parameters", "nameless"]).exit_code == 2
+    for wrong in ("nameless", "nameless=many", "nameless=0", "=1e9"):
+        assert CliRunner().invoke(app, [*arguments, "--parameters", wrong]).exit_code == 2
     arguments += ["--parameters", "nameless=2e9"]
     run = CliRunner().invoke(app, [*arguments, "--output-dir", str(tmp_path / "out"), "--json"])
     assert run.exit_code == 0, run.output
