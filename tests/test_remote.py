@@ -13,8 +13,7 @@ from c2c.errors import C2CError, CacheError, HandoffError, MismatchError, Prompt
 from c2c.handoff import Handoff
 from c2c.language_model import EntrySelection, Sharer
 from c2c.remote import RemoteError, RemoteSharer
-from c2c.remote.protocol import fuser_hash
-from c2c.remote.wire import packed_bytes
+from c2c.remote.protocol import fuser_hash, packed_bytes
 from c2c.tokens import left_pad
 from remote_rig import KEY, make_server, serving
 from test_private import DOCUMENT, LONGER, QUESTION, logits
@@ -243,7 +242,7 @@ def test_fewer_bits_are_close_and_small_and_a_batch_equals_its_singles(local, se
 
 
 def test_the_server_sets_the_finest_precision(local):
-    with serving(local.sharers[0], finest="bfloat16") as running:
+    with serving(local.sharers[0], precision="bfloat16") as running:
         assert RemoteSharer(running.url).precision == "bfloat16"
         assert RemoteSharer(running.url, precision="int8").precision == "int8"
         with pytest.raises(RemoteError, match="float32, only bfloat16"):
@@ -430,7 +429,7 @@ def test_a_fuser_for_another_sharer_is_refused_before_anything_crosses(local, se
 def test_the_server_refuses_what_it_can_not_serve(local):
     strange = Sharer(build("qwen2", 9), tokenizer("llama3"), "strange")
     for sharer, options, match in (
-        (local.sharers[0], {"layers": [0, 3]}, r"layers \[3\] do not exist"),
+        (local.sharers[0], {"layers": "0,3"}, r"layers \[3\] do not exist"),
         (local.sharers[0], {"fusers": list(local.fusers)}, "merges into the receiver's entries"),
         (strange, {"fusers": list(memory_pair().fusers)}, "weights"),
     ):
@@ -439,7 +438,7 @@ def test_the_server_refuses_what_it_can_not_serve(local):
 
 
 def test_layers_that_are_not_shared_are_known_before_a_request(local):
-    with serving(local.sharers[0], layers=[0]) as running:
+    with serving(local.sharers[0], layers="0") as running:
         sharer = RemoteSharer(running.url)
         with pytest.raises(RemoteError, match=r"does not share layers \[1, 2\]"):
             C2CModel(local.receiver, [sharer], list(local.fusers)).prefill("Hi")

@@ -13,14 +13,14 @@ import httpx
 import pytest
 import torch
 
-import c2c.remote.worker as worker_module
+import c2c.remote.server as server_module
 from c2c import C2CModel
 from c2c.errors import C2CError, MismatchError, PromptError
 from c2c.language_model import Sharer
 from c2c.remote import RemoteError, RemoteSharer, SharerLost
-from c2c.remote.protocol import HANDSHAKE_PATH, PREFILL_PATH, PrefillRequest
-from c2c.remote.wire import Record, WireError, read_records
-from c2c.remote.worker import PrefillWorker
+from c2c.remote.config import ShareConfig
+from c2c.remote.protocol import HANDSHAKE_PATH, PREFILL_PATH, PrefillRequest, Record, WireError, read_records
+from c2c.remote.server import PrefillWorker
 from c2c.serving.errors import ApiError
 from c2c.tokens import left_pad
 from remote_rig import KEY, Proxy, serving, until
@@ -242,7 +242,7 @@ def post(running, body) -> tuple[int, dict]:
         ({"layers": []}, 400, "layers must be"),
         ({"layers": [1, 0]}, 400, "layers must be"),
         ({"layers": "all"}, 400, "layers"),
-        ({"layers": [0, 3]}, 422, "layers [3] are not shared"),
+        ({"layers": "0,3"}, 422, "layers [3] are not shared"),
         ({"precision": "int3"}, 422, "precision 'int3'"),
         ({"fuser": "abc"}, 422, "does not have the fuser"),
         ({"draft_tokens": -1}, 400, "draft_tokens -1"),
@@ -323,10 +323,10 @@ def test_layers_are_sent_while_the_next_ones_are_made(local):
 
 def submitted(local, monkeypatch, use, **options):
     """Run ``use(worker, request, layers begun)`` on an event loop with a worker that queues one layer."""
-    monkeypatch.setattr(worker_module, "QUEUED_BYTES", 1)
+    monkeypatch.setattr(server_module, "QUEUED_BYTES", 1)
     sharer, hold, begun = held_sharer(1)
     hold.set()
-    worker = PrefillWorker(sharer, **options)
+    worker = PrefillWorker(sharer, ShareConfig(**options))
     begun.clear()
     request = PrefillRequest(**request_of(sharer))
     asyncio.run(use(worker, request, begun))

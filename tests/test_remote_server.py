@@ -28,7 +28,7 @@ from c2c.language_model import Sharer
 from c2c.remote import RemoteError, RemoteSharer
 from c2c.remote.config import ShareConfig
 from c2c.remote.protocol import PREFILL_PATH
-from c2c.remote.worker import PrefillJob
+from c2c.remote.server import PrefillJob
 from remote_rig import KEY, make_server, serving, until
 from test_remote_faults import GREEDY, TEXT, generated, request_of, through
 from tiny import build, open_fusers, pair, pair_folders, tokenizer
@@ -48,7 +48,7 @@ def local():
 def process(prepare):
     """A server in a process of its own; ``prepare(sharer)`` is called there once it has begun."""
     sharer = Sharer(build("qwen2", 2), tokenizer("llama3"), "qwen2")
-    server, sock, _ = make_server(sharer)
+    server, sock, *_ = make_server(sharer)
     url = f"http://127.0.0.1:{sock.getsockname()[1]}"
 
     def run():

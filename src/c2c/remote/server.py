@@ -1,35 +1,42 @@
-"""The worker of ``c2c share``: one thread prefills one request at a time, and hands out layers as they are made."""
+"""The server of ``c2c share``: one thread prefills one request at a time, and layers are sent as they are made."""
 
 from __future__ import annotations
 
 import asyncio
+import gzip
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from contextlib import asynccontextmanager
 from typing import Any, cast
 from weakref import WeakSet
 
 import torch
+from fastapi import APIRouter, FastAPI, Request
+from fastapi.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 
 from c2c import identity, kv_cache
 from c2c.errors import C2CError
 from c2c.fusers import Fuser
-from c2c.handoff import PRECISIONS, Handoff, Precision
+from c2c.handoff import Handoff, Precision
 from c2c.kv_cache import KeyValue
 from c2c.language_model import Sharer
 from c2c.private_context import project
-from c2c.remote.model_stub import config_of, rotary_checksums, tokenizer_files
-from c2c.remote.protocol import Handshake, PrefillRequest, check_request, fuser_hash
-from c2c.remote.wire import FORMAT, Record, pack
+from c2c.remote.config import ShareConfig
+from c2c.remote.handshake import Handshake
+from c2c.remote.protocol import HANDSHAKE_PATH, MEDIA_TYPE, PREFILL_PATH, PrefillRequest, Record, fuser_hash, pack
 from c2c.serving.errors import ApiError
+from c2c.serving.http_app import RequestRecord, ServerState, create_app
+from c2c.serving.http_config import HTTPConfig
 from c2c.tokens import TokenBatch
 from c2c.version import __version__
 
 QUEUED_BYTES = 1 << 26  # of finished layers of one request that wait for its client; then the prefill waits too
+_PARAMS = {"layer": "layers", "precision": "precision", "fuser": "fuser"}  # of errors by code; else "ids"
 Part = tuple[dict[str, Any], KeyValue | None, Sequence[Tensor]]  # manifest, entries of a layer, columns of each row
 
 
@@ -74,15 +81,14 @@ class PrefillJob:
 
     async def records(self, first: dict[str, Any]) -> AsyncIterator[bytes]:
         """Yield encoded records, up to ``end`` or ``error``; the manifest of the first one gets ``first`` besides."""
-        precision, kind = cast(Precision, self._request.precision), ""
+        kind = ""
         try:
             while kind not in ("end", "error"):
                 manifest, entries, columns = await self._parts.get()
-                self._count(-_bytes(entries))
-                tensors = {} if entries is None else await asyncio.to_thread(pack, entries, columns, precision)
                 kind = manifest["kind"]
+                self._count(-_bytes(entries))
                 whole = first | manifest if kind == "begin" else manifest
-                data = await asyncio.to_thread(Record(whole, tensors).encode)
+                data = await asyncio.to_thread(self._encode, whole, entries, columns)
                 self.facts["layers"] += entries is not None
                 self.facts["bytes"] += len(data)
                 yield data
@@ -114,28 +120,22 @@ class PrefillJob:
         self._loop.call_soon_threadsafe(self._parts.put_nowait, (last, None, ()))
 
     def _run(self) -> None:
-        request, batch = self._request, self._batch
-        columns = [torch.tensor(chosen, dtype=torch.long) for chosen in request.columns]
+        request, batch, columns = self._request, self._batch, [torch.tensor(x).long() for x in self._request.columns]
         if self._fuser is None and not request.draft_tokens:
-            self._begin([], columns)
-
-            def stream(index: int, entries: KeyValue) -> None:
-                if index in request.layers:
-                    self._put({"kind": "layer", "layer": index}, entries, columns)
-
-            self._prefill(stream)
+            self._put({"kind": "begin", "drafted": [], "columns": list(map(len, columns))})
+            self._prefill(lambda index, entries: self._put_layer(index, entries, columns))
             return
         if request.draft_tokens:
             ids, cache = self._sharer.draft(batch, StreamingCache(lambda *_: self._check()), request.draft_tokens)
         else:
-            ids, cache = batch.ids[0].tolist(), self._prefill(lambda *_: None)
+            ids, cache = request.ids[0], self._prefill(lambda *_: None)
         columns, layers = [torch.cat([columns[0], torch.arange(batch.length, len(ids))])], kv_cache.layers(cache)
         made = {index: layers[index] for index in request.layers}
         if self._fuser is not None:
             handoff = Handoff.from_cache(self._sharer.identity, torch.tensor(ids), columns[0], layers)
             made = dict(enumerate(project(handoff, self._sharer, self._fuser).layers))
             columns = [torch.arange(made[0][0].shape[2])]
-        self._begin(ids[batch.length :], columns)
+        self._put({"kind": "begin", "drafted": ids[batch.length :], "columns": list(map(len, columns))})
         for index, entries in made.items():
             self._put({"kind": "layer", "layer": index}, entries, columns)
 
@@ -146,8 +146,9 @@ class PrefillJob:
 
         return self._sharer.prefill(self._batch, self._request.stop, StreamingCache(checked))
 
-    def _begin(self, drafted: list[int], columns: Sequence[Tensor]) -> None:
-        self._put({"kind": "begin", "drafted": drafted, "columns": list(map(len, columns))})
+    def _put_layer(self, index: int, entries: KeyValue, columns: Sequence[Tensor]) -> None:
+        if index in self._request.layers:
+            self._put({"kind": "layer", "layer": index}, entries, columns)
 
     def _put(self, manifest: dict[str, Any], entries: KeyValue | None = None, columns: Sequence[Tensor] = ()) -> None:
         """Wait for room, so that a client that reads slowly does not fill the memory."""
@@ -170,16 +171,17 @@ class PrefillJob:
         if self._stopped or time.monotonic() > self._deadline:
             raise Stopped
 
+    def _encode(self, manifest: dict[str, Any], entries: KeyValue | None, columns: Sequence[Tensor]) -> bytes:
+        precision = cast(Precision, self._request.precision)
+        return Record(manifest, pack(entries, columns, precision) if entries else {}).encode()
+
 
 class PrefillWorker:
     """Prefill with one model in one thread.
 
     Args:
         sharer: the model.
-        tokens: of one request at most, padding and drafts included.
-        waiting: requests under way at most.
-        layers: those whose entries may be sent; all by default.
-        finest: the precision of most bytes that is sent.
+        config: layers and precision that may be sent, tokens of one request and requests under way at most.
         fusers: of private context, to project with.
 
     Attributes:
@@ -190,43 +192,14 @@ class PrefillWorker:
         C2CError: layers that the model does not have, or a fuser that was made for another model.
     """
 
-    def __init__(
-        self,
-        sharer: Sharer,
-        *,
-        tokens: int = 8192,
-        waiting: int = 8,
-        layers: Sequence[int] | None = None,
-        finest: str = "float32",
-        fusers: Sequence[Fuser] = (),
-    ) -> None:
-        self._sharer, self._most, self.waiting, count = sharer, waiting, 0, sharer.geometry.layers
+    def __init__(self, sharer: Sharer, config: ShareConfig, fusers: Sequence[Fuser] = ()) -> None:
+        self._sharer, self._most, self.waiting = sharer, config.waiting, 0
         self._fusers = {fuser_hash(fuser): _prepared(fuser, sharer) for fuser in fusers}
-        given = sorted(set(range(count) if layers is None else layers))
-        if outside := [layer for layer in given if not 0 <= layer < count]:
-            raise C2CError(f"layers {outside} do not exist: {sharer.name} has layers 0 to {count - 1}.")
-        name, most = Path(sharer.identity.name), PRECISIONS[finest].itemsize
-        public = {"name": name.name} if name.is_absolute() else {}  # not the folder that it was loaded from
-        rotary_error = None
-        try:
-            sharer.check_rotary()
-        except C2CError as error:
-            rotary_error = str(error)
-        self.handshake = Handshake(
-            format=FORMAT,
-            version=__version__,
-            sharer=sharer.identity.to_dict() | public,
-            config=config_of(sharer.model),
-            dtype=str(sharer.dtype).removeprefix("torch."),
-            layers=given,
-            precisions=[name for name, dtype in PRECISIONS.items() if dtype.itemsize <= most],
-            fusers=sorted(self._fusers),
-            tokens=tokens,
-            vocabulary=sharer.model.get_input_embeddings().num_embeddings,
-            context=sharer.context_length,
-            rotary=rotary_checksums(sharer.model),
-            rotary_error=rotary_error,
-            tokenizer=None if sharer.tokenizer is None else tokenizer_files(sharer.tokenizer),
+        every, given = range(sharer.geometry.layers), config.layer_list()
+        if outside := sorted(set(given or every) - set(every)):
+            raise C2CError(f"layers {outside} do not exist: {sharer.name} has layers 0 to {every[-1]}.")
+        self.handshake = Handshake.describe(
+            sharer, given or list(every), config.precision, list(self._fusers), config.max_tokens
         )
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="sharer")
         self._jobs: WeakSet[PrefillJob] = WeakSet()
@@ -262,6 +235,43 @@ class PrefillWorker:
         self._thread.shutdown(wait=True, cancel_futures=True)
 
 
+def check_request(request: PrefillRequest, offer: Handshake) -> TokenBatch:
+    """Check a request against what a server offers, and return its tokens.
+
+    Raises:
+        ApiError: it is for another model (409), too large (413), or asks for something that is not offered (422).
+    """
+    hard, soft = identity.differences("sharer", request.sharer, offer.sharer, "request")
+    if hard or soft:
+        message, details = "the request is for another model than the one that is served here.", offer.sharer.to_dict()
+        raise ApiError(409, message, code="mismatch", param="sharer", details={"sharer": details})
+    batch = request.batch()
+    tokens, last = batch.rows * (batch.length + request.draft_tokens), int(batch.positions.max())
+    largest, limit = int(batch.ids.max()), offer.context or 1 << 31
+    missing = sorted(set(request.layers) - set(offer.layers))
+
+    def refuse_if(wrong: bool, status: int, code: str, message: str) -> None:
+        if wrong:
+            raise ApiError(status, message, code=code, param=_PARAMS.get(code, "ids"))
+
+    message = f"the request has {tokens} tokens, padding and drafts included, and this server takes {offer.tokens}."
+    advice = "Shorten the prompt, send smaller batches, or start it with a larger --max-tokens."
+    refuse_if(tokens > offer.tokens, 413, "too_long", f"{message} {advice}")
+    message = f"a prompt of {batch.length} tokens with positions up to {last}, and the model was made for {limit}."
+    refuse_if(max(batch.length, last + 1) > limit, 413, "too_long", f"{message} Shorten the prompt.")
+    message = f"token ids up to {largest}, and the model has 0 to {offer.vocabulary - 1}. Use its tokenizer."
+    refuse_if(largest >= offer.vocabulary, 422, "tokens", message)
+    message = f"layers {missing} are not shared; this server gives {offer.layers}."
+    advice = "Use a fuser that reads these, or start it with other --layers."
+    refuse_if(bool(missing), 422, "layer", f"{message} {advice}")
+    message = f"precision {request.precision!r} is not given; expected one of {', '.join(offer.precisions)}."
+    advice = "Pass precision=... to RemoteSharer, or start the server with another --precision."
+    refuse_if(request.precision not in offer.precisions, 422, "precision", f"{message} {advice}")
+    message = "this server does not have the fuser of this request; start it with --fuser."
+    refuse_if(request.fuser not in (None, *offer.fusers), 422, "fuser", message)
+    return batch
+
+
 def _bytes(entries: KeyValue | None) -> int:
     return sum(part.nbytes for part in entries or ())
 
@@ -276,3 +286,61 @@ def _prepared(fuser: Fuser, sharer: Sharer) -> Fuser:
     nn.Module.to(fuser, sharer.device)
     fuser.eval()
     return fuser
+
+
+# -- the application ---------------------------------------------------------------------------------------------------
+
+
+class PrefillStream(StreamingResponse):
+    """Stream the records of a job, cut at a deadline (on the monotonic clock) even where the client does not read."""
+
+    def __init__(self, job: PrefillJob, first: dict[str, Any], deadline: float, record: RequestRecord) -> None:
+        super().__init__(job.records(first), media_type=MEDIA_TYPE)
+        self._job, self._deadline, self._record = job, deadline, record
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send, and record what is logged."""
+        try:
+            async with asyncio.timeout(max(0.0, self._deadline - time.monotonic())):
+                await super().__call__(scope, receive, send)
+        except TimeoutError:
+            pass  # the connection is closed without the last record, which the client notices
+        finally:
+            self._job.stop()
+            self._record.code = self._job.facts.pop("code")
+            self._record.facts |= self._job.facts
+
+
+def build_app(worker: PrefillWorker, config: HTTPConfig) -> FastAPI:
+    """Make the application around a worker.
+
+    Raises:
+        ServerError: keys that can't be used, or none and an address that others can reach.
+    """
+    router, made = APIRouter(), worker.handshake
+    handshakes = {
+        wanted: gzip.compress(made.model_dump_json(exclude=None if wanted else {"tokenizer"}).encode())
+        for wanted in (True, False)
+    }
+
+    @router.get(HANDSHAKE_PATH)
+    async def handshake(request: Request, tokenizer: bool = False) -> Response:
+        request.state.record.facts["kind"] = "handshake"
+        return Response(handshakes[tokenizer], media_type="application/json", headers={"Content-Encoding": "gzip"})
+
+    @router.post(PREFILL_PATH)
+    async def prefill(body: PrefillRequest, request: Request) -> Response:
+        record = request.state.record
+        record.facts |= {"kind": body.kind, "rows": len(body.ids), "precision": body.precision}
+        record.facts["tokens"] = sum(map(len, body.ids))
+        deadline = record.began + config.timeout
+        first = {"sharer": made.sharer.to_dict(), "precision": body.precision}
+        return PrefillStream(worker.submit(body, deadline), first, deadline, record)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        await asyncio.to_thread(worker.close)
+
+    state = ServerState(lambda: {"version": __version__, "waiting": worker.waiting}, abort=worker.stop)
+    return create_app(config, [router], state, lifespan)
