@@ -22,7 +22,6 @@ import httpx
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from c2c import kv_cache
 from c2c.language_model import Sharer
 from c2c.remote import RemoteSharer
 from c2c.remote import server as server_module
@@ -75,11 +74,9 @@ class Link:
 class LateJob(PrefillJob):
     """The same job where nothing is sent before the whole prefill is done."""
 
-    def _prefill(self, callback: Any) -> Any:
-        cache = super()._prefill(lambda *_: None)
-        for index, entries in enumerate(kv_cache.layers(cache)):
-            callback(index, entries)
-        return cache
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.streams = False
 
 
 def main() -> None:

@@ -13,13 +13,10 @@ from unittest.mock import Mock
 
 import pytest
 
-from c2c.demo.config import DemoConfig
-from c2c.demo.examples import DOCUMENT, EXAMPLES, OTHER_DOCUMENT, other_question
+from c2c.demo import DemoConfig
 from c2c.demo.fusers import default_fuser, find_fusers
-from c2c.demo.markup import pane_html
-from c2c.demo.models import ModelCache
-from c2c.demo.panes import SYSTEMS, Pane, Question
-from c2c.demo.session import RUN_ORDER, Session
+from c2c.demo.panes import DOCUMENT, EXAMPLES, OTHER_DOCUMENT, SYSTEMS, Pane, Question, other_question, pane_html
+from c2c.demo.session import RUN_ORDER, ModelCache, Session
 from c2c.errors import C2CError, FuserError, ModelLoadError
 from c2c.prompting import RenderOptions
 from c2c.systems import SystemOptions, make_system
@@ -271,7 +268,7 @@ def test_what_is_unforeseen_in_loading_is_an_error_with_its_name(merging, monkey
 
 def test_uploads_are_read_or_refused(tmp_path):
     pytest.importorskip("gradio")
-    from c2c.demo.tab import read_upload
+    from c2c.demo.page import read_upload
 
     for content, words in ((b"", "is empty"), (b"\xff\xfe\x00", "UTF-8"), (b"A fox.", "6 letters")):
         (tmp_path / "a.txt").write_bytes(content)

@@ -27,23 +27,10 @@ from c2c.kv_cache import KeyValue, KVGeometry
 from c2c.language_model import EntrySelection, Sharer
 from c2c.loading import load
 from c2c.private_context import project
+from c2c.remote import protocol
 from c2c.remote.connection import Connection, Loss, check_unchanged, read_all, ssl_context
 from c2c.remote.handshake import Handshake
-from c2c.remote.protocol import (
-    HANDSHAKE_PATH,
-    OVERHEAD,
-    PREFILL_PATH,
-    Number,
-    PrefillRequest,
-    Record,
-    Rows,
-    WireError,
-    fuser_hash,
-    packed_bytes,
-    read_records,
-    spread,
-    unpack,
-)
+from c2c.remote.protocol import Number, PrefillRequest, Record, Rows, WireError, fuser_hash, packed_bytes, spread
 from c2c.serving.http_config import is_loopback, read_keys
 from c2c.tokens import TokenBatch
 
@@ -158,12 +145,14 @@ class RemoteSharer(Sharer):
         self.url, self.on_failure, self._wanted = self._connection.url, on_failure, precision
         self.traffic = self._connection.traffic
         self._fuser: Fuser | None = None
-        path = HANDSHAKE_PATH + ("?tokenizer=true" if tokenizer is None else "")
+        path = protocol.HANDSHAKE_PATH + ("?tokenizer=true" if tokenizer is None else "")
         data = self._connection.call(path, partial(read_all, largest=_LARGEST_HANDSHAKE))
         self._handshake = Handshake.parse(data, self.url)
         self.identity, self.geometry = self._handshake.sharer, self._handshake.geometry
         model = self._handshake.build_model(self.url)
-        loaded = load(model, tokenizer=tokenizer)[1] if tokenizer else self._handshake.load_tokenizer(self.url)
+        loaded = (
+            load(model, tokenizer=tokenizer)[1] if tokenizer is not None else self._handshake.load_tokenizer(self.url)
+        )
         self._check_parts(model, loaded)
         super().__init__(model, loaded, f"{self.identity.name} at {self.url}")
         self.precision = self._precision_for(model.dtype)
@@ -258,7 +247,7 @@ class RemoteSharer(Sharer):
         drafted, found = self._prefilled(request, itemgetter(0))
         ids, kept = plan.followed_by(drafted).tensors()
         if not known:
-            return Handoff(self.identity, ids, kept, list(found.values()), cast(Precision, self.precision))
+            return Handoff(self.identity, ids, kept, list(found.values()), self.precision)
         new = [(keys.dequantize(self.dtype), values.dequantize(self.dtype)) for keys, values in found.values()]
         return Handoff.from_cache(self.identity, ids, kept, kv_cache.layers(kv_cache.append(cache, new)))
 
@@ -268,12 +257,11 @@ class RemoteSharer(Sharer):
         request = self._request(tokens, [columns], layers, draft_tokens=draft_tokens)
         name = fuser_hash(fuser)
         if name in self._handshake.fusers:
-            precision = self._precision_for(fuser.dtype)
-            projected = request.model_copy(update={"fuser": name, "precision": precision})
+            projected = request.model_copy(update={"fuser": name, "precision": self._precision_for(fuser.dtype)})
             request = min(request, projected, key=self._size)
         drafted, found = self._prefilled(request, itemgetter(0))
         ids, kept = plan.followed_by(drafted).tensors()
-        entries, precision = list(found.values()), cast(Precision, request.precision)
+        entries = list(found.values())
         size = sum(keys.nbytes + values.nbytes for keys, values in entries)
         if request.fuser is None:
             like, none = self._zeros(1, len(ids)), self._zeros(1, 0)
@@ -281,6 +269,7 @@ class RemoteSharer(Sharer):
             pairs = [placed.get(index, (none, none)) for index in range(self.geometry.layers)]
             made = project(Handoff.from_cache(self.identity, ids, kept, pairs), self, fuser).layers
             entries = [(QuantizedTensor(keys), QuantizedTensor(values)) for keys, values in made]
+        precision = cast(Precision, request.precision)
         return ProjectedHandoff(self.identity, ids, kept, entries, precision, name, size)
 
     # -- requests ----------------------------------------------------------------------------------------------------
@@ -320,26 +309,22 @@ class RemoteSharer(Sharer):
             What was drafted, and what ``use`` returned for each layer.
         """
         geometry, layers, columns = self._expected(request)
-        largest = packed_bytes(geometry, 1, columns, request.precision) + len(request.ids) * OVERHEAD
+        largest = packed_bytes(geometry, 1, columns, request.precision) + len(request.ids) * protocol.OVERHEAD
 
         def read(pieces: Iterator[bytes]) -> tuple[list[int], dict[int, T]]:
-            records, found = read_records(pieces, largest), cast(dict[int, T], {})
+            records, found = protocol.read_records(pieces, largest), cast(dict[int, T], {})
             drafted, counts = self._begun(next(records), request)
             while (record := next(records)).kind != "end":
                 index = self._manifest(record, "layer").get("layer")
                 if index not in layers or index in found:
                     raise WireError(f"layer {index!r} was not asked for.")
-                found[index] = use(unpack(record.tensors, geometry, counts, request.precision))
+                found[index] = use(protocol.unpack(record.tensors, geometry, counts, request.precision))
             if missing := sorted(set(layers) - set(found)):
                 raise WireError(f"layers {missing} did not come.")
             return drafted, {index: found[index] for index in layers}
 
         try:
-            if missing := sorted(set(request.layers) - set(self._handshake.layers)):
-                advice = "Use a fuser that reads these, or start it with other --layers."
-                message = f"the sharer at {self.url} does not share layers {missing}, only {self._handshake.layers}."
-                raise RemoteError(f"{message} {advice}", "layer")
-            return self._connection.call(PREFILL_PATH, read, request.model_dump_json().encode(), self.identity)
+            return self._connection.call(protocol.PREFILL_PATH, read, request.model_dump_json().encode(), self.identity)
         except RemoteError as error:
             if self.on_failure == "receiver_only":
                 raise SharerLost(str(error), error.code, error.status) from error

@@ -21,6 +21,7 @@ from c2c.remote.protocol import CutOffError, WireError
 from c2c.version import __version__
 
 T = TypeVar("T")
+Read = Callable[[Iterator[bytes]], T]  # reads the bytes of an answer; called again from the start for another attempt
 _CONNECT_SECONDS = 10.0
 _LONGEST_ERROR = 1 << 16
 _RETRIED = frozenset({429, 502, 503, 504})
@@ -73,30 +74,23 @@ class Connection:
         """Close the sockets."""
         self._client.close()
 
-    def call(
-        self,
-        path: str,
-        read: Callable[[Iterator[bytes]], T],
-        body: bytes | None = None,
-        model: ModelIdentity | None = None,
-    ) -> T:
+    def call(self, path: str, read: Read[T], body: bytes | None = None, model: ModelIdentity | None = None) -> T:
         """Send a request and read the answer.
 
         Args:
             path: such as ``/v1/prefill``.
-            read: reads the bytes of an answer whose status is 200; called again from the start for another attempt.
+            read: reads an answer whose status is 200.
             body: JSON to post; a GET without it.
             model: the one that the request is for.
 
         Raises:
             RemoteError: refused, lost, too slow or damaged. SharerChanged: another model is served.
         """
-        request = self._client.build_request(
-            "GET" if body is None else "POST",
-            self.url + path,
-            content=body,
-            headers={"X-Request-Id": secrets.token_hex(16)},  # the same for all attempts
-        )
+        method, headers = (
+            "POST" if body else "GET",
+            {"X-Request-Id": secrets.token_hex(16)},
+        )  # the same for all attempts
+        request = self._client.build_request(method, self.url + path, content=body, headers=headers)
         retrying = Retrying(
             stop=stop_after_attempt(self._retries + 1) | stop_before_delay(self.timeout),
             wait=_pause,
@@ -139,13 +133,7 @@ class Connection:
         message = f"the sharer at {self.url} gave no answer in {count}: {str(error).rstrip('.')}. {advice}"
         return RemoteError(message, code, error.status)
 
-    def _attempt(
-        self,
-        request: httpx.Request,
-        read: Callable[[Iterator[bytes]], T],
-        deadline: float,
-        model: ModelIdentity | None,
-    ) -> T:
+    def _attempt(self, request: httpx.Request, read: Read[T], deadline: float, model: ModelIdentity | None) -> T:
         left = max(0.001, deadline - time.monotonic())
         request.extensions["timeout"] = httpx.Timeout(left, connect=min(left, _CONNECT_SECONDS)).as_dict()
         self.traffic.requests += 1
@@ -169,7 +157,6 @@ class Connection:
             raise RemoteError(message, "certificate") from error
 
     def _refuse(self, response: httpx.Response, pieces: Iterator[bytes], model: ModelIdentity | None) -> Never:
-        """Turn a status other than 200 into an error."""
         status = response.status_code
         try:
             error = dict(json.loads(read_all(pieces, _LONGEST_ERROR))["error"])

@@ -6,7 +6,7 @@ import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, cast
 
 import torch
 from pydantic import BaseModel, Field, ValidationError
@@ -18,7 +18,6 @@ from c2c.handoff import PRECISIONS, Precision
 from c2c.identity import ModelIdentity
 from c2c.kv_cache import KVGeometry
 from c2c.language_model import Sharer
-from c2c.remote.protocol import FORMAT
 from c2c.version import __version__
 
 _LEFT_OUT = ("auto_map", "quantization_config", "transformers_version", "_name_or_path", "dtype", "torch_dtype")
@@ -30,7 +29,7 @@ _MOST_LAYERS = 4096
 class Handshake(BaseModel, frozen=True):
     """Describe a server's model and limits; unknown fields of a newer version are ignored."""
 
-    format: Literal["c2c-remote-2"] = FORMAT  # of the wire
+    format: Literal["c2c-remote-2"] = "c2c-remote-2"  # of the wire
     version: str = __version__  # of c2c
     sharer: ModelIdentity
     config: dict[str, Any]  # of the model's text decoder
@@ -48,20 +47,21 @@ class Handshake(BaseModel, frozen=True):
     @classmethod
     def describe(cls, sharer: Sharer, layers: list[int], finest: str, fusers: Sequence[str], tokens: int) -> Self:
         """Describe a model and what is given of it; its name without the folder that it was loaded from."""
-        name, rotary_error = Path(sharer.identity.name), None
+        facts, rotary_error = sharer.identity.to_dict(), None
+        if Path(sharer.identity.name).is_absolute():
+            facts["name"] = Path(sharer.identity.name).name
         try:
             sharer.check_rotary()
         except C2CError as error:
             rotary_error = str(error)
+        most = PRECISIONS[finest].itemsize
         config = json.loads(sharer.model.config.get_text_config(decoder=True).to_json_string(use_diff=False))
         return cls(
-            sharer=ModelIdentity.from_dict(
-                sharer.identity.to_dict() | ({"name": name.name} if name.is_absolute() else {})
-            ),
+            sharer=ModelIdentity.from_dict(facts),
             config={key: value for key, value in config.items() if key not in _LEFT_OUT},
-            dtype=str(sharer.dtype).removeprefix("torch."),
+            dtype=cast(Any, str(sharer.dtype).removeprefix("torch.")),
             layers=layers,
-            precisions=[name for name, dtype in PRECISIONS.items() if dtype.itemsize <= PRECISIONS[finest].itemsize],
+            precisions=[cast(Precision, one) for one, dtype in PRECISIONS.items() if dtype.itemsize <= most],
             fusers=sorted(fusers),
             tokens=tokens,
             vocabulary=sharer.model.get_input_embeddings().num_embeddings,
@@ -92,12 +92,6 @@ class Handshake(BaseModel, frozen=True):
         """The shape of the model's cache."""
         return KVGeometry(**self.sharer.kv)
 
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        """The type of the model's cache."""
-        dtype: torch.dtype = getattr(torch, self.dtype)
-        return dtype
-
     def build_model(self, url: str) -> PreTrainedModel:
         """Build the model on the meta device, with a rotary embedding that works.
 
@@ -108,9 +102,8 @@ class Handshake(BaseModel, frozen=True):
         try:
             config = AutoConfig.for_model(data.pop("model_type"), **data)
             with torch.device("meta"):
-                model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                    config, trust_remote_code=False, dtype=self.torch_dtype
-                )
+                options = {"trust_remote_code": False, "dtype": getattr(torch, self.dtype)}
+                model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **options)
             decoder = model.get_decoder()
             if getattr(decoder, "rotary_emb", None) is not None:
                 decoder.rotary_emb = type(decoder.rotary_emb)(config)

@@ -17,7 +17,7 @@ from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache
+from transformers import DynamicCache
 
 from c2c import identity, kv_cache
 from c2c.errors import C2CError
@@ -37,7 +37,7 @@ from c2c.version import __version__
 
 QUEUED_BYTES = 1 << 26  # of finished layers of one request that wait for its client; then the prefill waits too
 _PARAMS = {"layer": "layers", "precision": "precision", "fuser": "fuser"}  # of errors by code; else "ids"
-Part = tuple[dict[str, Any], KeyValue | None, Sequence[Tensor]]  # manifest, entries of a layer, columns of each row
+Part = tuple[dict[str, Any], KeyValue | None]  # manifest and entries of a layer
 
 
 class Stopped(Exception):
@@ -68,27 +68,29 @@ class PrefillJob:
 
     Attributes:
         facts: layers and bytes that were sent, and the code of the error, for the log.
+        streams: whether layers are sent as they are made; drafts and projections need the whole prefill first.
     """
 
     def __init__(
         self, sharer: Sharer, fuser: Fuser | None, request: PrefillRequest, batch: TokenBatch, deadline: float
     ) -> None:
         self._sharer, self._fuser, self._request, self._batch = sharer, fuser, request, batch
+        self._columns = [torch.tensor(chosen, dtype=torch.long) for chosen in request.columns]
         self._deadline, self._stopped = deadline, False
         self._loop, self._parts = asyncio.get_running_loop(), cast("asyncio.Queue[Part]", asyncio.Queue())
         self._room, self._queued = threading.Condition(), 0
         self.facts: dict[str, Any] = {"layers": 0, "bytes": 0, "code": "cut"}
+        self.streams = fuser is None and not request.draft_tokens
 
     async def records(self, first: dict[str, Any]) -> AsyncIterator[bytes]:
         """Yield encoded records, up to ``end`` or ``error``; the manifest of the first one gets ``first`` besides."""
-        kind = ""
+        manifest: dict[str, Any] = {}
         try:
-            while kind not in ("end", "error"):
-                manifest, entries, columns = await self._parts.get()
-                kind = manifest["kind"]
+            while manifest.get("kind") not in ("end", "error"):
+                manifest, entries = await self._parts.get()
                 self._count(-_bytes(entries))
-                whole = first | manifest if kind == "begin" else manifest
-                data = await asyncio.to_thread(self._encode, whole, entries, columns)
+                whole = first | manifest if manifest["kind"] == "begin" else manifest
+                data = await asyncio.to_thread(self._encode, whole, entries)
                 self.facts["layers"] += entries is not None
                 self.facts["bytes"] += len(data)
                 yield data
@@ -117,40 +119,38 @@ class PrefillJob:
             last |= {"code": "refused", "message": str(error)}
         except Exception as error:  # such as no memory; the server goes on
             last |= {"code": "failed", "message": f"the model failed: {type(error).__name__}."}
-        self._loop.call_soon_threadsafe(self._parts.put_nowait, (last, None, ()))
+        self._loop.call_soon_threadsafe(self._parts.put_nowait, (last, None))
 
     def _run(self) -> None:
-        request, batch, columns = self._request, self._batch, [torch.tensor(x).long() for x in self._request.columns]
-        if self._fuser is None and not request.draft_tokens:
-            self._put({"kind": "begin", "drafted": [], "columns": list(map(len, columns))})
-            self._prefill(lambda index, entries: self._put_layer(index, entries, columns))
-            return
+        request, batch, cache, ids = self._request, self._batch, StreamingCache(self._on_layer), self._request.ids[0]
+        if self.streams:
+            self._begin([])
         if request.draft_tokens:
-            ids, cache = self._sharer.draft(batch, StreamingCache(lambda *_: self._check()), request.draft_tokens)
+            ids, _ = self._sharer.draft(batch, cache, request.draft_tokens)
         else:
-            ids, cache = request.ids[0], self._prefill(lambda *_: None)
-        columns, layers = [torch.cat([columns[0], torch.arange(batch.length, len(ids))])], kv_cache.layers(cache)
+            self._sharer.prefill(batch, request.stop, cache)
+        if self.streams:
+            return
+        self._columns[0] = torch.cat([self._columns[0], torch.arange(batch.length, len(ids))])
+        layers = kv_cache.layers(cache)
         made = {index: layers[index] for index in request.layers}
         if self._fuser is not None:
-            handoff = Handoff.from_cache(self._sharer.identity, torch.tensor(ids), columns[0], layers)
+            handoff = Handoff.from_cache(self._sharer.identity, torch.tensor(ids), self._columns[0], layers)
             made = dict(enumerate(project(handoff, self._sharer, self._fuser).layers))
-            columns = [torch.arange(made[0][0].shape[2])]
-        self._put({"kind": "begin", "drafted": ids[batch.length :], "columns": list(map(len, columns))})
+            self._columns = [torch.arange(made[0][0].shape[2])]
+        self._begin(ids[batch.length :])
         for index, entries in made.items():
-            self._put({"kind": "layer", "layer": index}, entries, columns)
+            self._put({"kind": "layer", "layer": index}, entries)
 
-    def _prefill(self, callback: Callable[[int, KeyValue], None]) -> Cache:
-        def checked(index: int, entries: KeyValue) -> None:
-            self._check()
-            callback(index, entries)
+    def _on_layer(self, index: int, entries: KeyValue) -> None:
+        self._check()
+        if self.streams and index in self._request.layers:
+            self._put({"kind": "layer", "layer": index}, entries)
 
-        return self._sharer.prefill(self._batch, self._request.stop, StreamingCache(checked))
+    def _begin(self, drafted: list[int]) -> None:
+        self._put({"kind": "begin", "drafted": drafted, "columns": list(map(len, self._columns))})
 
-    def _put_layer(self, index: int, entries: KeyValue, columns: Sequence[Tensor]) -> None:
-        if index in self._request.layers:
-            self._put({"kind": "layer", "layer": index}, entries, columns)
-
-    def _put(self, manifest: dict[str, Any], entries: KeyValue | None = None, columns: Sequence[Tensor] = ()) -> None:
+    def _put(self, manifest: dict[str, Any], entries: KeyValue | None = None) -> None:
         """Wait for room, so that a client that reads slowly does not fill the memory."""
         size = _bytes(entries)
         with self._room:
@@ -160,7 +160,7 @@ class PrefillJob:
             )
         self._check()
         self._count(size)
-        self._loop.call_soon_threadsafe(self._parts.put_nowait, (manifest, entries, columns))
+        self._loop.call_soon_threadsafe(self._parts.put_nowait, (manifest, entries))
 
     def _count(self, size: int) -> None:
         with self._room:
@@ -171,9 +171,9 @@ class PrefillJob:
         if self._stopped or time.monotonic() > self._deadline:
             raise Stopped
 
-    def _encode(self, manifest: dict[str, Any], entries: KeyValue | None, columns: Sequence[Tensor]) -> bytes:
+    def _encode(self, manifest: dict[str, Any], entries: KeyValue | None) -> bytes:
         precision = cast(Precision, self._request.precision)
-        return Record(manifest, pack(entries, columns, precision) if entries else {}).encode()
+        return Record(manifest, pack(entries, self._columns, precision) if entries else {}).encode()
 
 
 class PrefillWorker:
