@@ -136,21 +136,23 @@ def test_a_wrong_message_runs_cache_to_cache_alone_and_shows_what_was_read(model
     session = Session()
     list(session.ask(models, merging, ASKED))
     first = session.panes["c2c"].text
-    assert done(session.ask_again(models, merging, blend=1.0, wrong_message=True)) == ["c2c"]
+    assert done(session.ask_again(models, merging, replace(ASKED, blend=1.0, wrong_message=True))) == ["c2c"]
     pane, html = session.panes["c2c"], pane_html(session.panes["c2c"], merging)
     assert pane.previous == first != pane.text
     assert all(words in html for words in ("Wrong message", "before: ", other_question(PROMPT).splitlines()[2]))
-    list(session.ask_again(models, merging, blend=1.0, wrong_message=False))
+    list(session.ask_again(models, merging, replace(ASKED, blend=1.0, wrong_message=False)))
     assert session.panes["c2c"].text == first
 
 
 def test_blend_zero_is_the_receivers_answer_whatever_the_sharer_reads(models, merging):
     session = Session()
-    assert list(session.ask_again(models, merging, blend=0.0, wrong_message=True)) == []  # nothing was asked yet
+    assert (
+        list(session.ask_again(models, merging, replace(ASKED, blend=0.0, wrong_message=True))) == []
+    )  # nothing was asked yet
     list(session.ask(models, merging, replace(ASKED, blend=0.0)))
     assert session.panes["c2c"].result.report.sharer_bytes == 0
     for wrong_message in (False, True):
-        list(session.ask_again(models, merging, blend=0.0, wrong_message=wrong_message))
+        list(session.ask_again(models, merging, replace(ASKED, blend=0.0, wrong_message=wrong_message)))
         assert session.panes["c2c"].text == session.panes["receiver"].text
 
 
@@ -161,7 +163,7 @@ def test_only_the_sharer_reads_a_document(models, choices):
     assert "without the document" in pane_html(session.panes["receiver"], private)
     assert session.panes["receiver"].result.prompt_tokens < session.panes["sharer"].result.prompt_tokens
     first = session.panes["c2c"].text
-    list(session.ask_again(models, private, blend=1.0, wrong_message=True))
+    list(session.ask_again(models, private, replace(ASKED, blend=1.0, wrong_message=True)))
     assert OTHER_DOCUMENT[:20] in pane_html(session.panes["c2c"], private)
     assert session.panes["c2c"].text != first
 
@@ -201,7 +203,7 @@ def test_a_run_can_be_stopped_and_finished_later(models, merging):
     run.close()
     session.stop()
     assert set(states(session).values()) == {"stopped"}
-    finished = done(session.ask_again(models, merging, blend=1.0, wrong_message=False))
+    finished = done(session.ask_again(models, merging, replace(ASKED, blend=1.0, wrong_message=False)))
     assert finished == ["c2c", "receiver", "sharer", "text"]
     session.clear()
     assert set(states(session).values()) == {"idle"}

@@ -122,8 +122,7 @@ def test_a_cut_anywhere_is_noticed(local, proxy, at):
 
 def test_an_answer_without_its_last_record_is_no_answer(local, proxy):
     """Cut between two records, where the HTTP framing looks whole."""
-    model = through(local, proxy.url, retries=0)
-    end = len(Record({"kind": "end"}, {}).encode())
+    model, end = through(local, proxy.url, retries=0), len(Record({"kind": "end"}, {}).encode())
     proxy.spoil(change=lambda answer: with_body(answer, lambda body: body[:-end]))
     fails(model, "cut off", "unreachable")
 

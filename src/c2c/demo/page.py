@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -64,37 +64,29 @@ class AnswerTab:
         self.choices = {choice.label: choice for choice in choices if choice.private is private}
         first = default_fuser(list(self.choices.values()), private)
         self.session = gr.State(Session())
-        self.fuser = gr.Dropdown(
-            list(self.choices),
-            value=first.label if first else None,
-            label="Fuser, and so the pair",
-            interactive=len(self.choices) > 1,
-            visible=bool(self.choices),
-            elem_id=f"{name}-fuser",
-        )
+        shown: dict[str, Any] = {"interactive": len(self.choices) > 1, "visible": bool(first)}
+        value, label = first.label if first else None, "Fuser, and so the pair"
+        self.fuser = gr.Dropdown(list(self.choices), value=value, label=label, elem_id=f"{name}-fuser", **shown)
         self.status = gr.HTML(self.status_html(first), elem_id=f"{name}-status")
         self._add_texts(name)
         with gr.Row():
             run = gr.Button("Ask", variant="primary", interactive=bool(first), elem_id=f"{name}-run")
             stop = gr.Button("Stop", interactive=bool(first), elem_id=f"{name}-stop")
-        what = "document" if private else "question"
+        wrong = TEXTS["wrong_message"].format("document" if private else "question")
         with gr.Row():
             with gr.Column(min_width=280, visible=not private):  # private context is there or not
                 self.blend = gr.Slider(0, 1, 1, step=0.05, label="Blend", info=TEXTS["blend"], elem_id=f"{name}-blend")
             with gr.Column(min_width=280):
-                self.wrong = gr.Checkbox(
-                    False, label="Wrong message", info=TEXTS["wrong_message"].format(what), elem_id=f"{name}-wrong"
-                )
+                self.wrong = gr.Checkbox(False, label="Wrong message", info=wrong, elem_id=f"{name}-wrong")
         with gr.Row(elem_classes="c2c-panes"):
-            self.panes = {
-                system: gr.HTML(pane_html(Pane(system), first), elem_id=f"{name}-{system}") for system in SYSTEMS
-            }
+            self.panes = {one: gr.HTML(pane_html(Pane(one), first), elem_id=f"{name}-{one}") for one in SYSTEMS}
         gr.Markdown(TEXTS["times"], elem_classes="c2c-lead")
         with gr.Accordion("Options", open=False):
-            prefix = "" if private or first is None else first.answer_prefix
-            self.answer_prefix = gr.Textbox(
-                prefix, label="Answer prefix: text that the answer continues", elem_id=f"{name}-prefix"
+            prefix, label = (
+                first.answer_prefix if first and not private else "",
+                "Answer prefix: text that the answer continues",
             )
+            self.answer_prefix = gr.Textbox(prefix, label=label, elem_id=f"{name}-prefix")
             self.system = gr.Textbox("" if private else SYSTEM, label="System message", elem_id=f"{name}-system")
             with gr.Row():
                 limit = partial(gr.Number, precision=0, minimum=1)
@@ -143,8 +135,8 @@ class AnswerTab:
         asked = run.click(self.ask, self.inputs, outputs, **options)
         # a slider on its way sends many values: only the last one is run after the one that is running
         changed = [self.wrong.input, self.blend.input]
-        options = {**options, "trigger_mode": "always_last"}
-        again = gr.on(changed, self.ask_again, self.inputs, outputs, cancels=asked, **options)
+        options["trigger_mode"] = "always_last"
+        again = gr.on(changed, partial(self.ask, again=True), self.inputs, outputs, cancels=asked, **options)
         self.fuser.input(self.choose, {self.session, self.fuser}, outputs, cancels=[asked, again], **options)
         stop.click(None, cancels=[asked, again], api_visibility="private")
         stop.click(self.stop, {self.session, self.fuser}, list(self.panes.values()), **DIRECT)
@@ -163,15 +155,16 @@ class AnswerTab:
                 return
         yield self.status_html(choice)
 
-    def ask(self, values: Values) -> Updates:
-        """Answer a question with all systems."""
-        panes = values[self.session].ask(self.models, self.choice(values), self.question(values))
-        yield from self._updates(panes, values)
+    def ask(self, values: Values, again: bool = False) -> Updates:
+        """Answer a question with all systems, or the last one with cache-to-cache and another switch or blend.
 
-    def ask_again(self, values: Values) -> Updates:
-        """Answer the last question with cache-to-cache once more, with another switch or blend."""
-        changed = {"blend": float(values[self.blend]), "wrong_message": values[self.wrong]}
-        yield from self._updates(values[self.session].ask_again(self.models, self.choice(values), **changed), values)
+        Closing this, as Gradio does on cancelling, stops the models.
+        """
+        session, choice, question = values[self.session], self.choice(values), self.question(values)
+        run = session.ask_again if again else session.ask
+        with closing(run(self.models, choice, question)) as panes:
+            for pane in panes:
+                yield {self.panes[pane.name]: pane_html(pane, choice), self.status: self.status_html(choice)}
 
     def choose(self, values: Values) -> Updates:
         """Empty the panes for another fuser and load its models."""
@@ -185,13 +178,6 @@ class AnswerTab:
         session = values[self.session]
         session.stop()
         return {self.panes[pane.name]: pane_html(pane, self.choice(values)) for pane in session.panes.values()}
-
-    def _updates(self, panes: Generator[Pane], values: Values) -> Updates:
-        """Yield what changes on the page. Closing this, as Gradio does on cancelling, stops the models."""
-        choice = self.choice(values)
-        with closing(panes):
-            for pane in panes:
-                yield {self.panes[pane.name]: pane_html(pane, choice), self.status: self.status_html(choice)}
 
     def status_html(self, choice: FuserChoice | None) -> str:
         """Format the state of a fuser's models."""

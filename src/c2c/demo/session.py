@@ -27,8 +27,7 @@ class ModelCache:
         self._allow_mismatch = allow_mismatch
         self._lock = Lock()
         self._models: dict[tuple[str, str], Any] = {}
-        self._pairs: dict[str, C2CModel] = {}
-        self._seconds: dict[str, float] = {}
+        self._pairs: dict[str, tuple[C2CModel, float]] = {}  # with the seconds that loading took
 
     @contextmanager
     def use(self, choice: FuserChoice) -> Iterator[C2CModel]:
@@ -40,17 +39,17 @@ class ModelCache:
             if choice.source not in self._pairs:
                 began = time.perf_counter()
                 try:
-                    self._pairs[choice.source] = self._load(choice)
+                    model = self._load(choice)
                 except C2CError:
                     raise
                 except Exception as error:  # whatever it is, the page must show it and go on
                     raise ModelLoadError(f"{type(error).__name__}: {error}") from error
-                self._seconds[choice.source] = time.perf_counter() - began
-            yield self._pairs[choice.source]
+                self._pairs[choice.source] = model, time.perf_counter() - began
+            yield self._pairs[choice.source][0]
 
     def seconds(self, choice: FuserChoice) -> float | None:
         """Return how long a pair took to load; None where it is not loaded."""
-        return self._seconds.get(choice.source)
+        return self._pairs[choice.source][1] if choice.source in self._pairs else None
 
     def _load(self, choice: FuserChoice) -> C2CModel:
         from c2c.language_model import Receiver, Sharer
@@ -60,7 +59,6 @@ class ModelCache:
         if self._models.keys() - kinds:  # two pairs may not fit into memory
             self._models = {key: model for key, model in self._models.items() if key in kinds}
             self._pairs.clear()
-            self._seconds.clear()
         for key, kind in kinds.items():
             if key not in self._models:
                 self._models[key] = kind.from_pretrained(key[1], **self._load_options)
@@ -107,16 +105,14 @@ class Session:
                 panes[name] = replace(panes[name], state="failed", error=str(error))
                 yield panes[name]
 
-    def ask_again(
-        self, models: ModelCache, choice: FuserChoice | None, *, blend: float, wrong_message: bool
-    ) -> Generator[Pane]:
-        """Answer the last question with cache-to-cache once more with one thing changed, and finish other panes.
+    def ask_again(self, models: ModelCache, choice: FuserChoice | None, changed: Question) -> Generator[Pane]:
+        """Answer the last question with cache-to-cache and another blend or message, and finish other panes.
 
         Nothing is done before a first question.
         """
         if self.question is None:
             return
-        question = replace(self.question, blend=blend, wrong_message=wrong_message)
+        question = replace(self.question, blend=changed.blend, wrong_message=changed.wrong_message)
         fused = self.panes["c2c"]
         previous = fused.text if fused.state == "done" else fused.previous
         unfinished = [name for name in RUN_ORDER if name != "c2c" and self.panes[name].state != "done"]
@@ -142,7 +138,7 @@ def answer(model: C2CModel, pane: Pane) -> Generator[Pane]:
     from c2c.prompting import RenderOptions
     from c2c.systems import SystemOptions, make_system
 
-    question, began = pane.question or Question(""), time.perf_counter()
+    question, began = pane.question, time.perf_counter()
     system = "deranged" if pane.name == "c2c" and question.wrong_message else pane.name
     options = SystemOptions(message_tokens=question.message_tokens, blend=question.blend, other=question.other_messages)
     pane = replace(pane, state="running", seconds=0.0)

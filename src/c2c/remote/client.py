@@ -5,12 +5,11 @@ from __future__ import annotations
 import copy
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from operator import itemgetter
 from pathlib import Path
-from typing import Any, Literal, Never, Self, TypeVar, cast
+from typing import Any, Literal, Never, Self, cast
 
 import httpx
 import torch
@@ -34,7 +33,6 @@ from c2c.remote.protocol import Number, PrefillRequest, Record, Rows, WireError,
 from c2c.serving.http_config import is_loopback, read_keys
 from c2c.tokens import TokenBatch
 
-T = TypeVar("T")
 _NUMBERS = TypeAdapter(list[Number])
 _LARGEST_HANDSHAKE = 1 << 28
 _ADVICE = "Read with sharer.read(...), which sends everything."
@@ -239,16 +237,17 @@ class RemoteSharer(Sharer):
     # -- handoffs ----------------------------------------------------------------------------------------------------
 
     def _read_prompt(self, plan: SharerPrompt, tokens: TokenBatch, cache: Cache, draft_tokens: int) -> Handoff:
+        draft_tokens = max(0, draft_tokens)
         if self._fuser is not None:
             return self._read_for(self._fuser, plan, tokens, draft_tokens)
         known = kv_cache.length(cache) if cache.layers else 0
         columns, layers = torch.arange(known, tokens.length), list(range(self.geometry.layers))
         request = self._request(tokens, [columns], layers, draft_tokens=draft_tokens)
-        drafted, found = self._prefilled(request, itemgetter(0))
+        drafted, found = self._prefilled(request)
         ids, kept = plan.followed_by(drafted).tensors()
         if not known:
-            return Handoff(self.identity, ids, kept, list(found.values()), self.precision)
-        new = [(keys.dequantize(self.dtype), values.dequantize(self.dtype)) for keys, values in found.values()]
+            return Handoff(self.identity, ids, kept, [rows[0] for rows in found.values()], self.precision)
+        new = [(keys.dequantize(self.dtype), values.dequantize(self.dtype)) for ((keys, values),) in found.values()]
         return Handoff.from_cache(self.identity, ids, kept, kv_cache.layers(kv_cache.append(cache, new)))
 
     def _read_for(self, fuser: Fuser, plan: SharerPrompt, tokens: TokenBatch, draft_tokens: int) -> Handoff:
@@ -259,15 +258,13 @@ class RemoteSharer(Sharer):
         if name in self._handshake.fusers:
             projected = request.model_copy(update={"fuser": name, "precision": self._precision_for(fuser.dtype)})
             request = min(request, projected, key=self._size)
-        drafted, found = self._prefilled(request, itemgetter(0))
+        drafted, found = self._prefilled(request)
         ids, kept = plan.followed_by(drafted).tensors()
-        entries = list(found.values())
+        entries = [rows[0] for rows in found.values()]
         size = sum(keys.nbytes + values.nbytes for keys, values in entries)
         if request.fuser is None:
-            like, none = self._zeros(1, len(ids)), self._zeros(1, 0)
-            placed = {index: spread([pair], [kept], like) for index, pair in found.items()}
-            pairs = [placed.get(index, (none, none)) for index in range(self.geometry.layers)]
-            made = project(Handoff.from_cache(self.identity, ids, kept, pairs), self, fuser).layers
+            placed = self._placed(found, [kept], layers, len(ids))
+            made = project(Handoff.from_cache(self.identity, ids, kept, placed), self, fuser).layers
             entries = [(QuantizedTensor(keys), QuantizedTensor(values)) for keys, values in made]
         precision = cast(Precision, request.precision)
         return ProjectedHandoff(self.identity, ids, kept, entries, precision, name, size)
@@ -295,30 +292,37 @@ class RemoteSharer(Sharer):
     def _cache(self, batch: TokenBatch, columns: Sequence[Tensor], layers: list[int], stop: int) -> Cache:
         """Return the entries of a shared prompt in a cache of ``stop`` columns."""
         self.check_tokens(batch)
-        like, none = self._zeros(batch.rows, stop), self._zeros(batch.rows, 0)
-        found = dict.fromkeys(layers, (like, like))  # rows of which nothing is read
+        found: dict[int, Rows] = {}
         if any(map(len, columns)):
-            request = self._request(batch, columns, layers, stop)
-            found = self._prefilled(request, lambda rows: spread(rows, columns, like))[1]
-        return kv_cache.from_layers(found.get(index, (none, none)) for index in range(self.geometry.layers))
+            found = self._prefilled(self._request(batch, columns, layers, stop))[1]
+        return kv_cache.from_layers(self._placed(found, columns, layers, stop))
 
-    def _prefilled(self, request: PrefillRequest, use: Callable[[Rows], T]) -> tuple[list[int], dict[int, T]]:
-        """Post a request, and call ``use`` with the rows of each layer as it arrives, while the next one is made.
+    def _placed(
+        self, found: dict[int, Rows], columns: Sequence[Tensor], layers: list[int], length: int
+    ) -> list[KeyValue]:
+        """Scatter entries to their columns of so many, zero elsewhere; layers other than ``layers`` are empty."""
+        zeros, none = (
+            torch.zeros(len(columns), self.geometry.kv_heads, count, self.geometry.head_dim, dtype=self.dtype)
+            for count in (length, 0)
+        )
+        return [
+            spread(found.get(index), columns, zeros) if index in layers else (none, none)
+            for index in range(self.geometry.layers)
+        ]
 
-        Returns:
-            What was drafted, and what ``use`` returned for each layer.
-        """
+    def _prefilled(self, request: PrefillRequest) -> tuple[list[int], dict[int, Rows]]:
+        """Post a request; return what was drafted, and the rows of each layer."""
         geometry, layers, columns = self._expected(request)
         largest = packed_bytes(geometry, 1, columns, request.precision) + len(request.ids) * protocol.OVERHEAD
 
-        def read(pieces: Iterator[bytes]) -> tuple[list[int], dict[int, T]]:
-            records, found = protocol.read_records(pieces, largest), cast(dict[int, T], {})
+        def read(pieces: Iterator[bytes]) -> tuple[list[int], dict[int, Rows]]:
+            records, found = protocol.read_records(pieces, largest), dict[int, Rows]()
             drafted, counts = self._begun(next(records), request)
             while (record := next(records)).kind != "end":
                 index = self._manifest(record, "layer").get("layer")
                 if index not in layers or index in found:
                     raise WireError(f"layer {index!r} was not asked for.")
-                found[index] = use(protocol.unpack(record.tensors, geometry, counts, request.precision))
+                found[index] = protocol.unpack(record.tensors, geometry, counts, request.precision)
             if missing := sorted(set(layers) - set(found)):
                 raise WireError(f"layers {missing} did not come.")
             return drafted, {index: found[index] for index in layers}
@@ -367,9 +371,6 @@ class RemoteSharer(Sharer):
             message = f"the sharer at {self.url} does not give {self._wanted}, only {', '.join(given)}."
             raise RemoteError(f"{message} Ask for one of these.", "precision")
         return wanted if wanted in given else given[0]
-
-    def _zeros(self, rows: int, columns: int) -> Tensor:
-        return torch.zeros(rows, self.geometry.kv_heads, columns, self.geometry.head_dim, dtype=self.dtype)
 
 
 def _check_options(url: str, token: str | None, precision: str | None, on_failure: str) -> None:

@@ -271,10 +271,10 @@ def unpack(tensors: Mapping[str, Tensor], geometry: KVGeometry, columns: Sequenc
     return [(quantized(f"{row}.key"), quantized(f"{row}.value")) for row in range(len(columns))]
 
 
-def spread(rows: Rows, columns: Sequence[Tensor], like: Tensor) -> KeyValue:
+def spread(rows: Rows | None, columns: Sequence[Tensor], like: Tensor) -> KeyValue:
     """Scatter entries to their columns, zero elsewhere: keys and values with the shape and type of ``like``."""
     keys, values = torch.zeros_like(like), torch.zeros_like(like)
-    for row, (pair, chosen) in enumerate(zip(rows, columns, strict=True)):
+    for row, (pair, chosen) in enumerate(zip(rows or [], columns, strict=False)):
         for target, part in zip((keys, values), pair, strict=True):
             target[row, :, chosen] = part.dequantize(like.dtype)[0]
     return keys, values
