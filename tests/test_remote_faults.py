@@ -298,20 +298,20 @@ def held_sharer(layer: int):
     """The sharer of ``local``, which waits before a layer until it may go on; and which layers it has begun."""
     sharer, hold, begun = Sharer(build("qwen2", 2), tokenizer("llama3"), "qwen2"), threading.Event(), []
     assert sharer.identity.kv  # reading its geometry runs the model once
-    layers = sharer.model.get_decoder().layers
-    layers[layer].register_forward_pre_hook(lambda *_: hold.wait(60) and None)
-    for index, module in enumerate(layers):
+    for index, module in enumerate(sharer.model.get_decoder().layers):
         module.register_forward_pre_hook(lambda *_, index=index: begun.append(index))
+        if index == layer:
+            module.register_forward_pre_hook(lambda *_: hold.wait(60) and None, prepend=True)
+    hold.set()  # the handshake reads the cache of one token
     return sharer, hold, begun
 
 
 def test_layers_are_sent_while_the_next_ones_are_made(local):
     sharer, hold, begun = held_sharer(1)
     with serving(sharer) as running:
-        hold.set()  # the handshake reads the cache of one token
-        url, body = running.url + PREFILL_PATH, request_of(sharer)
         hold.clear()
         begun.clear()
+        url, body = running.url + PREFILL_PATH, request_of(sharer)
         with httpx.stream("POST", url, json=body, timeout=30) as response:
             for record in read_records(response.iter_bytes(), 1 << 20):
                 if record.kind == "layer" and record.manifest["layer"] == 0:
@@ -323,8 +323,7 @@ def test_layers_are_sent_while_the_next_ones_are_made(local):
 def submitted(local, monkeypatch, use, **options):
     """Run ``use(worker, request, layers begun)`` on an event loop with a worker that queues one layer."""
     monkeypatch.setattr(server_module, "QUEUED_BYTES", 1)
-    sharer, hold, begun = held_sharer(1)
-    hold.set()
+    sharer, _, begun = held_sharer(1)
     worker = PrefillWorker(sharer, ShareConfig(**options))
     begun.clear()
     request = PrefillRequest(**request_of(sharer))
@@ -362,7 +361,6 @@ def test_requests_count_as_soon_as_they_are_accepted(local, monkeypatch):
 
 def test_the_server_limits_the_time_of_a_request(local):
     sharer, hold, _ = held_sharer(2)
-    hold.set()
     with serving(sharer, timeout=1.0) as running:
         model = through(local, running.url, retries=0)
         hold.clear()
@@ -376,7 +374,6 @@ def test_the_server_limits_the_time_of_a_request(local):
 def test_a_client_that_leaves_stops_the_work(local):
     """The model is in its second layer when the client gives up: it does not begin the third."""
     sharer, hold, begun = held_sharer(1)
-    hold.set()
     with serving(sharer) as running:
         model = through(local, running.url, timeout=0.5)
         hold.clear()
@@ -495,26 +492,24 @@ def test_receiver_only_is_the_receiver_alone_bit_for_bit_and_says_so(local, prox
 def test_receiver_only_for_private_context():
     ours = memory_pair()
     with serving(ours.sharers[0]) as running, Proxy(running.port) as between:
-        sharer = RemoteSharer(between.url, on_failure="receiver_only", retries=0)
-        model = C2CModel(ours.receiver, [sharer], list(ours.fusers))
+        model = through(ours, between.url, on_failure="receiver_only", retries=0)
         between.spoil(cut=3000)
         answer = model.generate(QUESTION, sharer_messages=DOCUMENT, **GREEDY)
         assert answer.ids.tolist() == ours.receiver.answer(QUESTION, **GREEDY).ids.tolist()
         assert answer.report.notes[0].startswith("receiver only: ")
         assert answer.report.memory_slots == 0
         with pytest.raises(SharerLost):
-            sharer.read(DOCUMENT)
+            model.sharers[0].read(DOCUMENT)
 
 
 def test_receiver_only_for_token_ids_and_for_several_sharers(local, proxy):
     lost = through(local, proxy.url, on_failure="receiver_only", retries=0)
     mixed = C2CModel(local.receiver, [local.sharers[0], lost.sharers[0]], [local.fusers[0]] * 2)
-    ids = torch.randint(1, 200, (2, 8), generator=torch.Generator().manual_seed(1))
-    mask = torch.tensor([0, 1, 1, 1, 1, 1, 1, 0]).bool()
     proxy.spoil(cut=3000)
+    ids = torch.randint(1, 200, (2, 8), generator=torch.Generator().manual_seed(1))
     batch = left_pad(ids.tolist(), 0)
     alone = local.receiver.generate(batch, local.receiver.prefill(batch, 7), **GREEDY)
-    assert torch.equal(lost.generate_ids(ids, ids, fuse_mask=mask, **GREEDY), alone)
+    assert torch.equal(lost.generate_ids(ids, ids, fuse_mask=torch.ones(8).bool(), **GREEDY), alone)
     answer = mixed.generate(TEXT, **GREEDY)
     assert answer.ids.tolist() == local.receiver.answer(TEXT, **GREEDY).ids.tolist()
     assert answer.report.notes[0].startswith("receiver only: ")
