@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -91,6 +92,15 @@ def test_token_ids_with_padding_and_positions(local, remote):
     given = {"fuse_mask": select, "receiver_mask": mask, "sharer_mask": mask}
     ours, theirs = local.fuse_ids(ids, ids, **given), remote.fuse_ids(ids, ids, **given)
     assert torch.equal(ours.last_logits, theirs.last_logits)
+
+
+def test_a_sharer_without_a_tokenizer_whose_keys_have_no_known_rotation(local, monkeypatch):
+    monkeypatch.setattr(Sharer, "check_rotary", Mock(side_effect=CacheError("rotated otherwise")))
+    with serving(Sharer(build("qwen2", 2), None, "qwen2")) as running:
+        sharer = RemoteSharer(running.url)
+    assert sharer.tokenizer is None
+    with pytest.raises(CacheError, match="rotated otherwise"):
+        sharer.check_rotary()
 
 
 def test_a_local_and_a_remote_sharer_together(local, remote):

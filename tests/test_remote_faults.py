@@ -201,6 +201,7 @@ def on(kind, manifest=None, tensors=None):
         (on("begin", {"kind": "layer"}), "'begin' was expected"),
         (on("begin", {"columns": [1]}), "columns came"),
         (on("begin", {"drafted": [1]}), "a draft was sent"),
+        (on("begin", {"drafted": None}), "can't be read"),
         (on("begin", {"sharer": None}), "identity of the model is missing"),
         (lambda head, body: (head | {"sharer": head.get("sharer", {}) | {"weights": "0"}}, body), "weights"),
         (lambda head, body: (head, body | {"more": torch.ones(1)}), "expected None"),
@@ -218,9 +219,8 @@ def test_an_answer_that_is_not_what_was_wanted_is_refused(local, proxy, change, 
 
 def request_of(sharer, /, **changes) -> dict:
     """A request by hand."""
-    batch = left_pad([[5, 6, 7]], 0)
-    made = PrefillRequest.from_batch(sharer.identity, batch, [torch.arange(3)], [0, 1, 2], stop=3, precision="float32")
-    return json.loads(made.model_dump_json()) | changes
+    wanted = {"stop": 3, "layers": [0, 1, 2], "columns": [[0, 1, 2]], "precision": "float32"}
+    return {"sharer": sharer.identity.to_dict(), "ids": [[5, 6, 7]]} | wanted | changes
 
 
 def post(running, body) -> tuple[int, dict]:
@@ -425,6 +425,11 @@ def test_another_model_behind_the_same_address(local, server):
         (lambda facts: facts | {"sharer": facts["sharer"] | {"tokenizer": "0" * 32}}, MismatchError),
         (lambda facts: facts | {"format": "c2c-remote-9"}, RemoteError),
         (lambda facts: facts | {"dtype": "Tensor"}, RemoteError),
+        (lambda facts: facts | {"sharer": facts["sharer"] | {"kv": {}}}, RemoteError),
+        (
+            lambda facts: facts | {"sharer": facts["sharer"] | {"kv": facts["sharer"]["kv"] | {"layers": 0}}},
+            RemoteError,
+        ),
         (lambda facts: facts | {"config": {"model_type": "none such"}}, RemoteError),
         (lambda facts: facts | {"tokenizer": {"../x": ""}}, RemoteError),
         (lambda facts: facts | {"tokenizer": {"tokenizer.json": "{}"}}, RemoteError),
@@ -443,7 +448,7 @@ def test_a_handshake_that_does_not_hold(server, proxy, change, error):
 
 @pytest.mark.parametrize(
     "options",
-    [{"url": url} for url in ("ftp://x", "localhost:8650", "http://", "http://user:secret@127.0.0.1:1")]
+    [{"url": url} for url in (None, "ftp://x", "localhost:8650", "http://", "http://user:secret@127.0.0.1:1")]
     + [{"token": "Größe"}, {"token": "a\nb"}, {"on_failure": "ignore"}, {"client_cert": "/nowhere.pem"}],
 )
 def test_options_that_can_not_be_used(options):

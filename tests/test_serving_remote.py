@@ -121,16 +121,6 @@ def test_answers_are_those_with_a_local_sharer_alone_and_in_a_batch(pair, share)
         assert "c2c" not in server.chat().json(), "nothing was lost, and nothing was asked for"
 
 
-def test_a_batch_that_is_more_than_the_sharer_takes_at_a_time_is_asked_for_in_parts(pair):
-    length = max(pair.sharers[0].encode(text).length for text in TEXTS)
-    with (
-        sharing(pair.sharers[0], max_tokens=length + 4) as small,
-        far(pair, small.url, max_batch=len(TEXTS), window=PATIENCE) as server,
-    ):
-        assert [text_of(one) for one in server.chat_all(TEXTS)] == [fused(pair, text) for text in TEXTS]
-        assert [entry["rows"] for entry in small.logged(4)[1:]] == [1, 1, 1]
-
-
 @pytest.mark.parametrize("policy", POLICIES)
 def test_one_prompt_that_the_sharer_refuses_does_not_spoil_its_batch(pair, policy):
     length = pair.sharers[0].encode(TEXTS[1]).length

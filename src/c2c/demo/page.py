@@ -48,7 +48,10 @@ def build(models: ModelCache, choices: Sequence[FuserChoice], config: DemoConfig
         with gr.Tab("Private context", id="private"):
             AnswerTab(models, choices, config, private=True)
         with gr.Tab("Pictures", id="pictures"):
-            _add_pictures(ask)
+            gr.Markdown(TEXTS["pictures"], elem_classes="c2c-lead")
+            draw = gr.Button("Draw", variant="primary", elem_id="pictures-run")
+            shown = [gr.HTML("", elem_id="pictures-status"), gr.HTML("", elem_id="pictures-shown")]
+            draw.click(ask.draw, ask.inputs, shown, **QUEUED)
         page.load(ask.load, {ask.fuser}, ask.status, **QUEUED)
     return page
 
@@ -179,14 +182,35 @@ class AnswerTab:
         session.stop()
         return {self.panes[pane.name]: pane_html(pane, self.choice(values)) for pane in session.panes.values()}
 
+    def draw(self, values: Values) -> tuple[str, str]:
+        """Draw what the fuser does to the caches of the prompt."""
+        from c2c.analysis.capture import capture_prompt
+        from c2c.analysis.plots import html_figures
+        from c2c.analysis.prompt_plots import prompt_plots
+        from c2c.analysis.results import check_drawing
+        from c2c.prompting import RenderOptions
+
+        question, choice = self.question(values), self.choice(values)
+        try:
+            if choice is None:
+                raise PromptError(TEXTS["no_shared_fuser"])
+            question.check()
+            check_drawing()
+            with self.models.use(choice) as model:
+                capture = capture_prompt(model, question.messages, RenderOptions(answer_prefix=question.answer_prefix))
+        except C2CError as error:
+            return status_html("failed", str(error)), ""
+        status = status_html("ready", f"Of the prompt in the first tab, {len(question.prompt)} letters.")
+        return status, f'<div class="c2c-pictures">{html_figures(prompt_plots(capture))}</div>'
+
     def status_html(self, choice: FuserChoice | None) -> str:
         """Format the state of a fuser's models."""
         if choice is None:
             return status_html("waiting", TEXTS["no_private_fuser" if self.private else "no_shared_fuser"])
-        seconds, pair = self.models.seconds(choice), choice.pair
+        seconds = self.models.seconds(choice)
         if seconds is None:
-            return status_html("waiting", f"{pair}: will be loaded when they are needed.")
-        return status_html("ready", f"Ready: {pair}, loaded in {seconds:.0f} s.")
+            return status_html("waiting", f"{choice.pair}: will be loaded when they are needed.")
+        return status_html("ready", f"Ready: {choice.pair}, loaded in {seconds:.0f} s.")
 
 
 def read_upload(path: str) -> tuple[Any, str]:
@@ -196,42 +220,3 @@ def read_upload(path: str) -> tuple[Any, str]:
     except PromptError as error:
         return gr.skip(), status_html("failed", str(error))
     return text, status_html("ready", f"Read {Path(path).name}: {len(text):,} letters, for the sharer alone.")
-
-
-def _add_pictures(ask: AnswerTab) -> None:
-    """Lay out the tab that draws what crosses for the prompt of the first tab."""
-    gr.Markdown(TEXTS["pictures"], elem_classes="c2c-lead")
-    button = gr.Button("Draw", variant="primary", elem_id="pictures-run")
-    status = gr.HTML("", elem_id="pictures-status")
-    pictures = gr.HTML("", elem_id="pictures-shown")
-
-    def draw(values: Values) -> tuple[str, str]:
-        question = ask.question(values)
-        try:
-            html = draw_pictures(ask.models, ask.choice(values), question)
-        except C2CError as error:
-            return status_html("failed", str(error)), ""
-        return status_html("ready", f"Of the prompt in the first tab, {len(question.prompt)} letters."), html
-
-    button.click(draw, ask.inputs, [status, pictures], **QUEUED)
-
-
-def draw_pictures(models: ModelCache, choice: FuserChoice | None, question: Question) -> str:
-    """Draw what the fuser does to the caches of a prompt, as HTML.
-
-    Raises:
-        C2CError: no fuser or no prompt, matplotlib is missing, or the models can't take the prompt.
-    """
-    if choice is None:
-        raise PromptError(TEXTS["no_shared_fuser"])
-    question.check()
-    from c2c.analysis.capture import capture_prompt
-    from c2c.analysis.plots import html_figures
-    from c2c.analysis.prompt_plots import prompt_plots
-    from c2c.analysis.results import check_drawing
-    from c2c.prompting import RenderOptions
-
-    check_drawing()
-    with models.use(choice) as model:
-        capture = capture_prompt(model, question.messages, RenderOptions(answer_prefix=question.answer_prefix))
-    return f'<div class="c2c-pictures">{html_figures(prompt_plots(capture))}</div>'

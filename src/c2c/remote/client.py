@@ -31,7 +31,7 @@ from c2c.remote.connection import Connection, Loss, check_unchanged, read_all, s
 from c2c.remote.handshake import Handshake
 from c2c.remote.protocol import Number, PrefillRequest, Record, Rows, WireError, fuser_hash, packed_bytes, spread
 from c2c.serving.http_config import is_loopback, read_keys
-from c2c.tokens import TokenBatch
+from c2c.tokens import TokenBatch, natural_positions
 
 _NUMBERS = TypeAdapter(list[Number])
 _LARGEST_HANDSHAKE = 1 << 28
@@ -242,7 +242,7 @@ class RemoteSharer(Sharer):
             return self._read_for(self._fuser, plan, tokens, draft_tokens)
         known = kv_cache.length(cache) if cache.layers else 0
         columns, layers = torch.arange(known, tokens.length), list(range(self.geometry.layers))
-        request = self._request(tokens, [columns], layers, draft_tokens=draft_tokens)
+        request = self._request(tokens, [columns], layers, tokens.length, draft_tokens)
         drafted, found = self._prefilled(request)
         ids, kept = plan.followed_by(drafted).tensors()
         if not known:
@@ -253,7 +253,7 @@ class RemoteSharer(Sharer):
     def _read_for(self, fuser: Fuser, plan: SharerPrompt, tokens: TokenBatch, draft_tokens: int) -> Handoff:
         """Read what a fuser needs or what the server makes of it, whichever is less, and project the former here."""
         columns, layers = torch.tensor(plan.kept), sorted(set(fuser.config.source_layers))
-        request = self._request(tokens, [columns], layers, draft_tokens=draft_tokens)
+        request = self._request(tokens, [columns], layers, tokens.length, draft_tokens)
         name = fuser_hash(fuser)
         if name in self._handshake.fusers:
             projected = request.model_copy(update={"fuser": name, "precision": self._precision_for(fuser.dtype)})
@@ -272,10 +272,22 @@ class RemoteSharer(Sharer):
     # -- requests ----------------------------------------------------------------------------------------------------
 
     def _request(
-        self, batch: TokenBatch, columns: Sequence[Tensor], layers: list[int], stop: int | None = None, **more: Any
+        self, batch: TokenBatch, columns: Sequence[Tensor], layers: list[int], stop: int, draft_tokens: int = 0
     ) -> PrefillRequest:
-        more |= {"stop": batch.length if stop is None else stop, "precision": self.precision}
-        return PrefillRequest.from_batch(self.identity, batch, columns, layers, **more)
+        """Make a request; mask and positions are left out where they follow from the rest."""
+        mask, positions = batch.mask.cpu(), batch.positions.cpu()
+        return PrefillRequest(
+            sharer=self.identity,
+            ids=batch.ids.tolist(),
+            stop=stop,
+            layers=layers,
+            columns=[chosen.tolist() for chosen in columns],
+            precision=self.precision,
+            mask=None if bool(mask.all()) else mask.tolist(),
+            positions=None if torch.equal(positions, natural_positions(mask)) else positions.tolist(),
+            padded=batch.padded,
+            draft_tokens=draft_tokens,
+        )
 
     def _expected(self, request: PrefillRequest) -> tuple[KVGeometry, list[int], int]:
         """Return the shape of the cache whose entries a request brings, their layers, and their columns at most."""

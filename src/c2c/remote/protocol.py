@@ -78,23 +78,6 @@ class PrefillRequest(BaseModel, frozen=True, extra="forbid"):
             raise ValueError(f"stop must be {length}: a draft is written after the whole prompt")
         return self
 
-    @classmethod
-    def from_batch(
-        cls, sharer: ModelIdentity, batch: TokenBatch, columns: Sequence[Tensor], layers: Sequence[int], **rest: Any
-    ) -> PrefillRequest:
-        """Make a request for a batch; mask and positions are left out where they follow from the rest."""
-        mask, positions = batch.mask.cpu(), batch.positions.cpu()
-        return cls(
-            sharer=sharer,
-            ids=batch.ids.tolist(),
-            mask=None if bool(mask.all()) else mask.tolist(),
-            positions=None if torch.equal(positions, natural_positions(mask)) else positions.tolist(),
-            padded=batch.padded,
-            layers=list(layers),
-            columns=[chosen.tolist() for chosen in columns],
-            **rest,
-        )
-
     @property
     def kind(self) -> str:
         """``project``, ``read`` (with a draft) or ``prefill``, for logs."""
