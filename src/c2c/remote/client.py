@@ -148,11 +148,10 @@ class RemoteSharer(Sharer):
         self._handshake = Handshake.parse(data, self.url)
         self.identity, self.geometry = self._handshake.sharer, self._handshake.geometry
         model = self._handshake.build_model(self.url)
-        loaded = (
-            load(model, tokenizer=tokenizer)[1] if tokenizer is not None else self._handshake.load_tokenizer(self.url)
-        )
-        self._check_parts(model, loaded)
-        super().__init__(model, loaded, f"{self.identity.name} at {self.url}")
+        given = tokenizer is not None
+        tokenizer = load(model, tokenizer=tokenizer)[1] if given else self._handshake.load_tokenizer(self.url)
+        self._check_parts(model, tokenizer)
+        super().__init__(model, tokenizer, f"{self.identity.name} at {self.url}")
         self.precision = self._precision_for(model.dtype)
 
     def _check_parts(self, model: Any, tokenizer: Any) -> None:
@@ -359,9 +358,8 @@ class RemoteSharer(Sharer):
             raise WireError("a draft was sent that was not asked for, or with token ids that the model does not have.")
         wanted = [len(chosen) for chosen in request.columns]
         wanted[0] += len(drafted)
-        if counts != wanted and not (
-            request.fuser is not None and len(counts) == 1
-        ):  # a fuser makes as many as it does
+        projected = request.fuser is not None and len(counts) == 1  # a fuser with slots makes as many, or none at all
+        if counts != wanted and not projected:
             raise WireError(f"{counts!r} columns came, expected {wanted}.")
         return drafted, counts
 
