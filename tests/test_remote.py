@@ -341,20 +341,17 @@ def test_the_server_projects_a_draft_and_in_8_bits():
         assert float((found - exact).norm() / exact.norm()) < 0.1
 
 
-def test_a_server_with_another_fuser_does_not_project_with_it():
+def test_a_server_projects_with_this_very_fuser_or_not_at_all():
     ours, other = memory_pair(slots=2), memory_pair(slots=2)
     with torch.no_grad():
         other.fusers[0].bias += 1
     with serving(ours.sharers[0], fusers=list(other.fusers)) as running:
         assert torch.equal(logits(ours, QUESTION, LONGER), logits(far(ours, running), QUESTION, LONGER))
         assert running.logged(2)[1]["kind"] == "prefill"
-
-
-def test_an_untrained_fuser_is_the_receiver_alone_wherever_it_is():
-    ours = pair(fuser="memory", fuser_options={"slots": 2})
-    alone = logits(ours, QUESTION, DOCUMENT)
-    with serving(ours.sharers[0], fusers=list(ours.fusers)) as running:
-        assert torch.equal(logits(far(ours, running), QUESTION, LONGER), alone)
+    untrained = pair(fuser="memory", fuser_options={"slots": 2})  # makes no entries, wherever it is
+    with serving(untrained.sharers[0], fusers=list(untrained.fusers)) as running:
+        found, alone = (logits(one, QUESTION, LONGER) for one in (far(untrained, running), untrained))
+        assert torch.equal(found, alone)
         assert running.logged(2)[1]["kind"] == "project"
 
 

@@ -78,11 +78,6 @@ class PrefillRequest(BaseModel, frozen=True, extra="forbid"):
             raise ValueError(f"stop must be {length}: a draft is written after the whole prompt")
         return self
 
-    @property
-    def kind(self) -> str:
-        """``project``, ``read`` (with a draft) or ``prefill``, for logs."""
-        return "project" if self.fuser is not None else "read" if self.draft_tokens else "prefill"
-
     def batch(self) -> TokenBatch:
         """Return the tokens."""
         ids = torch.tensor(self.ids)

@@ -64,9 +64,10 @@ class StreamingCache(DynamicCache):
 
 
 class PrefillJob:
-    """Run one request, made on the event loop, in the worker's thread; ``deadline`` is on the monotonic clock.
+    """Run one request, made on the event loop, in the worker's thread.
 
     Attributes:
+        deadline: on the monotonic clock.
         facts: layers and bytes that were sent, and the code of the error, for the log.
         streams: whether layers are sent as they are made; drafts and projections need the whole prefill first.
     """
@@ -76,7 +77,7 @@ class PrefillJob:
     ) -> None:
         self._sharer, self._fuser, self._request, self._batch = sharer, fuser, request, batch
         self._columns = [torch.tensor(chosen, dtype=torch.long) for chosen in request.columns]
-        self._deadline, self._stopped = deadline, False
+        self.deadline, self._stopped = deadline, False
         self._loop, self._parts = asyncio.get_running_loop(), cast("asyncio.Queue[Part]", asyncio.Queue())
         self._room, self._queued = threading.Condition(), 0
         self.facts: dict[str, Any] = {"layers": 0, "bytes": 0, "code": "cut"}
@@ -112,7 +113,7 @@ class PrefillJob:
             last = {"kind": "end"}
         except Stopped:
             message = "the time limit of the server was reached. Ask for less, or start it with a larger --timeout."
-            if time.monotonic() < self._deadline:
+            if time.monotonic() < self.deadline:
                 message = "the server is shutting down."
             last |= {"code": "timeout", "message": message}
         except C2CError as error:
@@ -156,7 +157,7 @@ class PrefillJob:
         with self._room:
             self._room.wait_for(
                 lambda: self._stopped or not self._queued or self._queued + size <= QUEUED_BYTES,
-                max(0.0, self._deadline - time.monotonic()),
+                max(0.0, self.deadline - time.monotonic()),
             )
         self._check()
         self._count(size)
@@ -168,7 +169,7 @@ class PrefillJob:
             self._room.notify()
 
     def _check(self) -> None:
-        if self._stopped or time.monotonic() > self._deadline:
+        if self._stopped or time.monotonic() > self.deadline:
             raise Stopped
 
     def _encode(self, manifest: dict[str, Any], entries: KeyValue | None) -> bytes:
@@ -294,14 +295,14 @@ def _prepared(fuser: Fuser, sharer: Sharer) -> Fuser:
 class PrefillStream(StreamingResponse):
     """Stream the records of a job, cut at a deadline (on the monotonic clock) even where the client does not read."""
 
-    def __init__(self, job: PrefillJob, first: dict[str, Any], deadline: float, record: RequestRecord) -> None:
+    def __init__(self, job: PrefillJob, first: dict[str, Any], record: RequestRecord) -> None:
         super().__init__(job.records(first), media_type=MEDIA_TYPE)
-        self._job, self._deadline, self._record = job, deadline, record
+        self._job, self._record = job, record
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send, and record what is logged."""
         try:
-            async with asyncio.timeout(max(0.0, self._deadline - time.monotonic())):
+            async with asyncio.timeout(max(0.0, self._job.deadline - time.monotonic())):
                 await super().__call__(scope, receive, send)
         except TimeoutError:
             pass  # the connection is closed without the last record, which the client notices
@@ -331,11 +332,11 @@ def build_app(worker: PrefillWorker, config: HTTPConfig) -> FastAPI:
     @router.post(PREFILL_PATH)
     async def prefill(body: PrefillRequest, request: Request) -> Response:
         record = request.state.record
-        record.facts |= {"kind": body.kind, "rows": len(body.ids), "precision": body.precision}
-        record.facts["tokens"] = sum(map(len, body.ids))
-        deadline = record.began + config.timeout
+        kind = "project" if body.fuser is not None else "read" if body.draft_tokens else "prefill"
+        tokens = sum(map(len, body.ids))
+        record.facts |= {"kind": kind, "rows": len(body.ids), "tokens": tokens, "precision": body.precision}
         first = {"sharer": made.sharer.to_dict(), "precision": body.precision}
-        return PrefillStream(worker.submit(body, deadline), first, deadline, record)
+        return PrefillStream(worker.submit(body, record.began + config.timeout), first, record)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
