@@ -220,10 +220,10 @@ def test_dev_scores_are_the_receivers_letters(folders, tmp_path):
         logits = predictions(run.objective, [example])[0, example.decisive, example.choice_ids]
         right += int(logits.argmax()) == example.row.answer
     score = dev.score(run.objective)
-    assert score.receiver == alone.receiver == alone.matched
-    assert score.matched == pytest.approx(100 * right / len(run.dev))
-    assert score.loss != pytest.approx(alone.loss, rel=1e-2)
-    assert score.to_dict()["G"] == score.matched - score.receiver
+    assert score["receiver"] == alone["receiver"] == alone["adapter"]
+    assert score["adapter"] == pytest.approx(100 * right / len(run.dev))
+    assert score["loss"] != pytest.approx(alone["loss"], rel=1e-2)
+    assert score["G"] == score["adapter"] - score["receiver"]
 
 
 def test_a_stopped_run_ends_as_one_that_was_not(folders, tmp_path):

@@ -19,11 +19,11 @@ from c2c.fusers import MemoryFuser
 from c2c.fusers.base import load_fuser
 from c2c.language_model import Receiver, Sharer
 from c2c.training import train
-from c2c.training.drafts import with_drafts
 from c2c.training.examples import build_examples
 from c2c.training.prefill_store import PrefillStore
 from c2c.training.private_context import PrivateContextObjective
 from c2c.training.run import fill, prepare
+from c2c.training.sharer_outputs import with_drafts
 from tiny import build, tokenizer
 from training_rig import PASSAGES, Stopped, make_folders, private_config, stop_at
 
@@ -171,7 +171,7 @@ def test_a_draft_is_what_the_sharer_hands_over_and_is_written_once(folders, tmp_
         assert 1 <= len(example.sharer_ids) - len(old.sharer_ids) <= 5
         assert example.receiver_ids == old.receiver_ids, "the receiver reads the question alone"
         assert example.row.question in str(passage_with_question(example.row))
-    monkeypatch.setattr("c2c.training.drafts.generate_drafts", None)  # it would fail if it were called
+    monkeypatch.setattr("c2c.training.sharer_outputs.generate_drafts", None)  # it would fail if it were called
     again = prepare(settings)
     fill(again)
     assert [example.sharer_ids for example in again.train] == [example.sharer_ids for example in run.train]

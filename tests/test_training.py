@@ -245,9 +245,9 @@ def test_every_epoch_has_its_own_order_also_after_a_resume(folders, tmp_path, mo
 def test_the_dev_score_counts_every_example_once(ready):
     whole = DevSet(ready.dev, batch_size=6).score(ready.objective)
     parts = DevSet(ready.dev[:5], batch_size=4).score(ready.objective)
-    assert (whole.n, parts.n) == (6, 5)
-    right = [DevSet([example], 1).score(ready.objective).matched for example in ready.dev]
-    assert whole.matched == pytest.approx(sum(right) / 6)
+    assert (whole["n"], parts["n"]) == (6, 5)
+    right = [DevSet([example], 1).score(ready.objective)["matched"] for example in ready.dev]
+    assert whole["matched"] == pytest.approx(sum(right) / 6)
 
 
 def test_dev_scores_and_loss_go_to_tensorboard(folders, tmp_path, monkeypatch):

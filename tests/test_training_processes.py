@@ -15,7 +15,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from c2c.training.checkpoints import last_complete
+from c2c.training.trainer import last_complete
 from training_rig import make_folders
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}

@@ -1,4 +1,4 @@
-"""The training objective: next-token loss on the responses, and the guard against another example's message."""
+"""Training objectives: next-token loss on the responses, and the guard against another example's message."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from c2c.fusers import Fuser
 from c2c.fusers.base import AlignedEntries, load_fuser
 from c2c.language_model import LanguageModel
 from c2c.model import C2CModel
+from c2c.prefill import logits_after
 from c2c.tokens import TokenBatch, left_pad
 from c2c.training.config import Precision
 from c2c.training.examples import Example
@@ -35,7 +36,7 @@ class Batch:
         weights: their loss weights, ``[batch, response]``, 0 on padding.
     """
 
-    examples: Sequence[Any]
+    examples: Sequence[Example]
     responses: Tensor
     weights: Tensor
 
@@ -45,12 +46,16 @@ class FuserBatch(Batch):
     """Examples with their stored caches, left-padded.
 
     Attributes:
-        receiver_cache: the receiver's cache of the prefixes of its prompts.
+        prefix: the receiver's tokens that are stored.
+        receiver_cache: the receiver's cache of these.
+        question: the receiver's tokens after them, up to the end of its prompt.
         sharer: the sharer's prompts.
         sharer_cache: their cache; layers that the fuser does not read are empty.
     """
 
+    prefix: TokenBatch
     receiver_cache: DynamicCache
+    question: TokenBatch
     sharer: TokenBatch
     sharer_cache: DynamicCache
 
@@ -79,11 +84,11 @@ class Objective(nn.Module, ABC):
         return self.receiver.device
 
     @abstractmethod
-    def collate(self, examples: Sequence[Any]) -> Any:
+    def collate(self, examples: Sequence[Example]) -> Any:
         """Pad examples to a :class:`Batch`, with whatever ``logits`` needs."""
 
     @abstractmethod
-    def logits(self, batch: Any, message: Message, width: int | None = None) -> Tensor:
+    def logits(self, batch: Any, message: Message = "matched", width: int | None = None) -> Tensor:
         """Compute the receiver's logits of the first ``width`` response tokens, ``[batch, response, vocab]``."""
 
     @abstractmethod
@@ -98,7 +103,7 @@ class Objective(nn.Module, ABC):
     def load(self, folder: Path) -> None:
         """Read what :meth:`save` wrote."""
 
-    def forward(self, examples: Sequence[Any], share: float = 1.0) -> dict[str, Tensor]:
+    def forward(self, examples: Sequence[Example], share: float = 1.0) -> dict[str, Tensor]:
         """Compute the mean loss of examples, times their ``share`` of a batch."""
         batch = self.collate(examples)
         # not the Trainer's own bf16, which would round the prefills of a step too, and those are stored
@@ -118,7 +123,7 @@ class Objective(nn.Module, ABC):
         weighted: Tensor = (losses * batch.weights).sum(-1)
         return weighted
 
-    def micro_batches(self, examples: Sequence[Any]) -> list[Sequence[Any]]:
+    def micro_batches(self, examples: Sequence[Example]) -> list[Sequence[Example]]:
         """Split the examples of a step into parts that run at once; by default there is one part."""
         return [examples]
 
@@ -132,7 +137,8 @@ class Objective(nn.Module, ABC):
 class FuserObjective(Objective):
     """A fuser with its two frozen models, of which only the fuser is a submodule.
 
-    The guard: with another example's message the loss must not be lower than the receiver's alone.
+    A step puts the fuser's message into the receiver's stored cache, and runs the receiver over the question and the
+    response on top. The guard: with another example's message the loss must not be lower than the receiver's alone.
 
     Numbers are those of :class:`~c2c.training.config.TrainConfig`; the stores hold the prefills of each model.
     """
@@ -156,26 +162,43 @@ class FuserObjective(Objective):
         return self._model[0]
 
     @abstractmethod
-    def observe(self, examples: Sequence[Any], weighting: str = "none") -> Iterator[AlignedEntries]:
+    def observe(self, examples: Sequence[Example], weighting: str = "none") -> Iterator[AlignedEntries]:
         """Yield entries of both models at corresponding tokens, which a new fuser is initialised from.
 
         With the weighting ``attention`` token pairs are weighted by the attention that they receive.
         """
 
+    @abstractmethod
+    def prompt_cache(self, batch: Any, message: Message) -> tuple[DynamicCache, Tensor]:
+        """Return the receiver's cache before the question, with a message, and its mask; ``batch`` is not changed."""
+
     def stored(self, examples: Sequence[Example]) -> dict[str, Any]:
-        """Pad targets and fetch stored caches, as arguments of a :class:`FuserBatch`."""
+        """Pad targets and tokens, and fetch stored caches, as arguments of a :class:`FuserBatch`."""
         layers, dtype = self.model.sharers[0].geometry.layers, self.receiver.dtype
-        own = self.receiver_store.get([example.receiver_prefix for example in examples])
-        prompts = [example.sharer_ids for example in examples]
-        theirs = self.sharer_store.get(prompts)
+        tokens = {
+            "prefix": [example.receiver_prefix for example in examples],
+            "question": [example.receiver_ids[example.prefix :] for example in examples],
+            "sharer": [example.sharer_ids for example in examples],
+        }
+        own, theirs = self.receiver_store.get(tokens["prefix"]), self.sharer_store.get(tokens["sharer"])
         return {
             **targets(examples, self.device),
+            **{name: left_pad(ids, 0).to(self.device) for name, ids in tokens.items()},
             "receiver_cache": stack(own, self.receiver.geometry.layers, dtype, self.device),
-            "sharer": left_pad(prompts, 0).to(self.device),
             "sharer_cache": stack(theirs, layers, dtype, self.device),
         }
 
-    def forward(self, examples: Sequence[Any], share: float = 1.0) -> dict[str, Tensor]:
+    def logits(self, batch: Any, message: Message = "matched", width: int | None = None) -> Tensor:
+        """Compute the receiver's logits of the response tokens, ``[batch, response, vocab]``."""
+        responses = batch.responses[:, :width]
+        read = responses[:, :-1]
+        cache, mask = self.prompt_cache(batch, message)
+        ids = torch.cat([batch.question.ids, read.clamp_min(0)], dim=1)
+        new = torch.cat([batch.question.mask, read != -100], dim=1)
+        whole = torch.cat([mask, new], dim=1)
+        return logits_after(self.receiver.model, ids, whole, positions_after(mask, new), cache, keep=responses.shape[1])
+
+    def forward(self, examples: Sequence[Example], share: float = 1.0) -> dict[str, Tensor]:
         """Compute the loss of examples; in the first steps that of reconstructing their messages."""
         if self.reconstructing:
             examples = [example.reconstructing() for example in examples]
@@ -183,12 +206,11 @@ class FuserObjective(Objective):
 
     def loss(self, batch: Any) -> Tensor:
         """Compute the next-token loss plus the guard."""
-        loss = self.losses(batch, "matched").mean()
+        loss = super().loss(batch)
         if self.guard_weight > 0 and len(batch.examples) > 1:
             with torch.no_grad():
                 alone = self.losses(batch, "none")
-            guard = torch.relu(alone - self.losses(batch, "deranged")).mean()
-            loss = loss + self.guard_weight * guard
+            loss = loss + self.guard_weight * torch.relu(alone - self.losses(batch, "deranged")).mean()
         return loss
 
     def summary(self) -> dict[str, Any]:
@@ -213,6 +235,11 @@ class FuserObjective(Objective):
         """Move the fuser's schedules, and end the reconstruction."""
         self.fuser.on_step(step)
         self.reconstructing = step < self.reconstruction_steps
+
+
+def positions_after(mask: Tensor, new: Tensor) -> Tensor:
+    """Count the positions of new tokens after those of a cache: only what is no padding, ``[batch, new]``."""
+    return (mask.sum(-1, keepdim=True) + new.long().cumsum(-1) - 1).clamp_min(0)
 
 
 def targets(examples: Sequence[Example], device: torch.device) -> dict[str, Any]:
