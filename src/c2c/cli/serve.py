@@ -120,7 +120,7 @@ def _vllm_options(config: ServeConfig) -> dict[str, Any]:
                 param_hint="--engine",
             )
         return {}
-    from c2c.integrations.vllm.versions import check_version, installed
+    from c2c.integrations.vllm.errors import check_version, installed
 
     check_version(installed())
     options: dict[str, Any] = {}

@@ -34,11 +34,13 @@ class Batch:
         examples: the examples, in order.
         responses: ids to learn, ``[batch, response]``, right-padded with -100.
         weights: their loss weights, ``[batch, response]``, 0 on padding.
+        question: the end of the receiver's prompt, which a step runs before the response, left-padded.
     """
 
     examples: Sequence[Example]
     responses: Tensor
     weights: Tensor
+    question: TokenBatch
 
 
 @dataclass(frozen=True)
@@ -46,16 +48,14 @@ class FuserBatch(Batch):
     """Examples with their stored caches, left-padded.
 
     Attributes:
-        prefix: the receiver's tokens that are stored.
+        prefix: the receiver's tokens before the question, which are stored.
         receiver_cache: the receiver's cache of these.
-        question: the receiver's tokens after them, up to the end of its prompt.
         sharer: the sharer's prompts.
         sharer_cache: their cache; layers that the fuser does not read are empty.
     """
 
     prefix: TokenBatch
     receiver_cache: DynamicCache
-    question: TokenBatch
     sharer: TokenBatch
     sharer_cache: DynamicCache
 
@@ -88,8 +88,8 @@ class Objective(nn.Module, ABC):
         """Pad examples to a :class:`Batch`, with whatever ``logits`` needs."""
 
     @abstractmethod
-    def logits(self, batch: Any, message: Message = "matched", width: int | None = None) -> Tensor:
-        """Compute the receiver's logits of the first ``width`` response tokens, ``[batch, response, vocab]``."""
+    def prompt_cache(self, batch: Any, message: Message) -> tuple[DynamicCache | None, Tensor]:
+        """Return the receiver's cache before the question, with a message, and its mask; ``batch`` is not changed."""
 
     @abstractmethod
     def summary(self) -> dict[str, Any]:
@@ -113,6 +113,16 @@ class Objective(nn.Module, ABC):
     def loss(self, batch: Any) -> Tensor:
         """Compute the loss of a batch, a scalar."""
         return self.losses(batch, "matched").mean()
+
+    def logits(self, batch: Any, message: Message = "matched", width: int | None = None) -> Tensor:
+        """Compute the receiver's logits of the first ``width`` response tokens, ``[batch, response, vocab]``."""
+        responses = batch.responses[:, :width]
+        read = responses[:, :-1]
+        cache, mask = self.prompt_cache(batch, message)
+        ids = torch.cat([batch.question.ids, read.clamp_min(0)], dim=1)
+        new = torch.cat([batch.question.mask, read != -100], dim=1)
+        whole = torch.cat([mask, new], dim=1)
+        return logits_after(self.receiver.model, ids, whole, positions_after(mask, new), cache, keep=responses.shape[1])
 
     def losses(self, batch: Any, message: Message) -> Tensor:
         """Compute the weighted loss of each example's response, with soft targets; ``[batch]``."""
@@ -168,35 +178,17 @@ class FuserObjective(Objective):
         With the weighting ``attention`` token pairs are weighted by the attention that they receive.
         """
 
-    @abstractmethod
-    def prompt_cache(self, batch: Any, message: Message) -> tuple[DynamicCache, Tensor]:
-        """Return the receiver's cache before the question, with a message, and its mask; ``batch`` is not changed."""
-
     def stored(self, examples: Sequence[Example]) -> dict[str, Any]:
         """Pad targets and tokens, and fetch stored caches, as arguments of a :class:`FuserBatch`."""
-        layers, dtype = self.model.sharers[0].geometry.layers, self.receiver.dtype
-        tokens = {
-            "prefix": [example.receiver_prefix for example in examples],
-            "question": [example.receiver_ids[example.prefix :] for example in examples],
-            "sharer": [example.sharer_ids for example in examples],
-        }
-        own, theirs = self.receiver_store.get(tokens["prefix"]), self.sharer_store.get(tokens["sharer"])
+        device, dtype, sharer = self.device, self.receiver.dtype, self.model.sharers[0]
+        ours, theirs = [example.receiver_prefix for example in examples], [example.sharer_ids for example in examples]
         return {
-            **targets(examples, self.device),
-            **{name: left_pad(ids, 0).to(self.device) for name, ids in tokens.items()},
-            "receiver_cache": stack(own, self.receiver.geometry.layers, dtype, self.device),
-            "sharer_cache": stack(theirs, layers, dtype, self.device),
+            **targets(examples, device, [example.prefix for example in examples]),
+            "prefix": left_pad(ours, 0).to(device),
+            "receiver_cache": stack(self.receiver_store.get(ours), self.receiver.geometry.layers, dtype, device),
+            "sharer": left_pad(theirs, 0).to(device),
+            "sharer_cache": stack(self.sharer_store.get(theirs), sharer.geometry.layers, dtype, device),
         }
-
-    def logits(self, batch: Any, message: Message = "matched", width: int | None = None) -> Tensor:
-        """Compute the receiver's logits of the response tokens, ``[batch, response, vocab]``."""
-        responses = batch.responses[:, :width]
-        read = responses[:, :-1]
-        cache, mask = self.prompt_cache(batch, message)
-        ids = torch.cat([batch.question.ids, read.clamp_min(0)], dim=1)
-        new = torch.cat([batch.question.mask, read != -100], dim=1)
-        whole = torch.cat([mask, new], dim=1)
-        return logits_after(self.receiver.model, ids, whole, positions_after(mask, new), cache, keep=responses.shape[1])
 
     def forward(self, examples: Sequence[Example], share: float = 1.0) -> dict[str, Tensor]:
         """Compute the loss of examples; in the first steps that of reconstructing their messages."""
@@ -242,15 +234,20 @@ def positions_after(mask: Tensor, new: Tensor) -> Tensor:
     return (mask.sum(-1, keepdim=True) + new.long().cumsum(-1) - 1).clamp_min(0)
 
 
-def targets(examples: Sequence[Example], device: torch.device) -> dict[str, Any]:
-    """Pad responses and weights on the right, as arguments of a :class:`Batch`."""
+def targets(examples: Sequence[Example], device: torch.device, starts: Sequence[int]) -> dict[str, Any]:
+    """Pad responses and weights, and prompts from ``starts`` on, as arguments of a :class:`Batch`."""
 
     def pad(rows: Sequence[Sequence[float]], filler: float) -> Tensor:
         tensors = [torch.tensor(row) for row in rows]
         return nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=filler).to(device)
 
-    responses, weights = [example.response_ids for example in examples], [example.weights for example in examples]
-    return {"examples": examples, "responses": pad(responses, -100), "weights": pad(weights, 0.0)}
+    question = left_pad([example.receiver_ids[start:] for example, start in zip(examples, starts, strict=True)], 0)
+    return {
+        "examples": examples,
+        "responses": pad([example.response_ids for example in examples], -100),
+        "weights": pad([example.weights for example in examples], 0.0),
+        "question": question.to(device),
+    }
 
 
 def cross_entropy(logits: Tensor, responses: Tensor) -> Tensor:

@@ -10,15 +10,12 @@ from dataclasses import dataclass
 from threading import Thread
 from typing import Any, TypeVar
 
-from c2c.integrations.vllm.errors import EngineError, LoadError, SnapshotError
-from c2c.integrations.vllm.snapshot import Snapshot, token_hash
-from c2c.integrations.vllm.store import SnapshotStore, new_name
-from c2c.integrations.vllm.transfers import TransferParams
-from c2c.integrations.vllm.versions import check_version, installed
+from c2c.integrations.vllm.errors import EngineError, LoadError, SnapshotError, check_version, installed
+from c2c.integrations.vllm.scheduler import TransferParams
+from c2c.integrations.vllm.snapshot import Snapshot, SnapshotStore, new_name, token_hash
 from c2c.serving.sampling import Scored
 
 T = TypeVar("T")
-CONNECTOR, CONNECTOR_MODULE = "C2CConnector", "c2c.integrations.vllm.connector"
 _TOP_LOGPROBS = 20
 _GREEDY = {"max_tokens": 1, "temperature": 0.0}
 _ENVIRONMENT = {
@@ -102,7 +99,7 @@ class EngineClient:
         for name, value in (_ENVIRONMENT | (_EAGER if options.get("enforce_eager") else {})).items():
             os.environ.setdefault(name, value)
         try:
-            self._llm: Any = loop.run(_start(_arguments(model, key, store) | options))
+            self._llm: Any = loop.run(_start(model, key, store, options))
         except Exception as error:
             raise EngineError(
                 f"vLLM did not start with {model}: {error} The log above says more; docs/serving.md says what it needs."
@@ -168,18 +165,18 @@ class EngineClient:
         Raises:
             LoadError: ``begin`` was not loaded. SnapshotError: nothing was saved. EngineError: vLLM broke.
         """
-        transfer = TransferParams(save=new_name())
-        if begin is not None:
-            transfer = TransferParams(save=transfer.save, load=new_name(), receipt=new_name())
-        names = [name for name in vars(transfer).values() if name is not None]
+        load, save, receipt = new_name(), new_name(), new_name()
         try:
-            if begin is not None:
-                await asyncio.to_thread(self._store.put, str(transfer.load), begin)
+            if begin is None:
+                transfer = TransferParams(save=save)
+            else:
+                transfer = TransferParams(load, save, receipt)
+                await asyncio.to_thread(self._store.put, load, begin)
             async for _ in self.stream(ids, _GREEDY, transfer):
                 pass
-            snapshot = await asyncio.to_thread(self._store.get, str(transfer.save))
+            snapshot = await asyncio.to_thread(self._store.get, save)
         finally:
-            for name in names:
+            for name in (load, save, receipt):
                 self._store.delete(name)
         if snapshot.info.model != self._key or snapshot.info.tokens != token_hash(ids):
             raise SnapshotError("vLLM saved entries of other tokens than those requested.")
@@ -204,32 +201,29 @@ class EngineClient:
             raise EngineError(f"vLLM broke: {type(error).__name__}.") from error
 
 
-def _arguments(model: str, key: str, store: SnapshotStore) -> dict[str, Any]:
-    """Return what c2c needs of an engine; tokenizer and decoding parameters are its own."""
+async def _start(model: str, key: str, store: SnapshotStore, options: dict[str, Any]) -> Any:
+    """Start an engine with what c2c needs of it; tokenizer and decoding parameters are c2c's own."""
+    from vllm.config import KVTransferConfig
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
     limits = {"max_bytes": store.max_bytes, "max_seconds": store.max_seconds}
-    return {
+    transfer = KVTransferConfig(
+        kv_connector="C2CConnector",
+        kv_connector_module_path="c2c.integrations.vllm.connector",
+        kv_role="kv_both",
+        kv_connector_extra_config={"folder": str(store.folder), "model": key, **limits},
+        kv_load_failure_policy="fail",  # with "recompute" the answer would silently be the receiver's own
+    )
+    needed = {
         "model": model,
         "skip_tokenizer_init": True,
         "generation_config": "vllm",
         "max_logprobs": _TOP_LOGPROBS,
         "disable_log_stats": True,
-        "kv_transfer_config": {
-            "kv_connector": CONNECTOR,
-            "kv_connector_module_path": CONNECTOR_MODULE,
-            "kv_role": "kv_both",
-            "kv_connector_extra_config": {"folder": str(store.folder), "model": key, **limits},
-            "kv_load_failure_policy": "fail",  # with "recompute" the answer would silently be the receiver's own
-        },
+        "kv_transfer_config": transfer,
     }
-
-
-async def _start(arguments: dict[str, Any]) -> Any:
-    from vllm.config import KVTransferConfig
-    from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.v1.engine.async_llm import AsyncLLM
-
-    arguments["kv_transfer_config"] = KVTransferConfig(**arguments["kv_transfer_config"])
-    return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
+    return AsyncLLM.from_engine_args(AsyncEngineArgs(**needed | options))
 
 
 async def _shut_down(llm: Any, seconds: float) -> None:
