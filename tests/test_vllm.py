@@ -169,7 +169,7 @@ def _answers(client, ids, loads) -> list:
     async def one(load):
         transfer = None if load is None else TransferParams(load=load, receipt=new_name())
         try:
-            return [token async for step in client.stream(ids, settings, transfer) for token in step.tokens]
+            return [token async for new in client.stream(ids, settings, transfer) for token, _ in new]
         except LoadError as error:
             return error
 

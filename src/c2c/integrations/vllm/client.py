@@ -6,7 +6,7 @@ import asyncio
 import os
 from collections.abc import AsyncGenerator, Coroutine, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from itertools import zip_longest
 from threading import Thread
 from typing import Any, TypeVar
 
@@ -16,6 +16,7 @@ from c2c.integrations.vllm.snapshot import Snapshot, SnapshotStore, new_name, to
 from c2c.serving.sampling import Scored
 
 T = TypeVar("T")
+Tokens = list[tuple[int, Scored | None]]
 _TOP_LOGPROBS = 20
 _GREEDY = {"max_tokens": 1, "temperature": 0.0}
 _ENVIRONMENT = {
@@ -52,21 +53,6 @@ class EventLoopThread:
             self.loop.call_soon_threadsafe(self.loop.stop)
             self._thread.join()
             self.loop.close()
-
-
-@dataclass(frozen=True)
-class StepOutput:
-    """New tokens of one request.
-
-    Attributes:
-        tokens: their ids.
-        scored: their log-probabilities; empty if not requested.
-        reason: why the request has ended, None while it has not.
-    """
-
-    tokens: list[int]
-    scored: list[Scored]
-    reason: str | None = None
 
 
 class EngineClient:
@@ -117,8 +103,10 @@ class EngineClient:
 
     async def stream(
         self, ids: Sequence[int], params: dict[str, Any], transfer: TransferParams | None = None
-    ) -> AsyncGenerator[StepOutput, None]:
+    ) -> AsyncGenerator[Tokens, None]:
         """Decode token by token, on the client's loop. Closing the iterator aborts the request.
+
+        Yields new tokens as they come, each with its log-probabilities where ``params`` request them.
 
         Args:
             ids: the prompt.
@@ -132,8 +120,6 @@ class EngineClient:
         from vllm.sampling_params import RequestOutputKind
 
         transfer = transfer or TransferParams()
-        if transfer != TransferParams() and params.get("prompt_logprobs") is not None:
-            raise LoadError("prompt_logprobs can't be had with a fused cache: vLLM would read the prompt itself.")
         prompt: dict[str, Any] = {"prompt_token_ids": list(ids)}
         if transfer.load is not None:  # no other request may find its blocks, not even another load of the snapshot
             prompt["cache_salt"] = new_name()
@@ -147,13 +133,13 @@ class EngineClient:
         proven = transfer.load is None
         async with aclosing(self._generate(prompt, sampling)) as outputs:
             async for output in outputs:
-                step = _step(output)
-                if step.reason == "error":
+                new = output.outputs[0]
+                if new.finish_reason == "error":
                     raise LoadError("vLLM could not load the fused cache; the engine's log says why.")
                 if not proven and not self._store.acknowledged(transfer.receipt or ""):
                     raise LoadError("vLLM answered without loading the fused cache.")
                 proven = True
-                yield step
+                yield [(token, _score(token, entry)) for token, entry in zip_longest(new.token_ids, new.logprobs or [])]
 
     async def prefill(self, ids: Sequence[int], begin: Snapshot | None = None) -> Snapshot:
         """Prefill a prompt and return its entries, on the client's loop.
@@ -184,7 +170,7 @@ class EngineClient:
 
     async def generate(self, ids: Sequence[int], params: dict[str, Any]) -> list[int]:
         """Decode a whole answer, on the client's loop."""
-        return [token async for step in self.stream(ids, params) for token in step.tokens]
+        return [token async for new in self.stream(ids, params) for token, _ in new]
 
     def close(self) -> None:
         """End the engine."""
@@ -230,14 +216,9 @@ async def _shut_down(llm: Any, seconds: float) -> None:
     llm.shutdown(timeout=seconds)
 
 
-def _step(output: Any) -> StepOutput:
-    new = output.outputs[0]
-    tokens = list(new.token_ids)
-    scored = [_score(token, entries) for token, entries in zip(tokens, new.logprobs or [], strict=False)]
-    return StepOutput(tokens, scored, new.finish_reason)
-
-
-def _score(token: int, entries: dict[int, Any]) -> Scored:
+def _score(token: int, entries: dict[int, Any] | None) -> Scored | None:
     """Convert log-probabilities; the chosen token is among them, whether or not it is one of the likeliest."""
+    if entries is None:
+        return None
     ranked = sorted(entries.items(), key=lambda pair: pair[1].rank)
     return Scored(float(entries[token].logprob), [(other, float(entry.logprob)) for other, entry in ranked])

@@ -11,7 +11,6 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import aclosing, nullcontext, suppress
 from dataclasses import dataclass
-from itertools import zip_longest
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -21,7 +20,7 @@ import torch
 from c2c import kv_cache
 from c2c.errors import C2CError, SharerLost
 from c2c.generation import PrefilledPrompt
-from c2c.integrations.vllm.client import EngineClient, EventLoopThread, StepOutput
+from c2c.integrations.vllm.client import EngineClient, EventLoopThread, Tokens
 from c2c.integrations.vllm.errors import (
     EngineError,
     LoadError,
@@ -310,21 +309,19 @@ class _Decoding:
         params = vllm_params(self.model, request.sampling, limit, index)
         try:
             async with aclosing(self.model.client.stream(ids, params, transfer)) as steps:
-                async for step in steps:
-                    if self._append(step, index, params["logprobs"]):
+                async for tokens in steps:
+                    if tokens and self._append(tokens, index, params["logprobs"]):
                         return
             raise EngineError("vLLM ended an answer before it was whole.")
         finally:
             if transfer is not None:
                 self.store.delete(str(transfer.receipt))
 
-    def _append(self, step: StepOutput, index: int, top: int | None) -> bool:
-        """Append new tokens to an answer, with the ``top`` likeliest; vLLM adds the chosen one. True at its end."""
-        if not step.tokens:
-            return False
+    def _append(self, tokens: Tokens, index: int, top: int | None) -> bool:
+        """Append tokens to an answer, with the ``top`` likeliest: vLLM adds the chosen one. Return whether it ended."""
         self.output = self.output or RequestOutput(self.job, self.prompt, 0, self.rows, self.default_tokens)
         answer = self.output.answers[index]
-        for token, scored in zip_longest(step.tokens, step.scored):
+        for token, scored in tokens:
             answer.append_scored(token, scored and Scored(scored.chosen, scored.top[:top]))
         return answer.done
 
