@@ -48,7 +48,7 @@ def test_a_training_batch_predicts_what_the_public_path_does(folders, tmp_path, 
     open_fuser(run)
     batch = objective.collate(run.train[:4])
     with torch.no_grad():
-        found = {m: objective.logits(batch, m, width=1)[:, 0] for m in ("matched", "deranged", "zero", "none")}
+        found = {m: objective.logits(batch, m)[:, 0] for m in ("matched", "deranged", "zero", "none")}
     passages = [example.row.sharer_messages for example in batch.examples]
     for row, example in enumerate(batch.examples):
         for message, passage in (("matched", passages[row]), ("deranged", passages[(row + 1) % 4])):

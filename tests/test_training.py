@@ -322,24 +322,16 @@ def test_a_cue_goes_with_the_fuser(folders, tmp_path):
 # -- devices and order -----------------------------------------------------------------------------------------------
 
 
-def test_training_stays_on_the_device_of_the_frozen_models(folders, tmp_path, monkeypatch):
-    """Without device_map they are on the CPU, also where there is a GPU."""
+def test_training_stays_on_the_device_of_the_frozen_models_and_makes_no_replicas(folders, tmp_path, monkeypatch):
+    """Without device_map they are on the CPU, also where there are GPUs."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert make_arguments(config(folders, tmp_path)).device.type == "cpu"
-
-
-def test_several_visible_gpus_do_not_make_replicas(folders, tmp_path, monkeypatch):
     monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 2))
     arguments = make_arguments(config(folders, tmp_path))
-    assert arguments.n_gpu == 1
-    assert arguments.train_batch_size == 4
+    assert (arguments.device.type, arguments.n_gpu, arguments.train_batch_size) == ("cpu", 1, 4)
     assert not arguments.place_model_on_device
-
-
-def test_a_batch_that_processes_cannot_share_is_refused(folders, tmp_path, monkeypatch):
     monkeypatch.setattr(TrainingArguments, "world_size", property(lambda self: 3))
     with pytest.raises(ConfigError, match="batch_size 4 can't be shared by 3"):
-        train(config(folders, tmp_path))
+        make_arguments(config(folders, tmp_path))
 
 
 def test_the_sampler_groups_responses_of_similar_length_and_repeats_itself():

@@ -65,17 +65,14 @@ class DevSet:
         objective.train(was_training)
         accuracy = {message: 100 * hits / n for message, hits in right.items()}
         self.receiver = accuracy.pop("none", self.receiver) or 0.0
-        return _summarise(n, self.receiver, accuracy["matched"], accuracy.get("deranged"), loss / n)
-
-
-def _summarise(n: int, receiver: float, matched: float, deranged: float | None, loss: float) -> dict[str, float]:
-    found = {"n": n, "receiver": receiver}
-    gain = {"loss": loss, "G": matched - receiver}
-    if deranged is None:
-        return {**found, "adapter": matched, **gain, "value": matched}
-    pairing = matched - deranged
-    value = matched + min(pairing, 0.0) + 0.5 * pairing
-    return {**found, "matched": matched, "deranged": deranged, **gain, "value": value, "P": pairing}
+        matched = accuracy["matched"]
+        found = {"n": n, "receiver": self.receiver}
+        gain = {"loss": loss / n, "G": matched - self.receiver}
+        if not objective.has_sharer:
+            return {**found, "adapter": matched, **gain, "value": matched}
+        pairing = matched - accuracy["deranged"]
+        value = matched + min(pairing, 0.0) + 0.5 * pairing
+        return {**found, **accuracy, **gain, "value": value, "P": pairing}
 
 
 class Selection(TrainerCallback):

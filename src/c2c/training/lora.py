@@ -53,10 +53,10 @@ class AdapterObjective(Objective):
         """Return no cache; see :meth:`Objective.prompt_cache`."""
         return None, batch.question.mask[:, :0]
 
-    def logits(self, batch: Batch, message: Message = "matched", width: int | None = None) -> Tensor:
+    def logits(self, batch: Batch, message: Message = "matched") -> Tensor:
         """Compute logits of the response tokens, ``[batch, response, vocab]``; ``none`` turns the adapter off."""
         with self.adapter.disable_adapter() if message == "none" else contextlib.nullcontext():
-            return super().logits(batch, message, width)
+            return super().logits(batch, message)
 
     def micro_batches(self, examples: Sequence[Example]) -> list[Sequence[Example]]:
         """Split a batch by length; on a CPU into small parts, which need little padding and memory."""

@@ -114,10 +114,9 @@ class Objective(nn.Module, ABC):
         """Compute the loss of a batch, a scalar."""
         return self.losses(batch, "matched").mean()
 
-    def logits(self, batch: Any, message: Message = "matched", width: int | None = None) -> Tensor:
-        """Compute the receiver's logits of the first ``width`` response tokens, ``[batch, response, vocab]``."""
-        responses = batch.responses[:, :width]
-        read = responses[:, :-1]
+    def logits(self, batch: Any, message: Message = "matched") -> Tensor:
+        """Compute the receiver's logits of the response tokens, ``[batch, response, vocab]``."""
+        responses, read = batch.responses, batch.responses[:, :-1]
         cache, mask = self.prompt_cache(batch, message)
         ids = torch.cat([batch.question.ids, read.clamp_min(0)], dim=1)
         new = torch.cat([batch.question.mask, read != -100], dim=1)
@@ -154,7 +153,7 @@ class FuserObjective(Objective):
     """
 
     kind = "fuser"
-
+    model: C2CModel
     guard_weight: float = 0.0
     reconstruction_steps: int = 0
     reconstructing = False
@@ -163,13 +162,8 @@ class FuserObjective(Objective):
         super().__init__()
         self.fuser: Fuser = model.fusers[0]  # type: ignore[assignment]
         self.receiver = model.receiver
-        self._model = (model,)  # in a tuple, so that the frozen models are neither parameters nor saved
+        self.__dict__["model"] = model  # not as a submodule: the frozen models are neither parameters nor saved
         self.receiver_store, self.sharer_store = receiver_store, sharer_store
-
-    @property
-    def model(self) -> C2CModel:
-        """The frozen pair with its fuser."""
-        return self._model[0]
 
     @abstractmethod
     def observe(self, examples: Sequence[Example], weighting: str = "none") -> Iterator[AlignedEntries]:
