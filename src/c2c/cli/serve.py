@@ -90,7 +90,7 @@ def _vllm_options(config: ServeConfig) -> dict[str, Any]:
                 param_hint="--engine",
             )
         return {}
-    from c2c.integrations.vllm.versions import check_version, installed
+    from c2c.integrations.vllm.errors import check_version, installed
 
     check_version(installed())
     return parse_pairs(config.engine_option, "--engine-option", "max_model_len=4096", yaml.safe_load, str.isidentifier)
