@@ -276,7 +276,8 @@ def test_any_row_is_read_as_texts_or_is_an_error_that_names_it(tmp_path, data, k
     try:
         rows, dropped = load_rows([DataSource("any.jsonl", kind=kind)], tmp_path, 0)
     except ConfigError as error:
-        assert "line 1" in str(error)
+        refused = str(error)
+        assert "line 1" in refused
         return
     assert len(rows) + sum(dropped.values()) == 1
     for row in rows:

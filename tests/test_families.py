@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from c2c import C2CModel, kv_cache
 from c2c.errors import CacheError
 from c2c.families import TEXTS, build_tiny, byte_tokenizer, causal_families, check_family
 from c2c.language_model import Receiver, Sharer
+from c2c.prompting import RenderOptions
+from c2c.training import train
+from c2c.training.objective import cross_entropy
+from c2c.training.run import prepare
 from tiny import open_fusers, token_ids
+from training_rig import config, make_folders, open_fuser, private_config
 
 HYBRIDS = ["qwen3_5_text", "lfm2", "granitemoehybrid", "falcon_h1", "nemotron_h"]
 FAMILIES = ["smollm3", "glm4", "gpt_oss", "exaone4", "cohere2", "ernie4_5", "llama4_text", "gemma4_text", *HYBRIDS]
@@ -108,3 +114,34 @@ def test_attention_layers_of_another_shape_take_no_private_context():
 
 def test_the_installed_transformers_has_the_families_that_people_run():
     assert set(FAMILIES) <= set(causal_families())
+
+
+@pytest.fixture(scope="module", params=["qwen3_5_text", "lfm2", "granitemoehybrid"])
+def hybrid_folders(request, tmp_path_factory):
+    """Folders of a hybrid as receiver, an ordinary sharer, and rows."""
+    receiver, sharer, data = make_folders(tmp_path_factory.mktemp)
+    AutoTokenizer.from_pretrained(receiver).save_pretrained(receiver)
+    build_tiny(request.param).save_pretrained(receiver)
+    return receiver, sharer, data
+
+
+@pytest.mark.parametrize("make_config", [config, private_config])
+def test_training_on_a_hybrid_carries_its_state(hybrid_folders, tmp_path, make_config):
+    """Its loss is that of the public path, for a batch as for single examples, and the fuser learns from it."""
+    run = prepare(make_config(hybrid_folders, tmp_path))
+    open_fuser(run)
+    objective, examples = run.objective.eval(), run.train[:3]
+    with torch.no_grad():
+        together = objective.losses(objective.collate(examples), "matched")
+        alone = torch.cat([objective.losses(objective.collate([example]), "matched") for example in examples])
+    torch.testing.assert_close(together, alone, rtol=2e-3, atol=2e-3)
+    if make_config is config:
+        options = RenderOptions(answer_prefix=examples[0].row.answer_prefix)
+        fused = objective.model.prefill(examples[0].row.messages, options=options)
+        logits = objective.receiver.next_logits(fused.tokens, fused.cache)
+        direct = torch.nn.functional.cross_entropy(logits, torch.tensor(examples[0].response_ids[:1]))
+        batch = objective.collate(examples[:1])
+        stored = cross_entropy(objective.logits(batch, "matched"), batch.responses)[0, 0]
+        assert float(stored.detach()) == pytest.approx(float(direct), abs=0.02)
+    summary = train(make_config(hybrid_folders, tmp_path / "run"))
+    assert C2CModel.from_pretrained(summary["fuser"]).trained

@@ -96,6 +96,7 @@ def from_layers(layers: Iterable[KeyValue]) -> DynamicCache:
         layer.lazy_initialization(keys, values)
         layer.keys, layer.values = keys, values
         cache.layers.append(layer)
+    setattr(cache, "_kv_layers", list(range(len(cache.layers))))  # noqa: B010  some may be empty, of another shape
     return cache
 
 
@@ -157,11 +158,13 @@ def left_out(cache: Cache) -> dict[int, str]:
     reasons = {}
     for index in sorted(set(range(len(cache.layers))) - set(kv_layers(cache))):
         entry: Any = cache.layers[index]
-        if not isinstance(entry, DynamicLayer):
-            shared = isinstance(entry, DummyLayer)
-            reasons[index] = "no cache of its own" if shared else "a state, no keys and values per token"
+        if isinstance(entry, DummyLayer):
+            reasons[index] = "no cache of its own"
+        elif not isinstance(entry, DynamicLayer):
+            reasons[index] = "a state, no keys and values per token"
         else:
-            shape = f"{tuple(entry.keys.shape[1::2])} and {tuple(entry.values.shape[1::2])}"
+            held: Any = entry
+            shape = " and ".join(str(tuple(side.shape[1::2])) for side in (held.keys, held.values))
             reasons[index] = f"(heads, channels) of keys and values are {shape}, other than in most layers"
     return reasons
 

@@ -129,11 +129,17 @@ class LanguageModel:
         last = (self.context_length or max(_PROBE_POSITIONS) + 1) - 1
         return torch.tensor([min(position, last) for position in _PROBE_POSITIONS]).unsqueeze(1)
 
-    def release(self) -> None:
-        """Free the weights, when every prefill that is needed is stored; the model can't run any more."""
-        _ = self.identity, self.geometry  # read from the weights
+    def probed(self) -> dict[str, Any]:
+        """Return what is found out by running the model, for use without its weights."""
+        names = ["identity", "geometry", "_probe", "_continuation_error"]
         with suppress(CacheError):  # of a rotation that no fuser here takes off
             _ = self.rope_scheme
+            names.append("rope_scheme")
+        return {name: getattr(self, name) for name in names}
+
+    def release(self) -> None:
+        """Free the weights, when every prefill that is needed is stored; the model can't run any more."""
+        self.probed()
         for parameter in self.model.parameters():
             parameter.data = parameter.data.new_empty(0)
         self.released = True
@@ -158,22 +164,24 @@ class LanguageModel:
         Raises:
             CacheError: it does not: tokens attend to later ones, or the model loses its state between the parts.
         """
-        batch = left_pad([[1, 2, 3, 4]], 0).to(self.device)
+        if self._continuation_error is not None:
+            raise CacheError(f"{self.name} can't be a receiver: {self._continuation_error}. Use it as the sharer.")
+
+    @cached_property
+    def _continuation_error(self) -> str | None:
+        batch, kind = left_pad([[1, 2, 3, 4]], 0).to(self.device), type(self.model).__name__
         try:
             whole, parts = prefill(self.model, batch, 4), prefill(self.model, batch, 4, prefill(self.model, batch, 2))
         except Exception as error:  # whatever a model raises whose cache can't be continued
-            raise CacheError(
-                f"{self.name} can't be a {self.role}: {type(self.model).__name__} can't read a prompt in two parts "
-                f"({type(error).__name__}: {error}). Use it as the sharer, or another model."
-            ) from error
+            return f"{kind} can't read a prompt in two parts ({type(error).__name__}: {error})"
         tolerance = 1e-3 if self.dtype == torch.float32 else 0.1
         for once, twice in zip(kv_cache.layers(whole), kv_cache.layers(parts), strict=True):
             if not all(torch.dist(a, b) <= tolerance * a.norm() for a, b in zip(once, twice, strict=True)):
-                raise CacheError(
-                    f"{self.name} can't be a {self.role}: keys and values of a prompt read in two parts are not "
-                    f"those of one read at once ({type(self.model).__name__} attends to later tokens, or loses its "
-                    "state between calls of several tokens). Use it as the sharer, or another model."
+                return (
+                    f"keys and values of a prompt read in two parts are not those of one read at once ({kind} attends "
+                    "to later tokens, or loses its state between calls of several tokens)"
                 )
+        return None
 
     def check_private_context(self) -> None:
         """Make sure that entries can be added to all attention layers.

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import product
 from typing import Any, Literal
 
@@ -93,7 +93,7 @@ class Convention:
     """Name how the keys of one layer are rotated.
 
     Attributes:
-        module: name of the model's rotary embedding.
+        module: name of the rotary embedding in the model's decoder.
         layer_type: what the embedding is told, where it has tables for several types of layers.
         layout: how the embedding's output repeats the angle of a pair: in halves, in neighbours, or not at all.
         interleaved: see :class:`Rotary`.
@@ -110,7 +110,7 @@ class Convention:
 
     def table(self, model: PreTrainedModel, positions: Tensor) -> Rotary:
         """Compute cosines and sines at ``positions``, ``[batch, tokens]``, with the model's own embedding."""
-        cos, sin = _embed(model.get_submodule(self.module), positions, self.layer_type)
+        cos, sin = _embed(model.get_decoder().get_submodule(self.module), positions, self.layer_type)
         if self.layout == "halves":
             cos, sin = (x[..., : x.shape[-1] // 2] for x in (cos, sin))
         elif self.layout == "neighbours":
@@ -185,7 +185,7 @@ def _candidates(model: PreTrainedModel, positions: Tensor) -> Iterator[Conventio
 def _embeddings(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
     """Return the rotary embeddings of a model by name, without those that repeat another's frequencies."""
     found: dict[tuple[Any, ...], tuple[str, nn.Module]] = {}
-    for name, module in model.named_modules():
+    for name, module in model.get_decoder().named_modules():
         if type(module).__name__.endswith("RotaryEmbedding"):
             buffers = {key: tuple(b.flatten()[:4].tolist()) for key, b in module.named_buffers() if not b.is_meta}
             found.setdefault((type(module), tuple(buffers.items())), (name, module))
@@ -225,13 +225,3 @@ def _spread(bare: Tensor, keys: Tensor) -> float:
 def _same_norms(keys: Tensor, limit: float) -> bool:
     norms = keys.norm(dim=-1)
     return torch.allclose(norms, norms[:1].expand_as(norms), rtol=limit)
-
-
-def to_json(scheme: Scheme) -> list[dict[str, Any] | None]:
-    """Return a scheme as plain data."""
-    return [None if convention is None else asdict(convention) for convention in scheme]
-
-
-def from_json(data: Sequence[dict[str, Any] | None]) -> Scheme:
-    """Make a scheme of what :func:`to_json` returned."""
-    return [None if entry is None else Convention(**entry) for entry in data]
