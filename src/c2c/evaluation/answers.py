@@ -43,19 +43,20 @@ class Answerer:
         system = "matched" if name in config.fusers else _HANDED_OVER.get(name, name)
         self.system: System = make_system(system, model, options)
         self.private = bool(pair.model.private)
+        self.decoding = {"max_new_tokens": config.max_new_tokens, "do_sample": False}
 
     @torch.no_grad()
     def answer(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
         """Answer items; returns a record for each, without its id."""
         # prompts that hold a generated text are not worth keeping
         keeps = self.kind not in ("text", "text_published", "summary", "draft_text")
-        with self.pair.stores(prefills=keeps, texts=True):
-            arguments: dict[str, Any] = {"options": RenderOptions(answer_prefix=rows[0].answer_prefix)}
+        with self.pair.stores(prefills=keeps):
+            options = RenderOptions(answer_prefix=rows[0].answer_prefix)
             messages, context = [self.messages(row) for row in rows], self._context(rows)
             if self.config.mode in ("generate", "answers"):
-                results = self.system.generate(messages, context, **arguments, **decoding(self.config))
-                return [_written(result, row, self.config) for result, row in zip(results, rows, strict=True)]
-            prompt = self.system.prefill(messages, context, **arguments)
+                results = self.system.generate(messages, context, options=options, **self.decoding)
+                return [_score(result, row, self.config.mode) for result, row in zip(results, rows, strict=True)]
+            prompt = self.system.prefill(messages, context, options=options)
             return _losses(prompt, rows) if self.config.mode == "nll" else _choices(prompt, rows)
 
     def messages(self, row: Row) -> Conversation:
@@ -86,19 +87,13 @@ class Answerer:
         return [row.sharer_messages or [] for row in rows]
 
 
-def decoding(config: EvalConfig) -> dict[str, Any]:
-    """Return the arguments of ``generate``."""
-    return {"max_new_tokens": config.max_new_tokens, "do_sample": False}
-
-
-def _written(result: GenerationResult, row: Row, config: EvalConfig) -> dict[str, Any]:
+def _score(result: GenerationResult, row: Row, mode: str) -> dict[str, Any]:
     """Score a generated answer: the letter of an option, or how close it is to the references."""
-    record: dict[str, Any] = {"text": result.text}
-    if result.message is not None:
-        record["message"] = result.message.text
-    if config.mode == "generate":
-        return {"chosen": read_letter(row.answer_prefix + result.text, len(row.choices))} | record
-    return record | {"f1": f1(result.text, row.references), "exact": exact(result.text, row.references)}
+    text, message = result.text, result.message
+    record = {"text": text} | ({} if message is None else {"message": message.text})
+    if mode == "generate":
+        return {"chosen": read_letter(row.answer_prefix + text, len(row.choices))} | record
+    return record | {"f1": f1(text, row.references), "exact": exact(text, row.references)}
 
 
 def _choices(prompt: PrefilledPrompt, rows: Sequence[Row]) -> list[dict[str, Any]]:
@@ -110,7 +105,7 @@ def _choices(prompt: PrefilledPrompt, rows: Sequence[Row]) -> list[dict[str, Any
         for row, (at, _) in zip(rows, named, strict=True)
     ]
     logits = _continued(prompt, leads)
-    records = []
+    records: list[dict[str, Any]] = []
     for index, (at, ids) in enumerate(named):
         scores = logits[index, at, ids].float().log_softmax(-1)
         records.append({"chosen": int(scores.argmax()), "scores": [round(value, 4) for value in scores.tolist()]})
