@@ -13,9 +13,8 @@ from c2c.data.config import DataSource
 from c2c.data.prompts import passage_with_question
 from c2c.data.sources import load_rows
 from c2c.evaluation import EvalConfig, evaluate
-from c2c.evaluation.config import EvaluationError
+from c2c.evaluation.config import STAGES, EvaluationError
 from c2c.evaluation.metrics import contains, exact, f1
-from c2c.evaluation.profiling import STAGES
 from c2c.language_model import LanguageModel, Receiver
 from c2c.systems.base import with_passage
 from tiny import open_fusers, pair_folders

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from c2c.data.formats import Row
@@ -117,11 +117,24 @@ def _choices(prompt: PrefilledPrompt, rows: Sequence[Row]) -> list[dict[str, Any
 def _losses(prompt: PrefilledPrompt, rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Measure the mean loss of the reference's tokens, in nats."""
     responses = [response_tokens(prompt.model.tokenizer, row) for row in rows]
-    targets = _right_pad(responses, -100).to(prompt.model.device)
-    logits = _continued(prompt, [response[:-1] for response in responses])
-    losses = nn.functional.cross_entropy(logits.transpose(1, 2).float(), targets, ignore_index=-100, reduction="none")
-    means = losses.sum(-1) / (targets != -100).sum(-1)
-    return [{"nll": value} for value in means.tolist()]
+    likelihoods, _ = score_tokens(prompt, responses)
+    return [{"nll": -total / len(ids)} for total, ids in zip(likelihoods.tolist(), responses, strict=True)]
+
+
+def score_tokens(prompt: PrefilledPrompt, texts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Score a text after each prompt, whose cache is used up.
+
+    Args:
+        prompt: prefilled to the last token or before.
+        texts: token ids for each row, at least one.
+
+    Returns:
+        The log-likelihood of each text, ``[rows]``, and whether all its tokens are the likeliest, ``[rows]``.
+    """
+    targets = _right_pad(texts, -1).to(prompt.model.device)
+    logits, real = _continued(prompt, [text[:-1] for text in texts]).float(), targets >= 0
+    tokens = logits.log_softmax(-1).gather(2, targets.clamp_min(0).unsqueeze(2)).squeeze(2)
+    return (tokens * real).sum(1), ((logits.argmax(-1) == targets) | ~real).all(1)
 
 
 def _continued(prompt: PrefilledPrompt, continuations: Sequence[Sequence[int]]) -> Tensor:

@@ -138,7 +138,10 @@ def provenance(config: EvalConfig, pair: Pair) -> dict[str, Any]:
             for one in (*config.data, *config.dev)
         },
         "config": compared
-        | {name: [dataclasses.asdict(one) | {"path": source_name(one)} for one in part] for name, part in sources.items()},
+        | {
+            name: [dataclasses.asdict(one) | {"path": source_name(one)} for one in part]
+            for name, part in sources.items()
+        },
     }
     return facts | {
         "systems": list(config.systems),

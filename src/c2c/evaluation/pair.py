@@ -86,9 +86,9 @@ class Pair:
                 dtype = config.sharer_dtype or config.dtype
                 model = Sharer.from_pretrained(recorded.name, dtype=dtype, device_map=config.device_map)
             self._sharers[recorded.weights] = StoredSharer(model, config)
-        model = C2CModel(receiver, [self._sharers[recorded.weights]], [fuser])
-        model.fusers.to(receiver.device).eval()
-        return model
+        other = C2CModel(receiver, [self._sharers[recorded.weights]], [fuser])
+        other.fusers.to(receiver.device).eval()
+        return other
 
     def unreadable(self, row: Row) -> str | None:
         """Return why these models can't read an item, None where they can."""
