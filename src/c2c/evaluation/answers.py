@@ -1,8 +1,11 @@
-"""Answers of one system to a batch of items: what it reads, and one record per item."""
+"""Answers of one system: a record for each item of a batch, or the cost of one item from text to text."""
 
 from __future__ import annotations
 
+import re
+import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +28,10 @@ from c2c.systems import System, SystemOptions, make_system
 _HANDED_OVER = {"draft": "matched", "draft_deranged": "deranged"}
 _WITH_TEXT = ("reader", "summary", "draft_text")  # the receiver's own prompt holds the passage, or a text in its place
 
+# seconds (all), first_token (seconds until the answer's first token), seconds of each stage, tokens (generated, by both
+# models), bytes (that cross from one model to the other), memory (bytes on top of the weights)
+Cost = dict[str, float]
+
 
 class Answerer:
     """One system under evaluation.
@@ -43,7 +50,7 @@ class Answerer:
         system = "matched" if name in config.fusers else _HANDED_OVER.get(name, name)
         self.system: System = make_system(system, model, options)
         self.private = bool(pair.model.private)
-        self.decoding = {"max_new_tokens": config.max_new_tokens, "do_sample": False}
+        self._decoding = {"max_new_tokens": config.max_new_tokens, "do_sample": False}
 
     @torch.no_grad()
     def answer(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
@@ -52,14 +59,42 @@ class Answerer:
         keeps = self.kind not in ("text", "text_published", "summary", "draft_text")
         with self.pair.stores(prefills=keeps):
             options = RenderOptions(answer_prefix=rows[0].answer_prefix)
-            messages, context = [self.messages(row) for row in rows], self._context(rows)
+            messages, context = [self._messages(row) for row in rows], self._context(rows)
             if self.config.mode in ("generate", "answers"):
-                results = self.system.generate(messages, context, options=options, **self.decoding)
+                results = self.system.generate(messages, context, options=options, **self._decoding)
                 return [_score(result, row, self.config.mode) for result, row in zip(results, rows, strict=True)]
             prompt = self.system.prefill(messages, context, options=options)
             return _losses(prompt, rows) if self.config.mode == "nll" else _choices(prompt, rows)
 
-    def messages(self, row: Row) -> Conversation:
+    @torch.no_grad()
+    def measure(self, row: Row) -> Cost:
+        """Answer one item without any store, and return its cost, with the peak of memory where it is reported."""
+        device = self.pair.receiver.device
+        before = _memory(device)
+        cost = self._draft_cost(row) if self.name == "draft" else self._cost(row, self._context([row]))
+        peak = _memory(device, peak=True)
+        return cost if before is None or peak is None else cost | {"memory": max(0, peak - before)}
+
+    def _cost(self, row: Row, context: Any) -> Cost:
+        options = RenderOptions(answer_prefix=row.answer_prefix)
+        (result,) = self.system.generate([self._messages(row)], context, options=options, **self._decoding)
+        return _cost(result, "sharer_prefill" if self.name == "sharer" else "receiver_prefill")
+
+    def _draft_cost(self, row: Row) -> Cost:
+        """Measure the sharer's reading and drafting apart, and add them to the answer from its handoff."""
+        sharer, asked = self.pair.sharer, passage_with_question(row)
+        began = time.perf_counter()
+        read = sharer.read(asked)
+        prefilled = time.perf_counter()
+        draft = sharer.read(asked, draft_tokens=self.config.draft_tokens, reuse=read)
+        drafted = time.perf_counter()
+        cost = self._cost(row, [draft])
+        cost["tokens"] += len(draft.ids) - len(read.ids)
+        cost["sharer_prefill"] += prefilled - began
+        cost["sharer_decode"] = drafted - prefilled
+        return cost | {name: cost[name] + drafted - began for name in ("seconds", "first_token")}
+
+    def _messages(self, row: Row) -> Conversation:
         """Return what the system's answering model is asked.
 
         With private context the question is the bare one for a sharer, and for a receiver whose prompt holds a text,
@@ -148,3 +183,40 @@ def _continued(prompt: PrefilledPrompt, continuations: Sequence[Sequence[int]]) 
 
 def _right_pad(rows: Sequence[Sequence[int]], filler: int) -> Tensor:
     return pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], batch_first=True, padding_value=filler)
+
+
+def _cost(result: GenerationResult, prefill: str) -> Cost:
+    """Return the cost of one answer; ``prefill`` is the stage that the prefill of a model alone counts as."""
+    first, total, message = result.seconds_to_first_token, result.seconds_total, result.message
+    cost: Cost = {"seconds": total, "first_token": first, "tokens": result.new_tokens}
+    if message is not None:
+        return cost | {
+            "sharer_prefill": message.seconds_to_first_token,
+            "sharer_decode": message.seconds_total - message.seconds_to_first_token,
+            "receiver_prefill": first - message.seconds_total,
+            "decode": total - first,
+            "tokens": result.new_tokens + message.new_tokens,
+            "bytes": len(message.text.encode()),
+        }
+    if result.report is None:
+        return cost | {prefill: first, "decode": total - first, "bytes": 0}
+    seconds = {"sharer_prefill": 0.0, "receiver_prefill": 0.0, "fuse": 0.0} | result.report.seconds
+    seconds["receiver_prefill"] += seconds.pop("first_token")  # reads the last prompt token
+    return cost | seconds | {"bytes": result.report.sharer_bytes}
+
+
+def _memory(device: torch.device, *, peak: bool = False) -> int | None:
+    """Return the bytes in use, or their peak since the last call without ``peak``; None where it is not reported."""
+    if device.type == "cuda":
+        if peak:
+            return torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    try:
+        if not peak:
+            Path("/proc/self/clear_refs").write_text("5")  # Linux: resets the highest resident size
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return None
+    found = re.search(rf"^{'VmHWM' if peak else 'VmRSS'}:\s+(\d+) kB", status, re.MULTILINE)
+    return int(found[1]) * 1024 if found else None

@@ -18,7 +18,6 @@ from c2c.evaluation.config import PRIVATE_SYSTEMS, ROUTER, SHARED_SYSTEMS, EvalC
 from c2c.evaluation.journal import TIMED, Journal, Record, provenance, read_earlier, source_name
 from c2c.evaluation.metrics import contains
 from c2c.evaluation.pair import Pair
-from c2c.evaluation.profiling import measure
 from c2c.evaluation.router import embed, route
 from c2c.evaluation.statistics import mean_costs, speed, summarise
 from c2c.fusers.base import fuser_hash
@@ -151,8 +150,8 @@ class _Evaluation:
                 if len(self._records(source, name)) > index:
                     continue
                 if index == 0:
-                    measure(self._answerer(name), row)  # to warm up
-                cost = {key: round(value, 5) for key, value in measure(self._answerer(name), row).items()}
+                    self._answerer(name).measure(row)  # to warm up
+                cost = {key: round(value, 5) for key, value in self._answerer(name).measure(row).items()}
                 self.journal.add(source, self._labels.get(name, name), [{"id": row.id} | cost])
             if progress is not None:
                 progress(source, index + 1, len(rows))
