@@ -47,19 +47,26 @@ Tokens = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Chat:
-    """A conversation and the beginning of its answer, as a string that the harness passes on to all models."""
+    """A conversation and the beginning of its answer, as a string that the harness passes on to all models.
+
+    Attributes:
+        raw: the only message is the whole prompt, which no template renders.
+    """
 
     messages: Conversation
     answer_prefix: str = ""
+    raw: bool = False
 
     def dump(self) -> str:
         """Return JSON, which the harness also logs."""
         return json.dumps({"c2c_chat": self.messages, "answer_prefix": self.answer_prefix}, ensure_ascii=False)
 
     @classmethod
-    def load(cls, text: str) -> Chat | None:
-        """Read the conversation in a context, or None if that is raw text."""
-        return cls(*json.loads(text).values()) if text.startswith('{"c2c_chat": ') else None
+    def load(cls, text: str) -> Chat:
+        """Read a context."""
+        if text.startswith('{"c2c_chat": '):
+            return cls(*json.loads(text).values())
+        return cls([{"role": "user", "content": text}], raw=True)
 
 
 class Context(NamedTuple):
@@ -121,7 +128,7 @@ class C2CLM(HFLM):  # type: ignore[misc]
         self.counts: Counter[str] = Counter()
         self._others: dict[str, str] = {}  # per text of a call, whose sharer cache it gets
         self._batch: list[Context] = []  # the prompts of the generation under way
-        self._limit, self._thinking = max_length, enable_thinking
+        self._thinking = enable_thinking
         tokenizer = copy.deepcopy(self.language_model.tokenizer)  # the harness gives it a pad token
         super().__init__(self.language_model.model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length)
 
@@ -327,9 +334,9 @@ class C2CLM(HFLM):  # type: ignore[misc]
     def _align(self, context: Context) -> Prompt:
         """Align a context for all models, cut to their lengths."""
         chat = Chat.load(context.text)
-        messages = [{"role": "user", "content": context.text}] if chat is None else chat.messages
-        (prompt,) = self.pair.align([messages], self._options(chat))
-        limits = [self._length(sharer) for sharer in self.pair.sharers]
+        (prompt,) = self.pair.align([chat.messages], self._options(chat))
+        lengths = (resolve_max_length(one.model.config, one.tokenizer) for one in self.pair.sharers)
+        limits = [min(length, self._max_length or length) for length in lengths]
         too_long = any(theirs.length > limit for theirs, limit in zip(prompt.sharers, limits, strict=True))
         self.counts["sharer contexts truncated"] += too_long
         return truncate(prompt, context.ids, context.cut, limits)
@@ -342,18 +349,12 @@ class C2CLM(HFLM):  # type: ignore[misc]
     def _render(self, context: str) -> tuple[str, bool | None]:
         """Return the text that the answering model reads, and whether its tokenizer adds special tokens."""
         chat = Chat.load(context)
-        if chat is None:
-            return context, None  # as the harness decides
-        return render_text(self.tokenizer, chat.messages, self._options(chat)), False
+        text = render_text(self.tokenizer, chat.messages, self._options(chat))
+        return text, None if chat.raw else False  # None: as the harness decides
 
-    def _options(self, chat: Chat | None) -> RenderOptions:
-        if chat is None:
-            return RenderOptions(chat_template=False)
-        return RenderOptions(answer_prefix=chat.answer_prefix, enable_thinking=self._thinking)
-
-    def _length(self, reader: LanguageModel) -> int:
-        own = int(resolve_max_length(reader.model.config, reader.tokenizer))
-        return own if self._limit is None else min(own, self._limit)
+    def _options(self, chat: Chat) -> RenderOptions:
+        prefix, thinking = chat.answer_prefix, self._thinking
+        return RenderOptions(chat_template=not chat.raw, answer_prefix=prefix, enable_thinking=thinking)
 
     def _count(self, contexts: Collection[Context]) -> None:
         self.counts["contexts"] += len(contexts)

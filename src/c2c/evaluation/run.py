@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -30,15 +30,8 @@ _CONTROLS = ("deranged", "zero", "untrained", "draft_deranged", ROUTER)  # their
 _WITHOUT_FUSER = ("receiver", "sharer", "text", "text_published", "adapter", "reader", "draft_text", "summary")
 
 
-@dataclass(frozen=True)
-class Items:
-    """The items of one source.
-
-    Attributes:
-        name: of the source; dev sources begin with ``dev:``.
-        rows: the items that both models can read.
-        systems: the systems that answer them.
-    """
+class Items(NamedTuple):
+    """The items of one source that both models can read, and the systems that answer them."""
 
     name: str
     rows: list[Row]
@@ -113,7 +106,7 @@ class _Evaluation:
             return
         earlier, fuser = self._earlier
         for name in items.systems:
-            label, total = self._labels.get(name, name), len(items.rows)
+            label, total = self._label(name), len(items.rows)
             independent = system_kind(name) in _WITHOUT_FUSER or name in self.config.fusers
             if not independent or self.journal.done(items.name, label, total):
                 continue
@@ -128,7 +121,7 @@ class _Evaluation:
     def answer(self, items: Items, progress: OnProgress | None) -> None:
         """Let all systems answer all items of a source, batch by batch."""
         total, size = len(items.rows), self.config.batch_size
-        labels = {name: self._labels.get(name, name) for name in items.systems}
+        labels = {name: self._label(name) for name in items.systems}
         done = {name: self.journal.done(items.name, label, total) for name, label in labels.items()}
         for start in range(min(done.values(), default=total), total, size):
             part = items.rows[start : start + size]
@@ -152,7 +145,7 @@ class _Evaluation:
                 if index == 0:
                     self._answerer(name).measure(row)  # to warm up
                 cost = {key: round(value, 5) for key, value in self._answerer(name).measure(row).items()}
-                self.journal.add(source, self._labels.get(name, name), [{"id": row.id} | cost])
+                self.journal.add(source, self._label(name), [{"id": row.id} | cost])
             if progress is not None:
                 progress(source, index + 1, len(rows))
 
@@ -205,8 +198,11 @@ class _Evaluation:
             system |= mean_costs(costs[name]) if costs.get(name) else {}
         return result | speed(costs, seed)
 
+    def _label(self, name: str) -> str:
+        return self._labels.get(name, name)
+
     def _records(self, source: str, name: str) -> list[Record]:
-        return self.journal.records(source, self._labels.get(name, name))
+        return self.journal.records(source, self._label(name))
 
     def _answerer(self, name: str) -> Answerer:
         if name not in self._answerers:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,6 @@ from scipy.stats import binomtest, bootstrap
 from c2c.evaluation.config import DIFFERENCES
 
 Values = NDArray[np.float64]
-DRAWS = 10_000
 
 
 def summarise(
@@ -101,9 +101,9 @@ def _interval(samples: tuple[Values, ...], statistic: Callable[..., Any], seed: 
     """Return the 95 % percentile interval of a statistic, by a paired bootstrap over items."""
     if len(samples[0]) < 2:  # which the bootstrap refuses
         return [_round(statistic(*samples))] * 2
-    paired, rng = len(samples) > 1, np.random.default_rng(seed)
-    settings: dict[str, Any] = {"n_resamples": DRAWS, "batch": 1000, "method": "percentile", "rng": rng}
-    found = bootstrap(samples, statistic, paired=paired, **settings).confidence_interval
+    rng = np.random.default_rng(seed)
+    draw = partial(bootstrap, n_resamples=10_000, batch=1000, method="percentile", rng=rng)
+    found = draw(samples, statistic, paired=len(samples) > 1).confidence_interval
     return [_round(found.low), _round(found.high)]
 
 
