@@ -27,18 +27,12 @@ from c2c.language_model import LanguageModel, Sharer
 from c2c.prompting import RenderOptions
 from c2c.systems import SystemOptions, make_system
 from c2c.training.lora import new_adapter, save_adapter
-from tiny import build, open_fusers, pair_folders
+from tiny import build, open_fusers, pair_folders, saved_fuser
 
 
 @pytest.fixture(scope="module")
 def fuser(tmp_path_factory):
-    """A fuser with random weights between two tiny models."""
-    receiver, sharer = pair_folders(tmp_path_factory.mktemp)
-    model = open_fusers(C2CModel.from_models(receiver, sharer, fuser_options={"rank": 8}))
-    model.fusers[0].config.training = {"config": "random"}
-    folder = tmp_path_factory.mktemp("fuser")
-    model.save_pretrained(folder)
-    return str(folder)
+    return saved_fuser(tmp_path_factory.mktemp)
 
 
 @pytest.fixture(scope="module")
@@ -120,14 +114,6 @@ def test_nll_of_open_answers(fuser, data):
         logits = model.model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
         losses.append(float(torch.nn.functional.cross_entropy(logits, torch.tensor(response))))
     assert means["receiver"] == pytest.approx(np.mean(losses), abs=0.05)  # bfloat16
-
-
-def test_an_untrained_fuser_is_the_receiver(tmp_path, data):
-    receiver, sharer = pair_folders(lambda name: (tmp_path / name).mkdir() or tmp_path / name)
-    C2CModel.from_models(receiver, sharer).save_pretrained(tmp_path / "fuser")
-    result = evaluate(config(str(tmp_path / "fuser"), data))
-    assert result["G"] == result["P"] == 0
-    assert result["mended"] == result["spoiled"] == 0
 
 
 # -- resuming and reuse ------------------------------------------------------------------------------------------------
@@ -234,19 +220,6 @@ def test_text_to_text_in_batches_is_that_of_single_prompts(fuser, data, tmp_path
             row.messages, options=RenderOptions(answer_prefix=row.answer_prefix), max_new_tokens=4, do_sample=False
         )
         assert (item["message"], item["text"]) == (alone.message.text, alone.text)
-
-
-def test_texts_of_the_sharer_are_generated_once(fuser, data, tmp_path, monkeypatch):
-    made = config(fuser, data, systems=("text",), message_tokens=6, store_dir=str(tmp_path / "store"))
-    first = evaluate(made)
-
-    def refuse(*_, **__):
-        raise AssertionError("generated again")
-
-    monkeypatch.setattr(Sharer, "generate", refuse)
-    assert evaluate(made)["systems"] == first["systems"]
-    with pytest.raises(AssertionError, match="generated again"):
-        evaluate(replace(made, message_tokens=5))
 
 
 def test_systems_share_the_prefills_of_a_batch(fuser, data, monkeypatch):
@@ -418,16 +391,16 @@ def test_the_command_ends_with_one_json_object(fuser, data):
     assert run("--fuser", fuser, "--data", data / "a.jsonl", "--other", "twin").exit_code == 2
 
 
-@pytest.mark.parametrize("timed", [0, 1])
-def test_the_command_prints_tables(fuser, data, tmp_path, timed):
+def test_the_command_prints_tables(fuser, data, tmp_path):
     long = {"id": "long", "question": "long " * 600, "choices": ["a", "b"], "answer": 0}
     (tmp_path / "a.jsonl").write_text((data / "a.jsonl").read_text() + json.dumps(long) + "\n")
-    systems = ("--systems", "receiver,matched,deranged", "--timed", timed, "--max-new-tokens", 2)
-    done = run("--fuser", fuser, "--data", tmp_path / "a.jsonl", *systems)
-    assert done.exit_code == 0, done.output
-    assert "matched - deranged" in done.stdout
-    assert ("first token" in done.stdout) == bool(timed)
-    assert "prompt too long" in done.stderr
+    systems = ("--systems", "receiver,matched,deranged", "--max-new-tokens", 2)
+    for timed in (0, 1):
+        done = run("--fuser", fuser, "--data", tmp_path / "a.jsonl", *systems, "--timed", timed)
+        assert done.exit_code == 0, done.output
+        assert "matched - deranged" in done.stdout
+        assert ("first token" in done.stdout) == bool(timed)
+        assert "prompt too long" in done.stderr
 
 
 def test_a_configuration_file_with_tasks(fuser, data, tmp_path):

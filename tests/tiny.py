@@ -117,6 +117,15 @@ def pair_folders(make_folder) -> list[str]:
     return folders
 
 
+def saved_fuser(make_folder, scale: float = 1.0) -> str:
+    """Folder of a fuser with random weights between the models of :func:`pair_folders`."""
+    model = open_fusers(C2CModel.from_models(*pair_folders(make_folder), fuser_options={"rank": 8}), scale)
+    model.fusers[0].config.training = {"config": "random"}
+    folder = make_folder("fuser")
+    model.save_pretrained(folder)
+    return str(folder)
+
+
 def entries(cache) -> list[torch.Tensor]:
     """Keys and values of a cache, layer by layer, each ``[batch, kv_heads, tokens, head_dim]``."""
     return [entry for layer in kv_cache.layers(cache) for entry in layer]
