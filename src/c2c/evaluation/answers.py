@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -34,13 +35,7 @@ Cost = dict[str, float]
 
 
 class Answerer:
-    """One system under evaluation.
-
-    Args:
-        name: of the system, or of a further fuser.
-        pair: the models.
-        config: of the evaluation.
-    """
+    """One system under evaluation; ``name`` is that of the system, or of a further fuser."""
 
     def __init__(self, name: str, pair: Pair, config: EvalConfig) -> None:
         self.name, self.kind, self.pair, self.config = name, system_kind(name), pair, config
@@ -135,15 +130,12 @@ def _choices(prompt: PrefilledPrompt, rows: Sequence[Row]) -> list[dict[str, Any
     """Compare the options' tokens at the place where the answer names one."""
     tokenizer = prompt.model.tokenizer
     named = [choice_tokens(tokenizer, row.lead, row.choices) for row in rows]
-    leads = [
-        tokenizer.encode(row.lead + row.choices[0], add_special_tokens=False)[:at]
-        for row, (at, _) in zip(rows, named, strict=True)
+    spelled = [tokenizer.encode(row.lead + row.choices[0], add_special_tokens=False) for row in rows]
+    logits = _continued(prompt, [ids[:at] for ids, (at, _) in zip(spelled, named, strict=True)])
+    scores = [logits[index, at, ids].float().log_softmax(-1).tolist() for index, (at, ids) in enumerate(named)]
+    records: list[dict[str, Any]] = [
+        {"chosen": int(np.argmax(one)), "scores": [round(value, 4) for value in one]} for one in scores
     ]
-    logits = _continued(prompt, leads)
-    records: list[dict[str, Any]] = []
-    for index, (at, ids) in enumerate(named):
-        scores = logits[index, at, ids].float().log_softmax(-1)
-        records.append({"chosen": int(scores.argmax()), "scores": [round(value, 4) for value in scores.tolist()]})
     for record, message in zip(records, prompt.messages, strict=False):
         record["message"] = message.text
     return records

@@ -95,15 +95,12 @@ class Journal:
 
 
 def read_earlier(folder: str, provenance: dict[str, Any], batch: int) -> tuple[Journal, str]:
-    """Read the journal of a finished evaluation of the same models, items and settings, perhaps with another fuser.
+    """Read the journal of a finished evaluation that differs in nothing but the fuser; return it with the fuser's hash.
 
     Args:
         folder: its ``output_dir``.
         provenance: of the new evaluation.
         batch: its batch size.
-
-    Returns:
-        The journal, and the hash of its fuser.
 
     Raises:
         EvaluationError: the folder holds no finished evaluation, or one of other models, items or settings.
@@ -127,21 +124,16 @@ def read_earlier(folder: str, provenance: dict[str, Any], batch: int) -> tuple[J
 
 def provenance(config: EvalConfig, pair: Pair) -> dict[str, Any]:
     """Return hashes, identities, versions and command, and under ``key`` a hash of what determines the answers."""
-    sources = {name: getattr(config, name) for name in ("data", "dev")}
     compared = {name: value for name, value in dataclasses.asdict(config).items() if name not in _NOT_COMPARED}
+    for name in ("data", "dev"):
+        compared[name] = [dataclasses.asdict(one) | {"path": source_name(one)} for one in getattr(config, name)]
+    files = {source_name(one): one.path and Path(config.data_dir) / one.path for one in (*config.data, *config.dev)}
     facts = {
         "fuser": fuser_hash(config.fuser),
         "receiver": pair.receiver.identity.to_dict(),
         "sharer": pair.sharer.identity.to_dict(),
-        "data": {
-            source_name(one): file_hash(Path(config.data_dir) / one.path) if one.path is not None else None
-            for one in (*config.data, *config.dev)
-        },
-        "config": compared
-        | {
-            name: [dataclasses.asdict(one) | {"path": source_name(one)} for one in part]
-            for name, part in sources.items()
-        },
+        "data": {name: file_hash(path) if path else None for name, path in files.items()},
+        "config": compared,
     }
     return facts | {
         "systems": list(config.systems),

@@ -66,8 +66,8 @@ def f1(text: str, references: Sequence[str]) -> float:
             return float(ours == theirs)
         return 2 * sum((Counter(ours) & Counter(theirs)).values()) / (len(ours) + len(theirs))
 
-    ours = words(text)
-    return max(overlap(words(reference)) for reference in references)
+    ours = _words(text)
+    return max(overlap(_words(reference)) for reference in references)
 
 
 def exact(text: str, references: Sequence[str]) -> float:
@@ -75,7 +75,7 @@ def exact(text: str, references: Sequence[str]) -> float:
     numbers = _values(references)
     if numbers:
         return float(any(value in numbers for value in _values(_NUMBER.findall(text)[-1:])))
-    return float(any(words(text) == words(reference) for reference in references))
+    return float(any(_words(text) == _words(reference) for reference in references))
 
 
 def contains(text: str, references: Sequence[str]) -> float:
@@ -83,11 +83,11 @@ def contains(text: str, references: Sequence[str]) -> float:
     numbers = _values(references)
     if numbers:
         return float(any(value in numbers for value in _values(_NUMBER.findall(text))))
-    answer = f" {' '.join(words(text))} "
-    return float(any(f" {' '.join(words(reference))} " in answer for reference in references))
+    answer = f" {' '.join(_words(text))} "
+    return float(any(f" {' '.join(_words(reference))} " in answer for reference in references))
 
 
-def words(text: str) -> list[str]:
+def _words(text: str) -> list[str]:
     """Return lower-case words without punctuation and articles."""
     bare = "".join(" " if character in string.punctuation else character for character in text.lower())
     return [word for word in bare.split() if word not in ("a", "an", "the")]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -117,10 +117,6 @@ class EvaluationPrefills:
 
     Caches are rounded to bfloat16, as in training. A sharer's prompt is prefilled whole, so that it serves alone and
     fused, matched and deranged; a receiver's up to the column that is asked for.
-
-    Args:
-        model: the model.
-        config: folder and size of the store, and the batch size.
     """
 
     def __init__(self, model: LanguageModel, config: EvalConfig) -> None:
@@ -135,31 +131,21 @@ class EvaluationPrefills:
         padding = batch.length - batch.mask.sum(-1)
         if not torch.equal(batch.mask.long().argmax(-1).to(padding.device), padding):  # pads between the tokens
             return prefill(self.model.model, batch.to(self.model.device), stop)
-        starts = padding.tolist()
-        prompts = [tuple(row[start:]) for row, start in zip(batch.ids.tolist(), starts, strict=True)]
-        lengths = [max(0, stop - start) for start in starts]
-        if self.model.role != "sharer":
-            prompts = [row[:length] for row, length in zip(prompts, lengths, strict=True)]
-        caches = [entry.first(length) for entry, length in zip(self._get(prompts), lengths, strict=True)]
-        return stack(caches, self.model.geometry.layers, self.model.dtype, self.model.device)
-
-    def _get(self, prompts: Sequence[tuple[int, ...]]) -> list[PromptCache]:
+        starts, end = padding.tolist(), None if self.model.role == "sharer" else stop
+        prompts = [tuple(row[start:end]) for row, start in zip(batch.ids.tolist(), starts, strict=True)]
         known = {prompt: self._recent[prompt] for prompt in prompts if prompt in self._recent}
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in known]
-        made = dict(zip(missing, self.store.get([list(prompt) for prompt in missing]), strict=True))
+        made = dict(zip(missing, self.store.get(missing), strict=True))
         self._recent.update(made)
-        return [(known | made)[prompt] for prompt in prompts]
+        known |= made
+        caches = [known[prompt].first(max(0, stop - start)) for prompt, start in zip(prompts, starts, strict=True)]
+        return stack(caches, self.model.geometry.layers, self.model.dtype, self.model.device)
 
 
 class StoredSharer(Sharer):
     """A sharer that decodes greedily once per prompt; its texts and drafts are kept beside its prefills.
 
-    Args:
-        model: the loaded model.
-        config: of its stores.
-
     Attributes:
-        prefills: its prefills.
         reuse_texts: take texts that were generated before, by prompt and length limit, instead of decoding again.
     """
 
