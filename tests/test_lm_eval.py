@@ -161,23 +161,16 @@ PAIRS = [
 ]
 
 
-@pytest.mark.parametrize("templates", [False, True])
 @pytest.mark.parametrize("system", ["receiver", "sharer"])
-def test_a_model_alone_is_what_the_harness_makes_of_it(untrained, manager, system, templates):
-    ours = C2CLM(untrained, system, batch_size=3)
+def test_a_model_alone_is_what_the_harness_makes_of_it(untrained, manager, system):
     model = untrained.receiver if system == "receiver" else untrained.sharers[0]
-    theirs = harness(model, enable_thinking=False)
-    answers = evaluate(ours, manager, apply_chat_template=templates)
-    assert same(answers, evaluate(theirs, manager, apply_chat_template=templates))
-    assert any(text for sample in answers["tiny_open"] for text in sample[0])
-
-
-@pytest.mark.parametrize("system", ["receiver", "sharer"])
-def test_single_requests_and_whole_texts_too(untrained, manager, system):
-    model = untrained.receiver if system == "receiver" else untrained.sharers[0]
-    ours, theirs = C2CLM(untrained, system, batch_size=4), harness(model)
+    for templates in (False, True):
+        ours, theirs = C2CLM(untrained, system, batch_size=3), harness(model, enable_thinking=False)
+        answers = evaluate(ours, manager, apply_chat_template=templates)
+        assert same(answers, evaluate(theirs, manager, apply_chat_template=templates))
+        assert any(text for sample in answers["tiny_open"] for text in sample[0])
     pairs = PAIRS if system == "sharer" else PAIRS[:-1]  # without a first token hf refuses a context of spaces
-    assert same(likelihoods(ours, pairs), likelihoods(theirs, pairs))
+    assert same(likelihoods(C2CLM(untrained, system, batch_size=4), pairs), likelihoods(harness(model), pairs))
     for limit in (None, 8):
         ours, theirs = C2CLM(untrained, system, max_length=limit), harness(model, max_length=limit)
         texts = evaluate(ours, manager, ["tiny_text"], num_fewshot=0)

@@ -181,7 +181,7 @@ class C2CLM(HFLM):  # type: ignore[misc]
 
     @torch.no_grad()
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[Likelihood]:
-        """Score continuations of contexts: log-likelihood, and whether greedy decoding would give them.
+        """Score continuations: log-likelihood, and whether greedy decoding would give them.
 
         Raises:
             PromptError: an empty continuation, or one longer than the model.
@@ -265,10 +265,11 @@ class C2CLM(HFLM):  # type: ignore[misc]
         """Score continuations, given as ((context, continuation), context ids, continuation ids)."""
         pairs = [self._context(*request) for request in requests]
         self._count({context for context, _ in pairs})
-        if not self.fused:
-            own: list[Likelihood] = super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
-            return own
-        alone = {pair: one for pair, one in zip(pairs, requests, strict=True) if len(pair[0].tokens) < 2}
+        alone = {
+            pair: request
+            for pair, request in zip(pairs, requests, strict=True)
+            if not self.fused or len(pair[0].tokens) < 2
+        }
         answers = super()._loglikelihood_tokens([*alone.values()], disable_tqdm, override_bs)
         scores = self._score_fused([pair for pair in pairs if pair not in alone], disable_tqdm)
         for pair, (strings, _, _) in zip(pairs, requests, strict=True):

@@ -43,7 +43,9 @@ def draw_plots(evaluations: Sequence[Evaluation]) -> dict[str, tuple[str, str]]:
     Returns:
         The caption and the SVG of each plot, by its name.
     """
-    values = pd.concat([_run_values(one, number) for one in evaluations for number in range(len(one.runs))])
+    values = pd.concat(
+        [_run_values(one, number) for one in evaluations for number in range(len(one.runs))], ignore_index=True
+    )
     scores = values[(values["measure"] == "score") & (values["task"] != POOLED) & values["name"].isin(list(_STYLES))]
     # for each system on each task the evaluation with the most questions
     scores = scores[scores["n"] == scores.groupby(["panel", "task", "name"])["n"].transform("max")]

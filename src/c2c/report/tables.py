@@ -94,13 +94,13 @@ def readme_table(evaluations: Sequence[Evaluation]) -> Table:
     """
     families: dict[Any, list[Evaluation]] = {}
     for one in sorted(evaluations, key=lambda one: (-one.n, -len(one.tasks))):
-        task = one.tasks[0].partition(" (")[0]
-        families.setdefault((one.pair, one.unit, one.mode, one.kind, task), []).append(one)
-    rows = []
-    for family in sorted(families.values(), key=lambda family: evaluations.index(family[0])):
-        text = next((one for one in family if "text" in one.systems), family[0])
-        rows.append((family[0].data, family[0], text))
-    return _summary(rows, ("P",))
+        family = (one.pair, one.unit, one.mode, one.kind, one.tasks[0].partition(" (")[0])
+        families.setdefault(family, []).append(one)
+    rows = [
+        (first.data, first, next((one for one in (first, *others) if "text" in one.systems), first))
+        for first, *others in families.values()
+    ]
+    return _summary(sorted(rows, key=lambda row: evaluations.index(row[1])), ("P",))
 
 
 def _summary(rows: Iterable[tuple[str, Evaluation, Evaluation]], letters: Sequence[str]) -> Table:
