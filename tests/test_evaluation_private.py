@@ -174,8 +174,12 @@ def test_losses_and_rows_without_a_passage_which_are_left_out(fuser, data, tmp_p
 def test_answers_of_shared_context_are_scored_too(folders, data, tmp_path):
     model = open_fusers(C2CModel.from_models(*folders, fuser_options={"rank": 8}))
     model.save_pretrained(tmp_path)
-    systems = ("receiver", "sharer", "matched", "deranged", "text")
-    result = evaluate(config(str(tmp_path), data, kind="context_question", systems=systems, message_tokens=4))
+    systems, dev = ("receiver", "sharer", "matched", "text", "router"), [DataSource("a.jsonl", kind="context_question")]
+    made = config(str(tmp_path), data, kind="context_question", systems=systems, message_tokens=4, dev=dev, routed=1.0)
+    result = evaluate(made)
+    assert result["systems"]["router"]["f1"] == result["systems"]["sharer"]["f1"], (
+        "routed by F1 where that is the score"
+    )
     assert set(result["systems"]["text"]) >= {"f1", "exact", "ci95"}
     with pytest.raises(EvaluationError, match="shared context, which has no reader"):
         evaluate(config(str(tmp_path), data, systems=("matched", "reader")))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -85,7 +86,7 @@ class _Evaluation:
 
     def __init__(self, config: EvalConfig, pair: Pair) -> None:
         self.config, self.pair = config, pair
-        self._answerers: dict[str, Answerer] = {}
+        self._answerer = cache(partial(Answerer, pair=pair, config=config))
         # weights are part of a name in the journal: others under the same name are another system
         self._labels = {name: f"{name}@{fuser_hash(folder)[:12]}" for name, folder in config.fusers.items()}
         if config.adapter is not None:
@@ -203,11 +204,6 @@ class _Evaluation:
 
     def _records(self, source: str, name: str) -> list[Record]:
         return self.journal.records(source, self._label(name))
-
-    def _answerer(self, name: str) -> Answerer:
-        if name not in self._answerers:
-            self._answerers[name] = Answerer(name, self.pair, self.config)
-        return self._answerers[name]
 
 
 def _load(
