@@ -28,7 +28,6 @@ def make_aligner(config: dict[str, Any] | None) -> Aligner:
 
 
 __all__ = [
-    "ALIGNERS",
     "Aligner",
     "Alignment",
     "CharSpanAligner",

@@ -7,9 +7,8 @@ from typing import Any, ClassVar
 from c2c.generation import PrefilledPrompt
 from c2c.language_model import LanguageModel
 from c2c.messages import Conversation, conversations
-from c2c.model import C2CModel
 from c2c.prompting import RenderOptions
-from c2c.systems.base import System, SystemOptions, context_texts, count_tokens, with_passage
+from c2c.systems.base import System, context_texts, count_tokens, with_passage
 
 
 class ReceiverAlone(System):
@@ -51,11 +50,7 @@ class SharerAlone(ReceiverAlone):
     name: ClassVar[str] = "sharer"
     title: ClassVar[str] = "sharer alone"
     reads_context: ClassVar[bool] = True
-
-    @classmethod
-    def unavailable(cls, model: C2CModel, options: SystemOptions) -> str | None:
-        """A sharer on another machine hands over its cache and does not generate."""
-        return None if model.sharers[0].generates else "the sharer is on another machine and only shares its cache."
+    generates_sharer: ClassVar[bool] = True
 
     @property
     def language_model(self) -> LanguageModel:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from c2c.errors import PromptError
 from c2c.generation import Chat, FirstTokenTimer, PrefilledPrompt, TextStream, unbatch
@@ -38,10 +37,6 @@ class SystemOptions:
     other: Any = None
     seed: int = 0
 
-    def replace(self, **changes: Any) -> Self:
-        """Return the same options with some changed."""
-        return dataclasses.replace(self, **changes)
-
 
 class System(ABC):
     """A way of answering with a receiver and a sharer.
@@ -57,12 +52,14 @@ class System(ABC):
         title: for people.
         reads_context: whether private context is read.
         needs_context: whether it must be given to models with fusers of private context.
+        generates_sharer: whether the sharer generates text.
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
     reads_context: ClassVar[bool] = True
     needs_context: ClassVar[bool] = False
+    generates_sharer: ClassVar[bool] = False
 
     def __init__(self, model: C2CModel, options: SystemOptions | None = None) -> None:
         self.model, self.options = model, options or SystemOptions()
@@ -70,6 +67,8 @@ class System(ABC):
     @classmethod
     def unavailable(cls, model: C2CModel, options: SystemOptions) -> str | None:
         """Return why these models can't answer in this way; None where they can."""
+        if cls.generates_sharer and not model.sharers[0].generates:
+            return "the sharer is on another machine and only shares its cache."
         return None
 
     @abstractmethod
@@ -91,10 +90,7 @@ class System(ABC):
     def check(self, messages: Any, sharer_messages: Any = None, *, options: RenderOptions | None = None) -> int:
         """Check one conversation as far as that takes no model, as a server does before a request waits.
 
-        Args:
-            messages: as in :meth:`prefill`.
-            sharer_messages: as in :meth:`prefill`.
-            options: as in :meth:`prefill`.
+        Arguments as in :meth:`prefill`.
 
         Returns:
             Entries that the prompt takes in the KV cache of the answering model, at most.
@@ -107,13 +103,7 @@ class System(ABC):
     def generate(
         self, messages: Any, sharer_messages: Any = None, *, options: RenderOptions | None = None, **kwargs: Any
     ) -> Any:
-        """Answer.
-
-        Args:
-            messages: a text, a conversation, or a list of several of either.
-            sharer_messages: what only the sharer has read, see :meth:`prefill`.
-            options: how to render the prompts.
-            **kwargs: whatever the answering model's ``generate`` takes.
+        """Answer; arguments as in :meth:`prefill`, and whatever the answering model's ``generate`` takes.
 
         Returns:
             A :class:`~c2c.generation.GenerationResult`, or a list for a batch or several return sequences.
