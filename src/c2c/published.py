@@ -16,7 +16,6 @@ from c2c.errors import FuserError
 from c2c.fusers.c2c import C2CFuser, C2CFuserConfig
 from c2c.kv_cache import KVGeometry
 from c2c.utils import read_json_object
-from c2c.version import __version__
 
 _OPTIONS = C2CFuserConfig.__annotations__.keys() - {"gate_temperature"}  # of constructor arguments
 
@@ -54,26 +53,19 @@ def import_published(
     """
     weights = _weights_folder(Path(folder).expanduser())
     mapping = _mapping(weights)
-    layers = max(mapping) + 1
-    layers = max(layers, receiver.layers if receiver else 0)
+    layers = max(max(mapping) + 1, receiver.layers if receiver else 0)
     used = max(source for source, _ in mapping.values()) + 1
     projectors = [mapping[i][1] for i in sorted(mapping)]
-    arguments = _arguments(weights, projectors)
+    shape = _arguments(weights, projectors)
     states = [_read_state(weights / f"projector_{number}.pt") for number in projectors]
     training = _training_config(weights)
     model = training.get("model", {})
-    config = C2CFuserConfig(
-        layer_map=[mapping[i][0] if i in mapping else None for i in range(layers)],
-        sharer_kv={
-            "layers": sharer.layers if sharer else used,
-            "kv_heads": arguments["source_num_heads"],
-            "head_dim": arguments["source_dim"],
-        },
-        receiver_kv={
-            "layers": receiver.layers if receiver else layers,
-            "kv_heads": arguments["target_num_heads"],
-            "head_dim": arguments["target_dim"],
-        },
+    ours = KVGeometry(receiver.layers if receiver else layers, shape["target_num_heads"], shape["target_dim"])
+    theirs = KVGeometry(sharer.layers if sharer else used, shape["source_num_heads"], shape["source_dim"])
+    fuser = C2CFuser.from_geometry(
+        theirs,
+        ours,
+        [mapping[i][0] if i in mapping else None for i in range(layers)],
         alignment={
             "name": "published",
             "strategy": model.get("alignment_strategy", "first"),
@@ -81,10 +73,8 @@ def import_published(
         },
         training={"source": "published checkpoint", "config": training},
         gate_temperature=float(states[0].get("gate_temperature", 1.0)),
-        c2c_version=__version__,
-        **{name: value for name, value in arguments.items() if name in _OPTIONS},
+        **{name: value for name, value in shape.items() if name in _OPTIONS},
     )
-    fuser = C2CFuser(config)
     _load_states(fuser, states, projectors)
     stored = next(value.dtype for name, value in states[0].items() if name.endswith(".weight"))
     asked = None if dtype == "auto" else getattr(torch, dtype) if isinstance(dtype, str) else dtype

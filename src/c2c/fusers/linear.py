@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from c2c.errors import FuserError
 from c2c.fusers.base import AlignedEntries, Entries, Fuser, FuserConfig, split_channels
-from c2c.fusers.ridge import RidgeRegression
+from c2c.fusers.ridge import ridge_regression
 from c2c.kv_cache import KeyValue
 
-BLENDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+_BLENDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
 @strict
@@ -78,15 +78,12 @@ class LinearFuser(Fuser):
         Raises:
             FuserError: an impossible ridge, fewer than two aligned pairs, or singular equations.
         """
-        regression = RidgeRegression()
-        for batch in data:
-            regression.add(batch.sharer.channels(), batch.receiver.channels(), batch.weight)
-        found = regression.solve(self.config.ridge)
+        found = ridge_regression((batch.channels() for batch in data), self.config.ridge)
         self.weight.copy_(found.weight)
         self.mean.copy_(found.mean)
         self.bias.copy_(found.bias)
         self.set_blend(self.config.blend)
-        self.config.training = {"ridge": self.config.ridge, "pairs": regression.pairs}
+        self.config.training = {"ridge": self.config.ridge, "pairs": found.pairs}
         return True
 
     def tune(self, score: Callable[[], float]) -> dict[str, Any]:
@@ -98,7 +95,7 @@ class LinearFuser(Fuser):
         if not self.trained:
             raise FuserError("this linear fuser is not fitted: call initialise_from_data before tune.")
         scores: dict[float, float] = {}
-        for blend in BLENDS:
+        for blend in _BLENDS:
             self.set_blend(blend)
             scores[blend] = score()
         best = max(scores, key=lambda blend: scores[blend])  # the first of equals
