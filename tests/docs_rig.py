@@ -42,9 +42,6 @@ _HEADING = re.compile(r"^#{1,6} +(.+?)[ \t]*$", re.MULTILINE)
 _LINK = re.compile(r"\]\(([^)\s]+)\)|<(?:img|a)\b[^>]*?\b(?:src|href)=\"([^\"]+)\"")
 
 
-# -- pages -------------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Block:
     """A fenced block of a page."""
@@ -93,9 +90,6 @@ def links(page: str) -> list[str]:
     """Targets of the links and pictures of a page, those on other hosts left out."""
     found = [match[1] or match[2] for match in _LINK.finditer(re.sub(r"`[^`\n]*`", "", prose(page)))]
     return [target for target in found if not re.match(r"(https?|mailto):", target)]
-
-
-# -- command lines -----------------------------------------------------------------------------------------------------
 
 
 def lines(text: str) -> list[list[str]]:
@@ -178,8 +172,6 @@ def server(*words: str, ready: str):
         process.communicate()
 
 
-# -- a reader's folder -------------------------------------------------------------------------------------------------
-
 _SMALL = {"limit": 4, "calibration": 4, "batch_size": 4, "epochs": 1, "timed": 1, "warmup_steps": 2}
 _SMALL |= {"max_new_tokens": 8, "message_tokens": 8}
 
@@ -199,36 +191,37 @@ def shrink_config(source: Path, target: Path) -> None:
     target.write_text(yaml.safe_dump(data, sort_keys=False), encoding="utf-8")
 
 
-_WORDS = ["stone", "lamp", "door", "river", "key", "map", "hat", "coat"]
-ROWS = {
-    "questions": lambda i: {
-        "question": f"Which word is number {i}?",
-        "choices": [f"{colour} {_WORDS[i]}" for colour in ("red", "blue", "old", "new")],
-        "answer": i % 4,
-    },
-    "passages": lambda i: {
-        "context": f"The {_WORDS[i]} is in room {i}.",
-        "question": f"Where is the {_WORDS[i]}?",
-        "answer": f"room {i}",
-    },
-    "tasks": lambda i: {"instruction": f"Say {i}.", "input": "", "output": f"It is {i}."},
-    "sums": lambda i: {"question": f"What is {i} + 1?", "answer": f"{i} + 1 = {i + 1}\n#### {i + 1}"},
+_BENCHMARKS = ("openbookqa", "arc_easy", "arc_challenge")
+_DATA = {
+    "mmlu": ("aux_train_norace", "test"),
+    "ceval": ("val",),
+    "mmlu_redux": ("test_ok", "test"),
+    "squad": ("grouped_train", "grouped_valid", "grouped_test"),
+    "t0_mixture": ("train",),
+    "gsm8k": ("train", "test"),
+    **dict.fromkeys(_BENCHMARKS, ("train", "dev", "test")),
+    **dict.fromkeys(("hotpotqa_evidence", "hotpotqa_distractor", "nq_oracle"), ("test",)),
 }
-_BENCHMARKS = [
-    f"{task}/{part}" for task in ("openbookqa", "arc_easy", "arc_challenge") for part in ("train", "dev", "test")
-]
-FILES = {
-    "questions": [
-        *("questions", "a", "b", "q", "test", "data/mmlu/aux_train_norace", "data/mmlu/test", "data/ceval/val"),
-        *("data/mmlu_redux/test_ok", "data/mmlu_redux/test", *(f"data/{name}" for name in _BENCHMARKS)),
-    ],
-    "passages": [
-        *("squad", *(f"data/squad/grouped_{part}" for part in ("train", "valid", "test"))),
-        *(f"data/{name}/test" for name in ("hotpotqa_evidence", "hotpotqa_distractor", "nq_oracle")),
-    ],
-    "tasks": ["data/t0_mixture/train"],
-    "sums": ["answers", "data/gsm8k/train", "data/gsm8k/test"],
-}
+FILES = ["questions", "a", "b", "q", "test", "squad", "answers"]
+FILES += [f"data/{name}/{part}" for name, parts in _DATA.items() for part in parts]
+
+
+def rows(name: str) -> list[dict]:
+    """Six rows with the keys of every kind; the same question in two files would be a leak of the test data."""
+    words = ["stone", "lamp", "door", "river", "key", "map"]
+    return [
+        {
+            "id": str(i),
+            "context": f"The {word} is in room {i}.",
+            "question": f"Which word is number {i}? ({name if '/' in name else 'here'})",
+            "choices": [f"{colour} {word}" for colour in ("red", "blue", "old", "new")],
+            "answer": i % 4,
+            "instruction": f"Say {i} ({name}).",
+            "input": "",
+            "output": f"It is {i}.",
+        }
+        for i, word in enumerate(words)
+    ]
 
 
 class Workspace:
@@ -302,15 +295,10 @@ class Workspace:
             self._link(f"runs/{name}", f"{results}/seed_{seed}")
 
     def _data(self) -> None:
-        """Six rows of each file; the same question in two files would be a leak of the test data."""
-        for kind, names in FILES.items():
-            for name in names:
-                path = self.home / f"{name}.jsonl"
-                rows = [{"id": str(i)} | ROWS[kind](i) for i in range(6)]
-                if "question" in rows[0] and "/" in name:
-                    rows = [row | {"question": f"{row['question']} ({name})"} for row in rows]
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        for name in FILES:
+            path = self.home / f"{name}.jsonl"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows(name)), encoding="utf-8")
         self._link("DATA", "data")
         (self.home / "page.txt").write_text("The key to the boat house hangs behind the clock.")
 

@@ -60,9 +60,6 @@ def cut_out(rendered):
     return [*pieces, rendered.text[cursor:]]
 
 
-# -- spans of messages -------------------------------------------------------------------------------------------------
-
-
 @thorough
 @given(names, conversations)
 @example("llama3", say("user", "user", " user"))
@@ -104,9 +101,6 @@ def test_base_models_without_a_template_get_a_plain_one():
 def test_thinking_is_passed_to_templates(thinking):
     text = read("chatml", say("Hello"), RenderOptions(enable_thinking=thinking)).rendered.text
     assert ("<think>" in text) != thinking  # an empty thought closes the thinking
-
-
-# -- pairs of tokens ---------------------------------------------------------------------------------------------------
 
 
 @thorough
@@ -193,9 +187,6 @@ def test_a_system_message_that_one_template_drops(receiver, sharer):
     for message in (1, 2, 3):
         pieces = [t for t, m in zip(targets, owner, strict=True) if m == message]
         assert {text_tokens(theirs)[t] for t in pieces} == {message}
-
-
-# -- prompts -----------------------------------------------------------------------------------------------------------
 
 
 @thorough

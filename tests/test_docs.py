@@ -95,9 +95,6 @@ def is_run(words: list[str]) -> bool:
     return not " ".join(["c2c", *words]).startswith(tuple(NOT_RUN))
 
 
-# -- blocks and commands are well-formed -------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("page", PAGES)
 def test_every_block_is_of_a_kind_that_is_checked(page):
     parsers = {"python": ast.parse, "json": json.loads, "toml": tomllib.loads, "yaml": yaml.safe_load}
@@ -179,9 +176,6 @@ def test_the_tree_of_contributing_names_files_that_exist():
         folders.append(head.rstrip("/"))
 
 
-# -- links and the site ------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page):
     wrong = []
@@ -238,9 +232,6 @@ def test_the_site_builds_without_warnings(tmp_path):
     assert "from_pretrained" in (tmp_path / "api" / "c2c.pretrained.html").read_text(encoding="utf-8")
 
 
-# -- formats -----------------------------------------------------------------------------------------------------------
-
-
 def test_the_documented_config_loads(tmp_path):
     from c2c.fusers.bottleneck import BottleneckConfig, BottleneckFuser
 
@@ -258,9 +249,6 @@ def test_the_documented_training_keys_exist():
 
     block = next(b for b in blocks("docs/training.md") if b.language == "yaml")
     assert set(yaml.safe_load(block.text)) <= {field.name for field in fields(TrainConfig)}
-
-
-# -- running the pages -------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

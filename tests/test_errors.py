@@ -29,9 +29,6 @@ def run(model, ids=IDS, others=IDS, fuse_mask=FUSE, **kwargs):
     return model.generate_ids(ids, others, fuse_mask=fuse_mask, max_new_tokens=1, **kwargs)
 
 
-# -- prompts -----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [
@@ -78,9 +75,6 @@ def test_tokenizers():
         load(build("llama"), tokenizer=Slow())
     with pytest.raises(PromptError, match="both models"):
         C2CModel.from_models(build("llama"), build("qwen2"), tokenizer=tokenizer("chatml"))
-
-
-# -- token ids ---------------------------------------------------------------------------------------------------------
 
 
 def test_token_ids_as_tensors_and_as_lists(model):
@@ -152,9 +146,6 @@ def test_padding_is_not_counted_as_a_skipped_token(model):
     assert report.prompt_tokens == 13 == report.fused_tokens + sum(report.skipped_tokens.values())
 
 
-# -- caches ------------------------------------------------------------------------------------------------------------
-
-
 def test_a_cache_that_does_not_fit_the_tokens(model):
     receiver = model.receiver
     tokens = receiver.encode("Hello there")
@@ -184,9 +175,6 @@ def test_linear_attention_is_refused():
     config = Qwen3NextConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=4, **small, **heads, **linear)
     with pytest.raises(CacheError, match="without a KV cache per token"):
         Receiver(Qwen3NextForCausalLM(config))
-
-
-# -- models and fusers -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["./nothing", "nothing.gguf", "/no/such/folder"])

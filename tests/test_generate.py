@@ -53,8 +53,6 @@ def generate_plainly(model, prompts, **kwargs):
     return out[:, tokens.length :].tolist()
 
 
-# -- decoding ----------------------------------------------------------------------------------------------------------
-
 MODES = {
     "greedy": GREEDY,
     "sampling": {"do_sample": True, "temperature": 1.3, "top_k": 40, "top_p": 0.95},
@@ -180,9 +178,6 @@ def test_a_row_that_met_its_stop_string_is_not_filled():
     assert token_ids(model.generate(PROMPTS, **kwargs)) == alone
 
 
-# -- prompts, results and reports --------------------------------------------------------------------------------------
-
-
 def test_an_answer_prefix_is_read_and_not_repeated(opened):
     options = RenderOptions(answer_prefix="The answer is")
     result = opened.generate("Hello", options=options, max_new_tokens=3)
@@ -241,9 +236,6 @@ def test_a_report_counts_a_position_once_for_two_sharers():
     assert set(report.skipped_layers) == {0, 4}
     width = sum(sharer.geometry.width for sharer in sharers)
     assert report.sharer_bytes == report.fused_tokens * 3 * 2 * width * 4
-
-
-# -- streaming ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_streamer_gets_every_token(opened):
@@ -313,9 +305,6 @@ def test_only_one_conversation_is_streamed(opened):
         opened.stream(PROMPTS)
 
 
-# -- chat --------------------------------------------------------------------------------------------------------------
-
-
 def test_every_turn_of_a_chat_is_a_fresh_run_of_its_messages(opened):
     options = GREEDY | {"max_new_tokens": 6}
     chat = opened.chat("Be brief.", **options)
@@ -338,9 +327,6 @@ def test_a_turn_that_fails_is_not_kept(opened):
         chat.send("Hello", num_return_sequences=2, do_sample=True)
     assert chat.messages == before
     assert chat.send("Again", max_new_tokens=2).new_tokens == 2
-
-
-# -- the language-model head -------------------------------------------------------------------------------------------
 
 
 class HeadCopies(TorchDispatchMode):

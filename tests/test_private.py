@@ -41,9 +41,6 @@ def user_column(model):
     return first_user_column(model.receiver.tokenizer, QUESTION, RenderOptions())
 
 
-# -- what the receiver reads -------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("receiver", RECEIVERS)
 def test_no_slots_are_the_receiver_alone_bit_for_bit(receiver):
     model = memory_pair(receiver, slots=0)
@@ -96,9 +93,6 @@ def test_the_document_matters_and_its_form_does_not(model):
     assert torch.equal(first, logits(model, QUESTION, model.sharers[0].read(DOCUMENT)))
 
 
-# -- batches, beams, chats ---------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("slots", [None, 3])
 @pytest.mark.parametrize("receiver", RECEIVERS)
 def test_a_batch_equals_its_singles(receiver, slots):
@@ -143,9 +137,6 @@ def test_a_conversation_of_several_turns_equals_a_fresh_run(model):
     assert "".join(model.stream(QUESTION, sharer_messages=handoff, **GREEDY)) == first.text
 
 
-# -- several sharers ---------------------------------------------------------------------------------------------------
-
-
 def test_several_sharers_each_with_a_document(model):
     receiver, sharer = model.receiver, model.sharers[0]
     other = Sharer(build("qwen3", 5), tokenizer("chatml"), "other")
@@ -179,9 +170,6 @@ def test_shared_and_private_context_in_one_conversation(model):
     for one, other in zip(entries(fused.cache), entries(alone.cache), strict=True):
         assert torch.equal(one[:, :, begin:end], other[:, :, begin:end])
         assert not torch.equal(one[:, :, end:], other[:, :, end:])
-
-
-# -- handoffs ----------------------------------------------------------------------------------------------------------
 
 
 def test_saved_and_loaded(tmp_path):

@@ -193,9 +193,7 @@ def slot_positions(mask: Tensor, others: Sequence[Tensor]) -> Tensor:
     Columns at the start of a row where no model has a token are the padding of a batch, not of the alignment; they do
     not count, so that a row is the same in any batch. ``[batch, tokens]``.
     """
-    empty = ~mask
-    for other in others:
-        empty = empty & ~other[:, : mask.shape[1]]
+    empty = ~torch.stack([mask, *(other[:, : mask.shape[1]] for other in others)]).any(0)
     lead = empty.long().cumprod(-1).sum(-1, keepdim=True)
     return (torch.arange(mask.shape[1], device=mask.device) - lead).clamp_min(0)
 
@@ -218,23 +216,18 @@ def plan_sections(
     skipped: Counter[str] = Counter()
     chunks: list[Chunk] = []
     for stop, size in zip(accumulate(counts), counts, strict=True):
-        bits, real = int(selection[stop - 1]), int(mask[:, stop - size : stop].sum())
+        start, bits = stop - size, int(selection[stop - 1])
+        real = mask[:, start:stop]
         if stop == len(selection):
-            skipped["last section, run on the fused cache"] += real
+            skipped["last section, run on the fused cache"] += int(real.sum())
         elif bits <= 0:
-            skipped["not selected"] += real
+            skipped["not selected"] += int(real.sum())
         else:
-            alignment = _section(mask, stop - size, stop)
+            rows, columns = real.nonzero(as_tuple=True)
+            packed = Alignment(rows, columns + start, columns + start)
+            alignment = Alignment.from_block(len(mask), start, stop) if bool(real.all()) else packed
             chunks.append(Chunk(stop, tuple(alignment if bits >> j & 1 else None for j in range(sharers))))
     return tuple(chunks), {reason: count for reason, count in skipped.items() if count}
-
-
-def _section(mask: Tensor, start: int, stop: int) -> Alignment:
-    real = mask[:, start:stop]
-    if bool(real.all()):
-        return Alignment.from_block(mask.shape[0], start, stop)
-    rows, columns = real.nonzero(as_tuple=True)
-    return Alignment(rows, columns + start, columns + start)
 
 
 def check_sections(selection: Tensor, sections: Sequence[int]) -> None:
