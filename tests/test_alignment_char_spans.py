@@ -7,6 +7,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from c2c.alignment import CharSpanAligner
+from c2c.alignment.base import merge
 from c2c.errors import AlignmentError
 from c2c.prompting import RenderOptions, encode, render, text_tokens
 from tiny import tokenizer
@@ -192,7 +193,8 @@ def test_a_system_message_that_one_template_drops(receiver, sharer):
 @thorough
 @given(names, names, st.lists(conversations, min_size=1, max_size=3))
 def test_a_batch_is_its_rows_and_the_last_token_is_never_fused(receiver, sharer, batch):
-    (prompt,) = CharSpanAligner().align(TOKENIZERS[receiver], [TOKENIZERS[sharer]], batch, RenderOptions())
+    prompts = CharSpanAligner().align(TOKENIZERS[receiver], [TOKENIZERS[sharer]], batch, RenderOptions())
+    (prompt,) = merge(prompts)
     (chunk,) = prompt.chunks
     (alignment,) = chunk.alignments
     width, other_width = prompt.receiver.length, prompt.sharers[0].length
@@ -204,10 +206,9 @@ def test_a_batch_is_its_rows_and_the_last_token_is_never_fused(receiver, sharer,
         assert prompt.sharers[0].ids[row][prompt.sharers[0].mask[row]].tolist() == theirs.ids
         shift, other_shift = width - len(ours.ids), other_width - len(theirs.ids)
         expected += [(row, t + shift, s + other_shift) for t, s in enumerate(targets[:-1]) if s is not None]
-    found = zip(alignment.rows.tolist(), alignment.receiver.tolist(), alignment.sharer.tolist(), strict=True)
-    assert list(found) == expected
+    assert alignment.pairs() == expected
     assert prompt.fused_tokens == len(expected)
-    assert int(prompt.receiver.mask.sum()) == len(expected) + sum(prompt.skipped.values())
+    assert int(prompt.receiver.mask.sum()) == len(expected) + sum(sum(one.skipped.values()) for one in prompts)
 
 
 def test_a_prompt_without_common_text_is_refused():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import DynamicCache, Qwen3NextConfig, Qwen3NextForCausalLM, StaticCache
+from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
 
 from c2c import C2CModel, kv_cache
 from c2c.errors import AlignmentError, C2CError, CacheError, FuserError, MismatchError, ModelLoadError, PromptError
@@ -157,14 +157,6 @@ def test_a_cache_that_does_not_fit_the_tokens(model):
             call(tokens, cache)
     cut = receiver.generate(tokens, kv_cache.crop(cache, tokens.length - 1), max_new_tokens=4)
     assert cut.tolist() == [receiver.answer("Hello there", max_new_tokens=4).ids.tolist()]
-
-
-def test_unsupported_cache_layers(model):
-    static = StaticCache(config=model.receiver.model.config, max_cache_len=8)
-    sliding = DynamicCache(config=build("gemma3").config)
-    for cache, message in ((static, "Use a model"), (sliding, "SlidingWindow"), (((1, 2),), "expected a transformers")):
-        with pytest.raises(CacheError, match=message):
-            kv_cache.check_layers(cache)
 
 
 def test_linear_attention_is_refused():

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from c2c import C2CModel, kv_cache
+from c2c.alignment.base import merge
 from c2c.language_model import Receiver, Sharer
 from c2c.prompting import RenderOptions
 from tiny import (
@@ -64,11 +65,11 @@ def test_closed_is_the_receiver_bit_for_bit(names, fuser, dtype):
 def test_open_changes_aligned_positions_and_nothing_else(names, fuser):
     model = open_fusers(made(names, fuser))
     batch = [p if isinstance(p, list) else [{"role": "user", "content": p}] for p in PROMPTS]
-    tokenizers = [model.sharers[0].tokenizer]
-    (prompt,) = model.aligner.align(model.receiver.tokenizer, tokenizers, batch, RenderOptions())
+    prompts = model.align(batch, RenderOptions())
+    (prompt,) = merge(prompts)
     if "gemma3" in names:
         assert prompt.receiver.length > 2 * WINDOW
-    fused = model.fuse_prompts([prompt])
+    fused = model.fuse_prompts(prompts)
     own = model.receiver.prefill(fused.tokens, fused.tokens.length - 1)
     alignment = prompt.chunks[0].alignments[0]
     touched = torch.zeros(len(batch), fused.tokens.length - 1, dtype=torch.bool)

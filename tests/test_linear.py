@@ -19,7 +19,7 @@ from c2c.fusion import Source, aligned_entries, fuse
 from c2c.training.examples import build_examples
 from c2c.training.prefill_store import PrefillStore
 from c2c.training.shared_context import SharedContextObjective, attention_received
-from tiny import assert_equal_caches, pair
+from tiny import assert_equal_caches, entries, pair
 
 PROMPTS = [
     "Hello world!",
@@ -75,10 +75,6 @@ def fused(model, batch, fuser):
     return cache
 
 
-def tensors(cache):
-    return sum(kv_cache.layers(cache), ())
-
-
 def close(one, other, tolerance):
     return torch.allclose(one, other, rtol=tolerance, atol=tolerance * float(other.abs().max()))
 
@@ -131,7 +127,7 @@ def test_bfloat16_keeps_means_and_blend(tmp_path):
     assert torch.equal(half.gates(), fuser.gates())
     assert torch.equal(half.mean, fuser.mean)
     batch = objective.collate(examples(model))
-    for exact, near in zip(tensors(fused(model, batch, fuser)), tensors(fused(model, batch, half)), strict=True):
+    for exact, near in zip(entries(fused(model, batch, fuser)), entries(fused(model, batch, half)), strict=True):
         assert torch.allclose(exact, near, atol=0.02 * float(exact.abs().max()))
     kv_cache.check_layers(fused(model, batch, fuser.to(torch.bfloat16)))  # everything rounded, as a caller may do
 
@@ -162,7 +158,7 @@ def test_blend_is_the_way_from_the_receiver_to_the_prediction(made):
     whole = fused(model, batch, fuser)
     fuser.set_blend(0.25)
     part = fused(model, batch, fuser)
-    for old, full, some in zip(*map(tensors, (batch.receiver_cache, whole, part)), strict=True):
+    for old, full, some in zip(*map(entries, (batch.receiver_cache, whole, part)), strict=True):
         assert torch.allclose(some, old + 0.25 * (full - old), atol=1e-5 * float(full.abs().max()))
 
 

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from c2c import C2CModel
 from c2c.alignment import PublishedAligner
-from c2c.alignment.base import derange, merge, truncate
+from c2c.alignment.base import derange, truncate
 from c2c.cli.app import app
 from c2c.errors import AlignmentError, PromptError
 from c2c.integrations import IntegrationError, MissingExtraError
@@ -330,31 +330,15 @@ def test_long_prompts_leave_room_for_the_answer(untrained, system):
         generations(C2CLM(untrained, system, max_length=8), *texts, **arguments)
 
 
-def aligned(model, *asks):
-    """Prompts of these conversations, as one batch."""
-    conversations = [[{"role": "user", "content": ask}] for ask in asks]
-    tokenizers = [sharer.tokenizer for sharer in model.sharers]
-    return model.aligner.align(model.receiver.tokenizer, tokenizers, conversations, RenderOptions())[0]
+def aligned(model, ask):
+    """The prompt of a message."""
+    (prompt,) = model.align([[{"role": "user", "content": ask}]], RenderOptions())
+    return prompt
 
 
 def pairs_of(prompt):
     alignment = prompt.chunks[0].alignments[0]
     return set(zip(*(side.tolist() for side in (alignment.rows, alignment.receiver, alignment.sharer)), strict=True))
-
-
-def test_merged_prompts_are_those_of_the_aligner(opened):
-    asks = ["Short", "A longer message, with more words", "And one between"]
-    merged = merge([aligned(opened, ask) for ask in asks])
-    expected = aligned(opened, *asks)
-    assert len(merged) == 1
-    assert pairs_of(merged[0]) == pairs_of(expected)
-    assert merged[0].chunks[0].stop == expected.chunks[0].stop
-    for ours, theirs in zip(
-        (merged[0].receiver, *merged[0].sharers), (expected.receiver, *expected.sharers), strict=True
-    ):
-        assert torch.equal(ours.mask, theirs.mask)
-        assert torch.equal(ours.positions, theirs.positions)
-        assert torch.equal(ours.ids[ours.mask], theirs.ids[theirs.mask])
 
 
 def test_a_fitted_prompt_keeps_the_pairs_that_are_left(opened):

@@ -106,7 +106,7 @@ class Prompt:
 
 
 class Aligner(Protocol):
-    """Turn conversations into prompts. Rows that can't share one fusion plan become several prompts."""
+    """Turn conversations into prompts, one for each; :func:`merge` makes a batch of those with one fusion plan."""
 
     def align(
         self, receiver: Any, sharers: Sequence[Any], batch: Sequence[Conversation], options: RenderOptions
