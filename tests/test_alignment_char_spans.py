@@ -108,6 +108,7 @@ def test_thinking_is_passed_to_templates(thinking):
 @given(names, names, conversations)
 @example("chatml", "llama3", say("  \n leading and trailing \n\n"))
 @example("llama3", "chatml", say("  \n leading and trailing \n\n"))
+@example("chatml", "chatml", say("What is the capital of France?", "Paris, of course.", "user user assistant"))
 def test_each_token_takes_the_one_that_covers_its_last_character(receiver, sharer, conversation):
     ours, theirs, targets, owner = aligned(receiver, sharer, conversation)
     checked = 0
@@ -140,19 +141,6 @@ def test_targets_never_go_back(receiver, sharer, conversation):
     found = [target for target in targets if target is not None]
     assert all(0 <= target < len(theirs.ids) for target in found)
     assert found == sorted(found)
-
-
-@thorough
-@given(names, conversations)
-@example("chatml", say("What is the capital of France?", "Paris, of course.", "user user assistant"))
-def test_the_same_model_twice_is_the_identity(name, conversation):
-    ours, _, targets, owner = aligned(name, name, conversation)
-    for token, message in enumerate(owner):
-        if message is None:
-            continue
-        end = min(ours.offsets[token][1], ours.rendered.spans[message][0][1])
-        # a character of several tokens is complete at the last of them
-        assert targets[token] == max(i for i, (a, b) in enumerate(ours.offsets) if a < end <= b)
 
 
 @thorough

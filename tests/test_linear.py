@@ -88,17 +88,9 @@ def affine(data: AlignedEntries, weight, bias) -> torch.Tensor:
     return bias + data.sharer.channels() @ weight
 
 
-@pytest.mark.parametrize("names", [("llama", "qwen2"), ("qwen3", "gemma3")], ids="-".join)
-def test_unfitted_changes_nothing_bit_for_bit(names):
-    model = pair(*names, fuser="linear")
-    result = model.prefill(PROMPTS)
-    assert_equal_caches(result.cache, model.receiver.prefill(result.tokens, result.tokens.length - 1))
-    assert not result.report.trained
-    assert not any(p.requires_grad for p in model.fusers[0].parameters())
-
-
 def test_gates_are_the_blend():
     _, _, fuser = ready()
+    assert not any(p.requires_grad for p in fuser.parameters())
     fuser.set_blend(0.25)
     assert torch.equal(fuser.gates(), torch.full((5, 2), 0.25))
     with pytest.raises(FuserError, match=r"blend is 1\.5"):

@@ -303,4 +303,4 @@ def test_the_newest_checkpoint_of_a_training_run_is_taken(tmp_path):
     for step in (9, 10):
         copy_checkpoint(tmp_path / f"checkpoint-{step}", "checkpoint/final")
     change_state(lambda s: s | {"key_gate_logit": torch.tensor(-3.0)})(tmp_path / "checkpoint-10" / "projector_0.pt")
-    assert float(import_published(tmp_path).layers[0].key_gate_logit) == -3.0
+    assert import_published(tmp_path).layers[0].key_gate_logit.item() == -3.0

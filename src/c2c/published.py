@@ -75,7 +75,12 @@ def import_published(
         gate_temperature=float(states[0].get("gate_temperature", 1.0)),
         **{name: value for name, value in shape.items() if name in _OPTIONS},
     )
-    _load_states(fuser, states, projectors)
+    for number, projector, state in zip(projectors, fuser.layers, states, strict=True):
+        values = {name: value for name, value in state.items() if name != "gate_temperature"}
+        try:
+            projector.to(dtype=next(iter(values.values())).dtype).load_state_dict(values)
+        except RuntimeError as error:  # lists every difference
+            raise FuserError(f"projector_{number}.pt does not fit its json: {error}") from error
     stored = next(value.dtype for name, value in states[0].items() if name.endswith(".weight"))
     asked = None if dtype == "auto" else getattr(torch, dtype) if isinstance(dtype, str) else dtype
     fuser.to(dtype=asked or stored)  # type: ignore[call-arg]
@@ -85,7 +90,7 @@ def import_published(
 
 def _weights_folder(folder: Path) -> Path:
     def step(path: Path) -> int:
-        tail = path.name.rsplit("-", 1)[-1]
+        tail = path.name.rpartition("-")[2]
         return int(tail) if tail.isdigit() else -1
 
     for candidate in (folder, folder / "final", *sorted(folder.glob("checkpoint-*"), key=step, reverse=True)):
@@ -146,20 +151,6 @@ def _read_state(path: Path) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise FuserError(f"{path} holds no state dict: expected names with tensors, got {type(state).__name__}.")
     return state
-
-
-def _load_states(fuser: C2CFuser, states: list[dict[str, Tensor]], projectors: list[int]) -> None:
-    for number, projector, state in zip(projectors, fuser.layers, states, strict=True):
-        values = {name: value for name, value in state.items() if name != "gate_temperature"}
-        expected, given = ({k: tuple(v.shape) for k, v in part.items()} for part in (projector.state_dict(), values))
-        if expected != given:
-            wrong = [
-                f"{name}: expected {expected.get(name, 'nothing')}, got {given.get(name, 'nothing')}"
-                for name in sorted(expected.keys() | given.keys())
-                if expected.get(name) != given.get(name)
-            ]
-            raise FuserError(f"projector_{number}.pt does not fit its json:\n  " + "\n  ".join(wrong))
-        projector.to(dtype=next(iter(values.values())).dtype).load_state_dict(values)
 
 
 def _training_config(weights: Path) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -38,10 +37,11 @@ class SystemOptions:
     seed: int = 0
 
 
-class System(ABC):
+class System:
     """A way of answering with a receiver and a sharer.
 
-    A subclass sets ``name``, ``title`` and implements :meth:`prefill`; everything else follows.
+    A subclass sets ``name`` and ``title``, and overrides :meth:`prefill` (and :meth:`check`) or less: by default one
+    language model reads :meth:`prompts`.
 
     Args:
         model: the receiver with its sharers and fusers.
@@ -71,7 +71,14 @@ class System(ABC):
             return "the sharer is on another machine and only shares its cache."
         return None
 
-    @abstractmethod
+    def prompts(self, messages: Any, sharer_messages: Any = None) -> list[Conversation]:
+        """Return what one language model reads: the conversations, with private context as passages in them."""
+        batch, _ = conversations(messages)
+        if sharer_messages is None or not self.reads_context:
+            return batch
+        texts = context_texts(sharer_messages, len(batch))
+        return [with_passage(*pair) for pair in zip(batch, texts, strict=True)]
+
     def prefill(
         self, messages: Any, sharer_messages: Any = None, *, options: RenderOptions | None = None
     ) -> PrefilledPrompt:
@@ -86,6 +93,7 @@ class System(ABC):
         Raises:
             PromptError: can't be read by these models.
         """
+        return self.language_model.prefill_messages(self.prompts(messages, sharer_messages), options)
 
     def check(self, messages: Any, sharer_messages: Any = None, *, options: RenderOptions | None = None) -> int:
         """Check one conversation as far as that takes no model, as a server does before a request waits.
@@ -98,7 +106,7 @@ class System(ABC):
         Raises:
             PromptError: can't be read by these models.
         """
-        return count_tokens(self.language_model, messages, options)
+        return count_tokens(self.language_model, self.prompts(messages, sharer_messages), options)
 
     def generate(
         self, messages: Any, sharer_messages: Any = None, *, options: RenderOptions | None = None, **kwargs: Any

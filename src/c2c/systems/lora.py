@@ -25,8 +25,7 @@ from c2c.errors import C2CError
 from c2c.identity import ModelIdentity
 from c2c.language_model import LanguageModel, Receiver
 from c2c.model import C2CModel
-from c2c.systems.alone import ReceiverAlone
-from c2c.systems.base import SystemOptions
+from c2c.systems.base import System, SystemOptions
 from c2c.utils import file_hash, install_command, read_json_object, save_atomically
 from c2c.version import __version__
 
@@ -221,11 +220,12 @@ def _peft() -> Any:
     return peft
 
 
-class Lora(ReceiverAlone):
+class Lora(System):
     """Answer with the receiver that carries a LoRA adapter: what training gains without any sharer."""
 
     name: ClassVar[str] = "adapter"
     title: ClassVar[str] = "receiver with a LoRA adapter"
+    reads_context: ClassVar[bool] = False
 
     def __init__(self, model: C2CModel, options: SystemOptions | None = None) -> None:
         super().__init__(model, options)
