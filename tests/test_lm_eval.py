@@ -331,14 +331,11 @@ def test_long_prompts_leave_room_for_the_answer(untrained, system):
 
 
 def aligned(model, ask):
-    """The prompt of a message."""
-    (prompt,) = model.align([[{"role": "user", "content": ask}]], RenderOptions())
-    return prompt
+    return model.align([[{"role": "user", "content": ask}]], RenderOptions())[0]
 
 
 def pairs_of(prompt):
-    alignment = prompt.chunks[0].alignments[0]
-    return set(zip(*(side.tolist() for side in (alignment.rows, alignment.receiver, alignment.sharer)), strict=True))
+    return set(prompt.chunks[0].alignments[0].pairs())
 
 
 def test_a_fitted_prompt_keeps_the_pairs_that_are_left(opened):

@@ -26,9 +26,9 @@ def model():
     return memory_pair()
 
 
-def logits(model: C2CModel, messages, given):
+def logits(model: C2CModel, messages, given, **options):
     """Logits of the first new token."""
-    fused = model.prefill(messages, sharer_messages=given)
+    fused = model.prefill(messages, sharer_messages=given, **options)
     return fused.model.next_logits(fused.tokens, fused.cache)
 
 
@@ -42,14 +42,14 @@ def user_column(model):
 
 
 @pytest.mark.parametrize("receiver", RECEIVERS)
-def test_no_slots_are_the_receiver_alone_bit_for_bit(receiver):
-    model = memory_pair(receiver, slots=0)
-    assert torch.equal(logits(model, QUESTION, DOCUMENT), receiver_logits(model, QUESTION))
-
-
-def test_an_untrained_fuser_is_the_receiver_alone_bit_for_bit():
-    model = pair(fuser="memory")
-    assert torch.equal(logits(model, QUESTION, DOCUMENT), receiver_logits(model, QUESTION))
+def test_without_entries_it_is_the_receiver_alone_bit_for_bit(receiver):
+    """Pooled to no slots, untrained, or left out by the blend."""
+    for model, blend in (
+        (memory_pair(receiver, slots=0), 1.0),
+        (pair(receiver, fuser="memory"), 1.0),
+        (memory_pair(receiver), 0.0),
+    ):
+        assert torch.equal(logits(model, QUESTION, DOCUMENT, blend=blend), receiver_logits(model, QUESTION))
 
 
 @pytest.mark.parametrize("receiver", RECEIVERS)
