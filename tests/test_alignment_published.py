@@ -123,8 +123,10 @@ def test_special_tokens_are_translated_by_role():
     )
 
 
-def test_the_prompt_fuses_message_slots_and_nothing_else():
-    receiver, sharer = TOKENIZERS["chatml"], TOKENIZERS["llama3"]
+@pytest.mark.parametrize(("ours", "theirs"), [("chatml", "llama3"), ("human", "chatml"), ("llama3", "chatml")])
+def test_the_prompt_fuses_message_slots_and_nothing_else(ours, theirs):
+    """And ends with a token of the receiver, though the sharer's closing template may be longer."""
+    receiver, sharer = TOKENIZERS[ours], TOKENIZERS[theirs]
     talk = conversation("Hello there", "Fine", "And now?")
     sections = align_rendered(receiver, sharer, *(render(one, talk, RenderOptions()) for one in (receiver, sharer)))
     messages = [section.kind == "message" for section in sections for _ in section.slots]
@@ -133,7 +135,8 @@ def test_the_prompt_fuses_message_slots_and_nothing_else():
     columns = [column for alignment in alignments for column in alignment.receiver.tolist()]
     assert columns == [i for i, message in enumerate(messages) if message]
     assert columns == [column for alignment in alignments for column in alignment.sharer.tolist()]
-    assert prompt.receiver.ids[prompt.receiver.mask].tolist() == read("chatml", talk)
+    assert prompt.receiver.ids[prompt.receiver.mask].tolist() == read(ours, talk)
+    assert prompt.receiver.mask[0, -1]
     skipped = sum(count for reason, count in prompt.skipped.items() if reason != "padding")
     assert int(prompt.receiver.mask.sum()) == prompt.fused_tokens + skipped
 
