@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -33,48 +35,22 @@ def other(family, **options):
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **(SMALL | options)))
 
 
-def yarn():
-    return llama(rope_type="yarn", factor=4.0, original_max_position_embeddings=128)
-
-
-def llama3():
-    factors = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-    return llama(rope_type="llama3", original_max_position_embeddings=64, **factors)
-
-
-def neox():
-    return other("gpt_neox", rotary_pct=0.25)
-
-
-def stablelm():
-    return other("stablelm", num_key_value_heads=1)
-
-
-def cohere():
-    return other("cohere", num_key_value_heads=1)
-
-
-def gptj():
-    return other("gptj", n_layer=2, n_embd=32, n_head=2, rotary_dim=8, n_positions=512)
-
-
-def gpt2():
-    return other("gpt2", n_layer=2, n_embd=32, n_head=2, n_positions=64)
-
-
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 64}
 MODELS = {
-    **{family: lambda family=family: build(family) for family in ("llama", "qwen2", "qwen3", "gemma3")},
-    "llama3": llama3,
-    "yarn": yarn,
-    "linear": lambda: llama(rope_type="linear", factor=4.0),
-    "neox, partial": neox,
-    "stablelm, partial": stablelm,
-    "interleaved": cohere,
-    "interleaved, partial": lambda: build_tiny("glm4"),
-    "complex table": lambda: build_tiny("llama4_text"),
-    "half a table": lambda: build_tiny("gpt_oss"),
-    "backwards": lambda: build_tiny("nanochat"),
+    **{family: partial(build, family) for family in ("llama", "qwen2", "qwen3", "gemma3")},
+    "llama3": partial(llama, **LLAMA3, low_freq_factor=1.0, high_freq_factor=4.0),
+    "yarn": partial(llama, **YARN),
+    "linear": partial(llama, rope_type="linear", factor=4.0),
+    "neox, partial": partial(other, "gpt_neox", rotary_pct=0.25),
+    "stablelm, partial": partial(other, "stablelm", num_key_value_heads=1),
+    "interleaved": partial(other, "cohere", num_key_value_heads=1),
+    "interleaved, partial": partial(build_tiny, "glm4"),
+    "complex table": partial(build_tiny, "llama4_text"),
+    "half a table": partial(build_tiny, "gpt_oss"),
+    "backwards": partial(build_tiny, "nanochat"),
 }
+GPT = {"n_layer": 2, "n_embd": 32, "n_head": 2, "n_positions": 512}
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -111,7 +87,7 @@ def test_gemma_layers_have_tables_of_their_own():
 
 
 def test_yarn_scales_and_the_scale_is_undone_once():
-    table = Receiver(yarn()).rotary(torch.tensor([[9]]))[0]
+    table = Receiver(llama(**YARN)).rotary(torch.tensor([[9]]))[0]
     scale = float(table.cos[0, 0, 0] ** 2 + table.sin[0, 0, 0] ** 2)
     assert scale > 1.05
     x = torch.randn(1, 2, 1, 12)
@@ -188,7 +164,10 @@ def test_the_bottleneck_gives_the_same_at_every_position():
 
 def test_an_unknown_rotation_is_refused_by_fusers_that_undo_it():
     """GPT-J has a table of its own in each layer; a fuser that reads bare keys would read noise."""
-    receiver, sharer = Receiver(build("llama"), tokenizer("chatml")), Sharer(gptj(), tokenizer("llama3"))
+    receiver, sharer = (
+        Receiver(build("llama"), tokenizer("chatml")),
+        Sharer(other("gptj", rotary_dim=8, **GPT), tokenizer("llama3")),
+    )
     with pytest.raises(CacheError, match=r"rotary.*'c2c' fuser"):
         sharer.check_rotary()
     with pytest.raises(CacheError, match="rotary"):
@@ -200,7 +179,7 @@ def test_an_unknown_rotation_is_refused_by_fusers_that_undo_it():
 
 def test_learned_positions_are_no_rotation():
     """GPT-2 adds positions to its input; nothing has to be taken off its keys."""
-    assert Receiver(gpt2()).rotary(torch.tensor([[0, 1]])) is None
+    assert Receiver(other("gpt2", **GPT)).rotary(torch.tensor([[0, 1]])) is None
 
 
 def test_large_biases_do_not_hide_the_rotation():
