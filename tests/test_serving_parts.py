@@ -16,25 +16,22 @@ from tokenizers import Tokenizer, decoders, models
 
 from c2c.prompting import RenderOptions
 from c2c.serving.engine import (
-    Answer,
     Delta,
     Engine,
-    EngineInfo,
     Finished,
     GenerateRequest,
     HandoffCreated,
     HandoffRequest,
     Prefilled,
     RequestHandle,
-    SharerHealth,
 )
 from c2c.serving.errors import ApiError
-from c2c.serving.handoffs import HandoffStore
+from c2c.serving.endpoints.handoffs import HandoffStore
 from c2c.serving.outputs import Detokenizer, StopMatcher
 from c2c.serving.protocol import ChatCompletionBody
 from c2c.serving.sampling import Sampler, SamplingParams
 from c2c.serving.scheduler import Job, Scheduler
-from c2c.serving.serve_config import ServeConfig
+from c2c.serving.config import ServeConfig
 from serving_harness import NAME, events, running, user
 from tiny import tokenizer
 
@@ -271,8 +268,8 @@ class Echo:
     def __init__(self):
         self.on_batch = lambda system, rows: None
         self.alive, self.waiting = False, 0
-        self.info = EngineInfo(("c2c",), "echo", ("nobody",), True, "shared")
-        self.sharers = (SharerHealth(),)
+        self.systems, self.sharers = ["c2c"], [{"state": "ok"}]
+        self.info = {"receiver": "echo", "sharers": ["nobody"], "context": "shared", "trained": True}
 
     def start(self):
         self.alive = True
@@ -280,7 +277,7 @@ class Echo:
     async def submit(self, request):
         assert request.render == RenderOptions()
         handle, text = RequestHandle(), request.prompt[-1]["content"]
-        sent = [Prefilled(), Delta(0, text), Answer(0, text, "stop", 1), Finished(2, 1, time.monotonic(), 1)]
+        sent = [Prefilled(), Delta(0, text, reason="stop"), Finished(2, 1, time.monotonic(), 1)]
         for event in sent:
             handle.push(event)
         return handle

@@ -23,7 +23,7 @@ from c2c.integrations.vllm.snapshot import Snapshot
 from c2c.integrations.vllm.store import new_name
 from c2c.integrations.vllm.transfers import TransferParams
 from c2c.language_model import Receiver, Sharer
-from c2c.serving.serve_config import ServeConfig
+from c2c.serving.config import ServeConfig
 from c2c.systems import SystemOptions, make_system
 from c2c.tokens import left_pad
 from serving_harness import NAME, events, running, streamed, text_of, user

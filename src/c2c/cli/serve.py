@@ -14,7 +14,7 @@ import yaml
 from c2c.cli.options import from_config
 from c2c.cli.output import err
 from c2c.hub_aliases import DEFAULT_RECEIVER, DEFAULT_SHARER
-from c2c.serving.serve_config import ServeConfig
+from c2c.serving.config import ServeConfig
 
 if TYPE_CHECKING:
     from c2c.model import C2CModel

@@ -29,7 +29,7 @@ from c2c.remote.handoff import PartialHandoff
 from c2c.remote.model_stub import build_model, load_tokenizer, load_tokenizer_files
 from c2c.remote.protocol import HANDSHAKE_PATH, PREFILL_PATH, Handshake, PrefillRequest, fuser_hash, slots_of
 from c2c.remote.wire import OVERHEAD, Record, WireError, native, packed_bytes, read_records, spread, unpack
-from c2c.serving.http_config import is_loopback, read_keys
+from c2c.serving.config import is_loopback, read_keys
 from c2c.tokens import TokenBatch
 
 T = TypeVar("T")

@@ -21,8 +21,8 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Lifespan, Message, Receive, Scope, Send
 
 from c2c.errors import C2CError
+from c2c.serving.config import HTTPConfig, KeyRing
 from c2c.serving.errors import ApiError, client_gone, internal, shutting_down, to_api_error, validation_error
-from c2c.serving.http_config import HTTPConfig, KeyRing
 from c2c.serving.logs import log, log_failure
 
 OPEN_PATHS = frozenset({"/health", "/ready", "/metrics"})  # without key, log line and limits

@@ -12,8 +12,8 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
+from c2c.serving.config import HTTPConfig
 from c2c.serving.errors import ServerError
-from c2c.serving.http_config import HTTPConfig
 from c2c.serving.logs import log
 
 _GRACE = 5.0  # seconds after the longest request, for sending

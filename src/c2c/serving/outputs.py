@@ -12,25 +12,13 @@ from tokenizers.decoders import DecodeStream
 from c2c.errors import ContextLengthError
 from c2c.generation import PrefilledPrompt
 from c2c.language_model import LanguageModel
-from c2c.serving.engine import (
-    Answer,
-    Delta,
-    Finished,
-    FinishReason,
-    GenerateRequest,
-    Prefilled,
-    TokenLogprob,
-)
-from c2c.serving.sampling import Sampler, SamplingParams, Scored
+from c2c.serving.engine import Delta, Finished, FinishReason, GenerateRequest, Prefilled, TokenLogprob
+from c2c.serving.sampling import SamplingParams, Scored
 from c2c.serving.scheduler import Job
 
 
 class Detokenizer:
-    """Turn tokens into text, one at a time; a character that is split over tokens comes when it is complete.
-
-    Args:
-        tokenizer: of the answering model.
-    """
+    """Turn tokens into text, one at a time; a character that is split over tokens comes when it is complete."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
@@ -38,17 +26,15 @@ class Detokenizer:
 
     def step(self, token: int) -> str:
         """Return the text that one more token completes; often empty. Special tokens have none."""
+        backend = self._tokenizer.backend_tokenizer
         try:
-            piece = self._decode(token)
+            piece = self._stream.step(backend, token) or ""
         except Exception:  # tokenizers' own: with byte fallback an invalid byte changes text before it, which was sent
             self._restart()
-            piece = self._decode(token)
+            piece = self._stream.step(backend, token) or ""
         self._ids.append(token)
         self._length += len(piece)
         return piece
-
-    def _decode(self, token: int) -> str:
-        return self._stream.step(self._tokenizer.backend_tokenizer, token) or ""
 
     def flush(self) -> str:
         """Return the text of an incomplete character at the end."""
@@ -66,9 +52,6 @@ class Detokenizer:
 
 class StopMatcher:
     """Find the first stop string in a text that grows, looking at no more than the end of it.
-
-    Args:
-        stops: the stop strings.
 
     Attributes:
         found: one was found; nothing may follow.
@@ -100,7 +83,7 @@ def _partial(text: str, stop: str) -> int:
 
 
 class AnswerOutput:
-    """Take the tokens of one answer.
+    """Take the tokens of one answer, and send its text.
 
     Args:
         tokenizer: of the answering model.
@@ -110,11 +93,9 @@ class AnswerOutput:
         owner: the output of its request, which gets its events.
 
     Attributes:
-        sampler: chooses the tokens.
         first: ``time.monotonic()`` at the first token.
         tokens: number of tokens so far, an end token included.
         done: the answer has ended, or was given up.
-        text: the answer so far, without what may be part of a stop string.
     """
 
     def __init__(
@@ -122,30 +103,17 @@ class AnswerOutput:
     ) -> None:
         if params.max_tokens is None:
             raise ValueError("max_tokens is None; expected a number.")
-        self.limit, self._index, self._ends, self._owner = params.max_tokens, index, ends, owner
-        self.sampler = Sampler(params, index)
+        self.params, self.limit, self.index, self._ends, self._owner = params, params.max_tokens, index, ends, owner
         self._detokenizer, self._stop = Detokenizer(tokenizer), StopMatcher(params.stop)
-        self._parts: list[str] = []
-        self._length = self._read = 0  # characters: certain to be in the answer, of all tokens
-        self._unsent = ""
-        self._logprobs: list[TokenLogprob] = []
-        self._sent_logprobs = 0
+        self._read = self._certain = 0  # characters: of all tokens, certain to be in the answer
+        self._unsent, self._logprobs = "", list[TokenLogprob]()  # not sent yet
         self.first: float | None = None
         self.tokens = 0
         self.done = False
 
-    @property
-    def text(self) -> str:
-        """The answer so far."""
-        return "".join(self._parts)
-
-    def append(self, token: int) -> None:
-        """Append one token, chosen by :attr:`sampler`."""
-        self.append_scored(token, self.sampler.record(token))
-
-    def append_scored(self, token: int, scored: Scored | None) -> None:
-        """Append one token with its log-probability, where that is requested."""
-        self.done = self.done or self._owner.cancelled
+    def append(self, token: int, scored: Scored | None = None) -> None:
+        """Append one token, with its log-probability where that is requested."""
+        self.done = self.done or self._owner.handle.cancelled
         if self.done:
             return
         self.first = self.first or time.monotonic()
@@ -156,35 +124,28 @@ class AnswerOutput:
             self._logprobs.append(TokenLogprob(self._detokenizer.name(token), scored.chosen, self._read, top))
         piece = self._detokenizer.step(token)
         self._read += len(piece)
-        self._settle(self._stop.feed(piece))
+        text = self._stop.feed(piece)
+        reason: FinishReason | None = None
         if self._stop.found:
-            self._logprobs = [entry for entry in self._logprobs if entry.offset < self._length]
-            self._finish("stop")
+            reason = "stop"
         elif ended or self.tokens >= self.limit:
-            self._settle(self._stop.pending + self._detokenizer.flush())
-            self._finish("stop" if ended else "length")
-        else:
-            self._send()
+            text += self._stop.pending + self._detokenizer.flush()
+            reason = "stop" if ended else "length"
+        self._unsent += text
+        self._certain += len(text)
+        self._send(reason)
 
-    def _settle(self, text: str) -> None:
-        self._parts.append(text)
-        self._length += len(text)
-        self._unsent += text if self._owner.stream else ""
-
-    def _finish(self, reason: FinishReason) -> None:
-        self.done = True
-        self._send(last=True)
-        self._owner.finish(Answer(self._index, self.text, reason, self.tokens, self._logprobs))
-
-    def _send(self, last: bool = False) -> None:
-        """Send the settled text of a stream, with the log-probabilities of the tokens that begin in it."""
-        if not self._owner.stream or not (self._unsent or last):
+    def _send(self, reason: FinishReason | None) -> None:
+        """Send the text that is certain, with the log-probabilities of the tokens that begin in it."""
+        if reason is None and not (self._owner.stream and self._unsent):
             return
-        new = self._logprobs[self._sent_logprobs :]
-        due = [entry for entry in new if last or entry.offset < self._length]
-        if self._unsent or due:
-            self._owner.handle.push(Delta(self._index, self._unsent, due))
-        self._unsent, self._sent_logprobs = "", self._sent_logprobs + len(due)
+        whole = reason is not None and not self._stop.found
+        due = [entry for entry in self._logprobs if whole or entry.offset < self._certain]
+        self._owner.handle.push(Delta(self.index, self._unsent, due, reason))
+        self._unsent, self._logprobs = "", self._logprobs[len(due) :]
+        if reason is not None:
+            self.done = True
+            self._owner.count_finished()
 
 
 class RequestOutput:
@@ -205,31 +166,23 @@ class RequestOutput:
     """
 
     def __init__(self, job: Job, prompt: PrefilledPrompt, row: int, rows: int, default_tokens: int) -> None:
-        request = job.request
+        request, model = job.request, prompt.model
         if not isinstance(request, GenerateRequest):
             raise TypeError("a handoff has no answers")
         self.handle, self.stream, self._rows, self._began = job.handle, request.stream, rows, time.monotonic()
-        slots = prompt.slots[row] if prompt.slots else 0
-        self._prompt_tokens = int(prompt.tokens.mask[row].sum()) - slots
+        self._prompt_tokens = int(prompt.tokens.mask[row].sum()) - (prompt.slots[row] if prompt.slots else 0)
         self._report = prompt.report.row(row) if prompt.report else None
         self._message = prompt.messages[row].text if prompt.messages else None
-        self.fallback = f"receiver only: {self._report.lost}" if self._report and self._report.lost else None
+        self._fallback = f"receiver only: {self._report.lost}" if self._report and self._report.lost else None
         columns = int(prompt.tokens.positions[row, -1]) + 1
-        limit = new_tokens(prompt.model, columns, request.sampling.max_tokens, default_tokens)
+        limit = new_tokens(model, columns, request.sampling.max_tokens, default_tokens)
         params = replace(request.sampling, max_tokens=limit)
-        model = prompt.model
         self.answers = [AnswerOutput(model.tokenizer, params, index, model.ends, self) for index in range(request.n)]
         self._left = request.n
-        job.handle.push(Prefilled(self.fallback))
+        self.handle.push(Prefilled(self._fallback))
 
-    @property
-    def cancelled(self) -> bool:
-        """Whether nobody waits for the answers any more."""
-        return self.handle.cancelled
-
-    def finish(self, answer: Answer) -> None:
-        """Send a whole answer; after the last one that all are there."""
-        self.handle.push(answer)
+    def count_finished(self) -> None:
+        """Count an answer that has ended; after the last one report that all are there."""
         self._left -= 1
         if self._left:
             return
@@ -243,7 +196,7 @@ class RequestOutput:
                 sharer_bytes=self._report.sharer_bytes if self._report else len((self._message or "").encode()),
                 report=self._report_data(first),
                 message=self._message,
-                fallback=self.fallback,
+                fallback=self._fallback,
             )
         )
 

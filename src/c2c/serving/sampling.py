@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import secrets
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,27 +20,16 @@ _GREEDY_BELOW = 1e-5  # a smaller temperature would overflow the logits; the lik
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """Decoding parameters of a request.
+    """Decoding parameters of a request."""
 
-    Attributes:
-        max_tokens: new tokens at most; None for the server's default.
-        temperature: 0 is greedy.
-        top_p: sample from the fewest tokens that have this probability together.
-        seed: of the first answer; the next ones take the numbers after it. None draws one.
-        stop: strings before which an answer ends.
-        logprobs: how many of the likeliest tokens are reported beside each chosen one; None reports nothing.
-        presence_penalty: subtracted from the logits of tokens that the answer has already.
-        frequency_penalty: the same, times how often.
-    """
-
-    max_tokens: int | None = None
-    temperature: float = 1.0
-    top_p: float = 1.0
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-    logprobs: int | None = None
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
+    max_tokens: int | None = None  # new tokens at most; None for the server's default
+    temperature: float = 1.0  # 0 is greedy
+    top_p: float = 1.0  # sample from the fewest tokens that have this probability together
+    seed: int | None = None  # of the first answer; the next ones take the numbers after it; None draws one
+    stop: Sequence[str] = ()  # strings before which an answer ends
+    logprobs: int | None = None  # how many of the likeliest tokens are reported beside each one; None reports nothing
+    presence_penalty: float = 0.0  # subtracted from the logits of tokens that the answer has already
+    frequency_penalty: float = 0.0  # the same, times how often
 
     @property
     def greedy(self) -> bool:
@@ -54,24 +44,14 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class Scored:
-    """Log-probabilities at one position, before temperature, ``top_p`` and penalties.
+    """Log-probabilities at one position, before temperature, ``top_p`` and penalties."""
 
-    Attributes:
-        chosen: of the token that was taken.
-        top: the likeliest tokens with theirs, best first.
-    """
-
-    chosen: float
-    top: list[tuple[int, float]]
+    chosen: float  # of the token that was taken
+    top: list[tuple[int, float]]  # the likeliest tokens with theirs, best first
 
 
 class Sampler:
-    """Choose the tokens of one answer.
-
-    Args:
-        params: the parameters.
-        index: which answer of its request it is.
-    """
+    """Choose the tokens of one answer, the one of this index of its request."""
 
     def __init__(self, params: SamplingParams, index: int = 0) -> None:
         self.params = params
@@ -79,11 +59,8 @@ class Sampler:
         self._generator: torch.Generator | None = None
         self._counts: Counter[int] = Counter()
         self._logprobs: Tensor | None = None
-
-    @property
-    def passive(self) -> bool:
-        """Whether plain greedy decoding does, and no log-probability is reported."""
-        return self.params.greedy and self.params.logprobs is None and not self.params.penalised
+        # plain greedy decoding does, and no log-probability is reported
+        self.passive = params.greedy and params.logprobs is None and not params.penalised
 
     def choose(self, scores: Tensor) -> Tensor:
         """Return scores, ``[vocab]``, whose largest is the chosen token."""

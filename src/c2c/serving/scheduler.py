@@ -16,23 +16,14 @@ _MAX_RETRY = 60  # seconds
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """An accepted request with what it takes of a batch.
-
-    Attributes:
-        request: the request.
-        handle: where its events go.
-        key: jobs with equal keys can share a batch.
-        rows: rows of the batch, one for each answer.
-        prompt_tokens: KV-cache entries of the prompt, at most.
-        new_tokens: tokens to generate, at most.
-    """
+    """An accepted request with what it takes of a batch."""
 
     request: Request
-    handle: RequestHandle
-    key: Hashable = None
-    rows: int = 1
-    prompt_tokens: int = 0
-    new_tokens: int = 0
+    handle: RequestHandle  # where its events go
+    key: Hashable = None  # jobs with equal keys can share a batch
+    rows: int = 1  # of the batch, one for each answer
+    prompt_tokens: int = 0  # KV-cache entries of the prompt, at most
+    new_tokens: int = 0  # to generate, at most
 
 
 class Scheduler:
@@ -104,14 +95,14 @@ class Scheduler:
             self._changed.wait(left)
 
     def _full(self) -> bool:
-        first = self._jobs[0]
-        return isinstance(first.request, HandoffRequest) or sum(job.rows for job in self._batch()) >= self._max_rows
+        alone = isinstance(self._jobs[0].request, HandoffRequest)
+        return alone or sum(job.rows for job in self._batch()) >= self._max_rows
 
     def _batch(self) -> list[Job]:
         """Return the first job and those after it that can run with it, in order, as long as there is room."""
-        batch: list[Job] = []
-        for job in self._jobs:
-            if job.key == self._jobs[0].key and (not batch or self._fits([*batch, job])):
+        batch = self._jobs[:1]
+        for job in self._jobs[1:]:
+            if job.key == batch[0].key and self._fits([*batch, job]):
                 batch.append(job)
         return batch
 

@@ -29,13 +29,13 @@ from c2c.integrations.vllm.transfers import TransferParams
 from c2c.integrations.vllm.versions import check_version, installed
 from c2c.language_model import LanguageModel
 from c2c.model import C2CModel
+from c2c.serving.config import ServeConfig
 from c2c.serving.engine import GenerateRequest, HandoffRequest, Request, RequestHandle
 from c2c.serving.errors import invalid, queue_full, shutting_down
 from c2c.serving.logs import log_failure, warn
 from c2c.serving.model_engine import ModelEngine
 from c2c.serving.outputs import RequestOutput, new_tokens
 from c2c.serving.scheduler import Job
-from c2c.serving.serve_config import ServeConfig
 from c2c.serving.transformers_engine import decode, repeat_rows
 
 _PREFILLS = 4  # prompts that are prefilled and fused at a time
@@ -302,7 +302,7 @@ class _Decoding:
                     self.output = self.output or RequestOutput(self._job, self._prompt, 0, self._rows, self._default)
                     answer = self.output.answers[index]
                     for at, token in enumerate(step.tokens):
-                        answer.append_scored(token, _top(step.scored[at], params["logprobs"]) if step.scored else None)
+                        answer.append(token, _top(step.scored[at], params["logprobs"]) if step.scored else None)
                         if answer.done:
                             return
             raise EngineError("vLLM ended an answer before it was whole.")
