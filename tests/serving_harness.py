@@ -14,8 +14,8 @@ import openai
 
 from c2c import C2CModel
 from c2c.serving.app import create_app
-from c2c.serving.http_server import Server, listen
 from c2c.serving.config import ServeConfig
+from c2c.serving.http_server import Server, listen
 from c2c.serving.transformers_engine import TransformersEngine
 from tiny import open_fusers, pair
 

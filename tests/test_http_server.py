@@ -20,10 +20,9 @@ from typer.testing import CliRunner
 
 from c2c.cli import app as command
 from c2c.errors import C2CError, ContextLengthError, PromptError, RemoteError, SharerChanged
-from c2c.serving.errors import ServerError, to_api_error
-from c2c.serving.http_app import ServerState, create_app, on_disconnect
 from c2c.serving.config import HTTPConfig, is_loopback
-from c2c.serving.http_server import Server, listen, url_of
+from c2c.serving.errors import ServerError, to_api_error
+from c2c.serving.http_server import Server, ServerState, create_app, listen, on_disconnect, url_of
 from c2c.serving.logs import JsonFormatter
 
 JSON = {"Content-Type": "application/json"}

@@ -15,6 +15,8 @@ from pydantic import ValidationError
 from tokenizers import Tokenizer, decoders, models
 
 from c2c.prompting import RenderOptions
+from c2c.serving.config import ServeConfig
+from c2c.serving.endpoints.handoffs import HandoffStore
 from c2c.serving.engine import (
     Delta,
     Engine,
@@ -24,14 +26,13 @@ from c2c.serving.engine import (
     HandoffRequest,
     Prefilled,
     RequestHandle,
+    SamplingParams,
 )
 from c2c.serving.errors import ApiError
-from c2c.serving.endpoints.handoffs import HandoffStore
 from c2c.serving.outputs import Detokenizer, StopMatcher
 from c2c.serving.protocol import ChatCompletionBody
-from c2c.serving.sampling import Sampler, SamplingParams
 from c2c.serving.scheduler import Job, Scheduler
-from c2c.serving.config import ServeConfig
+from c2c.serving.transformers_engine import Sampler
 from serving_harness import NAME, events, running, user
 from tiny import tokenizer
 

@@ -32,8 +32,8 @@ from c2c.integrations.vllm.transfers import FIELD, Load, Save, Span, TransferPar
 from c2c.integrations.vllm.versions import check_version, installed
 from c2c.integrations.vllm.worker import TransferWorker
 from c2c.language_model import Receiver, Sharer
+from c2c.serving.engine import SamplingParams
 from c2c.serving.errors import ApiError
-from c2c.serving.sampling import SamplingParams
 from c2c.tokens import left_pad
 from tiny import build
 

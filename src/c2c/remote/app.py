@@ -17,7 +17,7 @@ from c2c.remote.protocol import HANDSHAKE_PATH, PREFILL_PATH, PrefillRequest
 from c2c.remote.wire import MEDIA_TYPE
 from c2c.remote.worker import PrefillJob, PrefillWorker
 from c2c.serving.config import HTTPConfig
-from c2c.serving.http_app import RequestRecord, ServerState, create_app
+from c2c.serving.http_server import RequestRecord, ServerState, create_app
 from c2c.version import __version__
 
 

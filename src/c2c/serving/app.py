@@ -10,12 +10,12 @@ from weakref import WeakSet
 
 from fastapi import FastAPI
 
-from c2c.serving import endpoints, http_app
+from c2c.serving import endpoints, http_server
 from c2c.serving.config import ServeConfig
 from c2c.serving.endpoints.handoffs import HandoffStore
 from c2c.serving.engine import Engine, Request, RequestHandle
 from c2c.serving.errors import ApiError, shutting_down
-from c2c.serving.http_app import ServerState
+from c2c.serving.http_server import ServerState
 
 
 def create_app(engine: Engine, config: ServeConfig) -> FastAPI:
@@ -32,7 +32,7 @@ def create_app(engine: Engine, config: ServeConfig) -> FastAPI:
         await asyncio.to_thread(engine.close)
 
     service = Service(engine, config)
-    return http_app.create_app(config, endpoints.routers(service), service.state, lifespan)
+    return http_server.create_app(config, endpoints.routers(service), service.state, lifespan)
 
 
 class Service:

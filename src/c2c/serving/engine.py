@@ -16,9 +16,33 @@ from c2c.errors import C2CError
 from c2c.messages import Conversation
 from c2c.prompting import RenderOptions
 from c2c.serving.errors import ApiError, client_gone, timed_out, to_api_error
-from c2c.serving.sampling import SamplingParams
 
 FinishReason = Literal["stop", "length"]
+_GREEDY_BELOW = 1e-5  # a smaller temperature would overflow the logits; the likeliest token is all that is left
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """Decoding parameters of a request."""
+
+    max_tokens: int | None = None  # new tokens at most; None for the server's default
+    temperature: float = 1.0  # 0 is greedy
+    top_p: float = 1.0  # sample from the fewest tokens that have this probability together
+    seed: int | None = None  # of the first answer; the next ones take the numbers after it; None draws one
+    stop: Sequence[str] = ()  # strings before which an answer ends
+    logprobs: int | None = None  # how many of the likeliest tokens are reported beside each one; None reports nothing
+    presence_penalty: float = 0.0  # subtracted from the logits of tokens that the answer has already
+    frequency_penalty: float = 0.0  # the same, times how often
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is taken."""
+        return self.temperature < _GREEDY_BELOW
+
+    @property
+    def penalised(self) -> bool:
+        """Whether tokens that the answer has already become less likely."""
+        return bool(self.presence_penalty or self.frequency_penalty)
 
 
 @dataclass(frozen=True, eq=False)

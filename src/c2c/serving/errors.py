@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -43,10 +42,6 @@ class ApiError(C2CError):
         """Return the JSON body of the response."""
         error = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
         return {"error": error | self.details}
-
-    def to_json(self) -> str:
-        """Return the same as text, for the last event of a stream."""
-        return json.dumps(self.to_dict(), ensure_ascii=False)
 
 
 def to_api_error(error: C2CError, param: str | None = None) -> ApiError:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Collection, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from tokenizers.decoders import DecodeStream
@@ -12,9 +14,16 @@ from tokenizers.decoders import DecodeStream
 from c2c.errors import ContextLengthError
 from c2c.generation import PrefilledPrompt
 from c2c.language_model import LanguageModel
-from c2c.serving.engine import Delta, Finished, FinishReason, GenerateRequest, Prefilled, TokenLogprob
-from c2c.serving.sampling import SamplingParams, Scored
+from c2c.serving.engine import Delta, Finished, FinishReason, GenerateRequest, Prefilled, SamplingParams, TokenLogprob
 from c2c.serving.scheduler import Job
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Log-probabilities at one position, before temperature, ``top_p`` and penalties."""
+
+    chosen: float  # of the token that was taken
+    top: list[tuple[int, float]]  # the likeliest tokens with theirs, best first
 
 
 class Detokenizer:
@@ -145,7 +154,7 @@ class AnswerOutput:
         self._unsent, self._logprobs = "", self._logprobs[len(due) :]
         if reason is not None:
             self.done = True
-            self._owner.count_finished()
+            self._owner.check_finished()
 
 
 class RequestOutput:
@@ -169,44 +178,34 @@ class RequestOutput:
         request, model = job.request, prompt.model
         if not isinstance(request, GenerateRequest):
             raise TypeError("a handoff has no answers")
-        self.handle, self.stream, self._rows, self._began = job.handle, request.stream, rows, time.monotonic()
-        self._prompt_tokens = int(prompt.tokens.mask[row].sum()) - (prompt.slots[row] if prompt.slots else 0)
-        self._report = prompt.report.row(row) if prompt.report else None
-        self._message = prompt.messages[row].text if prompt.messages else None
-        self._fallback = f"receiver only: {self._report.lost}" if self._report and self._report.lost else None
+        self.handle, self.stream, self._began = job.handle, request.stream, time.monotonic()
+        self._report = report = prompt.report.row(row) if prompt.report else None
+        message = prompt.messages[row].text if prompt.messages else None
+        fallback = f"receiver only: {report.lost}" if report and report.lost else None
+        self._finished = partial(
+            Finished,
+            prompt_tokens=int(prompt.tokens.mask[row].sum()) - (prompt.slots[row] if prompt.slots else 0),
+            rows=rows,
+            sharer_bytes=report.sharer_bytes if report else len((message or "").encode()),
+            message=message,
+            fallback=fallback,
+        )
         columns = int(prompt.tokens.positions[row, -1]) + 1
         limit = new_tokens(model, columns, request.sampling.max_tokens, default_tokens)
         params = replace(request.sampling, max_tokens=limit)
         self.answers = [AnswerOutput(model.tokenizer, params, index, model.ends, self) for index in range(request.n)]
-        self._left = request.n
-        self.handle.push(Prefilled(self._fallback))
+        self.handle.push(Prefilled(fallback))
 
-    def count_finished(self) -> None:
-        """Count an answer that has ended; after the last one report that all are there."""
-        self._left -= 1
-        if self._left:
+    def check_finished(self) -> None:
+        """Report that all answers are there, once they are."""
+        if not all(answer.done for answer in self.answers):
             return
-        first = min(one.first for one in self.answers if one.first is not None)
-        self.handle.push(
-            Finished(
-                prompt_tokens=self._prompt_tokens,
-                completion_tokens=sum(one.tokens for one in self.answers),
-                first_token=first,
-                rows=self._rows,
-                sharer_bytes=self._report.sharer_bytes if self._report else len((self._message or "").encode()),
-                report=self._report_data(first),
-                message=self._message,
-                fallback=self._fallback,
-            )
-        )
-
-    def _report_data(self, first: float) -> dict[str, Any] | None:
-        """Return the fusion report; its seconds are those of the batch, up to where this request is done."""
-        if self._report is None:
-            return None
-        data = self._report.to_dict()
-        stages = {"first_token": first - self._began, "decode": time.monotonic() - first}
-        return data | {"seconds": data["seconds"] | stages}
+        first, report = min(answer.first or math.inf for answer in self.answers), None
+        if self._report is not None:  # its seconds are those of the batch, up to where this request is done
+            report = self._report.to_dict()
+            report["seconds"] |= {"first_token": first - self._began, "decode": time.monotonic() - first}
+        tokens = sum(answer.tokens for answer in self.answers)
+        self.handle.push(self._finished(completion_tokens=tokens, first_token=first, report=report))
 
 
 def new_tokens(model: LanguageModel, prompt_tokens: int, requested: int | None, default: int) -> int:

@@ -10,8 +10,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from c2c.messages import Conversation
+from c2c.serving.engine import SamplingParams
 from c2c.serving.errors import invalid
-from c2c.serving.sampling import SamplingParams
 
 MAX_STOPS, MAX_STOP_LENGTH = 16, 256  # each is looked for after every token
 _ANY = object()  # stands for all values

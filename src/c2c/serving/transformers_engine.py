@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import secrets
 import time
+from collections import Counter
 from collections.abc import Sequence
 from threading import Thread
 from typing import Any
@@ -15,12 +17,11 @@ from c2c import kv_cache
 from c2c.generation import PrefilledPrompt
 from c2c.model import C2CModel
 from c2c.serving.config import ServeConfig
-from c2c.serving.engine import HandoffRequest, Request, RequestHandle
+from c2c.serving.engine import HandoffRequest, Request, RequestHandle, SamplingParams
 from c2c.serving.errors import internal
 from c2c.serving.logs import log_failure
 from c2c.serving.model_engine import ModelEngine, failing
-from c2c.serving.outputs import AnswerOutput, RequestOutput
-from c2c.serving.sampling import Sampler
+from c2c.serving.outputs import AnswerOutput, RequestOutput, Scored
 from c2c.serving.scheduler import Job, Scheduler
 from c2c.tokens import concatenate
 
@@ -130,6 +131,61 @@ def decode(prompt: PrefilledPrompt, answers: Sequence[AnswerOutput]) -> None:
         logits_processor=LogitsProcessorList([_SampleRows(rows)]),
         stopping_criteria=StoppingCriteriaList([_AppendTokens(rows)]),
     )
+
+
+class Sampler:
+    """Choose the tokens of one answer, with parameters and a random number generator of its own.
+
+    Requests with different temperatures, seeds and penalties run in one batch; a sampled answer is the same whatever
+    it shares a batch with.
+
+    Args:
+        params: the parameters.
+        index: which answer of its request it is.
+    """
+
+    def __init__(self, params: SamplingParams, index: int = 0) -> None:
+        self.params = params
+        self._seed = (secrets.randbits(63) if params.seed is None else params.seed + index) % 2**63
+        self._generator: torch.Generator | None = None
+        self._counts: Counter[int] = Counter()
+        self._logprobs: Tensor | None = None
+        # plain greedy decoding does, and no log-probability is reported
+        self.passive = params.greedy and params.logprobs is None and not params.penalised
+
+    def choose(self, scores: Tensor) -> Tensor:
+        """Return scores, ``[vocab]``, whose largest is the chosen token."""
+        if self.params.logprobs is not None:
+            self._logprobs = torch.log_softmax(scores.float(), dim=-1)
+        scores = self._penalise(scores)
+        return scores if self.params.greedy else self._sample(scores)
+
+    def record(self, token: int) -> Scored | None:
+        """Record the token that was taken; return its log-probability if that is requested."""
+        if self.params.penalised:
+            self._counts[token] += 1
+        if self._logprobs is None or self.params.logprobs is None:
+            return None
+        best = torch.topk(self._logprobs, min(self.params.logprobs, self._logprobs.numel()))
+        return Scored(float(self._logprobs[token]), list(zip(best.indices.tolist(), best.values.tolist(), strict=True)))
+
+    def _penalise(self, scores: Tensor) -> Tensor:
+        if not self._counts:
+            return scores
+        tokens = torch.tensor(list(self._counts), device=scores.device)
+        counts = torch.tensor(list(self._counts.values()), device=scores.device, dtype=scores.dtype)
+        return scores.index_add(0, tokens, -(self.params.presence_penalty + self.params.frequency_penalty * counts))
+
+    def _sample(self, scores: Tensor) -> Tensor:
+        probabilities = torch.softmax(scores.float() / self.params.temperature, dim=-1)
+        if self.params.top_p < 1:
+            ordered, order = probabilities.sort(descending=True)
+            before = ordered.cumsum(-1) - ordered
+            probabilities = torch.zeros_like(probabilities).scatter(0, order, ordered * (before < self.params.top_p))
+        if self._generator is None:
+            self._generator = torch.Generator(scores.device).manual_seed(self._seed)
+        token = torch.multinomial(probabilities, 1, generator=self._generator)
+        return torch.full_like(scores, -torch.inf).scatter(0, token, 0.0)
 
 
 class _SampleRows(LogitsProcessor):

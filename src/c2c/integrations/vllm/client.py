@@ -15,7 +15,7 @@ from c2c.integrations.vllm.snapshot import Snapshot, token_hash
 from c2c.integrations.vllm.store import SnapshotStore, new_name
 from c2c.integrations.vllm.transfers import TransferParams
 from c2c.integrations.vllm.versions import check_version, installed
-from c2c.serving.sampling import Scored
+from c2c.serving.outputs import Scored
 
 T = TypeVar("T")
 CONNECTOR, CONNECTOR_MODULE = "C2CConnector", "c2c.integrations.vllm.connector"

@@ -6,7 +6,7 @@ from typing import Any
 
 from c2c.integrations.vllm.errors import UnsupportedError
 from c2c.language_model import LanguageModel
-from c2c.serving.sampling import SamplingParams
+from c2c.serving.engine import SamplingParams
 
 # parameters of a model that change its greedy answers, with the value that changes nothing
 _UNSUPPORTED: dict[str, Any] = {

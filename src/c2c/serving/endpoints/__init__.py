@@ -1,6 +1,6 @@
 """Endpoints of ``c2c serve``: one module each, with a function ``router(service)`` that returns its routes.
 
-Keys, limits, logs and the form of errors are those of :mod:`c2c.serving.http_app` for all of them.
+Keys, limits, logs and the form of errors are those of :mod:`c2c.serving.http_server` for all of them.
 """
 
 from __future__ import annotations

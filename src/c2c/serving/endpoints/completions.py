@@ -6,7 +6,7 @@ import asyncio
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request
@@ -17,7 +17,7 @@ from sse_starlette import EventSourceResponse
 from c2c.prompting import RenderOptions
 from c2c.serving.engine import Delta, Event, Finished, GenerateRequest, Prefilled, RequestHandle, TokenLogprob
 from c2c.serving.errors import ApiError, client_gone, invalid
-from c2c.serving.http_app import RequestRecord, on_disconnect
+from c2c.serving.http_server import RequestRecord, on_disconnect
 from c2c.serving.protocol import ChatCompletionBody, CompletionBody, GenerateBody, conversation
 
 if TYPE_CHECKING:
@@ -113,12 +113,15 @@ async def _submit(service: Service, body: GenerateBody, record: RequestRecord) -
     """Submit one request for each prompt; all are accepted, or none."""
     system = record.facts["system"] = service.system(body.model)
     record.facts["stream"] = body.stream
-    prompts, most = body.conversations, service.config.max_batch
+    prompts, most, private = body.conversations, service.config.max_batch, None
     if len(prompts) * body.n > most:
         raise invalid(
             f"{len(prompts)} prompts with {body.n} answers each: a request may have {most} answers (--max-batch).", "n"
         )
-    private = _private(service, body, record.owner)
+    if body.c2c.sharer_messages is not None:
+        private = tuple(conversation(messages) for messages in body.c2c.sharer_messages)
+    elif body.c2c.handoff is not None:
+        private = tuple(service.handoffs.get(name, record.owner).handoff.handoff for name in body.c2c.handoff)
     render = RenderOptions(answer_prefix=body.c2c.answer_prefix, chat_template=isinstance(body, ChatCompletionBody))
     handles: list[RequestHandle] = []
     try:
@@ -132,58 +135,37 @@ async def _submit(service: Service, body: GenerateBody, record: RequestRecord) -
     return handles
 
 
-def _private(service: Service, body: GenerateBody, owner: str) -> tuple[Any, ...] | None:
-    """Return what the sharers alone have read: conversations, or handoffs of this owner."""
-    if body.c2c.sharer_messages is not None:
-        return tuple(conversation(messages) for messages in body.c2c.sharer_messages)
-    if body.c2c.handoff is None:
-        return None
-    return tuple(service.handoffs.get(name, owner).handoff.handoff for name in body.c2c.handoff)
-
-
+@dataclass
 class Completion:
-    """The answers to one HTTP request.
+    """The answers to one HTTP request."""
 
-    Args:
-        handles: one per prompt.
-        body: what was requested.
-        form: the fields of its answers.
-        seconds: how long the request may take.
-        record: gets the facts for logs and metrics.
-    """
-
-    def __init__(
-        self,
-        handles: Sequence[RequestHandle],
-        body: GenerateBody,
-        form: AnswerFormat,
-        seconds: float,
-        record: RequestRecord,
-    ) -> None:
-        self._handles, self._body, self._form, self._seconds, self._record = handles, body, form, seconds, record
-        self._finished: list[Finished] = []
-        self._head = {"id": f"{form.id}-{secrets.token_hex(12)}", "created": int(time.time()), "model": body.model}
+    handles: Sequence[RequestHandle]  # one per prompt
+    body: GenerateBody
+    form: AnswerFormat
+    seconds: float  # that the request may take
+    record: RequestRecord  # gets the facts for logs and metrics
+    finished: list[Finished] = field(default_factory=list)
+    number: str = field(default_factory=lambda: secrets.token_hex(12))
+    created: int = field(default_factory=lambda: int(time.time()))
 
     def cancel(self) -> None:
         """Give up what is not answered yet."""
-        for handle in self._handles:
+        for handle in self.handles:
             handle.cancel()
 
-    async def whole(self) -> bytes:
+    async def whole(self) -> str:
         """Return the response as JSON.
 
         Raises:
             ApiError: a prompt can't be answered, or it takes too long.
         """
-        deltas: list[list[Delta]] = [[] for _ in range(len(self._handles) * self._body.n)]
+        choices = []
         async for first, event in self._events():
             if isinstance(event, Delta):
-                deltas[first + event.index].append(event)
-        choices = []
-        for index, parts in enumerate(deltas):
-            text, entries = "".join(part.text for part in parts), [one for part in parts for one in part.logprobs]
-            choices.append(self._choice(index, self._form.message(text), entries, parts[-1].reason))
-        return _json(self._response(self._form.whole, choices) | {"usage": self._usage()} | self._c2c())
+                message = self.form.message(event.text)
+                choices.append(self._choice(first + event.index, message, event.logprobs, event.reason))
+        choices.sort(key=lambda choice: int(choice["index"]))
+        return self._response(self.form.whole, choices, usage=self._usage(), **self._c2c())
 
     async def chunks(self) -> AsyncIterator[str]:
         """Iterate over the data of the events of a stream.
@@ -194,75 +176,70 @@ class Completion:
             ApiError: something went wrong before the first chunk, so that it can still become the response's status;
                 after that the error is the last event.
         """
-        begun = False
+        begun, usage = False, self.body.include_usage
+        empty = {"usage": None} if usage else {}
         try:
             async for first, event in self._events():
-                for chunk in self._chunks(first, event):
-                    yield _json(chunk).decode()
+                for choice, further in self._parts(first, event):
+                    yield self._response(self.form.chunk, [choice], **empty, **further)
                     begun = True
         except ApiError as error:
             if not begun:
                 raise
-            self._record.fail(error)
-            yield _json(error.to_dict()).decode()
+            self.record.fail(error)
+            yield _json(error.to_dict())
             return
         except (asyncio.CancelledError, GeneratorExit):
-            self._record.fail(client_gone())
+            self.record.fail(client_gone())
             raise
         finally:
             self.cancel()
-        usage = {"usage": self._usage()} if self._body.include_usage else {}
-        if usage or self._body.c2c.report:
-            yield _json(self._response(self._form.chunk, []) | usage | self._c2c()).decode()
+        if usage or self.body.c2c.report:
+            yield self._response(self.form.chunk, [], **({"usage": self._usage()} if usage else {}), **self._c2c())
         yield "[DONE]"
 
     async def _events(self) -> AsyncIterator[tuple[int, Event]]:
         """Iterate over all events, each with the index of its prompt's first answer; record the usage at the end."""
-        for place, handle in enumerate(self._handles):
-            async for event in handle.events(self._seconds):
+        for place, handle in enumerate(self.handles):
+            async for event in handle.events(self.seconds):
                 if isinstance(event, Finished):
-                    self._finished.append(event)
-                yield place * self._body.n, event
+                    self.finished.append(event)
+                yield place * self.body.n, event
         self._record_usage()
 
-    def _chunks(self, first: int, event: Event) -> Iterator[dict[str, Any]]:
-        form = self._form
+    def _parts(self, first: int, event: Event) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+        """Return the choices of an event's chunks, each with further fields of its chunk."""
+        form = self.form
         if isinstance(event, Prefilled) and (event.fallback or form is CHAT):
             # a lost sharer is reported before the first token
-            lost = {"c2c": {"system": self._record.facts["system"], "fallback": event.fallback}}
-            for index in range(first, first + self._body.n):
-                yield self._chunk(index, form.opening) | (lost if event.fallback else {})
+            lost = {"c2c": {"system": self.record.facts["system"], "fallback": event.fallback}}
+            for index in range(first, first + self.body.n):
+                yield self._choice(index, form.opening), lost if event.fallback else {}
         elif isinstance(event, Delta):
             index = first + event.index
             if event.text or event.logprobs:
-                yield self._chunk(index, form.delta(event.text), event.logprobs)
+                yield self._choice(index, form.delta(event.text), event.logprobs), {}
             if event.reason is not None:
-                yield self._chunk(index, form.ending, reason=event.reason)
+                yield self._choice(index, form.ending, reason=event.reason), {}
 
-    def _chunk(
+    def _choice(
         self,
         index: int,
         fields: Mapping[str, Any],
         entries: Sequence[TokenLogprob] | None = None,
         reason: str | None = None,
     ) -> dict[str, Any]:
-        usage = {"usage": None} if self._body.include_usage else {}
-        return self._response(self._form.chunk, [self._choice(index, fields, entries, reason)]) | usage
-
-    def _choice(
-        self, index: int, fields: Mapping[str, Any], entries: Sequence[TokenLogprob] | None, reason: str | None
-    ) -> dict[str, Any]:
-        wanted = entries is not None and self._body.top_count is not None
-        logprobs = self._form.logprobs(entries or ()) if wanted else None
+        logprobs = None if entries is None or self.body.top_count is None else self.form.logprobs(entries)
         return {"index": index, **fields, "logprobs": logprobs, "finish_reason": reason}
 
-    def _response(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        return {**self._head, "object": kind, "choices": choices}
+    def _response(self, kind: str, choices: list[dict[str, Any]], **further: Any) -> str:
+        head = {"id": f"{self.form.id}-{self.number}", "object": kind, "created": self.created}
+        return _json({**head, "model": self.body.model, "choices": choices, **further})
 
     def _usage(self) -> dict[str, int]:
         """Add up the tokens of all prompts and answers."""
-        prompt = sum(one.prompt_tokens for one in self._finished)
-        answers = sum(one.completion_tokens for one in self._finished)
+        prompt = sum(one.prompt_tokens for one in self.finished)
+        answers = sum(one.completion_tokens for one in self.finished)
         return {"prompt_tokens": prompt, "completion_tokens": answers, "total_tokens": prompt + answers}
 
     def _c2c(self) -> dict[str, Any]:
@@ -270,26 +247,28 @@ class Completion:
 
         It is there where a report is requested, and where a sharer was lost: no answer is silently not fused.
         """
-        report = self._body.c2c.report
-        if not report and not any(one.fallback for one in self._finished):
+        report = self.body.c2c.report
+        if not report and not any(one.fallback for one in self.finished):
             return {}
         facts: list[dict[str, Any]] = []
-        for one in self._finished:
+        for one in self.finished:
             shown = {"report": one.report, "message": one.message, "batch": one.rows} if report else {}
-            facts.append({"system": self._record.facts["system"], "fallback": one.fallback, **shown})
+            facts.append({"system": self.record.facts["system"], "fallback": one.fallback, **shown})
         return {"c2c": facts[0] if len(facts) == 1 else {"prompts": facts}}
 
     def _record_usage(self) -> None:
-        finished, accepted = self._finished, min(handle.created for handle in self._handles)
-        usage, fallbacks = self._usage(), sum(one.fallback is not None for one in finished)
-        self._record.facts |= {
+        finished, accepted = self.finished, min(handle.created for handle in self.handles)
+        usage = self._usage()
+        self.record.facts |= {
             "first_token_seconds": round(min(one.first_token for one in finished) - accepted, 4),
             "prompt_tokens": usage["prompt_tokens"],
             "completion_tokens": usage["completion_tokens"],
             "batch": max(one.rows for one in finished),
             "sharer_bytes": sum(one.sharer_bytes for one in finished),
-        } | ({"fallbacks": fallbacks} if fallbacks else {})
+        }
+        if fallbacks := sum(one.fallback is not None for one in finished):
+            self.record.facts["fallbacks"] = fallbacks
 
 
-def _json(data: dict[str, Any]) -> bytes:
-    return to_json(data, inf_nan_mode="null")  # JSON has no infinities
+def _json(data: dict[str, Any]) -> str:
+    return to_json(data, inf_nan_mode="null").decode()  # JSON has no infinities

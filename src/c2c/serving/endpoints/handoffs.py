@@ -16,7 +16,7 @@ from pydantic import Field
 from c2c.serving.config import ServeConfig
 from c2c.serving.engine import HandoffCreated, HandoffRequest
 from c2c.serving.errors import ApiError
-from c2c.serving.http_app import on_disconnect
+from c2c.serving.http_server import on_disconnect
 from c2c.serving.protocol import Body, Messages, conversation
 
 if TYPE_CHECKING:
@@ -45,17 +45,10 @@ class StoredHandoff:
 
     def to_dict(self) -> dict[str, Any]:
         """Return what clients see."""
-        return {
-            "id": self.id,
-            "object": "c2c.handoff",
-            "created": int(self.created),
-            "expires": int(self.expires),
-            "tokens": self.handoff.tokens,
-            "bytes": self.handoff.nbytes,
-            "precision": self.handoff.precision,
-            "sharer": self.handoff.sharer,
-            "sharer_index": self.handoff.index,
-        }
+        made = self.handoff
+        kept = {"id": self.id, "object": "c2c.handoff", "created": int(self.created), "expires": int(self.expires)}
+        read = {"tokens": made.tokens, "bytes": made.nbytes, "precision": made.precision}
+        return kept | read | {"sharer": made.sharer, "sharer_index": made.index}
 
 
 class HandoffStore:

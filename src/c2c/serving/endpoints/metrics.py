@@ -9,7 +9,7 @@ from fastapi import APIRouter
 from fastapi.responses import Response
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from c2c.serving.http_app import RequestRecord
+from c2c.serving.http_server import RequestRecord
 
 if TYPE_CHECKING:
     from c2c.serving.app import Service
