@@ -5,6 +5,7 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
+import openai
 import pytest
 
 from c2c import C2CModel
@@ -170,6 +171,9 @@ def test_handoffs_belong_to_a_key(pair):
         statuses = [server.chat(QUESTION, c2c={"handoff": made}, headers=key).status_code for key in (first, second)]
         assert statuses == [200, 404]
         assert server.get(HANDOFFS, headers=second).json()["data"] == []
+        with pytest.raises(openai.AuthenticationError):
+            server.client("third").models.list()
+        assert server.metric("c2c_requests_total", status="401") == 1
         assert server.get(f"{HANDOFFS}/{made}", headers=second).status_code == 404
 
 
