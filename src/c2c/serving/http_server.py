@@ -279,17 +279,19 @@ class Server(uvicorn.Server):
     """
 
     def __init__(self, app: FastAPI, config: HTTPConfig) -> None:
-        options: dict[str, Any] = {
-            "log_config": None,
-            "access_log": False,
-            "lifespan": "on",
-            "ws": "none",
-            "server_header": False,
-            "limit_concurrency": config.connections,
-            "timeout_keep_alive": 75,  # longer than clients keep idle connections: none is closed under a request
-            "timeout_graceful_shutdown": int(_GRACE),
-        }
-        super().__init__(uvicorn.Config(app, **options, **_tls_options(config)))
+        options = uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            lifespan="on",
+            ws="none",
+            server_header=False,
+            limit_concurrency=config.connections,
+            timeout_keep_alive=75,  # longer than clients keep idle connections: none is closed under a request
+            timeout_graceful_shutdown=int(_GRACE),
+            **_tls_options(config),
+        )
+        super().__init__(options)
         try:
             self.config.load()
         except OSError as error:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -95,11 +95,11 @@ class AnswerOutput:
     """Take the tokens of one answer, and send its text.
 
     Args:
-        tokenizer: of the answering model.
-        params: how it is decoded; ``max_tokens`` must be set.
-        index: which answer of its request it is.
-        ends: the model's end tokens.
         owner: the output of its request, which gets its events.
+        model: the answering model.
+        params: how it is decoded.
+        limit: new tokens at most.
+        index: which answer of its request it is.
 
     Attributes:
         first: ``time.monotonic()`` at the first token.
@@ -108,12 +108,10 @@ class AnswerOutput:
     """
 
     def __init__(
-        self, tokenizer: Any, params: SamplingParams, index: int, ends: Collection[int], owner: RequestOutput
+        self, owner: RequestOutput, model: LanguageModel, params: SamplingParams, limit: int, index: int
     ) -> None:
-        if params.max_tokens is None:
-            raise ValueError("max_tokens is None; expected a number.")
-        self.params, self.limit, self.index, self._ends, self._owner = params, params.max_tokens, index, ends, owner
-        self._detokenizer, self._stop = Detokenizer(tokenizer), StopMatcher(params.stop)
+        self.params, self.limit, self.index, self._owner, self._ends = params, limit, index, owner, model.ends
+        self._detokenizer, self._stop = Detokenizer(model.tokenizer), StopMatcher(params.stop)
         self._read = self._certain = 0  # characters: of all tokens, certain to be in the answer
         self._unsent, self._logprobs = "", list[TokenLogprob]()  # not sent yet
         self.first: float | None = None
@@ -192,8 +190,7 @@ class RequestOutput:
         )
         columns = int(prompt.tokens.positions[row, -1]) + 1
         limit = new_tokens(model, columns, request.sampling.max_tokens, default_tokens)
-        params = replace(request.sampling, max_tokens=limit)
-        self.answers = [AnswerOutput(model.tokenizer, params, index, model.ends, self) for index in range(request.n)]
+        self.answers = [AnswerOutput(self, model, request.sampling, limit, index) for index in range(request.n)]
         self.handle.push(Prefilled(fallback))
 
     def check_finished(self) -> None:
