@@ -211,15 +211,6 @@ def test_a_stream_has_the_logprobs_of_the_whole_answer(server, stop):
     )
 
 
-def test_penalties_avoid_repetitions(server, pair):
-    plain = [pair.receiver.tokenizer.decode([i]) for i in library(pair, NAME, "hello there", tokens=24).ids.tolist()]
-    fields = {"max_tokens": 24, "frequency_penalty": 2.0, "presence_penalty": 2.0, "logprobs": True}
-    names = [entry["token"] for entry in server.chat(**fields).json()["choices"][0]["logprobs"]["content"]]
-    repeated = next(i for i, name in enumerate(plain) if name in plain[:i])
-    assert names[:repeated] == plain[:repeated], "nothing changes before the first repetition"
-    assert len(set(names)) > len(set(plain))
-
-
 # -- completions -------------------------------------------------------------------------------------------------------
 
 

@@ -174,12 +174,9 @@ def test_text_ends_before_the_first_stop_string(text, stops):
     assert out == text[: min(text[:count].find(stop) for stop in stops if stop in text[:count])]
 
 
-def test_what_can_be_no_stop_string_is_sent_at_once():
+def test_what_can_be_no_stop_string_is_sent_at_once_and_no_more_is_kept():
     matcher = StopMatcher(["bcd"])
     assert [matcher.feed(letter) for letter in "abcebb"] == ["a", "", "", "bce", "", "b"]
-
-
-def test_stop_strings_look_at_no_more_than_their_own_length():
     matcher = StopMatcher(["a" * 64 + "b"])
     for _ in range(20_000):
         matcher.feed("a")
@@ -248,7 +245,7 @@ def test_only_the_owner_uses_and_deletes_a_handoff():
     assert len(store) == 0
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(
     st.recursive(
         st.none() | st.booleans() | st.floats() | st.text(), lambda s: st.lists(s) | st.dictionaries(st.text(), s)

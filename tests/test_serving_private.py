@@ -9,6 +9,7 @@ import openai
 import pytest
 
 from c2c import C2CModel
+from c2c.errors import SystemUnavailableError
 from c2c.systems import SystemOptions, make_system
 from serving_harness import NAME, PATIENCE, error_of, model, running, text_of, user
 from test_private import DOCUMENT, LONGER
@@ -150,8 +151,10 @@ def test_wrong_handoffs_are_refused(server, fields, code):
 
 
 def test_a_shared_fuser_hands_nothing_over():
-    with running(model()) as server:
+    with running(model(), systems=["c2c"]) as server:
         assert "memory" in error_of(server.post(HANDOFFS, json={"messages": DOCUMENT}))["message"]
+    with pytest.raises(SystemUnavailableError, match="nobody"), running(model(), systems=["nobody"]):
+        pass
 
 
 def test_the_server_keeps_so_many_handoffs(pair):

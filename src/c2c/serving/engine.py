@@ -49,7 +49,7 @@ class SamplingParams:
 class GenerateRequest:
     """Request one or several answers to one prompt."""
 
-    system: str  # name of the system that answers, see c2c.systems.systems
+    system: str  # that answers, one of the engine's
     prompt: Conversation  # for raw text its only message
     render: RenderOptions = field(default_factory=RenderOptions)
     sampling: SamplingParams = field(default_factory=SamplingParams)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -81,8 +82,9 @@ def validation_error(first: Mapping[str, Any]) -> ApiError:
     return invalid(f"{param or 'the body'}: {message}.", param or None)
 
 
-def queue_full(waiting: int, retry_after: int) -> ApiError:
-    """Return the error of a full queue: 429."""
+def queue_full(waiting: int, seconds: float) -> ApiError:
+    """Return the error of a full queue, whose next place is free after about so many seconds: 429."""
+    retry_after = min(max(math.ceil(seconds), 1), 60)
     message = f"{waiting} requests wait already, which is the limit (--max-queue). Try again in {retry_after} s."
     return ApiError(429, message, code="queue_full", headers={"Retry-After": str(retry_after)})
 

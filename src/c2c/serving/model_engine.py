@@ -80,11 +80,7 @@ class ModelEngine:
         if isinstance(request, HandoffRequest):
             self.check_handoff(request)
             return Job(request, handle, key=object())
-        system = self.systems.get(request.system)
-        if system is None:
-            raise invalid(f"system {request.system!r} is not served; expected one of {', '.join(self.systems)}.")
-        if not 1 <= request.n <= self.config.max_batch:
-            raise invalid(f"n is {request.n}; this server decodes 1 to {self.config.max_batch} answers at once.", "n")
+        system = self.systems[request.system]
         self._check_private(system, request.private)
         prompt = system.check(request.prompt, _context([request]), options=request.render)
         new = new_tokens(system.language_model, prompt, request.sampling.max_tokens, self.config.max_tokens)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Hashable
 from dataclasses import dataclass
@@ -10,8 +9,6 @@ from threading import Condition
 
 from c2c.serving.engine import HandoffRequest, Request, RequestHandle
 from c2c.serving.errors import queue_full, shutting_down
-
-_MAX_RETRY = 60  # seconds
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +54,7 @@ class Scheduler:
             if self._closed:
                 raise shutting_down()
             if len(self._jobs) >= self._max_queue:
-                raise queue_full(len(self._jobs), min(max(math.ceil(self.last_batch), 1), _MAX_RETRY))
+                raise queue_full(len(self._jobs), self.last_batch)
             self._jobs.append(job)
             self._changed.notify_all()
 
