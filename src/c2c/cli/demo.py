@@ -25,11 +25,8 @@ def demo(**options: Any) -> None:
     from c2c.demo.server import launch
 
     def on_start(url: str) -> None:
-        seconds = time.perf_counter() - began
-        err.print(
-            f"The page is up at {url} after {seconds:.1f} s. Models are loaded meanwhile. Ctrl-C ends it.",
-            soft_wrap=True,
-        )
+        up = f"The page is up at {url} after {time.perf_counter() - began:.1f} s."
+        err.print(f"{up} Models are loaded meanwhile. Ctrl-C ends it.", soft_wrap=True)
 
     page = launch(DemoConfig(**options), on_start=on_start)
     try:

@@ -69,9 +69,8 @@ def draw_pictures(models: ModelCache, choice: FuserChoice | None, question: Ques
         raise PromptError(TEXTS["no_shared_fuser"])
     question.check()
     from c2c.analysis.capture import capture_prompt
-    from c2c.analysis.plots import html_figures
-    from c2c.analysis.prompt_plots import prompt_plots
-    from c2c.analysis.results import check_drawing
+    from c2c.analysis.experiment import check_drawing
+    from c2c.analysis.plots import html_figures, prompt_plots
     from c2c.prompting import RenderOptions
 
     check_drawing()
