@@ -10,7 +10,7 @@ from typing import Any
 
 from c2c.cli.options import from_config
 from c2c.cli.output import err
-from c2c.demo.config import DemoConfig
+from c2c.demo import DemoConfig
 from c2c.errors import C2CError
 from c2c.utils import install_command
 

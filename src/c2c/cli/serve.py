@@ -90,7 +90,7 @@ def _vllm_options(config: ServeConfig) -> dict[str, Any]:
                 param_hint="--engine",
             )
         return {}
-    from c2c.integrations.vllm.versions import check_version, installed
+    from c2c.integrations.vllm.errors import check_version, installed
 
     check_version(installed())
     return parse_pairs(config.engine_option, "--engine-option", "max_model_len=4096", yaml.safe_load, str.isidentifier)
@@ -127,26 +127,22 @@ def share(
     """Serve a sharer: receivers on other machines send it prompts, and get its KV cache."""
     config = ShareConfig(**options)
     config.keys()  # refuses an open address without keys, before anything is loaded
-    layers = config.layer_list()
+    config.layer_list()  # as are layers that can't be read
     _check_packages(("fastapi", "uvicorn", "cachetools"), "remote")
     with err.status("loading model ..."):
         import torch
 
         from c2c.fusers.base import load_fuser
         from c2c.language_model import Sharer
-        from c2c.remote.app import build_app
-        from c2c.remote.worker import PrefillWorker
+        from c2c.remote.server import PrefillWorker, build_app
         from c2c.serving import http_server
         from c2c.serving.logs import log_to_stderr
 
         sock = http_server.listen(config.host, config.port)
         worker = PrefillWorker(
             Sharer.from_pretrained(model, dtype=config.dtype, device_map=config.device),
-            tokens=config.max_tokens,
-            waiting=config.waiting,
-            layers=layers,
-            finest=config.precision,
-            fusers=[load_fuser(folder, dtype=torch.float32) for folder in config.fuser or []],  # as C2CModel does
+            config,
+            [load_fuser(folder, dtype=torch.float32) for folder in config.fuser or []],  # as C2CModel does
         )
         app = build_app(worker, config)
     if config.exposed and config.tls_cert is None:
