@@ -14,7 +14,7 @@ from c2c.config import ConfigError
 from c2c.data.config import DataSource
 from c2c.data.formats import private_question
 from c2c.data.prompts import passage_with_question
-from c2c.data.synthetic.relay import relay
+from c2c.data.synthetic import relay
 from c2c.fusers import MemoryFuser
 from c2c.fusers.base import load_fuser
 from c2c.language_model import Receiver, Sharer

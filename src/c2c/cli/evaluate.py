@@ -12,12 +12,12 @@ import typer
 from c2c.cli.options import Json, from_config, parse_pairs
 from c2c.cli.output import err, out, print_result, print_table, progress_bars
 from c2c.data.config import DataSource
-from c2c.evaluation.config import EvalConfig, HarnessConfig, load_eval_config, make_eval_config
+from c2c.evaluation.config import DIFFERENCES, EvalConfig, HarnessConfig, load_eval_config
 from c2c.evaluation.tasks import tasks
 from c2c.utils import command, file_hash, versions, write_json
 
 _COSTS = {"seconds": ".2f", "first_token": ".2f", "tokens": ".1f", "bytes": ",.0f"}
-_GAINS = {"G": "receiver", "P": "deranged", "S": "sharer", "T": "text", "A": "adapter"}  # matched over each
+_SHOWN = ("G", "P", "S", "T", "A")  # differences of matched to the other systems
 # Settings that simple_evaluate takes under the same name.
 _SETTINGS = ("limit", "num_fewshot", "apply_chat_template", "system_instruction", "gen_kwargs", "log_samples")
 # What of the harness's result is kept; the rest describes the machine.
@@ -64,7 +64,7 @@ def evaluate(
         "systems": None if systems is None else _split(systems),
         "fusers": parse_pairs(other, "--other", "linear=runs/linear/best") or None,
     }
-    loaded = make_eval_config({}, "options", **given) if config is None else load_eval_config(config, **given)
+    loaded = load_eval_config(config, **given)
     with progress_bars() as report:
         result = run(loaded, report)
     print_result(result, json_, partial(_show, fuser=loaded.fuser))
@@ -84,10 +84,10 @@ def _source(name: str, details: dict[str, Any]) -> dict[str, Any]:
 def _show(result: dict[str, Any], fuser: str) -> None:
     parts = result.get("sources", {}) | {"all": result}
     rows = [[name, *(_score(part["systems"][name]) for part in parts.values())] for name in result["systems"]]
-    for gain, other in _GAINS.items():
+    for gain in _SHOWN:
         if gain in result:
             cells = (f"{p[gain]:+.2f} [{p[f'{gain}_ci95'][0]:.2f}, {p[f'{gain}_ci95'][1]:.2f}]" for p in parts.values())
-            rows.append([f"{gain} = matched - {other}", *cells])
+            rows.append([f"{gain} = {' - '.join(DIFFERENCES[gain])}", *cells])
     columns = ["", *(f"{name}\nn {part['n']}" for name, part in parts.items())]
     print_table(columns, rows, f"{fuser}, {result['unit']}")
     if timed := {name: system for name, system in result["systems"].items() if "timed" in system}:
