@@ -37,8 +37,8 @@ from c2c.integrations.vllm.scheduler import FIELD, Transfer, TransferParams, Tra
 from c2c.integrations.vllm.snapshot import Snapshot, SnapshotStore, check_name, new_name
 from c2c.integrations.vllm.worker import TransferWorker
 from c2c.language_model import Receiver, Sharer
+from c2c.serving.engine import SamplingParams
 from c2c.serving.errors import ApiError
-from c2c.serving.sampling import SamplingParams
 from c2c.tokens import left_pad
 from tiny import build
 

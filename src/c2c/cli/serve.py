@@ -16,7 +16,7 @@ from c2c.cli.options import from_config, parse_pairs
 from c2c.cli.output import err, out
 from c2c.cli.run import load_pair
 from c2c.remote.config import ShareConfig
-from c2c.serving.serve_config import ServeConfig
+from c2c.serving.config import ServeConfig
 from c2c.utils import install_command
 
 if TYPE_CHECKING:

@@ -30,7 +30,7 @@ from c2c.remote import protocol
 from c2c.remote.connection import Connection, Loss, check_unchanged, read_all, ssl_context
 from c2c.remote.handshake import Handshake
 from c2c.remote.protocol import Number, PrefillRequest, Record, Rows, WireError, fuser_hash, packed_bytes, spread
-from c2c.serving.http_config import is_loopback, read_keys
+from c2c.serving.config import is_loopback, read_keys
 from c2c.tokens import TokenBatch, natural_positions
 
 _NUMBERS = TypeAdapter(list[Number])

@@ -29,9 +29,9 @@ from c2c.private_context import project
 from c2c.remote.config import ShareConfig
 from c2c.remote.handshake import Handshake
 from c2c.remote.protocol import HANDSHAKE_PATH, MEDIA_TYPE, PREFILL_PATH, PrefillRequest, Record, fuser_hash, pack
+from c2c.serving.config import HTTPConfig
 from c2c.serving.errors import ApiError
-from c2c.serving.http_app import RequestRecord, ServerState, create_app
-from c2c.serving.http_config import HTTPConfig
+from c2c.serving.http_server import RequestRecord, ServerState, create_app
 from c2c.tokens import TokenBatch
 from c2c.version import __version__
 

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from c2c.integrations.vllm.errors import EngineError, LoadError, SnapshotError, check_version, installed
 from c2c.integrations.vllm.scheduler import TransferParams
 from c2c.integrations.vllm.snapshot import Snapshot, SnapshotStore, new_name, token_hash
-from c2c.serving.sampling import Scored
+from c2c.serving.outputs import Scored
 
 T = TypeVar("T")
 Tokens = list[tuple[int, Scored | None]]

@@ -43,14 +43,13 @@ from c2c.integrations.vllm.scheduler import TransferParams
 from c2c.integrations.vllm.snapshot import SnapshotStore, new_name
 from c2c.language_model import LanguageModel
 from c2c.model import C2CModel
+from c2c.serving.config import ServeConfig
 from c2c.serving.engine import GenerateRequest, HandoffRequest, Request, RequestHandle
 from c2c.serving.errors import invalid, queue_full, shutting_down
 from c2c.serving.logs import log_failure, warn
 from c2c.serving.model_engine import ModelEngine
-from c2c.serving.outputs import RequestOutput, new_tokens
-from c2c.serving.sampling import Scored
+from c2c.serving.outputs import RequestOutput, Scored, new_tokens
 from c2c.serving.scheduler import Job
-from c2c.serving.serve_config import ServeConfig
 from c2c.serving.transformers_engine import decode, repeat_rows
 
 _PREFILLS = 4  # prompts that are prefilled and fused at a time
@@ -322,7 +321,7 @@ class _Decoding:
         self.output = self.output or RequestOutput(self.job, self.prompt, 0, self.rows, self.default_tokens)
         answer = self.output.answers[index]
         for token, scored in tokens:
-            answer.append_scored(token, scored and Scored(scored.chosen, scored.top[:top]))
+            answer.append(token, scored and Scored(scored.chosen, scored.top[:top]))
         return answer.done
 
 
