@@ -55,11 +55,15 @@ class Journal:
         records = self.records(source, system)
         rest = len(records) % self.batch
         if rest and len(records) < total:
-            del records[-rest:]
-            if self.path is not None:
-                lines = [_line(*name, record) for name, part in self._records.items() for record in part]
-                write_text(self.path, self._header + "".join(lines))
-        return len(records)
+            self.replace(source, system, records[:-rest])
+        return len(self.records(source, system))
+
+    def replace(self, source: str, system: str, records: Sequence[Record]) -> None:
+        """Put other records in the place of a system's, and write all anew."""
+        self._records[source, system] = list(records)
+        if self.path is not None:
+            lines = [_line(*name, record) for name, part in self._records.items() for record in part]
+            write_text(self.path, self._header + "".join(lines))
 
     def add(self, source: str, system: str, records: Sequence[Record]) -> None:
         """Append a system's records of a batch.
