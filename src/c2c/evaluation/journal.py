@@ -16,7 +16,7 @@ from c2c.data.config import DataSource
 from c2c.evaluation.config import EvalConfig, EvaluationError
 from c2c.evaluation.pair import Pair
 from c2c.fusers.base import fuser_hash, training_facts
-from c2c.utils import command, file_hash, read_json_object, short_path, versions, write_text
+from c2c.utils import command, file_hash, json_line, read_json_object, short_path, versions, write_text
 
 Record = dict[str, Any]
 TIMED = "timed: "  # prefix of the source in records of costs
@@ -165,4 +165,4 @@ def _differences(where: str, before: Any, now: Any) -> list[str]:
 
 
 def _line(source: str, system: str, record: Record) -> str:
-    return json.dumps({"source": source, "system": system} | record, ensure_ascii=False) + "\n"
+    return json_line({"source": source, "system": system} | record) + "\n"
