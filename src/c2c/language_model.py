@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,8 @@ from c2c import kv_cache, rope
 from c2c.errors import CacheError, ContextLengthError, MismatchError, PromptError
 from c2c.generation import DEFAULT_NEW_TOKENS, FirstTokenTimer, PrefilledPrompt, as_list, unbatch
 from c2c.handoff import Handoff, SharerPrompt, sharer_prompt
-from c2c.identity import ModelIdentity, differences, identify
-from c2c.loading import load
+from c2c.identity import IdentityReader, ModelIdentity, differences
+from c2c.loading import load, unwrap
 from c2c.messages import conversations
 from c2c.prefill import next_logits, prefill
 from c2c.prompting import RenderOptions, encode, render, require_tokenizer
@@ -60,12 +60,14 @@ class LanguageModel:
     generates = True  # whether it can write text here; a sharer on another machine only shares its cache
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any = None, name: str | None = None) -> None:
+        model = unwrap(model)
         kv_cache.check_model_layers(model.config)
         self.model = model.eval().requires_grad_(False)
         _keep_head_whole(self.model)
         self.tokenizer = tokenizer
         self.name = name or str(model.config._name_or_path or type(model).__name__)
         self.released = False
+        self._reader, self._identity = IdentityReader(), cast("ModelIdentity | None", None)
         self.stored: StoredPrefills | None = None  # where prefills are taken from, if they are kept
 
     @classmethod
@@ -94,10 +96,17 @@ class LanguageModel:
         """Shape of the KV cache, read from a one-token prefill: configs of some families do not tell."""
         return kv_cache.geometry(self._probe)
 
-    @cached_property
+    @property
     def identity(self) -> ModelIdentity:
-        """Who this model is, for fusers and manifests."""
-        return identify(self.model, self.tokenizer, self.name, self.geometry)
+        """Who this model is at this moment, for fusers and manifests: adapters may be switched, and weights change."""
+        if self._identity is not None:
+            return self._identity
+        return self._reader.read(self.model, self.tokenizer, self.name, self.geometry)
+
+    @identity.setter
+    def identity(self, identity: ModelIdentity) -> None:
+        """Set the identity of a model whose weights are not here."""
+        self._identity = identity
 
     @cached_property
     def _probe(self) -> Cache:
@@ -108,7 +117,7 @@ class LanguageModel:
 
     def release(self) -> None:
         """Free the weights, when every prefill that is needed is stored; the model can't run any more."""
-        _ = self.identity, self.geometry  # read from the weights
+        self.identity = self.identity  # read from the weights, as the geometry is
         for parameter in self.model.parameters():
             parameter.data = parameter.data.new_empty(0)
         self.released = True
@@ -350,9 +359,9 @@ class Sharer(LanguageModel):
         self.check_prompt(tokens)
         cache: Cache = kv_cache.empty_cache()
         if reuse is not None:
-            hard, soft = differences("sharer", reuse.sharer, self.identity)
+            hard, soft = differences("sharer", reuse.sharer, self.identity, "handoff")
             if hard or soft:
-                raise MismatchError(hard + soft, "Extend a handoff with the model that made it.")
+                raise MismatchError(hard + soft, "Extend a handoff with the model that made it.", "handoff")
             known = min(reuse.shared_prefix(plan.ids), len(plan.ids) - 1)
             cache = kv_cache.crop(reuse.cache(self.dtype, self.device), known) if known else cache
         return self._read_prompt(plan, tokens, cache, draft_tokens)

@@ -50,19 +50,19 @@ class Pair:
         self.receiver, self.sharer = self.model.receiver, StoredSharer.of(sharers[0], config)
         self.model.sharers = [self.sharer]
         self._prefills = EvaluationPrefills(self.receiver, config)
-        self._sharers = {self.sharer.identity.weights: self.sharer}
+        self._sharers = [self.sharer]
 
     @contextmanager
     def stores(self, *, prefills: bool, texts: bool) -> Iterator[None]:
         """Take prefills and generated texts from the stores inside the block; outside, all is computed."""
         self.receiver.stored = self._prefills if prefills else None
-        for sharer in self._sharers.values():
+        for sharer in self._sharers:
             sharer.use_stores(prefills=prefills, texts=texts)
         try:
             yield
         finally:
             self.receiver.stored = None
-            for sharer in self._sharers.values():
+            for sharer in self._sharers:
                 sharer.use_stores(prefills=False, texts=False)
 
     def with_fuser(self, folder: str) -> C2CModel:
@@ -101,12 +101,14 @@ class Pair:
         recorded = fuser.config.identity("sharer")
         if recorded is None:
             raise EvaluationError(f"{folder} does not record which sharer it was made for.")
-        if recorded.weights not in self._sharers:
-            receiver, config = self.receiver, self.config
-            if recorded.weights == receiver.identity.weights:
-                model: Sharer = Sharer(receiver.model, receiver.tokenizer, receiver.name)
-            else:
-                dtype = config.sharer_dtype or config.dtype
-                model = Sharer.from_pretrained(recorded.name, dtype=dtype, device_map=config.device_map)
-            self._sharers[recorded.weights] = StoredSharer.of(model, config)
-        return self._sharers[recorded.weights]
+        for sharer in self._sharers:
+            if recorded.same_weights(sharer.identity):
+                return sharer
+        receiver, config = self.receiver, self.config
+        if recorded.same_weights(receiver.identity):
+            model = Sharer(receiver.model, receiver.tokenizer, receiver.name)
+        else:
+            dtype = config.sharer_dtype or config.dtype
+            model = Sharer.from_pretrained(recorded.name, dtype=dtype, device_map=config.device_map)
+        self._sharers.append(StoredSharer.of(model, config))
+        return self._sharers[-1]

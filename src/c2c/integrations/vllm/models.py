@@ -37,7 +37,7 @@ class VLLMModel(LanguageModel):
 
     def __init__(self, model: LanguageModel, client: EngineClient) -> None:
         super().__init__(model.model, model.tokenizer, model.name)
-        self.__dict__.update(identity=model.identity, geometry=model.geometry)  # read from weights that will be gone
+        self.identity, self.geometry = model.identity, model.geometry  # read from weights that will be gone
         self.client, self._key = client, model_key(model.identity)
 
     @property
@@ -138,8 +138,8 @@ class VLLMSharer(VLLMModel, Sharer):
 
 def model_key(identity: ModelIdentity) -> str:
     """Return what snapshots of a model are marked with: a hash of everything that its entries depend on."""
-    facts = {
-        name: value for name, value in identity.to_dict().items() if name in ("architecture", "kv", "rope", "weights")
+    facts = {name: value for name, value in identity.to_dict().items() if name in ("architecture", "kv", "rope")} | {
+        "weights": identity.weights_key
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 
