@@ -104,8 +104,9 @@ def load_causal(source: str, name: str, options: dict[str, Any]) -> PreTrainedMo
     Raises:
         ModelLoadError: weights are missing, do not fit, or would be dropped.
     """
-    model, info = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **options)
-    _check_loaded(model, info, name)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **options)
+    model: PreTrainedModel = loaded[0]
+    _check_loaded(model, loaded[1], name)
     return model
 
 
@@ -160,7 +161,7 @@ def _is_part(key: str, model: PreTrainedModel) -> bool:
         return True
     layers = re.match(r"(?:model\.|transformer\.|gpt_neox\.)?(?:layers|h|blocks)\.(\d+)\.", key)
     config: Any = model.config.get_text_config(decoder=True)
-    if layers is None or (getattr(config, "num_kv_shared_layers", 0) and ".self_attn." in key):
+    if layers is None or (getattr(config, "num_kv_shared_layers", None) and ".self_attn." in key):
         return False  # layers that read the cache of another one are stored with keys and values all the same
     extra = getattr(config, "num_nextn_predict_layers", 0) or getattr(config, "mtp_num_hidden_layers", 0) or 0
     return not config.num_hidden_layers <= int(layers[1]) < config.num_hidden_layers + extra
@@ -223,9 +224,10 @@ def check_file(path: Path) -> None:
     if path.suffix == ".gguf" and found is None and not head.startswith(b"GGUF"):
         found = "no GGUF file"
     if path.suffix == ".safetensors" and found is None:
-        found = next((what for magic, what in _MAGIC.items() if head.startswith(magic)), None)
         size = int.from_bytes(head[:8], "little")
-        if found is None and (head[8:9] != b"{" or size > path.stat().st_size):
-            found = "cut off or no safetensors file"
+        if head[8:9] != b"{":
+            found = next((what for magic, what in _MAGIC.items() if head.startswith(magic)), "no safetensors file")
+        elif size > path.stat().st_size:
+            found = "cut off"
     if found is not None:
         raise ModelLoadError(f"{path} is {found}. Download it again.")

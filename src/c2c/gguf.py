@@ -103,7 +103,7 @@ def _scaling(header: GGUFHeader, config: Any) -> dict[str, Any]:
     if longs and shorts:
         trained = int(original or header.get("context_length"))
         attention = header.get("rope.scaling.attn_factor")
-        scaling = {"rope_type": "longrope", "short_factor": shorts, "long_factor": longs}
+        scaling: dict[str, Any] = {"rope_type": "longrope", "short_factor": shorts, "long_factor": longs}
         scaling |= {"original_max_position_embeddings": trained, "factor": header.get("context_length") / trained}
         return scaling | ({} if attention is None else {"attention_factor": float(attention)})
     if kind == "none":

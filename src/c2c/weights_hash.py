@@ -70,13 +70,13 @@ class WeightsReader:
         fingerprint, checksum = hashlib.sha256(), hashlib.sha256()
         sample = b""
         ordered = sorted((part, tuple(tensor.shape), *self._known[name][1:], name) for name, part, tensor in used)
-        for part, shape, sums, values, name in ordered:
+        for part, shape, sums, samples, name in ordered:
             head = f"{part}{shape}".encode()
             checksum.update(head + sums)
             if name in parameters:
-                fingerprint.update(head + values)
+                fingerprint.update(head + samples)
                 if len(shape) > 1:  # vectors are often alike in models that differ
-                    sample += values
+                    sample += samples
         for line in settings:
             fingerprint.update(line.encode())
             checksum.update(line.encode())
