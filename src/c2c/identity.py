@@ -52,9 +52,12 @@ class ModelIdentity:
 
     def same_weights(self, other: ModelIdentity) -> bool | None:
         """Whether both have the same weights, whatever their types; None where that is not known."""
-        if self.values is not None and other.values is not None:
-            return same_values(self.values, other.values)
-        return None if self.weights is None or other.weights is None else self.weights == other.weights
+        if self.weights is None or other.weights is None:
+            return None
+        if self.values is None or other.values is None:
+            return self.weights == other.weights
+        alike = self.weights == other.weights or self.values["dtype"] != other.values["dtype"]
+        return alike and same_values(self.values, other.values)
 
     def to_dict(self) -> dict[str, Any]:
         """Return a plain dict, for the fuser's config."""

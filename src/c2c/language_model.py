@@ -188,6 +188,8 @@ class LanguageModel:
                 f"the weights of the {self.role} {self.name} were given back after its prefills were stored, and this "
                 "prompt is not among them. Load the model again."
             )
+        if any(module.training for module in self.model.modules()):  # layers of an adapter that was added later
+            self.model.eval()
         return prefill(self.model, batch.to(self.device), stop, cache)
 
     @torch.no_grad()
