@@ -343,8 +343,8 @@ WIDTH, HIDDEN, HEAD = 32, 64, 16
 FACTORS = [1.0, 1.0, 1.0, 1.0, 1.5, 8.0, 8.0, 8.0]
 
 
-def gguf(path, architecture="llama", keys=(), tensors=()):
-    """Write a one-layer model with a byte-level vocabulary."""
+def gguf(path, architecture="llama", keys=(), tensors=(), without=""):
+    """Write a one-layer model with a byte-level vocabulary, without one of its tensors."""
     from gguf import GGUFWriter
     from tokenizers.pre_tokenizers import ByteLevel
 
@@ -367,6 +367,7 @@ def gguf(path, architecture="llama", keys=(), tensors=()):
     random = np.random.default_rng(0)
     weights = {f"{n}.weight": random.normal(0, 0.1, shape) for n, shape in shapes.items()}
     weights |= {f"blk.0.{n}.weight": random.normal(0, 0.1, shape) for n, shape in layer.items()}
+    weights.pop(without, None)
     for name, values in (weights | dict(tensors)).items():
         writer.add_tensor(name, np.asarray(values, dtype=np.float32))
     writer.write_header_to_file()
@@ -434,6 +435,11 @@ def test_rotary_scaling_of_a_gguf_is_carried_over(tmp_path, keys, tensors, expec
 def test_what_a_gguf_would_lose_is_refused(tmp_path, keys, tensors, message):
     with pytest.raises(ModelLoadError, match=message):
         load(gguf(tmp_path / "tiny.gguf", keys=keys, tensors=tensors))
+
+
+def test_a_gguf_without_one_of_its_tensors_such_as_the_first_of_several_files(tmp_path):
+    with pytest.raises(ModelLoadError, match=r"missing: .*up_proj"):
+        load(gguf(tmp_path / "tiny.gguf", without="blk.0.ffn_up.weight"))
 
 
 def test_damaged_gguf_files(tmp_path, folder):

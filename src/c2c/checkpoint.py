@@ -55,7 +55,9 @@ def text_config(config: Any, name: str) -> Any:
             f"{name} reads in both directions ({kind}), so its cache can't be continued. Expected a causal language "
             "model."
         )
-    if type(config) in AutoModelForCausalLM._model_mapping or "AutoModelForCausalLM" in getattr(config, "auto_map", {}):
+    if type(config) in AutoModelForCausalLM._model_mapping or "AutoModelForCausalLM" in (
+        getattr(config, "auto_map", None) or {}
+    ):
         return config
     wanted = _TEXT_TYPES.get(whole.model_type, whole.model_type)
     if (
@@ -200,6 +202,8 @@ def check_files(folder: Path) -> None:
     for path in sorted(folder.iterdir()):
         if path.is_file() and path.suffix in {*_WEIGHTS, ".json", ".model"}:
             check_file(path)
+        if path.name.endswith("config.json"):
+            read_json_object(path, ModelLoadError)
     index = folder / "model.safetensors.index.json"
     if index.is_file() and not (folder / "model.safetensors").is_file():
         shards = set(read_json_object(index, ModelLoadError).get("weight_map", {}).values())

@@ -11,6 +11,7 @@ import transformers
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, GgufConfig, PreTrainedModel
+from transformers.utils.hub import cached_file
 
 from c2c.checkpoint import (
     add_adapter,
@@ -30,7 +31,7 @@ Dtype = str | torch.dtype | None
 _SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")  # device maps that accelerate works out
 _SHORT = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "f16": "float16", "f32": "float32"}
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
-_CONFIG_OPTIONS = ("revision", "trust_remote_code", "cache_dir", "token", "local_files_only", "subfolder")
+_HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "subfolder")
 
 
 def load(
@@ -63,7 +64,10 @@ def load(
             that was not pulled yet; options that a loaded model can't take.
         PromptError: the tokenizer is a slow one, without character offsets, or has more words than the model.
     """
-    dtype = _one_dtype(dtype, model_kwargs.pop("torch_dtype", None))
+    dtype, old = parse_dtype(dtype), parse_dtype(model_kwargs.pop("torch_dtype", None))
+    if None not in (dtype, old) and dtype != old:
+        raise ModelLoadError(f"dtype={dtype} and torch_dtype={old} differ. Give dtype alone.")
+    dtype = old if dtype is None else dtype
     options = {"device_map": device_map, "revision": revision} | model_kwargs
     options = {key: value for key, value in options.items() if value is not None}
     if not isinstance(source, str | Path):
@@ -180,14 +184,15 @@ def _from_source(
         add_adapter(model, folder, name)
         return model, own or theirs
     try:
-        if gguf is not None and local:
-            return _from_gguf(name, Path(folder) / gguf, options), own
+        hub = {key: value for key, value in options.items() if key in _HUB_OPTIONS}
+        if gguf is not None:
+            path = str(Path(folder) / gguf) if local else cached_file(folder, gguf, **hub)
+            return _from_gguf(name, Path(str(path)), options), own
         if local:
             check_files(Path(folder))
-        if gguf is not None:
-            options = options | {"gguf_file": gguf, "quantization_config": GgufConfig(dequantize=True)}
-        elif "config" not in options:
-            config = AutoConfig.from_pretrained(folder, **{k: v for k, v in options.items() if k in _CONFIG_OPTIONS})
+        if "config" not in options:
+            trusted = {"trust_remote_code": True} if options.get("trust_remote_code") else {}
+            config = AutoConfig.from_pretrained(folder, **hub, **trusted)
             options = options | multimodal_options(config, text_config(config, name))
         return load_causal(folder, name, options), own
     except C2CError:
@@ -205,7 +210,7 @@ def _from_source(
 
 
 def _from_gguf(name: str, path: Path, options: dict[str, Any]) -> PreTrainedModel:
-    """Load a GGUF file that lies here, with what transformers leaves out of it."""
+    """Load a GGUF file, with what transformers leaves out of it."""
     check_file(path)
     header = GGUFHeader(path)
     config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
@@ -269,20 +274,15 @@ def _locate(name: str) -> tuple[str, str | None]:
     return name, None
 
 
-def check_dtype(dtype: Dtype) -> None:
-    """Check the name of a type of weights.
+def parse_dtype(given: Dtype) -> Dtype:
+    """Return the type of weights that is meant: ``bf16``, ``half`` and ``torch.float32`` are names as well.
+
+    Returns:
+        A type of torch; None and ``auto`` as they are.
 
     Raises:
         ModelLoadError: no such type, or one that no model computes in.
     """
-    _one_dtype(dtype, None)
-
-
-def _one_dtype(dtype: Dtype, old: Dtype) -> Dtype:
-    """Return the type of weights; ``old`` is from ``torch_dtype``, as the keyword was called before."""
-    if dtype is not None and old is not None and _one_dtype(dtype, None) != _one_dtype(old, None):
-        raise ModelLoadError(f"dtype={dtype!r} and torch_dtype={old!r} differ. Give dtype alone.")
-    given = old if dtype is None else dtype
     if given is None or given == "auto":
         return given
     known = [name for name, value in vars(torch).items() if isinstance(value, torch.dtype) and value.is_floating_point]

@@ -20,6 +20,7 @@ from c2c import rope
 from c2c.errors import FuserError, ModelLoadError, did_you_mean
 from c2c.identity import ModelIdentity
 from c2c.kv_cache import KeyValue, KVGeometry
+from c2c.loading import parse_dtype
 from c2c.rope import Rotary
 from c2c.utils import file_hash, read_json_object, save_atomically
 from c2c.version import __version__
@@ -271,6 +272,8 @@ def load_fuser(source: str | Path, **kwargs: Any) -> Fuser:
             "A model goes to --receiver or --sharer; for a published checkpoint run `c2c convert`, or use "
             "C2CModel.from_published."
         )
+    if "dtype" in kwargs:
+        kwargs["dtype"] = parse_dtype(kwargs["dtype"])
     return _load_weights(family(kind.removeprefix("c2c_fuser_")), folder, kwargs)
 
 
