@@ -14,8 +14,7 @@ from c2c.data.config import LETTERS, DataSource
 from c2c.data.formats import FORMS, multiple_choice, normalise, vary_options
 from c2c.data.prompts import choice_tokens
 from c2c.data.sources import load_rows, questions
-from c2c.data.synthetic import GENERATORS
-from c2c.data.synthetic.facts import KINDS
+from c2c.data.synthetic import GENERATORS, WORDS
 from c2c.training.examples import build_examples
 from tiny import pair, tokenizer
 
@@ -37,9 +36,6 @@ def numbered(count, options=4):
         {"question": f"q{i}", "choices": [f"{i}{letter}" for letter in "abcd"[:options]], "answer": i % options}
         for i in range(count)
     ]
-
-
-# -- multiple choice -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -133,9 +129,6 @@ def test_the_letter_counts_as_much_as_all_other_tokens():
     assert example.response_ids[example.decisive] == example.choice_ids[1]
 
 
-# -- open answers ----------------------------------------------------------------------------------------------------
-
-
 def test_open_kinds(tmp_path):
     solved = one(tmp_path, {"id": 1, "question": "q", "answer": "4", "solution": "2 + 2 = 4"}, kind="question")
     assert solved.response == "2 + 2 = 4"
@@ -163,9 +156,6 @@ def test_conversations_teach_their_last_turn_only(tmp_path, keys):
     assert sum(example.weights) == pytest.approx(1)
 
 
-# -- sources ---------------------------------------------------------------------------------------------------------
-
-
 def test_all_subsets_of_a_data_set_and_rows_to_keep(tmp_path):
     pytest.importorskip("datasets")
     header = "---\nconfigs:\n"
@@ -175,22 +165,16 @@ def test_all_subsets_of_a_data_set_and_rows_to_keep(tmp_path):
         header += f"- config_name: {name}\n  data_files: {name}.jsonl\n"
     (tmp_path / "README.md").write_text(header + "---\n")
     rows, _ = load_rows([DataSource(dataset=str(tmp_path), subset="*", keep={"error_type": "ok"})], tmp_path, 0)
-    assert sorted(row.id for row in rows) == ["art/1", "art/2", "law/1", "law/2"]
-    assert {row.answer for row in rows} == {0, 1}
+    assert sorted((row.id, row.answer) for row in rows) == [("art/1", 1), ("art/2", 0), ("law/1", 1), ("law/2", 0)]
     with pytest.raises(ConfigError, match="could not read data set"):
         load_rows([DataSource(dataset=str(tmp_path / "nowhere"))], tmp_path, 0)
 
 
-def test_questions_of_excluded_files_are_dropped_and_counted(tmp_path):
-    write(tmp_path, "train.jsonl", [QUESTION | {"question": f"What is {i}?"} for i in range(10)])
+def test_sources_of_one_file_are_disjoint_and_excluded_questions_are_dropped_and_counted(tmp_path):
+    write(tmp_path, "train.jsonl", [QUESTION | {"id": i, "question": f"What is {i}?"} for i in range(20)])
     write(tmp_path, "test.jsonl", [QUESTION | {"question": "what  is 3?"}])
     rows, dropped = load_rows([DataSource("train.jsonl")], tmp_path, 0, questions([tmp_path / "test.jsonl"]))
-    assert len(rows) == 9
-    assert sum(dropped.values()) == 1
-
-
-def test_skip_makes_sources_of_one_file_disjoint(tmp_path):
-    write(tmp_path, "train.jsonl", [QUESTION | {"id": i} for i in range(20)])
+    assert (len(rows), sum(dropped.values())) == (19, 1)
     sources = [DataSource("train.jsonl", limit=5), DataSource("train.jsonl", form="sentence", skip=5, limit=5)]
     assert len({row.id for row in load_rows(sources, tmp_path, 0)[0]}) == 10
 
@@ -226,27 +210,21 @@ def test_broken_rows_are_named(tmp_path, data, source, message):
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
-    [("{}\n[1]\n", "line 2: expected an object"), ("{}\n{", "line 2: not JSON"), (b"\xff\xfe", "no text in UTF-8")],
+    ("content", "source", "message"),
+    [
+        (b"{}\n[1]\n", {"path": "a.jsonl"}, "line 2: expected an object"),
+        (b"{}\n{", {"path": "a.jsonl"}, "line 2: not JSON"),
+        (b"\xff\xfe", {"path": "a.jsonl"}, "no text in UTF-8"),
+        (b"", {"path": "nothing.jsonl"}, "Set data_dir"),
+        (b"", {}, "either 'path' or 'dataset'"),
+        (b"", {"synthetic": "relay"}, "how many rows"),
+        (b"", {"synthetic": "poems", "limit": 1}, "expected one of relay, relay_test"),
+    ],
 )
-def test_broken_files_are_named(tmp_path, content, message):
-    (tmp_path / "a.jsonl").write_bytes(content if isinstance(content, bytes) else content.encode())
+def test_impossible_sources_are_named(tmp_path, content, source, message):
+    (tmp_path / "a.jsonl").write_bytes(content)
     with pytest.raises(ConfigError, match=message):
-        load_rows([DataSource("a.jsonl", kind="question")], tmp_path, 0)
-
-
-def test_a_source_is_a_file_a_data_set_or_synthetic(tmp_path):
-    with pytest.raises(ConfigError, match="either 'path' or 'dataset'"):
-        load_rows([DataSource()], tmp_path, 0)
-    with pytest.raises(ConfigError, match="how many rows"):
-        load_rows([DataSource(synthetic="relay", kind="private_question")], tmp_path, 0)
-    with pytest.raises(ConfigError, match=r"expected one of relay, relay_test"):
-        load_rows([DataSource(synthetic="poems", kind="private_question", limit=1)], tmp_path, 0)
-    with pytest.raises(ConfigError, match="Set data_dir"):
-        load_rows([DataSource("nothing.jsonl")], tmp_path, 0)
-
-
-# -- synthetic rows --------------------------------------------------------------------------------------------------
+        load_rows([DataSource(**source, kind="private_question")], tmp_path, 0)
 
 
 def synthetic(name, limit, seed=0):
@@ -278,7 +256,7 @@ def test_facts_have_several_sentences_of_one_kind():
     """Otherwise the kind of the question would give the answer away, and no name need be read."""
     pages = list(islice(GENERATORS["facts"]("train", 0), 600))
     assert {len(page["context"].removesuffix(".").split(". ")) for page in pages} == {2, 3, 4, 5}
-    assert len({" ".join(page["question"].split()[:3]) for page in pages}) > len(KINDS)
+    assert len({" ".join(page["question"].split()[:3]) for page in pages}) > len(WORDS["facts"])
     numbers = [page for page in pages if page["answer"].isdigit() and len(page["answer"]) == 4]
     several = [page for page in numbers if sum(word.strip(".").isdigit() for word in page["context"].split()) > 1]
     assert len(several) > 0.7 * len(numbers) > 50

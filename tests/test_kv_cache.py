@@ -11,6 +11,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, Qu
 
 from c2c import kv_cache
 from c2c.errors import CacheError
+from tiny import assert_equal_caches, entries
 
 sizes = st.tuples(st.integers(1, 4), st.integers(1, 3), st.integers(1, 3), st.integers(1, 7), st.integers(1, 5))
 quick = settings(max_examples=40, deadline=None)
@@ -24,14 +25,6 @@ def filled(layers=2, rows=1, heads=2, tokens=5, dim=3, seed=0):
     )
 
 
-def tensors(cache):
-    return [entry for pair in kv_cache.layers(cache) for entry in pair]
-
-
-def same(one, other):
-    return all(torch.equal(a, b) for a, b in zip(tensors(one), tensors(other), strict=True))
-
-
 @quick
 @given(sizes)
 def test_a_cache_from_layers_is_what_a_model_would_have_made(size):
@@ -39,7 +32,7 @@ def test_a_cache_from_layers_is_what_a_model_would_have_made(size):
     cache, grown = filled(*size), DynamicCache()
     for index, (keys, values) in enumerate(kv_cache.layers(cache)):
         grown.update(keys, values, index)
-    assert same(cache, grown)
+    assert_equal_caches(cache, grown)
     assert kv_cache.length(cache) == tokens
     assert kv_cache.geometry(cache) == kv_cache.KVGeometry(layers, heads, dim)
     assert kv_cache.nbytes(cache) == layers * 2 * rows * heads * tokens * dim * 4
@@ -69,16 +62,16 @@ def test_crop_then_grow_is_the_whole(size, data):
     for index, (keys, values) in enumerate(kv_cache.layers(cache)):
         if cut < size[3]:
             front.update(keys[:, :, cut:], values[:, :, cut:], index)
-    assert same(front, cache)
+    assert_equal_caches(front, cache)
 
 
 @quick
 @given(sizes, st.integers(1, 4))
 def test_repeat_repeats_each_row_in_place(size, times):
     cache = filled(*size)
-    before = [entry.clone() for entry in tensors(cache)]
+    before = [entry.clone() for entry in entries(cache)]
     assert kv_cache.repeat(cache, times) is cache
-    for entry, old in zip(tensors(cache), before, strict=True):
+    for entry, old in zip(entries(cache), before, strict=True):
         assert entry.shape[0] == old.shape[0] * times
         for row in range(entry.shape[0]):
             assert torch.equal(entry[row], old[row // times])
@@ -108,10 +101,10 @@ def test_stack_pads_on_the_left_and_keeps_every_row(parts):
 def test_select_rows_permutes(order):
     cache = filled(rows=4)
     moved = kv_cache.select_rows(cache, torch.tensor(order))
-    for entry, old in zip(tensors(moved), tensors(cache), strict=True):
+    for entry, old in zip(entries(moved), entries(cache), strict=True):
         for place, row in enumerate(order):
             assert torch.equal(entry[place], old[row])
-    assert same(kv_cache.select_rows(moved, torch.tensor(order).argsort()), cache)
+    assert_equal_caches(kv_cache.select_rows(moved, torch.tensor(order).argsort()), cache)
 
 
 @pytest.mark.parametrize("shape", [(1, 2, 6, 3), (2, 2, 5, 3), (1, 1, 5, 3), (1, 2, 5, 4)])
@@ -146,7 +139,7 @@ def test_layers_that_do_not_keep_every_token_as_it_is_are_named(kind):
     kv_cache.check_layers(cache)
 
 
-@pytest.mark.parametrize("given", [None, (), [(1, 2)], torch.zeros(1)])
+@pytest.mark.parametrize("given", [None, ((1, 2),), torch.zeros(1)])
 def test_what_is_no_cache_is_refused(given):
     with pytest.raises(CacheError, match=f"got a {type(given).__name__} as KV cache, expected a transformers"):
         kv_cache.check_layers(given)

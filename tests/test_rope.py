@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -32,42 +34,20 @@ def other(family, **options):
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **(SMALL | options)))
 
 
-def yarn():
-    return llama(rope_type="yarn", factor=4.0, original_max_position_embeddings=128)
-
-
-def llama3():
-    factors = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-    return llama(rope_type="llama3", original_max_position_embeddings=64, **factors)
-
-
-def neox():
-    return other("gpt_neox", rotary_pct=0.25)
-
-
-def stablelm():
-    return other("stablelm", num_key_value_heads=1)
-
-
-def cohere():
-    return other("cohere", num_key_value_heads=1)
-
-
-def gptj():
-    return other("gptj", n_layer=2, n_embd=32, n_head=2, rotary_dim=8, n_positions=512)
-
-
-def gpt2():
-    return other("gpt2", n_layer=2, n_embd=32, n_head=2, n_positions=64)
-
-
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 64}
 MODELS = {
-    **{family: lambda family=family: build(family) for family in ("llama", "qwen2", "qwen3", "gemma3")},
-    "llama3": llama3,
-    "yarn": yarn,
-    "linear": lambda: llama(rope_type="linear", factor=4.0),
-    "neox, partial": neox,
-    "stablelm, partial": stablelm,
+    **{family: partial(build, family) for family in ("llama", "qwen2", "qwen3", "gemma3")},
+    "llama3": partial(llama, **LLAMA3, low_freq_factor=1.0, high_freq_factor=4.0),
+    "yarn": partial(llama, **YARN),
+    "linear": partial(llama, rope_type="linear", factor=4.0),
+    "neox, partial": partial(other, "gpt_neox", rotary_pct=0.25),
+    "stablelm, partial": partial(other, "stablelm", num_key_value_heads=1),
+}
+GPT = {"n_layer": 2, "n_embd": 32, "n_head": 2, "n_positions": 512}
+INTERLEAVED = {
+    "cohere": partial(other, "cohere", num_key_value_heads=1),
+    "gptj": partial(other, "gptj", rotary_dim=8, **GPT),
 }
 
 
@@ -99,7 +79,7 @@ def test_gemma_layers_have_tables_of_their_own():
 
 
 def test_yarn_scales_and_the_scale_is_undone_once():
-    table = rope.tables(yarn(), torch.tensor([[9]]))[0]
+    table = rope.tables(llama(**YARN), torch.tensor([[9]]))[0]
     scale = float(table.cos[0, 0, 0] ** 2 + table.sin[0, 0, 0] ** 2)
     assert scale > 1.05
     x = torch.randn(1, 2, 1, 12)
@@ -169,7 +149,7 @@ def test_the_bottleneck_gives_the_same_at_every_position():
         assert torch.allclose(new_values, new_values[:, :, :1].expand_as(new_values), atol=1e-4)
 
 
-@pytest.mark.parametrize("make", [cohere, gptj])
+@pytest.mark.parametrize("make", INTERLEAVED.values(), ids=INTERLEAVED)
 def test_interleaved_rotation_is_refused_by_fusers_that_undo_it(make):
     """It can't be taken off by halves; a fuser that reads bare keys would read noise."""
     receiver, sharer = Receiver(build("llama"), tokenizer("chatml")), Sharer(make(), tokenizer("llama3"))
@@ -184,6 +164,6 @@ def test_interleaved_rotation_is_refused_by_fusers_that_undo_it(make):
 
 def test_learned_positions_are_no_rotation():
     """GPT-2 adds positions to its input; nothing has to be taken off its keys."""
-    model = gpt2()
+    model = other("gpt2", **GPT)
     assert rope.tables(model, torch.tensor([[0, 1]])) is None
     Receiver(model).check_rotary()

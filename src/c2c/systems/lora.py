@@ -24,8 +24,7 @@ from c2c.errors import C2CError
 from c2c.identity import ModelIdentity
 from c2c.language_model import LanguageModel, Receiver
 from c2c.model import C2CModel
-from c2c.systems.alone import ReceiverAlone
-from c2c.systems.base import SystemOptions
+from c2c.systems.base import System, SystemOptions
 from c2c.utils import file_hash, install_command, read_json_object, save_atomically
 from c2c.version import __version__
 
@@ -151,8 +150,7 @@ def describe(folder: str | Path) -> dict[str, Any]:
     """
     folder = Path(folder).expanduser()
     manifest = read_json_object(folder / MANIFEST, AdapterError)
-    missing = {"receiver", "rank", "parameters", "weights"} - set(manifest)
-    if missing:
+    if missing := {"receiver", "rank", "parameters", "weights"} - set(manifest):
         raise AdapterError(f"{folder / MANIFEST} lacks {sorted(missing)}.")
     weights = folder / _WEIGHTS
     if not weights.is_file() or file_hash(weights) != manifest["weights"]:
@@ -186,21 +184,18 @@ def load_adapter(
     manifest = describe(folder)
     peft = _peft()
     expected = ModelIdentity.from_dict(manifest["receiver"])
-    ours = _load_receiver(expected.name if receiver is None else receiver, dtype, device_map)
+    if receiver is not None and not isinstance(receiver, str | Path):
+        given = receiver if isinstance(receiver, LanguageModel) else Receiver(receiver)
+        model = copy.deepcopy(given.model)
+        ours = Receiver(model if dtype is None else model.to(dtype), given.tokenizer, given.name)
+    else:
+        ours = Receiver.from_pretrained(receiver or expected.name, dtype=dtype, device_map=device_map)
     identity.check([("receiver", expected, ours.identity)], allow_mismatch, what="adapter")
     config = peft.LoraConfig.from_pretrained(str(folder))
     config.base_model_name_or_path = None  # informative; peft warns where the model now lies elsewhere
     adapter = _wrap(ours.model, config)
     restore_adapter(adapter, folder)
     return Receiver(adapter.merge_and_unload(), ours.tokenizer, f"{ours.name} with adapter")
-
-
-def _load_receiver(source: Any, dtype: Any, device_map: Any) -> Receiver:
-    if isinstance(source, str | Path):
-        return Receiver.from_pretrained(source, dtype=dtype, device_map=device_map)
-    whole = source if isinstance(source, LanguageModel) else Receiver(source)
-    model = copy.deepcopy(whole.model)
-    return Receiver(model if dtype is None else model.to(dtype), whole.tokenizer, whole.name)
 
 
 def _wrap(model: PreTrainedModel, config: Any) -> Any:
@@ -223,11 +218,12 @@ def _peft() -> Any:
     return peft
 
 
-class Lora(ReceiverAlone):
+class Lora(System):
     """Answer with the receiver that carries a LoRA adapter: what training gains without any sharer."""
 
     name: ClassVar[str] = "adapter"
     title: ClassVar[str] = "receiver with a LoRA adapter"
+    reads_context: ClassVar[bool] = False
 
     def __init__(self, model: C2CModel, options: SystemOptions | None = None) -> None:
         super().__init__(model, options)
