@@ -186,6 +186,15 @@ def test_a_folder_of_an_adapter_loads_its_base_with_it(folder, tmp_path):
         load(name)
 
 
+def test_an_adapter_in_the_folder_of_its_base(folder):
+    wrapped = adapted(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)).eval()
+    wrapped.save_pretrained(folder)
+    assert torch.equal(load(folder)[0](IDS).logits, wrapped(IDS).logits)
+    rewrite(folder, lambda name: f"module.{name}")
+    with pytest.raises(ModelLoadError, match=r"missing: .*lm_head"):
+        load(folder)
+
+
 def test_an_adapter_of_another_model_does_not_fit(folder, tmp_path):
     adapted(AutoModelForCausalLM.from_pretrained(folder)).save_pretrained(tmp_path / "adapter")
     weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
@@ -195,12 +204,18 @@ def test_an_adapter_of_another_model_does_not_fit(folder, tmp_path):
         load(tmp_path / "adapter")
 
 
-@pytest.mark.parametrize("wrapper", ["peft", "compiled", "parallel", "both"])
-def test_wrapped_models_answer_as_what_they_wrap(wrapper):
+@pytest.mark.parametrize("wrapper", ["peft", "compiled", "parallel", "both", "offloaded", "on disk"])
+def test_wrapped_models_answer_as_what_they_wrap(wrapper, tmp_path):
     plain = build("llama", 1).eval()
     if wrapper == "peft":
         peft = pytest.importorskip("peft")
         wrapped = peft.get_peft_model(plain, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    elif wrapper == "offloaded":
+        wrapped = pytest.importorskip("accelerate").cpu_offload(plain, execution_device="cpu")
+        assert Receiver(wrapped).identity.same_weights(Receiver(build("llama", 1)).identity)
+    elif wrapper == "on disk":
+        pytest.importorskip("accelerate").disk_offload(plain, tmp_path, execution_device="cpu")
+        wrapped = plain
     elif wrapper == "parallel":
         wrapped = torch.nn.DataParallel(plain)
     else:

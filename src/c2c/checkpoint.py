@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from safetensors import SafetensorError
@@ -106,9 +107,23 @@ def load_causal(source: str, name: str, options: dict[str, Any]) -> PreTrainedMo
     Raises:
         ModelLoadError: weights are missing, do not fit, or would be dropped.
     """
+    if (Path(source) / "adapter_config.json").is_file():
+        return _load_both(Path(source), name, options)
     loaded: Any = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **options)
     model: PreTrainedModel = loaded[0]
     _check_loaded(model, loaded[1], name)
+    return model
+
+
+def _load_both(folder: Path, name: str, options: dict[str, Any]) -> PreTrainedModel:
+    """Load a model that shares its folder with an adapter, each by itself: together only the adapter is reported on."""
+    with TemporaryDirectory() as without:
+        for path in folder.iterdir():
+            if path.name != "adapter_config.json":
+                (Path(without) / path.name).symlink_to(path.resolve())
+        model = load_causal(without, name, options)
+    model.config._name_or_path = str(folder)
+    add_adapter(model, str(folder), name)
     return model
 
 

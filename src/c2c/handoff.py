@@ -151,7 +151,8 @@ class Handoff:
     def id(self) -> str:
         """What was read and by whom: the same for the same tokens and sharer."""
         sharer = self.sharer
-        known = json.dumps([sharer.weights_key, sharer.architecture, sharer.kv, self.ids.tolist()], sort_keys=True)
+        who = sharer.weights_key or sharer.name  # weights on disk are not known
+        known = json.dumps([who, sharer.architecture, sharer.kv, self.ids.tolist()], sort_keys=True)
         return hashlib.sha256(known.encode()).hexdigest()
 
     def cache(self, dtype: torch.dtype, device: torch.device) -> Cache:

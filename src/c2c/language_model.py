@@ -78,7 +78,12 @@ class LanguageModel:
     @property
     def device(self) -> torch.device:
         """Where token ids go."""
-        return torch.device(self.model.device)
+        device = torch.device(self.model.device)
+        if device.type != "meta":
+            return device
+        hooks = (getattr(module, "_hf_hook", None) for module in self.model.modules())  # accelerate brings weights in
+        known = (getattr(hook, "execution_device", None) for hook in hooks)
+        return torch.device(next((where for where in known if where is not None), device))
 
     @property
     def dtype(self) -> torch.dtype:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -130,11 +130,27 @@ def _above(name: str) -> Iterator[str]:
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Iterate over parameters and stored buffers; packed weights of quantized layers are often buffers."""
-    yield from model.named_parameters()
-    for path, module in model.named_modules():
+    modules = dict(model.named_modules())
+    for name, parameter in model.named_parameters():
+        path, _, own = name.rpartition(".")
+        yield name, _offloaded(modules[path], own) if parameter.is_meta else parameter
+    for path, module in modules.items():
         for name, buffer in module._buffers.items():
             if buffer is not None and name not in module._non_persistent_buffers_set:
                 yield f"{path}.{name}" if path else name, buffer
+
+
+def _offloaded(module: nn.Module, name: str) -> Tensor:
+    """Return a weight that accelerate keeps on the host while it is not used; on disk it stays unknown."""
+    hook: Any = getattr(module, "_hf_hook", None)
+    for one in (hook, *getattr(hook, "hooks", ())):
+        kept = getattr(getattr(one, "weights_map", None), "dataset", {})
+        held = (
+            getattr(kept, "state_dict", kept).get(f"{getattr(one.weights_map, 'prefix', '')}{name}") if kept else None
+        )
+        if held is not None:
+            return cast(Tensor, held)
+    return module._parameters[name]  # type: ignore[return-value]
 
 
 def _inner(tensor: Tensor) -> list[Tensor]:

@@ -81,7 +81,8 @@ class PrefillStore:
         self._seen = model.identity
         identity = self._seen.to_dict()
         for informative in ("name", "revision", "variant"):  # the same model under another path is the same model
-            identity.pop(informative)
+            if identity["weights"] is not None or informative != "name":
+                identity.pop(informative)
         identity["dtype"] = str(model.dtype)
         self._identity = json.dumps(identity, sort_keys=True)
         self.folder = None if folder is None else folder / _digest(self._identity)[:16]
