@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol, Self, cast
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +57,7 @@ class LanguageModel:
     """
 
     role = "model"
+    _identity: ModelIdentity | None = None  # where the weights are not here
     generates = True  # whether it can write text here; a sharer on another machine only shares its cache
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any = None, name: str | None = None) -> None:
@@ -67,7 +68,7 @@ class LanguageModel:
         self.tokenizer = tokenizer
         self.name = name or str(model.config._name_or_path or type(model).__name__)
         self.released = False
-        self._reader, self._identity = IdentityReader(), cast("ModelIdentity | None", None)
+        self._reader = IdentityReader()
         self.stored: StoredPrefills | None = None  # where prefills are taken from, if they are kept
 
     @classmethod
