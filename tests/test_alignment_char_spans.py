@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from c2c.alignment import CharSpanAligner
 from c2c.alignment.base import merge
-from c2c.errors import AlignmentError
+from c2c.errors import AlignmentError, PromptError
 from c2c.prompting import RenderOptions, encode, render, text_tokens
 from tiny import tokenizer
 
@@ -205,7 +205,7 @@ def test_a_prompt_without_common_text_is_refused():
     half.chat_template = "{% if messages[0]['content'] == 'b' %}Hi{% else %}{{ messages[0]['content'] }}{% endif %}"
     with pytest.raises(AlignmentError, match=r"no token of prompt 1.*Receiver reads.*sharer reads 'Hi'"):
         CharSpanAligner().align(TOKENIZERS["chatml"], [half], [say("aa"), say("b")], RenderOptions())
-    with pytest.raises(AlignmentError, match="prompt 0"):
+    with pytest.raises(PromptError, match=r"leaves out messages \[0\]"):
         CharSpanAligner().align(TOKENIZERS["chatml"], [empty], [say("a")], RenderOptions())
 
 

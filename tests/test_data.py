@@ -8,10 +8,12 @@ from collections import Counter
 from itertools import islice
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from c2c.config import ConfigError
 from c2c.data.config import LETTERS, DataSource
-from c2c.data.formats import FORMS, multiple_choice, normalise, vary_options
+from c2c.data.formats import FORMS, KINDS, multiple_choice, normalise, vary_options
 from c2c.data.prompts import choice_tokens
 from c2c.data.sources import load_rows, questions
 from c2c.data.synthetic import GENERATORS, WORDS
@@ -191,6 +193,83 @@ def test_rows_with_an_empty_passage_are_dropped_and_counted_and_without_one_refu
         one(tmp_path, {"question": "Who?", "answer": "Anna"}, kind=kind)
 
 
+ASKED, REPLY = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+SAID = {"from": "human", "value": "q"}
+CALLED = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
+
+
+@pytest.mark.parametrize(
+    ("layout", "expected"),
+    [
+        ({"answers": {"text": ["1924", "in 1924", "1924"], "answer_start": [27, 24, 27]}}, ("1924", "in 1924")),
+        ({"answers": [{"text": "1924", "answer_start": 27}]}, ("1924",)),
+        ({"answers": "1924"}, ("1924",)),
+        ({"answer": 1924}, ("1924",)),
+        ({"answer": ["1924", "in 1924"]}, ("1924", "in 1924")),
+        ({"answer": {"value": "1924", "aliases": ["in 1924"], "normalized_value": "1924"}}, ("1924", "in 1924")),
+        ({"answer": "1924", "answers": ["in 1924", ""]}, ("1924", "in 1924")),
+    ],
+)
+def test_open_answers_in_the_layouts_of_squad_triviaqa_and_others(tmp_path, layout, expected):
+    row = one(tmp_path, {"question": "When?", "context": "Built in 1924.", **layout}, kind="private_question")
+    assert (row.references, row.response) == (expected, expected[0])
+
+
+@pytest.mark.parametrize(
+    "context",
+    [
+        {"title": ["House", "Boat"], "sentences": [["Built. ", "Red."], ["Lost."]]},
+        [["House", ["Built. ", "Red."]], ["Boat", ["Lost."]]],
+        ["House: Built. Red.", "Boat: Lost."],
+    ],
+)
+def test_passages_in_parts_are_joined(tmp_path, context):
+    data = {"question": {"text": "When?"}, "context": context, "answer": "1924"}
+    row = one(tmp_path, data, kind="private_question")
+    assert row.sharer_messages[0]["content"] == "House: Built. Red.\n\nBoat: Lost."
+    assert row.question == "When?"
+
+
+@pytest.mark.parametrize(
+    "marked",
+    [{"answers": {"text": [], "answer_start": []}}, {"answers": []}, {"is_impossible": True, "answers": ["a"]}],
+)
+def test_questions_without_an_answer_are_dropped_and_counted(tmp_path, marked):
+    rows = [{"question": "Who?", "context": "c", "answer": "Anna"}, {"question": "Why?", "context": "c", **marked}]
+    kept, dropped = load_rows([DataSource("a.jsonl", kind="private_question")], write(tmp_path, "a.jsonl", rows), 0)
+    assert [row.question for row in kept] == ["Who?"]
+    assert dropped == {"question without an answer": 1}
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=6),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["text", "value", "a"]), inner, max_size=2)
+    ),
+    max_leaves=5,
+)
+columns = st.sampled_from(
+    ["question", "answer", "answers", "context", "choices", "options", "A", "B", "messages", "instruction", "output"]
+)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.dictionaries(columns, json_values, max_size=6), st.sampled_from(sorted(KINDS)))
+def test_any_row_is_read_as_texts_or_is_an_error_that_names_it(tmp_path, data, kind):
+    write(tmp_path, "any.jsonl", [data])
+    try:
+        rows, dropped = load_rows([DataSource("any.jsonl", kind=kind)], tmp_path, 0)
+    except ConfigError as error:
+        refused = str(error)
+        assert "line 1" in refused
+        return
+    assert len(rows) + sum(dropped.values()) == 1
+    for row in rows:
+        assert row.response.strip()
+        assert all(isinstance(text, str) for text in (row.question, *row.references))
+        assert all(isinstance(turn["content"], str) for turn in row.messages)
+
+
 @pytest.mark.parametrize(
     ("data", "source", "message"),
     [
@@ -198,9 +277,18 @@ def test_rows_with_an_empty_passage_are_dropped_and_counted_and_without_one_refu
         ({"id": "x", "question": "q", "choices": ["a", "b"], "answer": True}, {}, "'answer' is True"),
         ({"id": "x", "question": "q", "choices": ["a", "b"], "answer": 0}, {"form": "poem"}, "unknown form 'poem'"),
         ({"id": "x", "instruction": "do"}, {"kind": "instruction"}, "'output' is missing"),
-        ({"id": "x", "messages": [{"role": "user", "content": "hi"}]}, {"kind": "chat"}, "end with the assistant's"),
-        ({"id": "x", "messages": ["hi", "hello"]}, {"kind": "chat"}, "end with the assistant's"),
-        ({"id": "x", "question": "q", "answers": "yes"}, {"kind": "question"}, "line 1.*'answers' is 'yes'"),
+        ({"id": "x", "messages": [{"role": "user", "content": "hi"}]}, {"kind": "chat"}, "end with a text"),
+        ({"id": "x", "messages": ["hi", "hello"]}, {"kind": "chat"}, "a turn is 'hi'"),
+        ({"id": "x", "conversations": [SAID, {"from": "bard", "value": "a"}]}, {"kind": "chat"}, "role 'bard'"),
+        ({"id": "x", "conversations": [SAID, {"from": "gpt"}]}, {"kind": "chat"}, "content must be text"),
+        ({"id": "x", "messages": [ASKED, {"role": "assistant", "content": " "}]}, {"kind": "chat"}, "end with a text"),
+        ({"id": "x", "messages": [ASKED, CALLED]}, {"kind": "chat"}, "end with a text"),
+        ({"id": "x", "messages": [ASKED, CALLED, {"role": "assistant", "content": "a"}]}, {"kind": "chat"}, "tools"),
+        ({"id": "x", "messages": [ASKED, REPLY], "tools": [{}]}, {"kind": "chat"}, "tools"),
+        ({"id": "x", "question": "q", "answers": {"spans": ["a"]}}, {"kind": "question"}, "line 1.*'answers' is"),
+        ({"id": "x", "question": "q", "answer": True}, {"kind": "question"}, "'answer' is True"),
+        ({"id": "x", "question": {"tokens": ["q"]}, "answer": "a"}, {"kind": "question"}, "'question' is"),
+        ({"id": "x", "question": "q", "context": [1], "answer": "a"}, {"kind": "context_question"}, "'context' is"),
         ({"id": "x"}, {"kind": "songs"}, "unknown kind of rows 'songs'"),
     ],
 )

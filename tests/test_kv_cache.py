@@ -7,7 +7,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, QuantoQuantizedLayer, StaticLayer
+from transformers.cache_utils import (
+    DummyLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionLayer,
+    QuantoQuantizedLayer,
+    StaticLayer,
+)
 
 from c2c import kv_cache
 from c2c.errors import CacheError
@@ -120,20 +128,69 @@ def test_a_layer_keeps_its_shape(shape):
     assert kv_cache.layer(cache, 1)[0].eq(1).all()
 
 
-def test_layers_of_different_shapes_have_no_geometry():
-    uneven = kv_cache.from_layers([(torch.zeros(1, h, 4, 2), torch.zeros(1, h, 4, 2)) for h in (1, 2)])
-    with pytest.raises(CacheError, match="different KV shapes"):
-        kv_cache.geometry(uneven)
+def test_layers_of_another_shape_are_left_out():
+    """As in Gemma 4, whose full-attention layers have wider heads."""
+    shapes = [(2, 4), (2, 4), (1, 8), (2, 4)]
+    uneven = kv_cache.from_layers([(torch.zeros(1, h, 5, d), torch.zeros(1, h, 5, d)) for h, d in shapes])
+    assert kv_cache.geometry(uneven) == kv_cache.KVGeometry(3, 2, 4)
+    assert kv_cache.kv_layers(uneven) == [0, 1, 3]
+    assert list(kv_cache.left_out(uneven)) == kv_cache.other_attention_layers(uneven) == [2]
+    kv_cache.set_layer(uneven, 2, torch.ones(1, 2, 5, 4), torch.ones(1, 2, 5, 4))
+    assert [float(layer.keys.mean()) for layer in uneven.layers] == [0, 0, 0, 1]
+    with pytest.raises(CacheError, match=r"3 layers.*4 attention layers"):
+        kv_cache.append(uneven, kv_cache.layers(uneven))
+
+
+def test_compressed_layers_have_no_geometry():
     compressed = kv_cache.from_layers([(torch.zeros(1, 2, 4, 6), torch.zeros(1, 2, 4, 4))])
-    with pytest.raises(CacheError, match="different KV shapes"):
+    with pytest.raises(CacheError, match="same shape"):
         kv_cache.geometry(compressed)
+
+
+def hybrid(rows=1, tokens=4, seed=0):
+    """A convolution, attention, attention beside a recurrent state, and a layer without any cache."""
+    generator = torch.Generator().manual_seed(seed)
+    cache = DynamicCache()
+    cache.layers = [LinearAttentionLayer(), DynamicLayer(), LinearAttentionAndFullAttentionLayer(), DummyLayer()]
+    for index in (1, 2):
+        cache.update(*torch.randn(2, rows, 2, tokens, 3, generator=generator), index)
+    cache.update_conv_state(torch.randn(rows, 5, 3, generator=generator), 0)
+    cache.update_recurrent_state(torch.randn(rows, 2, 4, generator=generator), 2)
+    return cache
+
+
+def states(cache):
+    return cache.layers[0].conv_states[0], cache.layers[2].recurrent_states[0]
+
+
+def test_states_are_carried_with_their_rows_and_are_nobody_elses():
+    cache, other = hybrid(seed=1), hybrid(tokens=6, seed=2)
+    assert kv_cache.kv_layers(cache) == [1, 2]
+    assert list(kv_cache.left_out(cache)) == [0, 3]
+    assert kv_cache.length(cache) == 4
+    joined = kv_cache.stack([cache, other])
+    for index, one in enumerate((cache, other)):
+        row = kv_cache.select_rows(joined, torch.tensor([index]))
+        assert all(torch.equal(a, b) for a, b in zip(states(row), states(one), strict=True))
+        assert torch.equal(kv_cache.layer(row, 1)[0][:, :, -kv_cache.length(one) :], kv_cache.layer(one, 1)[0])
+    repeated = kv_cache.repeat(kv_cache.copy(joined), 2)
+    for mine, before in zip(states(repeated), states(joined), strict=True):
+        assert torch.equal(mine, before.repeat_interleave(2, dim=0))
+    for changed in (kv_cache.copy(cache), kv_cache.view(cache), kv_cache.crop(cache, 4)):
+        before = [state.clone() for state in states(cache)]
+        changed.update_conv_state(torch.ones(1, 5, 1), 0)
+        changed.update(torch.ones(1, 2, 1, 3), torch.ones(1, 2, 1, 3), 1)
+        assert all(torch.equal(a, b) for a, b in zip(states(cache), before, strict=True))
+        assert kv_cache.length(cache) == 4
+    with pytest.raises(CacheError, match="state"):
+        kv_cache.crop(cache, 2)
 
 
 @pytest.mark.parametrize("kind", [DynamicSlidingWindowLayer, StaticLayer, QuantoQuantizedLayer])
 def test_layers_that_do_not_keep_every_token_as_it_is_are_named(kind):
     cache = filled(layers=3)
     cache.layers[1] = object.__new__(kind)
-    with pytest.raises(CacheError, match=rf"1 \({kind.__name__}\).*Use a model with"):
+    with pytest.raises(CacheError, match=rf"1 \({kind.__name__}\).*Use a model"):
         kv_cache.check_layers(cache)
     cache.layers[1] = DynamicLayer()
     kv_cache.check_layers(cache)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from unittest.mock import Mock
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ import torch
 from c2c import C2CModel, kv_cache
 from c2c.alignment import PublishedAligner
 from c2c.errors import C2CError, CacheError, HandoffError, MismatchError, ModelLoadError, PromptError
+from c2c.families import build_tiny
 from c2c.handoff import Handoff
 from c2c.language_model import EntrySelection, Sharer
 from c2c.remote import RemoteError, RemoteSharer
@@ -72,7 +72,7 @@ def test_remote_equals_local_bit_for_bit(local, remote, messages):
 
 @pytest.mark.parametrize(
     ("family", "options"),
-    [(family, {"fuser_options": {"rank": 8}}) for family in ("llama", "qwen3", "gemma")]
+    [(family, {"fuser_options": {"rank": 8}}) for family in ("llama", "qwen3", "gemma3")]
     + [("qwen2", {"fuser": "c2c", "aligner": PublishedAligner(strategy="longest")})],
 )
 def test_every_family_and_the_published_alignment(family, options):
@@ -94,13 +94,21 @@ def test_token_ids_with_padding_and_positions(local, remote):
     assert torch.equal(ours.last_logits, theirs.last_logits)
 
 
-def test_a_sharer_without_a_tokenizer_whose_keys_have_no_known_rotation(local, monkeypatch):
-    monkeypatch.setattr(Sharer, "check_rotary", Mock(side_effect=CacheError("rotated otherwise")))
-    with serving(Sharer(build("qwen2", 2), None, "qwen2")) as running:
+def test_a_sharer_without_a_tokenizer_whose_keys_have_no_known_rotation():
+    with serving(Sharer(build_tiny("gptj"), None, "gptj")) as running:
         sharer = RemoteSharer(running.url)
     assert sharer.tokenizer is None
-    with pytest.raises(CacheError, match="rotated otherwise"):
+    with pytest.raises(CacheError, match="rotary"):
         sharer.check_rotary()
+
+
+@pytest.mark.parametrize("family", ["lfm2", "glm4", "llama4_text", "gpt_oss"])
+def test_sharers_of_other_conventions_and_hybrids_are_read_as_locally(family):
+    sharer = Sharer(build_tiny(family), tokenizer("llama3"), family)
+    ours = open_fusers(C2CModel.from_models(pair().receiver, sharer), scale=0.3)
+    with serving(sharer) as running:
+        theirs = C2CModel(ours.receiver, [RemoteSharer(running.url)], list(ours.fusers), aligner=ours.aligner)
+        assert torch.equal(fused(ours, TEXTS)[1], fused(theirs, TEXTS)[1])
 
 
 def test_a_local_and_a_remote_sharer_together(local, remote):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +24,7 @@ from c2c.prefill import next_logits, prefill
 from c2c.prompting import RenderOptions, encode, render, require_tokenizer
 from c2c.tokens import TokenBatch, left_pad, require_left_padding
 
-_PROBE_POSITIONS = torch.tensor([[0], [7]])
+_PROBE_POSITIONS = (0, 7, 100)
 
 
 def _contiguous(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -102,6 +103,16 @@ class LanguageModel:
         """Shape of the KV cache, read from a one-token prefill: configs of some families do not tell."""
         return kv_cache.geometry(self._probe)
 
+    @cached_property
+    def left_out(self) -> dict[int, str]:
+        """Layers of the model that keep no keys and values to fuse, with the reason."""
+        return kv_cache.left_out(self._probe)
+
+    @cached_property
+    def layer_numbers(self) -> list[int]:
+        """The model's own number of each KV layer."""
+        return kv_cache.kv_layers(self._probe)
+
     @property
     def identity(self) -> ModelIdentity:
         """Who this model is at this moment, for fusers and manifests: adapters may be switched, and weights change."""
@@ -116,30 +127,93 @@ class LanguageModel:
 
     @cached_property
     def _probe(self) -> Cache:
-        """The cache of one token at position 0 and at position 7."""
-        ids = torch.ones(2, 1, dtype=torch.long)
-        batch = TokenBatch(ids, ids.bool(), _PROBE_POSITIONS, padded=False)
-        return prefill(self.model, batch.to(self.device), stop=1)
+        """The cache of one token at several positions, each alone in its row."""
+        positions = self._probe_positions
+        ids = torch.ones_like(positions)
+        batch = TokenBatch(ids, ids.bool(), positions, padded=False)
+        try:
+            return prefill(self.model, batch.to(self.device), stop=1)
+        except Exception as error:  # whatever a model raises that does not take a plain cache
+            raise CacheError(
+                f"{self.name}: {type(self.model).__name__} can't be run with a transformers DynamicCache: "
+                f"{type(error).__name__}: {error}. Use a decoder-only model that can."
+            ) from error
+
+    @property
+    def _probe_positions(self) -> Tensor:
+        last = (self.context_length or max(_PROBE_POSITIONS) + 1) - 1
+        return torch.tensor([min(position, last) for position in _PROBE_POSITIONS]).unsqueeze(1)
+
+    def probed(self) -> dict[str, Any]:
+        """Return what is found out by running the model, for use without its weights."""
+        names = ["geometry", "_probe", "_continuation_error"]
+        with suppress(CacheError):  # of a rotation that no fuser here takes off
+            _ = self.rope_scheme
+            names.append("rope_scheme")
+        return {name: getattr(self, name) for name in names} | {"_identity": self.identity}
 
     def release(self) -> None:
         """Free the weights, when every prefill that is needed is stored; the model can't run any more."""
-        self.identity = self.identity  # read from the weights, as the geometry is
+        self.__dict__.update(self.probed())
         for parameter in self.model.parameters():
             parameter.data = parameter.data.new_empty(0)
         self.released = True
 
-    def check_rotary(self) -> None:
-        """Make sure that the rotation can be taken off this model's keys.
+    @cached_property
+    def rope_scheme(self) -> rope.Scheme:
+        """How every KV layer rotates its keys, found out by a probe.
 
         Raises:
-            CacheError: keys at two positions do not agree without their rotation.
+            CacheError: a layer rotates in none of the known ways.
         """
         keys = [keys for keys, _ in kv_cache.layers(self._probe)]
-        rope.check(keys, rope.tables(self.model, _PROBE_POSITIONS.to(self.device)), self.name)
+        return rope.find_scheme(self.model, keys, self._probe_positions.to(self.device), self.name)
+
+    def check_rotary(self) -> None:
+        """Make sure that the rotation can be taken off this model's keys; raises as :attr:`rope_scheme` does."""
+        _ = self.rope_scheme
+
+    def check_continuation(self) -> None:
+        """Make sure that a prompt read in two parts gives the cache of one read at once, as fusing needs it.
+
+        Raises:
+            CacheError: it does not: tokens attend to later ones, or the model loses its state between the parts.
+        """
+        if self._continuation_error is not None:
+            raise CacheError(f"{self.name} can't be a receiver: {self._continuation_error}. Use it as the sharer.")
+
+    @cached_property
+    def _continuation_error(self) -> str | None:
+        batch, kind = left_pad([[1, 2, 3, 4]], 0).to(self.device), type(self.model).__name__
+        try:
+            whole, parts = prefill(self.model, batch, 4), prefill(self.model, batch, 4, prefill(self.model, batch, 2))
+        except Exception as error:  # whatever a model raises whose cache can't be continued
+            return f"{kind} can't read a prompt in two parts ({type(error).__name__}: {error})"
+        tolerance = 1e-3 if self.dtype == torch.float32 else 0.1
+        for once, twice in zip(kv_cache.layers(whole), kv_cache.layers(parts), strict=True):
+            if not all(torch.dist(a, b) <= tolerance * a.norm() for a, b in zip(once, twice, strict=True)):
+                return (
+                    f"keys and values of a prompt read in two parts are not those of one read at once ({kind} attends "
+                    "to later tokens, or loses its state between calls of several tokens)"
+                )
+        return None
+
+    def check_private_context(self) -> None:
+        """Make sure that entries can be added to all attention layers.
+
+        Raises:
+            CacheError: some have another shape, so that they would hold fewer tokens than the others.
+        """
+        if other := kv_cache.other_attention_layers(self._probe):
+            raise CacheError(
+                f"{self.name} takes no private context: its attention layers {other} have keys and values of another "
+                "shape than the rest, and entries are made for one shape. Use a fuser of shared context, or another "
+                "receiver."
+            )
 
     def rotary(self, positions: Tensor) -> list[rope.Rotary] | None:
-        """Return the rotary tables of every layer at ``positions``, ``[batch, tokens]``."""
-        return rope.tables(self.model, positions)
+        """Return the rotary tables of every KV layer at ``positions``, ``[batch, tokens]``."""
+        return rope.tables(self.model, positions, self.rope_scheme)
 
     def encode(self, messages: Any, options: RenderOptions | None = None) -> TokenBatch:
         """Tokenise messages to a left-padded batch of this model's own tokens."""
@@ -184,10 +258,14 @@ class LanguageModel:
                 "Shorten the prompt, or use a model with a longer context."
             )
 
+    def empty_cache(self) -> Cache:
+        """Make an empty cache for this model."""
+        return kv_cache.empty_cache(self.model.config)
+
     def prefill(self, batch: TokenBatch, stop: int | None = None, cache: Cache | None = None) -> Cache:
         """Prefill the first ``stop`` columns (all by default), on ``cache`` where one is given; return the cache."""
         stop = batch.length if stop is None else stop
-        if self.stored is not None and stop > 0 and not (cache and cache.layers):
+        if self.stored is not None and stop > 0 and not kv_cache.length(cache):
             return self.stored.prefill(batch, stop)
         if self.released:
             raise CacheError(
@@ -277,7 +355,7 @@ class LanguageModel:
 
     def _check_cache(self, batch: TokenBatch, cache: Cache) -> None:
         kv_cache.check_layers(cache)
-        held = kv_cache.length(cache) if cache.layers else 0
+        held = kv_cache.length(cache)
         if held >= batch.length:
             raise CacheError(
                 f"the cache covers {held} tokens and the prompt has {batch.length}: nothing is left to predict, and "
@@ -365,13 +443,14 @@ class Sharer(LanguageModel):
         plan = sharer_prompt(self.tokenizer, batch[0], options or RenderOptions())
         tokens = left_pad([plan.ids], 0)
         self.check_prompt(tokens)
-        cache: Cache = kv_cache.empty_cache()
+        cache = self.empty_cache()
         if reuse is not None:
             hard, soft = differences("sharer", reuse.sharer, self.identity, "handoff")
             if hard or soft:
                 raise MismatchError(hard + soft, "Extend a handoff with the model that made it.", "handoff")
             known = min(reuse.shared_prefix(plan.ids), len(plan.ids) - 1)
-            cache = kv_cache.crop(reuse.cache(self.dtype, self.device), known) if known else cache
+            if known and not self.left_out:  # a handoff has nothing of other layers to go on from
+                cache = kv_cache.crop(reuse.cache(self.dtype, self.device), known)
         return self._read_prompt(plan, tokens, cache, draft_tokens)
 
     def _read_prompt(self, plan: SharerPrompt, tokens: TokenBatch, cache: Cache, draft_tokens: int) -> Handoff:

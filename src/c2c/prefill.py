@@ -20,8 +20,8 @@ def prefill(model: PreTrainedModel, batch: TokenBatch, stop: int, cache: Cache |
     Returns:
         The cache, whose layers hold ``[batch, kv_heads, stop, head_dim]``.
     """
-    cache = kv_cache.empty_cache() if cache is None else cache
-    start = kv_cache.length(cache) if cache.layers else 0
+    cache = kv_cache.empty_cache(model.config) if cache is None else cache
+    start = kv_cache.length(cache)
     if start < stop:
         model.get_decoder()(
             input_ids=batch.ids[:, start:stop],

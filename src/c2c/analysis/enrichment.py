@@ -132,7 +132,7 @@ def drop_columns(model: LanguageModel, cache: Cache, start: int, count: int) -> 
     if not 0 <= start <= stop <= tokens:
         raise CacheError(f"can't drop columns {start} to {stop} of a cache of {tokens} tokens.")
     if count == 0:
-        return kv_cache.from_layers(kv_cache.layers(cache))
+        return kv_cache.view(cache)
     before = torch.arange(stop, tokens, device=model.device).unsqueeze(0)
     old, new = model.rotary(before), model.rotary(before - count)
     layers = []

@@ -146,7 +146,7 @@ class Experiment:
         ``cache`` is of all prompt tokens but the last, and stays as it is.
         """
         read = batch.responses[:, : max(example.decisive for example in batch.examples)]
-        own = kv_cache.from_layers(kv_cache.layers(cache))  # decoding replaces its tensors, not those of ``cache``
+        own = kv_cache.view(cache)  # decoding replaces its tensors, not those of ``cache``
         logits = continued_logits(self.receiver.model, batch.receiver, read.clamp_min(0), read != -100, own)
         return answered_right(logits, batch.examples)
 

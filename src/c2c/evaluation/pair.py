@@ -131,7 +131,8 @@ class EvaluationPrefills:
     def prefill(self, batch: TokenBatch, stop: int) -> Cache:
         """Return the cache of the first ``stop`` columns of ``batch``."""
         padding = batch.length - batch.mask.sum(-1)
-        if not torch.equal(batch.mask.long().argmax(-1).to(padding.device), padding):  # pads between the tokens
+        padded_within = not torch.equal(batch.mask.long().argmax(-1).to(padding.device), padding)
+        if self.model.left_out or padded_within:  # a store has nothing of other layers than KV layers
             return prefill(self.model.model, batch.to(self.model.device), stop)
         starts, end = padding.tolist(), None if self.model.role == "sharer" else stop
         prompts = [tuple(row[start:end]) for row, start in zip(batch.ids.tolist(), starts, strict=True)]

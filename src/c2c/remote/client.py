@@ -147,6 +147,7 @@ class RemoteSharer(Sharer):
         data = self._connection.call(path, partial(read_all, largest=_LARGEST_HANDSHAKE))
         self._handshake = Handshake.parse(data, self.url)
         self.identity, self.geometry = self._handshake.sharer, self._handshake.geometry
+        self.rope_scheme, self.left_out = self._handshake.rope, {}  # whatever is left out is left there
         model = self._handshake.build_model(self.url)
         given = tokenizer is not None
         tokenizer = load(model, tokenizer=tokenizer)[1] if given else self._handshake.load_tokenizer(self.url)

@@ -40,6 +40,7 @@ class Handshake(BaseModel, frozen=True):
     tokens: int  # of one request at most, padding and drafts included
     vocabulary: int  # number of token ids
     context: int | None = None  # positions of the model, None where its config does not say
+    rope: list[rope.Convention | None]  # how each layer rotates its keys
     rotary: list[float] | None = None  # checksum of the rotary tables per layer, None without rotary embedding
     rotary_error: str | None = None  # why the rotation can't be taken off, None where it can
     tokenizer: dict[str, str] | None = None  # files by name, None where there is none or it was not wanted
@@ -47,11 +48,11 @@ class Handshake(BaseModel, frozen=True):
     @classmethod
     def describe(cls, sharer: Sharer, layers: list[int], finest: str, fusers: Sequence[str], tokens: int) -> Self:
         """Describe a model and what is given of it; its name without the folder that it was loaded from."""
-        facts, rotary_error = sharer.identity.to_dict(), None
+        facts, scheme, rotary_error = sharer.identity.to_dict(), cast(rope.Scheme, []), None
         if Path(sharer.identity.name).is_absolute():
             facts["name"] = Path(sharer.identity.name).name
         try:
-            sharer.check_rotary()
+            scheme = sharer.rope_scheme
         except C2CError as error:
             rotary_error = str(error)
         most = PRECISIONS[finest].itemsize
@@ -66,7 +67,8 @@ class Handshake(BaseModel, frozen=True):
             tokens=tokens,
             vocabulary=sharer.model.get_input_embeddings().num_embeddings,
             context=sharer.context_length,
-            rotary=_rotary_checksums(sharer.model),
+            rope=scheme,
+            rotary=_rotary_checksums(sharer.model, scheme),
             rotary_error=rotary_error,
             tokenizer=None if sharer.tokenizer is None else _tokenizer_files(sharer.tokenizer),
         )
@@ -104,10 +106,10 @@ class Handshake(BaseModel, frozen=True):
             with torch.device("meta"):
                 options = {"trust_remote_code": False, "dtype": getattr(torch, self.dtype)}
                 model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **options)
-            decoder = model.get_decoder()
-            if getattr(decoder, "rotary_emb", None) is not None:
-                decoder.rotary_emb = type(decoder.rotary_emb)(config)
-            ours = _rotary_checksums(model)
+            for name in {convention.module for convention in self.rope if convention is not None}:
+                embedding = model.get_decoder().get_submodule(name)
+                model.get_decoder().set_submodule(name, type(embedding)(config))
+            ours = _rotary_checksums(model, self.rope)
             if (ours is None) != (self.rotary is None) or any(
                 not abs(a - b) < 1e-2 for a, b in zip(ours or [], self.rotary or [], strict=True)
             ):
@@ -141,11 +143,10 @@ class Handshake(BaseModel, frozen=True):
                 raise RemoteError(f"{message} Pass tokenizer=... with a local one.", "tokenizer") from error
 
 
-def _rotary_checksums(model: PreTrainedModel) -> list[float] | None:
+def _rotary_checksums(model: PreTrainedModel, scheme: rope.Scheme) -> list[float] | None:
     """Return a number per layer by which two sides compare their rotary tables; None without rotary embedding."""
-    embedding = getattr(model.get_decoder(), "rotary_emb", None)
-    buffers = list(embedding.buffers()) if embedding is not None else []
-    tables = rope.tables(model, _PROBE.to(buffers[0].device if buffers else "cpu"))
+    device = next((buffer.device for buffer in model.get_decoder().buffers() if not buffer.is_meta), "cpu")
+    tables = rope.tables(model, _PROBE.to(device), scheme)
     return None if tables is None else [float(table.cos.double().sum() + table.sin.double().sum()) for table in tables]
 
 

@@ -45,13 +45,18 @@ class Stopped(Exception):
 
 
 class StreamingCache(DynamicCache):
-    """Hand index, keys and values of each layer, ``[rows, kv_heads, tokens, head_dim]``, to a callback once it is made.
+    """Hand number, keys and values of each layer, ``[rows, kv_heads, tokens, head_dim]``, to a callback once made.
+
+    Numbers count the sharer's KV layers; other layers are kept for the model alone.
 
     An exception in the callback stops the forward pass.
     """
 
-    def __init__(self, callback: Callable[[int, KeyValue], None]) -> None:
+    def __init__(self, sharer: Sharer, callback: Callable[[int, KeyValue], None]) -> None:
         super().__init__()
+        planned: Any = sharer.empty_cache()
+        self.layers, self.layer_class_to_replicate = planned.layers, planned.layer_class_to_replicate
+        self._numbers = {layer: number for number, layer in enumerate(sharer.layer_numbers)}
         self._callback = callback
 
     def update(
@@ -59,7 +64,8 @@ class StreamingCache(DynamicCache):
     ) -> tuple[Tensor, Tensor]:
         """Append to a layer; called by its attention."""
         entries = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        self._callback(layer_idx, entries)
+        if layer_idx in self._numbers:
+            self._callback(self._numbers[layer_idx], entries)
         return entries
 
 
@@ -123,7 +129,12 @@ class PrefillJob:
         self._loop.call_soon_threadsafe(self._parts.put_nowait, (last, None))
 
     def _run(self) -> None:
-        request, batch, cache, ids = self._request, self._batch, StreamingCache(self._on_layer), self._request.ids[0]
+        request, batch, cache, ids = (
+            self._request,
+            self._batch,
+            StreamingCache(self._sharer, self._on_layer),
+            self._request.ids[0],
+        )
         if self.streams:
             self._begin([])
         if request.draft_tokens:

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -179,10 +179,17 @@ class FuserObjective(Objective):
         return {
             **targets(examples, device, [example.prefix for example in examples]),
             "prefix": left_pad(ours, 0).to(device),
-            "receiver_cache": stack(self.receiver_store.get(ours), self.receiver.geometry.layers, dtype, device),
+            "receiver_cache": self._receiver_cache(ours),
             "sharer": left_pad(theirs, 0).to(device),
             "sharer_cache": stack(self.sharer_store.get(theirs), sharer.geometry.layers, dtype, device),
         }
+
+    def _receiver_cache(self, prompts: Sequence[list[int]]) -> DynamicCache:
+        """Fetch stored prefills; a receiver that has not only KV layers runs: stores hold no more than these."""
+        if self.receiver.left_out:
+            return cast(DynamicCache, self.receiver.prefill(left_pad(prompts, 0)))
+        layers = self.receiver.geometry.layers
+        return stack(self.receiver_store.get(prompts), layers, self.receiver.dtype, self.device)
 
     def forward(self, examples: Sequence[Example], share: float = 1.0) -> dict[str, Tensor]:
         """Compute the loss of examples; in the first steps that of reconstructing their messages."""

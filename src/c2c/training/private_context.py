@@ -49,7 +49,7 @@ class PrivateContextObjective(FuserObjective):
 
     def prompt_cache(self, batch: PrivateBatch, message: Message) -> tuple[DynamicCache, Tensor]:
         """Append the memory entries to the prefix's cache; see :meth:`FuserObjective.prompt_cache`."""
-        cache = kv_cache.from_layers(kv_cache.layers(batch.receiver_cache))  # appending makes new tensors
+        cache = kv_cache.view(batch.receiver_cache)  # appending makes new tensors
         if message == "none" or self.fuser.output_length(batch.kept.length) == 0:
             return cache, batch.prefix.mask
         entries, mask = self._memory(batch, message)

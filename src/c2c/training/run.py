@@ -156,6 +156,8 @@ def fill(run: Run, progress: OnProgress | None = None) -> None:
             "receiver prefill": (objective.receiver_store, [example.receiver_prefix for example in examples]),
             "sharer prefill": (store, [example.sharer_ids for example in examples]),
         }
+        if objective.receiver.left_out:  # runs in each step, see FuserObjective
+            del stores["receiver prefill"]
         for stage, (target, prompts) in stores.items():
             ordered = sorted(prompts, key=len)  # so that all processes get as much
             report = None if first is None else partial(first, f"{stage} (tokens)")

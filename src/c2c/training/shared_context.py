@@ -56,7 +56,7 @@ class SharedContextObjective(FuserObjective):
 
     def fused(self, batch: SharedBatch, message: Message) -> DynamicCache:
         """Fuse the receiver's cache of all but the last prompt token with a message; ``batch`` is not changed."""
-        cache = kv_cache.from_layers(kv_cache.layers(batch.receiver_cache))  # fusion replaces or overwrites these
+        cache = kv_cache.view(batch.receiver_cache)  # fusion replaces or overwrites these
         if message == "none":
             return cache
         if not (torch.is_grad_enabled() and any(p.requires_grad for p in self.fuser.parameters())):
@@ -128,7 +128,7 @@ def attention_received(receiver: LanguageModel, prompt: TokenBatch, cache: Cache
             input_ids=ids,
             attention_mask=mask.long(),
             position_ids=prompt.positions[:, -1:] + torch.arange(ids.shape[1], device=ids.device),
-            past_key_values=kv_cache.from_layers(kv_cache.layers(cache)),  # a copy: it grows
+            past_key_values=kv_cache.view(cache),  # a copy: it grows
             use_cache=True,
             output_attentions=True,
         )

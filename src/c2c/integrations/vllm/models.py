@@ -52,7 +52,7 @@ class VLLMModel(LanguageModel):
 
     def __init__(self, model: LanguageModel, client: EngineClient) -> None:
         super().__init__(model.model, model.tokenizer, model.name)
-        self.identity, self.geometry = model.identity, model.geometry  # read from weights that will be gone
+        self.__dict__.update(model.probed())  # from weights that will be gone
         self.client, self._key = client, model_key(model.identity)
 
     @property
