@@ -93,16 +93,7 @@ _IGNORED = {
 }
 _IGNORED_ARGUMENTS = {"assistant_model": _ASSISTED, "assistant_tokenizer": _ASSISTED}
 
-_INTEGERS = {
-    "max_new_tokens": 1,
-    "max_length": 1,
-    "min_new_tokens": 0,
-    "min_length": 0,
-    "num_beams": 1,
-    "num_return_sequences": 1,
-    "no_repeat_ngram_size": 0,
-    "encoder_no_repeat_ngram_size": 0,
-}
+_COUNTS = ("max_new_tokens", "max_length", "num_beams", "num_return_sequences")
 _NUMBERS: dict[str, tuple[str, Callable[[float], bool]]] = {
     "max_time": ("a number of seconds from 0", lambda x: 0 <= x < math.inf),
     "repetition_penalty": ("a number above 0; 1 is no penalty", lambda x: 0 < x < math.inf),
@@ -216,6 +207,7 @@ def prepare(model: PreTrainedModel, batch: TokenBatch, kwargs: dict[str, Any], l
     decoding = Decoding(config, arguments, notes)
     _set_lengths(decoding, batch, asked, limit)
     _set_padding(config, model)
+    arguments["logits_processor"] = LogitsProcessorList(as_callables(arguments.get("logits_processor")))
     prompt = OrdinaryPrompt(batch, int(config.pad_token_id))
     if batch.padded or prompt.hidden:
         _read_own_rows(decoding, prompt)
@@ -311,7 +303,11 @@ def _merge(model: PreTrainedModel, kwargs: dict[str, Any]) -> tuple[GenerationCo
     if not (given is None or isinstance(given, GenerationConfig)):
         raise PromptError(f"generation_config is a {type(given).__name__}; expected a GenerationConfig or a dict.")
     config = copy.deepcopy(given) if given is not None else GenerationConfig()
-    keywords = {name: value for name, value in kwargs.items() if name != "generation_config"}
+    keywords = {
+        name: _integer(name, value, 1) if name in _COUNTS else value
+        for name, value in kwargs.items()
+        if name != "generation_config" and not (name in _PROMPT and value is None)
+    }
     asked = {name for name, value in config.to_dict().items() if value is not None}
     asked |= {name for name, value in keywords.items() if value is not None}
     if own := sorted(_PROMPT & asked):
@@ -355,8 +351,8 @@ def _check_numbers(config: GenerationConfig) -> None:
     Raises:
         PromptError: not a number, not finite, or out of its range.
     """
-    for name, low in _INTEGERS.items():
-        _set_integer(config, name, low)
+    for name in _COUNTS:
+        setattr(config, name, _integer(name, getattr(config, name), 1))
     ranges = _NUMBERS | (_SAMPLING if config.do_sample else {})
     for name, (expected, fits) in ranges.items():
         value = getattr(config, name, None)
@@ -370,22 +366,27 @@ def _check_numbers(config: GenerationConfig) -> None:
             raise PromptError(f"{name} is {value!r}; expected {expected}.")
         setattr(config, name, number)
     if config.do_sample:
-        _set_integer(config, "top_k", 0)
+        config.top_k = _integer("top_k", config.top_k, 0)
         if config.temperature is not None:
             config.temperature = max(config.temperature, _COLDEST)
 
 
-def _set_integer(config: GenerationConfig, name: str, low: int) -> None:
-    value = getattr(config, name, None)
+def _integer(name: str, value: Any, low: int) -> int | None:
+    """Return an integer option, None where it is not set.
+
+    Raises:
+        PromptError: no integer, or below ``low``.
+    """
     if value is None:
-        return
+        return None
+    whole = int(value) if isinstance(value, float) and value.is_integer() else value  # as JSON has it
     try:
-        number = low - 1 if isinstance(value, bool) else operator.index(value)
+        number = low - 1 if isinstance(value, bool) else operator.index(whole)
     except TypeError:
         number = low - 1
     if number < low:
         raise PromptError(f"{name} is {value!r}; expected an integer from {low}.")
-    setattr(config, name, number)
+    return number
 
 
 def _check_mode(config: GenerationConfig, arguments: dict[str, Any]) -> None:
@@ -465,23 +466,23 @@ def _read_own_rows(decoding: Decoding, prompt: OrdinaryPrompt) -> None:
         made.append(_OwnRows(prompt, lambda ids: EncoderRepetitionPenaltyLogitsProcessor(encoder_penalty, ids)))
     if penalty not in (None, 1.0):
         made.append(_OwnRows(prompt, lambda ids: RepetitionPenaltyLogitsProcessor(penalty)))
-    if size:
+    if size and size > 0:
         made.append(_OwnRows(prompt, lambda ids: NoRepeatNGramLogitsProcessor(size)))
-    if encoder_size:
+    if encoder_size and encoder_size > 0:
         made.append(_OwnRows(prompt, lambda ids: EncoderNoRepeatNGramLogitsProcessor(encoder_size, ids)))
     if made:
         config.repetition_penalty = config.no_repeat_ngram_size = None
         config.encoder_repetition_penalty = config.encoder_no_repeat_ngram_size = None
-        given = as_callables(decoding.arguments.get("logits_processor"))
+        given = decoding.arguments["logits_processor"]
         decoding.arguments["logits_processor"] = LogitsProcessorList([*made, *given])
 
 
 def _hide_slots(decoding: Decoding, prompt: OrdinaryPrompt) -> None:
     """Show the caller's functions and streamer the prompt without entries of private context."""
     arguments = decoding.arguments
-    processors = as_callables(arguments.get("logits_processor"))
     arguments["logits_processor"] = LogitsProcessorList(
-        process if isinstance(process, _OwnRows) else _on_ordinary(process, prompt) for process in processors
+        process if isinstance(process, _OwnRows) else _on_ordinary(process, prompt)
+        for process in arguments["logits_processor"]
     )
     stops = as_callables(arguments.get("stopping_criteria"))
     arguments["stopping_criteria"] = [_on_ordinary(stop, prompt) for stop in stops]
