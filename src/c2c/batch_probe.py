@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -121,8 +122,8 @@ def prefill_rows(
 
 
 @torch.no_grad()
-def _run(model: PreTrainedModel) -> Probe:
-    words = model.get_input_embeddings().num_embeddings
+def _run(model: Any) -> Probe:
+    words = int(model.get_input_embeddings().num_embeddings)
     rows = [[(3 + 7 * index) % words for index in range(length)] for length in (6, 3)]
     alone = [_prefilled(model, left_pad([row], 0)) for row in rows]
     long = left_pad(rows[:1], 0).to(model.device)

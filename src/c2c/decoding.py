@@ -156,7 +156,7 @@ class Decoding:
             return kwargs
         return kwargs | {"prefix_allowed_tokens_fn": lambda _, ids: allowed(index, ids)}
 
-    def run(self, model: PreTrainedModel, **prompt: Any) -> Tensor:
+    def run(self, model: Any, **prompt: Any) -> Tensor:
         """Run the model's own ``generate``; return its ids, the prompt included.
 
         Raises:
@@ -165,8 +165,9 @@ class Decoding:
         held = model.generation_config  # what is equal to it need not be said, and would be warned about
         options = {name: value for name, value in vars(self.config).items() if name in _OPTIONS}
         options = {name: value for name, value in options.items() if getattr(held, name, None) != value}
+        generate: Callable[..., Any] = model.generate
         try:
-            out = model.generate(**prompt, **self.arguments, **options)
+            out = generate(**prompt, **self.arguments, **options)
         except (ValueError, TypeError, NotImplementedError) as error:
             raise _refusal(error, self.arguments) from error
         except RuntimeError as error:
@@ -226,7 +227,7 @@ def table_limit(model: PreTrainedModel, context_length: int | None) -> int | Non
     return None
 
 
-def cache_limit(model: PreTrainedModel, batch: TokenBatch) -> int | None:
+def cache_limit(model: Any, batch: TokenBatch) -> int | None:
     """Return the longest text that a model makes from the cache that it was given.
 
     Phi-3 and its kin drop the cache when the text grows beyond the length from which on they rotate otherwise, and read
@@ -265,7 +266,7 @@ class OrdinaryPrompt:
 class _OwnRows(LogitsProcessor):
     """Run a processor of ``transformers`` on each row's own tokens: padding is none of them, entries neither."""
 
-    def __init__(self, prompt: OrdinaryPrompt, make: Callable[[Tensor], LogitsProcessor]) -> None:
+    def __init__(self, prompt: OrdinaryPrompt, make: Callable[[Any], LogitsProcessor]) -> None:
         self._prompt, self._rows = prompt, [make(row.unsqueeze(0)) for row in prompt.rows]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -299,7 +300,8 @@ def _merge(model: PreTrainedModel, kwargs: dict[str, Any]) -> tuple[GenerationCo
     """Merge keywords, the caller's config and the checkpoint's; return also what the caller set."""
     given = kwargs.get("generation_config")
     if isinstance(given, dict):
-        given = _checked(lambda: GenerationConfig(**given), given)
+        options = dict(given)
+        given = _checked(lambda: GenerationConfig(**options), options)
     if not (given is None or isinstance(given, GenerationConfig)):
         raise PromptError(f"generation_config is a {type(given).__name__}; expected a GenerationConfig or a dict.")
     config = copy.deepcopy(given) if given is not None else GenerationConfig()
@@ -319,7 +321,8 @@ def _merge(model: PreTrainedModel, kwargs: dict[str, Any]) -> tuple[GenerationCo
 
     def update() -> dict[str, Any]:
         config.update(**held, defaults_only=True, allow_custom_entries=True)
-        return config.update(**keywords)
+        rest: dict[str, Any] = config.update(**keywords)
+        return rest
 
     return config, _checked(update, keywords), asked
 
@@ -447,7 +450,7 @@ def _set_lengths(decoding: Decoding, batch: TokenBatch, asked: set[str], limit: 
     config.max_new_tokens = wanted
 
 
-def _set_padding(config: GenerationConfig, model: PreTrainedModel) -> None:
+def _set_padding(config: GenerationConfig, model: Any) -> None:
     """Choose what fills finished rows; it is fed to the model, so it must be one of its tokens."""
     words = model.get_input_embeddings().num_embeddings
     ends = as_list(config.eos_token_id)

@@ -293,7 +293,7 @@ class FirstTokenTimer(StoppingCriteria):
             self.first, self._prompt = time.perf_counter(), input_ids.shape[1] - 1
         if not self._criteria:
             return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
-        done = self._criteria(input_ids, scores, **kwargs)
+        done: Tensor = self._criteria(input_ids, scores, **kwargs)
         if not self._beams:  # their rows change places
             length = input_ids.shape[1] - (self._prompt or 0)
             for row in done.nonzero().flatten().tolist():
