@@ -512,3 +512,13 @@ def test_an_answer_ends_where_the_table_of_positions_does():
         assert answer(PROMPT, do_sample=False).new_tokens == room
         with pytest.raises(ContextLengthError, match=f"max_new_tokens={room}"):
             answer(PROMPT, max_new_tokens=room + 1, do_sample=False)
+
+
+@pytest.mark.slow
+def test_a_server_answers_a_batch_row_by_row_where_the_model_needs_it():
+    from serving_harness import running, text_of
+
+    model = receiving(family("bart"))
+    expected = [model.generate(prompt, max_new_tokens=6, do_sample=False).text for prompt in PROMPTS]
+    with running(model, window=0.5) as server:
+        assert [text_of(response) for response in server.chat_all(PROMPTS)] == expected

@@ -10,6 +10,7 @@ import copy
 import inspect
 import math
 import operator
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
@@ -31,7 +32,7 @@ from transformers import (
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.streamers import BaseStreamer
 
-from c2c.errors import ContextLengthError, PromptError, did_you_mean
+from c2c.errors import C2CError, ContextLengthError, PromptError, did_you_mean
 from c2c.tokens import TokenBatch, left_pad
 
 DEFAULT_NEW_TOKENS = 256
@@ -168,6 +169,8 @@ class Decoding:
         generate: Callable[..., Any] = model.generate
         try:
             out = generate(**prompt, **self.arguments, **options)
+        except C2CError:  # from a function of the caller
+            raise
         except (ValueError, TypeError, NotImplementedError) as error:
             raise _refusal(error, self.arguments) from error
         except RuntimeError as error:
@@ -209,11 +212,12 @@ def prepare(model: PreTrainedModel, batch: TokenBatch, kwargs: dict[str, Any], l
     _set_lengths(decoding, batch, asked, limit)
     _set_padding(config, model)
     arguments["logits_processor"] = LogitsProcessorList(as_callables(arguments.get("logits_processor")))
-    prompt = OrdinaryPrompt(batch, int(config.pad_token_id))
-    if batch.padded or prompt.hidden:
+    hidden = bool(batch.slots.any())
+    if batch.padded or hidden:
+        prompt = OrdinaryPrompt(batch, int(config.pad_token_id))
         _read_own_rows(decoding, prompt)
-    if prompt.hidden:
-        _hide_slots(decoding, prompt)
+        if hidden:
+            _hide_slots(decoding, prompt)
     return decoding
 
 
@@ -221,7 +225,7 @@ def table_limit(model: PreTrainedModel, context_length: int | None) -> int | Non
     """Return the longest text that a model with a table of positions can make; None where there is no table."""
     tables = chain(model.named_parameters(), model.named_buffers())
     for name, table in tables if context_length else ():
-        is_table = "pos" in name.lower() or "wpe" in name
+        is_table = re.search(r"wpe|position|pos_(emb|enc)", name)
         if is_table and table.dim() > 1 and 0 <= table.shape[0] - (context_length or 0) <= 4:
             return (context_length or 0) + 1  # the last token is written and not read
     return None
@@ -244,11 +248,9 @@ class OrdinaryPrompt:
     Attributes:
         rows: the real tokens of each row.
         ids: the same, left-padded, ``[batch, tokens]``.
-        hidden: whether entries are left out.
     """
 
     def __init__(self, batch: TokenBatch, pad_id: int) -> None:
-        self.hidden = bool(batch.slots.any())
         self._length = batch.length
         kept = batch.mask & ~batch.slots
         self.rows = [ids[real] for ids, real in zip(batch.ids, kept, strict=True)]

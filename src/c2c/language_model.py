@@ -440,6 +440,9 @@ class Sharer(LanguageModel):
             if hard or soft:
                 raise MismatchError(hard + soft, "Extend a handoff with the model that made it.")
             known = min(reuse.shared_prefix(plan.ids), len(plan.ids) - 1)
+            switch = switch_length(self.model)
+            if switch is not None and max(len(plan.ids), len(reuse.ids)) > switch:
+                known = 0  # the entries are rotated for another length
             cache = kv_cache.crop(reuse.cache(self.dtype, self.device), known) if known else cache
         return self._read_prompt(plan, tokens, cache, draft_tokens)
 

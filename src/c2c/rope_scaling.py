@@ -10,10 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+_found: WeakKeyDictionary[PreTrainedModel, list[nn.Module]] = WeakKeyDictionary()
 
 
 def switch_length(model: PreTrainedModel) -> int | None:
@@ -40,7 +43,9 @@ def prompt_length(model: PreTrainedModel, length: int | None) -> Iterator[None]:
 
 def _rotary_modules(model: PreTrainedModel) -> list[nn.Module]:
     """Return the rotary embeddings whose frequencies depend on the length."""
-    return [module for module in model.modules() if list(_lengths(module))]
+    if model not in _found:
+        _found[model] = [module for module in model.modules() if list(_lengths(module))]
+    return _found[model]
 
 
 def _lengths(module: Any) -> Iterator[int]:
