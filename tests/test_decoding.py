@@ -254,6 +254,7 @@ REFUSED = [
     ({"do_sample": True, "suppress_tokens": list(range(512))}, "suppress"),
     ({"repetition_penalty": 0.0}, "repetition_penalty"),
     ({"repetition_penalty": float("inf")}, "repetition_penalty"),
+    ({"exponential_decay_length_penalty": (2, 1.5), "eos_token_id": None}, "exponential_decay"),
     ({"bad_words_ids": []}, "bad_words_ids"),
     ({"stop_strings": ["x", ""]}, "stop_strings"),
     ({"stop_strings": [3]}, "stop_strings"),

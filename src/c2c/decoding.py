@@ -322,6 +322,7 @@ def _merge(model: PreTrainedModel, kwargs: dict[str, Any]) -> tuple[GenerationCo
     held = model.generation_config.to_dict()
 
     def update() -> dict[str, Any]:
+        config.update(watermarking_config=config.watermarking_config)  # which makes an object of a dict
         config.update(**held, defaults_only=True, allow_custom_entries=True)
         rest: dict[str, Any] = config.update(**keywords)
         return rest
@@ -415,6 +416,10 @@ def _check_mode(config: GenerationConfig, arguments: dict[str, Any]) -> None:
         raise PromptError(
             "custom_generate names code on the hub, which may read the prompt itself instead of the prefilled cache. "
             "Pass a function that decodes from past_key_values."
+        )
+    if config.exponential_decay_length_penalty is not None and not as_list(config.eos_token_id):
+        raise PromptError(
+            "exponential_decay_length_penalty raises the end token, and there is none: pass eos_token_id."
         )
     if arguments.get("streamer") is not None and int(config.num_beams or 1) > 1:
         raise PromptError("a streamer can't follow several beams: num_beams must be 1.")
@@ -512,7 +517,7 @@ def as_callables(value: Any) -> list[Callable[..., Any]]:
 def _checked(update: Callable[[], Any], keywords: dict[str, Any]) -> Any:
     try:
         return update()
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise _refusal(error, keywords) from error
 
 
