@@ -22,13 +22,11 @@ import httpx
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from c2c import kv_cache
 from c2c.language_model import Sharer
 from c2c.remote import RemoteSharer
-from c2c.remote import worker as worker_module
-from c2c.remote.app import build_app
+from c2c.remote import server as server_module
 from c2c.remote.config import ShareConfig
-from c2c.remote.worker import PrefillJob, PrefillWorker
+from c2c.remote.server import PrefillJob, PrefillWorker, build_app
 from c2c.serving.http_server import Server, listen, url_of
 from c2c.tokens import left_pad
 
@@ -76,11 +74,9 @@ class Link:
 class LateJob(PrefillJob):
     """The same job where nothing is sent before the whole prefill is done."""
 
-    def _prefill(self, callback: Any) -> Any:
-        cache = super()._prefill(lambda *_: None)
-        for index, entries in enumerate(kv_cache.layers(cache)):
-            callback(index, entries)
-        return cache
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.streams = False
 
 
 def main() -> None:
@@ -90,7 +86,7 @@ def main() -> None:
     with torch.no_grad():
         sharer = Sharer(Qwen2ForCausalLM(SHARER), None, "random")
     config = ShareConfig(port=0, rate=0, timeout=600)
-    server, sock = Server(build_app(PrefillWorker(sharer), config), config), listen("127.0.0.1", 0)
+    server, sock = Server(build_app(PrefillWorker(sharer, config), config), config), listen("127.0.0.1", 0)
     thread = threading.Thread(target=server.run, args=([sock],))
     thread.start()
     while True:
@@ -119,7 +115,7 @@ def measure(sharer: Sharer, link: Link, arguments: argparse.Namespace) -> dict[s
         for rate in arguments.rates:
             for name, client in clients.items():
                 for way, work in (("late", LateJob), ("overlapped", PrefillJob)):
-                    setattr(worker_module, "PrefillJob", work)  # noqa: B010  (mypy)
+                    setattr(server_module, "PrefillJob", work)  # noqa: B010  (mypy)
                     link.rate = rate * 1e6 / 8
                     before = client.traffic.received
                     case = f"{rate:g} Mbit/s {name} {way}"

@@ -37,7 +37,7 @@ from c2c.alignment import Alignment
 from c2c.data.formats import Row
 from c2c.language_model import Receiver, Sharer
 from c2c.training.config import Precision
-from c2c.training.examples import SharedExample
+from c2c.training.examples import Example
 from c2c.training.prefill_store import PrefillStore
 from c2c.training.shared_context import SharedContextObjective
 from prefill import RECEIVER, SHARER
@@ -126,9 +126,7 @@ def _in_process_of_its_own(fuser: str, arguments: argparse.Namespace) -> dict[st
     return part
 
 
-def _step(
-    training: SharedContextObjective, example: SharedExample, optimizer: torch.optim.Optimizer
-) -> Callable[[], float]:
+def _step(training: SharedContextObjective, example: Example, optimizer: torch.optim.Optimizer) -> Callable[[], float]:
     def run() -> float:
         loss = training([example])["loss"]
         loss.backward()
@@ -177,14 +175,14 @@ def _training(model: C2CModel, precision: Precision = "float32", **store: Any) -
     return training
 
 
-def _example(arguments: argparse.Namespace, vocab_size: int) -> SharedExample:
+def _example(arguments: argparse.Namespace, vocab_size: int) -> Example:
     """Random tokens, both models reading the same; every token but the last is fused."""
     generator = torch.Generator().manual_seed(arguments.seed)
     prompt, response = (
         torch.randint(10, vocab_size, (count,), generator=generator).tolist()
         for count in (arguments.tokens, arguments.response)
     )
-    return SharedExample(
+    return Example(
         row=Row("0", [], "", ""),
         receiver_ids=prompt,
         prefix=len(prompt) - 1,

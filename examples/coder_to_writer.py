@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from c2c import C2CModel
-from c2c.data.synthetic.skeleton import skeleton
+from c2c.data.synthetic import skeleton
 from c2c.messages import Conversation
 from c2c.systems import SystemOptions, make_system
 from c2c.systems.text_to_text import TextToText

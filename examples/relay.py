@@ -16,7 +16,7 @@ from pathlib import Path
 from c2c import C2CModel
 from c2c.data.config import DataSource
 from c2c.data.formats import private_question
-from c2c.data.synthetic.relay import relay
+from c2c.data.synthetic import relay
 from c2c.evaluation.metrics import exact
 from c2c.systems import make_system
 

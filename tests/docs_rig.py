@@ -42,9 +42,6 @@ _HEADING = re.compile(r"^#{1,6} +(.+?)[ \t]*$", re.MULTILINE)
 _LINK = re.compile(r"\]\(([^)\s]+)\)|<(?:img|a)\b[^>]*?\b(?:src|href)=\"([^\"]+)\"")
 
 
-# -- pages -------------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Block:
     """A fenced block of a page."""
@@ -93,9 +90,6 @@ def links(page: str) -> list[str]:
     """Targets of the links and pictures of a page, those on other hosts left out."""
     found = [match[1] or match[2] for match in _LINK.finditer(re.sub(r"`[^`\n]*`", "", prose(page)))]
     return [target for target in found if not re.match(r"(https?|mailto):", target)]
-
-
-# -- command lines -----------------------------------------------------------------------------------------------------
 
 
 def lines(text: str) -> list[list[str]]:
@@ -178,8 +172,6 @@ def server(*words: str, ready: str):
         process.communicate()
 
 
-# -- a reader's folder -------------------------------------------------------------------------------------------------
-
 _SMALL = {"limit": 4, "calibration": 4, "batch_size": 4, "epochs": 1, "timed": 1, "warmup_steps": 2}
 _SMALL |= {"max_new_tokens": 8, "message_tokens": 8}
 
@@ -199,139 +191,100 @@ def shrink_config(source: Path, target: Path) -> None:
     target.write_text(yaml.safe_dump(data, sort_keys=False), encoding="utf-8")
 
 
-_WORDS = ["stone", "lamp", "door", "river", "key", "map", "hat", "coat"]
-ROWS = {
-    "questions": lambda i: {
-        "question": f"Which word is number {i}?",
-        "choices": [f"{colour} {_WORDS[i]}" for colour in ("red", "blue", "old", "new")],
-        "answer": i % 4,
-    },
-    "passages": lambda i: {
-        "context": f"The {_WORDS[i]} is in room {i}.",
-        "question": f"Where is the {_WORDS[i]}?",
-        "answer": f"room {i}",
-    },
-    "tasks": lambda i: {"instruction": f"Say {i}.", "input": "", "output": f"It is {i}."},
-    "sums": lambda i: {"question": f"What is {i} + 1?", "answer": f"{i} + 1 = {i + 1}\n#### {i + 1}"},
-}
-_BENCHMARKS = [
-    f"{task}/{part}" for task in ("openbookqa", "arc_easy", "arc_challenge") for part in ("train", "dev", "test")
-]
-FILES = {
-    "questions": [
-        *("questions", "a", "b", "q", "test", "data/mmlu/aux_train_norace", "data/mmlu/test", "data/ceval/val"),
-        *("data/mmlu_redux/test_ok", "data/mmlu_redux/test", *(f"data/{name}" for name in _BENCHMARKS)),
-    ],
-    "passages": [
-        *("squad", *(f"data/squad/grouped_{part}" for part in ("train", "valid", "test"))),
-        *(f"data/{name}/test" for name in ("hotpotqa_evidence", "hotpotqa_distractor", "nq_oracle")),
-    ],
-    "tasks": ["data/t0_mixture/train"],
-    "sums": ["answers", "data/gsm8k/train", "data/gsm8k/test"],
-}
+def rows(name: str) -> list[dict]:
+    """Six rows with the keys of every kind; the same question in two files would be a leak of the test data."""
+    words = ["stone", "lamp", "door", "river", "key", "map"]
+    return [
+        {
+            "id": str(i),
+            "context": f"The {word} is in room {i}.",
+            "question": f"Which word is number {i}? ({name if '/' in name else 'here'})",
+            "choices": [f"{colour} {word}" for colour in ("red", "blue", "old", "new")],
+            "answer": i % 4,
+            "instruction": f"Say {i} ({name}).",
+            "input": "",
+            "output": f"It is {i}.",
+        }
+        for i, word in enumerate(words)
+    ]
 
 
-class Workspace:
-    """A folder like a clone in which somebody has worked: tiny random models under the names that the pages use."""
+def make_workspace(home: Path) -> Path:
+    """Make a folder like a clone in which somebody has worked, with tiny models under the names that the pages use.
 
-    def __init__(self, home: Path) -> None:
-        self.home, self.cache = home / "clone", home / "cache"
-        self.home.mkdir(parents=True)
-        self._models()
-        self._published()
-        self._repository()
-        self._data()
-        self._fusers()
+    Returns:
+        The clone, ``home/clone``; the models lie in ``home/cache``.
+    """
+    clone, models = home / "clone", home / "cache" / "models"
+    _write_models(models)
+    _write_published(clone)
+    (clone / "tests").symlink_to(ROOT / "tests")  # its numbers of the published code are only read
+    for name in ("docs/results", "results"):
+        shutil.copytree(ROOT / name, clone / name)
+    for name in ("README.md", "docs/results.md"):
+        shutil.copy(ROOT / name, clone / name)
+    for source in sorted((ROOT / "configs").rglob("*.yaml")):
+        shrink_config(source, clone / source.relative_to(ROOT))
+    sources = [*PAGES, *(str(p) for g in ("configs/**/*.yaml", "src/c2c/evaluation/**/*.py") for p in ROOT.glob(g))]
+    for name in {name for page in sources for name in re.findall(r"(?<![\w/.-])(?!runs)\w[\w/-]*\.jsonl", read(page))}:
+        for file in {name.removeprefix("DATA/"), f"data/{name.removeprefix('DATA/').removeprefix('data/')}"}:
+            (clone / file).parent.mkdir(parents=True, exist_ok=True)
+            (clone / file).write_text("".join(json.dumps(row) + "\n" for row in rows(file)), encoding="utf-8")
+    (clone / "page.txt").write_text("The key to the boat house hangs behind the clock.")
+    for config in sorted((ROOT / "zoo").glob("*/config.json")):
+        shipped = json.loads(config.read_text(encoding="utf-8"))
+        names, family = [shipped[role]["name"] for role in ("receiver", "sharer")], shipped["model_type"]
+        _write_fuser(clone / "zoo" / config.parent.name, models, *names, family.removeprefix("c2c_fuser_"))
+    _write_fuser(clone / "runs" / "private" / "best", models, "smollm2-135m", "qwen2.5-coder-0.5b", "memory")
+    shipped = "smollm2-135m_from_qwen2.5-coder-1.5b"
+    links = {"DATA": "data", "zoo/NAME": f"zoo/{shipped}", "FUSER": f"zoo/{shipped}"}
+    links |= {"CHECKPOINT": "qwen3_0.6b+qwen2.5_0.5b_Fuser", "MEMORY_FUSER": "runs/private/best"}
+    for name, seed in (("seed_0", 0), ("seed_1", 1), ("seed_2", 2), ("eval_0.5b", 0), ("eval_1.5b", 1)):
+        links[f"runs/{name}"] = f"results/{shipped}/seed_{seed}"
+    for name, target in links.items():  # inside the folder, so that a copy of the folder keeps them
+        (clone / name).symlink_to(os.path.relpath(target, Path(name).parent))
+    return clone
 
-    def copy(self, home: Path) -> Workspace:
-        """One for a single test, which may change its files; the models are shared, no command writes to them."""
-        new = Workspace.__new__(Workspace)
-        new.home, new.cache = home / "clone", self.cache
-        shutil.copytree(self.home, new.home, symlinks=True)
-        return new
 
-    def _link(self, name: str, target: str) -> None:
-        """A link inside the folder, which a copy of the folder keeps."""
-        (self.home / name).symlink_to(os.path.relpath(target, Path(name).parent))
+def _write_models(folder: Path) -> None:
+    models = {
+        "smollm2-135m": ("llama", "chatml"),
+        "qwen2.5-coder-0.5b": ("qwen2", "llama3"),
+        "qwen2.5-coder-1.5b": ("qwen2", "llama3"),
+        "gemma3-270m": ("qwen3", "chatml"),  # a tiny one of its own family has a window of 16 tokens
+    }
+    for seed, (alias, (family, words)) in enumerate(models.items()):
+        model = build(family, seed)
+        model.config.max_position_embeddings = 4096  # questions are long in the letters of a small tokenizer
+        model.save_pretrained(folder / alias)
+        spelling = tokenizer(words)  # spells " A" to " J" with a token each, as those of real models do
+        spelling.add_tokens([AddedToken(f" {letter}", normalized=False) for letter in "ABCDEFGHIJ"])
+        spelling.save_pretrained(folder / alias)
+        (folder / alias / "c2c_source.json").write_text("{}")
 
-    def _models(self) -> None:
-        for seed, (alias, family, words) in enumerate(
-            [
-                ("smollm2-135m", "llama", "chatml"),
-                ("qwen2.5-coder-0.5b", "qwen2", "llama3"),
-                ("qwen2.5-coder-1.5b", "qwen2", "llama3"),
-                ("gemma3-270m", "qwen3", "chatml"),  # a tiny one of its own family has a window of 16 tokens
-            ]
-        ):
-            folder = self.cache / "models" / alias
-            model = build(family, seed)
-            model.config.max_position_embeddings = 4096  # questions are long in the letters of a small tokenizer
-            model.save_pretrained(folder)
-            spelling = tokenizer(words)  # spells " A" to " J" with a token each, as those of real models do
-            spelling.add_tokens([AddedToken(f" {letter}", normalized=False) for letter in "ABCDEFGHIJ"])
-            spelling.save_pretrained(folder)
-            (folder / "c2c_source.json").write_text("{}")
 
-    def _published(self) -> None:
-        """The tiny published pair of the fixtures, and the hub ids that stand for it; these need a tokenizer."""
-        names = {"receiver": "Qwen/Qwen3-0.6B", "sharer": "Qwen/Qwen2.5-0.5B-Instruct"}
-        for role, name in names.items():
-            config = AutoConfig.from_pretrained(FIXTURES / "pair_a" / role)
-            config.vocab_size = 512
-            AutoModelForCausalLM.from_config(config).save_pretrained(self.home / name)
-            tokenizer("chatml").save_pretrained(self.home / name)
-        checkpoint = self.home / "qwen3_0.6b+qwen2.5_0.5b_Fuser"
-        shutil.copytree(FIXTURES / "pair_a" / "checkpoint", checkpoint)
-        config = json.loads((checkpoint / "config.json").read_text())
-        config["model"] |= {"base_model": names["receiver"], "teacher_model": names["sharer"]}
-        (checkpoint / "config.json").write_text(json.dumps(config))
-        self._link("CHECKPOINT", checkpoint.name)
+def _write_published(clone: Path) -> None:
+    """Write the published pair of the fixtures, and the hub ids that stand for it; these need a tokenizer."""
+    names = {"receiver": "Qwen/Qwen3-0.6B", "sharer": "Qwen/Qwen2.5-0.5B-Instruct"}
+    for role, name in names.items():
+        config = AutoConfig.from_pretrained(FIXTURES / "pair_a" / role)
+        config.vocab_size = 512
+        AutoModelForCausalLM.from_config(config).save_pretrained(clone / name)
+        tokenizer("chatml").save_pretrained(clone / name)
+    checkpoint = clone / "qwen3_0.6b+qwen2.5_0.5b_Fuser"
+    shutil.copytree(FIXTURES / "pair_a" / "checkpoint", checkpoint)
+    config = json.loads((checkpoint / "config.json").read_text())
+    config["model"] |= {"base_model": names["receiver"], "teacher_model": names["sharer"]}
+    (checkpoint / "config.json").write_text(json.dumps(config))
 
-    def _repository(self) -> None:
-        (self.home / "tests").symlink_to(ROOT / "tests")  # its numbers of the published code are only read
-        (self.home / "docs").mkdir()
-        for name in ("README.md", "docs/results.md"):
-            shutil.copy(ROOT / name, self.home / name)
-        for name in ("docs/results", "results"):
-            shutil.copytree(ROOT / name, self.home / name)
-        for source in sorted((ROOT / "configs").rglob("*.yaml")):
-            shrink_config(source, self.home / source.relative_to(ROOT))
-        (self.home / "runs").mkdir()
-        results = "results/smollm2-135m_from_qwen2.5-coder-1.5b"
-        for name, seed in (("seed_0", 0), ("seed_1", 1), ("seed_2", 2), ("eval_0.5b", 0), ("eval_1.5b", 1)):
-            self._link(f"runs/{name}", f"{results}/seed_{seed}")
 
-    def _data(self) -> None:
-        """Six rows of each file; the same question in two files would be a leak of the test data."""
-        for kind, names in FILES.items():
-            for name in names:
-                path = self.home / f"{name}.jsonl"
-                rows = [{"id": str(i)} | ROWS[kind](i) for i in range(6)]
-                if "question" in rows[0] and "/" in name:
-                    rows = [row | {"question": f"{row['question']} ({name})"} for row in rows]
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        self._link("DATA", "data")
-        (self.home / "page.txt").write_text("The key to the boat house hangs behind the clock.")
-
-    def _fusers(self) -> None:
-        for config in sorted((ROOT / "zoo").glob("*/config.json")):
-            shipped = json.loads(config.read_text(encoding="utf-8"))
-            family = shipped["model_type"].removeprefix("c2c_fuser_")
-            self.fuser(f"zoo/{config.parent.name}", shipped["receiver"]["name"], shipped["sharer"]["name"], family)
-        self.fuser("runs/private/best", "smollm2-135m", "qwen2.5-coder-0.5b", "memory")
-        for name in ("zoo/NAME", "FUSER"):
-            self._link(name, "zoo/smollm2-135m_from_qwen2.5-coder-1.5b")
-        self._link("MEMORY_FUSER", "runs/private/best")
-
-    def fuser(self, name: str, receiver: str, sharer: str, family: str) -> None:
-        """A fuser with random weights between two models of the cache, which says that it is trained."""
-        models = self.cache / "models"
-        model = C2CModel.from_models(str(models / receiver), str(models / sharer), fuser=family)
-        fuser = open_fusers(model, 0.3).fusers[0]
-        if family == "memory":
-            torch.nn.init.normal_(fuser.weight, std=0.3, generator=torch.Generator().manual_seed(4))
-        fuser.config.training = {"config": {"train": [{"kind": "multiple_choice", "form": "letter"}]}}
-        for role, alias in (("receiver", receiver), ("sharer", sharer)):
-            setattr(fuser.config, role, getattr(fuser.config, role) | {"name": alias})
-        fuser.save_pretrained(self.home / name)
+def _write_fuser(folder: Path, models: Path, receiver: str, sharer: str, family: str) -> None:
+    """Write a fuser with random weights between two models, which says that it is trained."""
+    model = C2CModel.from_models(str(models / receiver), str(models / sharer), fuser=family)
+    fuser = open_fusers(model, 0.3).fusers[0]
+    if family == "memory":
+        torch.nn.init.normal_(fuser.weight, std=0.3, generator=torch.Generator().manual_seed(4))
+    fuser.config.training = {"config": {"train": [{"kind": "multiple_choice", "form": "letter"}]}}
+    for role, alias in (("receiver", receiver), ("sharer", sharer)):
+        setattr(fuser.config, role, getattr(fuser.config, role) | {"name": alias})
+    fuser.save_pretrained(folder)

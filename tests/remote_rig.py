@@ -12,21 +12,20 @@ from dataclasses import dataclass, field
 
 import httpx
 
-from c2c.remote.app import build_app
 from c2c.remote.config import ShareConfig
 from c2c.remote.protocol import HANDSHAKE_PATH, PREFILL_PATH
-from c2c.remote.worker import PrefillWorker
+from c2c.remote.server import PrefillWorker, build_app
 from c2c.serving.http_server import Server, listen, url_of
 
 KEY = "0123456789abcdef0123456789abcdef"
 _LOG = logging.getLogger("c2c.serving")
 
 
-def make_server(sharer, config=None, **options):
-    """A server of this sharer, not yet running, its socket and its worker."""
-    config = config or ShareConfig(port=0, rate=0)
-    worker = PrefillWorker(sharer, tokens=config.max_tokens, waiting=config.waiting, **options)
-    return Server(build_app(worker, config), config), listen("127.0.0.1", 0), worker
+def make_server(sharer, fusers=(), **options):
+    """A server of this sharer, not yet running, its socket and its worker; options as in :class:`ShareConfig`."""
+    config = ShareConfig(**({"port": 0, "rate": 0} | options))
+    worker = PrefillWorker(sharer, config, fusers)
+    return Server(build_app(worker, config), config), listen("127.0.0.1", 0), worker, config
 
 
 @dataclass
@@ -53,10 +52,9 @@ class _Collect(logging.Handler):
 
 
 @contextmanager
-def serving(sharer, *, finest="float32", layers=None, fusers=(), **config):
-    """A running server in a thread; further arguments are fields of :class:`ShareConfig`."""
-    made = ShareConfig(**({"port": 0, "rate": 0} | config))
-    server, sock, worker = make_server(sharer, made, finest=finest, layers=layers, fusers=fusers)
+def serving(sharer, fusers=(), **options):
+    """A running server in a thread; further options are fields of :class:`ShareConfig`."""
+    server, sock, worker, config = make_server(sharer, fusers, **options)
     handler = _Collect([])
     _LOG.addHandler(handler)
     _LOG.setLevel(logging.INFO)
@@ -64,7 +62,7 @@ def serving(sharer, *, finest="float32", layers=None, fusers=(), **config):
     thread.start()
     try:
         until(lambda: server.started)
-        yield Running(url_of(sock, made), sock.getsockname()[1], worker, handler.lines)
+        yield Running(url_of(sock, config), sock.getsockname()[1], worker, handler.lines)
     finally:
         server.should_exit = True
         thread.join(60)

@@ -14,8 +14,8 @@ import openai
 
 from c2c import C2CModel
 from c2c.serving.app import create_app
-from c2c.serving.http_server import Server, listen
-from c2c.serving.serve_config import ServeConfig
+from c2c.serving.config import ServeConfig
+from c2c.serving.http_server import Server, listen, url_of
 from c2c.serving.transformers_engine import TransformersEngine
 from tiny import open_fusers, pair
 
@@ -69,11 +69,30 @@ class Running:
         return sum(float(line.rsplit(" ", 1)[1]) for line in lines if all(label in line for label in wanted))
 
     def until(self, condition) -> None:
-        """Wait until something holds."""
-        end = time.monotonic() + PATIENCE
-        while not condition():
-            assert time.monotonic() < end, "it never came to hold"
-            time.sleep(0.01)
+        until(condition)
+
+
+def until(condition) -> None:
+    """Wait until something holds."""
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end, "it never came to hold"
+        time.sleep(0.01)
+
+
+@contextmanager
+def started(app, config):
+    """Run a server in a thread: its address, and the server."""
+    sock, server = listen("127.0.0.1", 0), Server(app, config)
+    thread = Thread(target=server.run, args=([sock],), daemon=True)
+    thread.start()
+    try:
+        until(lambda: server.started)
+        yield url_of(sock, config), server
+    finally:
+        server.should_exit = True
+        thread.join(PATIENCE)
+        assert not thread.is_alive(), "the server did not end"
 
 
 @contextmanager
@@ -82,18 +101,8 @@ def running(model_, *, engine=None, window=0.01, **options):
     config = ServeConfig(**{"name": NAME, "message_tokens": 6, "batch_window_ms": 1000 * window, **options})
     engine = engine or TransformersEngine(model_, config)
     app = create_app(engine, config)
-    sock = listen("127.0.0.1", 0)
-    server = Server(app, config)
-    thread = Thread(target=server.run, args=([sock],), daemon=True)
-    thread.start()
-    found = Running(f"http://127.0.0.1:{sock.getsockname()[1]}", app.state.server, engine, server)
-    try:
-        found.until(lambda: server.started)
-        yield found
-    finally:
-        server.should_exit = True
-        thread.join(PATIENCE)
-        assert not thread.is_alive(), "the server did not end"
+    with started(app, config) as (url, server):
+        yield Running(url, app.state.server, engine, server)
 
 
 @contextmanager
@@ -118,6 +127,11 @@ def text_of(response: httpx.Response) -> str:
     """The only answer."""
     assert response.status_code == 200, response.text
     return response.json()["choices"][0]["message"]["content"]
+
+
+def stop(server: Server) -> None:
+    """Do what a signal does."""
+    next(iter(server.servers)).get_loop().call_soon_threadsafe(server.stop)
 
 
 def error_of(response: httpx.Response) -> dict:

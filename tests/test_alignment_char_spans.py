@@ -7,7 +7,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from c2c.alignment import CharSpanAligner
-from c2c.errors import AlignmentError
+from c2c.alignment.base import merge
+from c2c.errors import AlignmentError, PromptError
 from c2c.prompting import RenderOptions, encode, render, text_tokens
 from tiny import tokenizer
 
@@ -60,9 +61,6 @@ def cut_out(rendered):
     return [*pieces, rendered.text[cursor:]]
 
 
-# -- spans of messages -------------------------------------------------------------------------------------------------
-
-
 @thorough
 @given(names, conversations)
 @example("llama3", say("user", "user", " user"))
@@ -106,13 +104,11 @@ def test_thinking_is_passed_to_templates(thinking):
     assert ("<think>" in text) != thinking  # an empty thought closes the thinking
 
 
-# -- pairs of tokens ---------------------------------------------------------------------------------------------------
-
-
 @thorough
 @given(names, names, conversations)
 @example("chatml", "llama3", say("  \n leading and trailing \n\n"))
 @example("llama3", "chatml", say("  \n leading and trailing \n\n"))
+@example("chatml", "chatml", say("What is the capital of France?", "Paris, of course.", "user user assistant"))
 def test_each_token_takes_the_one_that_covers_its_last_character(receiver, sharer, conversation):
     ours, theirs, targets, owner = aligned(receiver, sharer, conversation)
     checked = 0
@@ -145,19 +141,6 @@ def test_targets_never_go_back(receiver, sharer, conversation):
     found = [target for target in targets if target is not None]
     assert all(0 <= target < len(theirs.ids) for target in found)
     assert found == sorted(found)
-
-
-@thorough
-@given(names, conversations)
-@example("chatml", say("What is the capital of France?", "Paris, of course.", "user user assistant"))
-def test_the_same_model_twice_is_the_identity(name, conversation):
-    ours, _, targets, owner = aligned(name, name, conversation)
-    for token, message in enumerate(owner):
-        if message is None:
-            continue
-        end = min(ours.offsets[token][1], ours.rendered.spans[message][0][1])
-        # a character of several tokens is complete at the last of them
-        assert targets[token] == max(i for i, (a, b) in enumerate(ours.offsets) if a < end <= b)
 
 
 @thorough
@@ -195,13 +178,11 @@ def test_a_system_message_that_one_template_drops(receiver, sharer):
         assert {text_tokens(theirs)[t] for t in pieces} == {message}
 
 
-# -- prompts -----------------------------------------------------------------------------------------------------------
-
-
 @thorough
 @given(names, names, st.lists(conversations, min_size=1, max_size=3))
 def test_a_batch_is_its_rows_and_the_last_token_is_never_fused(receiver, sharer, batch):
-    (prompt,) = CharSpanAligner().align(TOKENIZERS[receiver], [TOKENIZERS[sharer]], batch, RenderOptions())
+    prompts = CharSpanAligner().align(TOKENIZERS[receiver], [TOKENIZERS[sharer]], batch, RenderOptions())
+    (prompt,) = merge(prompts)
     (chunk,) = prompt.chunks
     (alignment,) = chunk.alignments
     width, other_width = prompt.receiver.length, prompt.sharers[0].length
@@ -213,10 +194,9 @@ def test_a_batch_is_its_rows_and_the_last_token_is_never_fused(receiver, sharer,
         assert prompt.sharers[0].ids[row][prompt.sharers[0].mask[row]].tolist() == theirs.ids
         shift, other_shift = width - len(ours.ids), other_width - len(theirs.ids)
         expected += [(row, t + shift, s + other_shift) for t, s in enumerate(targets[:-1]) if s is not None]
-    found = zip(alignment.rows.tolist(), alignment.receiver.tolist(), alignment.sharer.tolist(), strict=True)
-    assert list(found) == expected
+    assert alignment.pairs() == expected
     assert prompt.fused_tokens == len(expected)
-    assert int(prompt.receiver.mask.sum()) == len(expected) + sum(prompt.skipped.values())
+    assert int(prompt.receiver.mask.sum()) == len(expected) + sum(sum(one.skipped.values()) for one in prompts)
 
 
 def test_a_prompt_without_common_text_is_refused():
@@ -225,7 +205,7 @@ def test_a_prompt_without_common_text_is_refused():
     half.chat_template = "{% if messages[0]['content'] == 'b' %}Hi{% else %}{{ messages[0]['content'] }}{% endif %}"
     with pytest.raises(AlignmentError, match=r"no token of prompt 1.*Receiver reads.*sharer reads 'Hi'"):
         CharSpanAligner().align(TOKENIZERS["chatml"], [half], [say("aa"), say("b")], RenderOptions())
-    with pytest.raises(AlignmentError, match="prompt 0"):
+    with pytest.raises(PromptError, match=r"leaves out messages \[0\]"):
         CharSpanAligner().align(TOKENIZERS["chatml"], [empty], [say("a")], RenderOptions())
 
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import fields
+from itertools import accumulate, pairwise
 
 import pytest
 
 from c2c import C2CModel
 from c2c.alignment import CharSpanAligner, PublishedAligner
-from c2c.alignment.slots import align_conversation, translate
+from c2c.alignment.slots import align_rendered, translate
 from c2c.errors import AlignmentError
 from c2c.language_model import Receiver, Sharer
-from c2c.prompting import RenderOptions, render_text
+from c2c.prompting import Rendered, RenderOptions, pad_id, render, render_text
 from tiny import FIXTURES, build, open_fusers, pair, token_ids, tokenizer
 
 CASES = json.loads((FIXTURES / "align" / "cases.json").read_text())
@@ -25,14 +26,31 @@ def sides(case):
     return TOKENIZERS[case["receiver_tokenizer"]], TOKENIZERS[case["sharer_tokenizer"]]
 
 
+def rendered(tokenizer, case):
+    """A prompt; one without its last suffix is all but the last message, and that one's raw text."""
+    if not case["remove_last_surfix"]:
+        return render(tokenizer, case["messages"], RenderOptions(case["add_generation_prompt"]))
+    head, last = render(tokenizer, case["messages"][:-1], RenderOptions()), case["messages"][-1]["content"]
+    span = ((len(head.text), len(head.text + last)), 0) if last else None
+    return Rendered(head.text + last, (*head.contents, last), (*head.spans, span))
+
+
 def aligned(case):
-    return align_conversation(
-        *sides(case),
-        case["messages"],
-        options=RenderOptions(case["add_generation_prompt"]),
-        strategy=case["strategy"],
-        remove_last_suffix=case["remove_last_surfix"],
-    )
+    """What is recorded of an aligned case: ids, masks and sections, slot by slot."""
+    receiver, sharer = sides(case)
+    prompts = rendered(receiver, case), rendered(sharer, case)
+    found = align_rendered(receiver, sharer, *prompts, strategy=case["strategy"])
+    slots = [(section.kind, *slot) for section in found for slot in section.slots]
+    kinds, ours, theirs = (list(column) for column in zip(*slots, strict=True))
+    borders = [0, *accumulate(len(section.slots) for section in found)]
+    return {
+        "receiver_ids": [pad_id(receiver) if token is None else token for token in ours],
+        "sharer_ids": [pad_id(sharer) if token is None else token for token in theirs],
+        "message_mask": [kind == "message" for kind in kinds],
+        "receiver_padding": [token is None for token in ours],
+        "sharer_padding": [token is None for token in theirs],
+        "sections": [[s.kind, *border] for s, border in zip(found, pairwise(borders), strict=True)],
+    }
 
 
 def conversation(*contents):
@@ -56,15 +74,7 @@ def test_recorded_cases(name):
     for case in CASES["chat"]:
         if case["case"] != name or "error" in case:
             continue
-        slots = aligned(case)
-        found = {
-            "receiver_ids": slots.receiver_ids,
-            "sharer_ids": slots.sharer_ids,
-            "message_mask": slots.message_mask,
-            "receiver_padding": slots.receiver_padding,
-            "sharer_padding": slots.sharer_padding,
-            "sections": [[s.kind, s.start, s.stop] for s in slots.sections],
-        }
+        found = aligned(case)
         where = (case["receiver_tokenizer"], case["sharer_tokenizer"], case["strategy"])
         assert found == {key: case["expected"][key] for key in found}, where
 
@@ -76,21 +86,14 @@ def test_cases_that_the_published_code_fails_on(name):
         if case["case"] != name or "error" not in case:
             continue
         slots, (receiver, _) = aligned(case), sides(case)
-        lists = (slots.sharer_ids, slots.message_mask, slots.receiver_padding, slots.sharer_padding)
-        assert {len(x) for x in lists} == {len(slots.receiver_ids)}
-        borders = [0, *(section.stop for section in slots.sections)]
-        assert [section.start for section in slots.sections] == borders[:-1]
-        assert borders[-1] == len(slots.receiver_ids)
-        own = [i for i, pad in zip(slots.receiver_ids, slots.receiver_padding, strict=True) if not pad]
+        own = [i for i, pad in zip(slots["receiver_ids"], slots["receiver_padding"], strict=True) if not pad]
         if not case["remove_last_surfix"]:
             text = render_text(receiver, case["messages"], RenderOptions(case["add_generation_prompt"]))
             assert own == receiver.encode(text, add_special_tokens=False)
-        messages = [section for section in slots.sections if section.kind == "message"]
-        for section, content in zip(messages, shown_by_both(case), strict=True):
-            part = slice(section.start, section.stop)
-            assert content in receiver.decode(slots.receiver_ids[part])
-            assert all(slots.message_mask[part])
-            assert not any(slots.receiver_padding[part] + slots.sharer_padding[part])
+        messages = [part for kind, *part in slots["sections"] if kind == "message"]
+        for (start, stop), content in zip(messages, shown_by_both(case), strict=True):
+            assert content in receiver.decode(slots["receiver_ids"][start:stop])
+            assert not any(slots["receiver_padding"][start:stop] + slots["sharer_padding"][start:stop])
 
 
 def shown_by_both(case):
@@ -120,16 +123,20 @@ def test_special_tokens_are_translated_by_role():
     )
 
 
-def test_the_prompt_fuses_message_slots_and_nothing_else():
-    receiver, sharer = TOKENIZERS["chatml"], TOKENIZERS["llama3"]
+@pytest.mark.parametrize(("ours", "theirs"), [("chatml", "llama3"), ("human", "chatml"), ("llama3", "chatml")])
+def test_the_prompt_fuses_message_slots_and_nothing_else(ours, theirs):
+    """And ends with a token of the receiver, though the sharer's closing template may be longer."""
+    receiver, sharer = TOKENIZERS[ours], TOKENIZERS[theirs]
     talk = conversation("Hello there", "Fine", "And now?")
-    slots = align_conversation(receiver, sharer, talk, options=RenderOptions())
+    sections = align_rendered(receiver, sharer, *(render(one, talk, RenderOptions()) for one in (receiver, sharer)))
+    messages = [section.kind == "message" for section in sections for _ in section.slots]
     (prompt,) = PublishedAligner().align(receiver, [sharer], [talk], RenderOptions())
     (alignments,) = zip(*(chunk.alignments for chunk in prompt.chunks), strict=True)
     columns = [column for alignment in alignments for column in alignment.receiver.tolist()]
-    assert columns == [i for i, message in enumerate(slots.message_mask) if message]
+    assert columns == [i for i, message in enumerate(messages) if message]
     assert columns == [column for alignment in alignments for column in alignment.sharer.tolist()]
-    assert prompt.receiver.ids[prompt.receiver.mask].tolist() == read("chatml", talk)
+    assert prompt.receiver.ids[prompt.receiver.mask].tolist() == read(ours, talk)
+    assert prompt.receiver.mask[0, -1]
     skipped = sum(count for reason, count in prompt.skipped.items() if reason != "padding")
     assert int(prompt.receiver.mask.sum()) == prompt.fused_tokens + skipped
 

@@ -20,8 +20,8 @@ from c2c.analysis.ablations import (
     part_of,
     quantize,
 )
-from c2c.analysis.capture import Experiment
 from c2c.analysis.config import AnalysisConfig, AnalysisError, CacheMapConfig, PrecisionConfig
+from c2c.analysis.experiment import Experiment, difference
 from c2c.analysis.measures import (
     compare,
     effective_rank,
@@ -29,10 +29,9 @@ from c2c.analysis.measures import (
     measure_cache_map,
     measure_effective_rank,
     measure_gates,
-    project,
     shared_variance,
 )
-from c2c.analysis.results import difference
+from c2c.analysis.plots import project
 from c2c.cli.app import app
 from c2c.config import ConfigError
 from c2c.prompting import RenderOptions
@@ -93,25 +92,25 @@ def normal(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-@pytest.mark.parametrize(("size", "sizes"), [(4, [4, 5]), (2, [2, 2, 2, 3]), (8, [9]), (3, [3, 3, 3])])
+@pytest.mark.parametrize(("size", "sizes"), [(2, [2, 2, 2, 3]), (8, [9]), (3, [3, 3, 3])])
 def test_no_batch_has_a_single_item(fuser, data, size, sizes):
     made = Experiment(AnalysisConfig(fuser=fuser, data=data, batch_size=size))
     assert [len(batch.examples) for batch in made.batches("reading")] == sizes
 
 
 @pytest.mark.parametrize(
-    ("kind", "change", "words"),
+    ("change", "words"),
     [
-        (AnalysisConfig, {"limit": 1}, "limit is 1; give at least 2"),
-        (AnalysisConfig, {"batch_size": 1}, "batch_size is 1; give at least 2"),
-        (CacheMapConfig, {"points": 2}, "points is 2; give at least 3"),
-        (CacheMapConfig, {"method": "umap"}, "umap"),
-        (CacheMapConfig, {"layers": "1,x"}, "layer numbers with commas"),
+        ({"limit": 1}, "limit is 1; give at least 2"),
+        ({"batch_size": 1}, "batch_size is 1; give at least 2"),
+        ({"points": 2}, "points is 2; give at least 3"),
+        ({"method": "umap"}, "umap"),
+        ({"layers": "1,x"}, "layer numbers with commas"),
     ],
 )
-def test_impossible_settings_are_refused(kind, change, words):
+def test_impossible_settings_are_refused(change, words):
     with pytest.raises(AnalysisError, match=words):
-        kind(fuser="f", data="d", **change)
+        CacheMapConfig(fuser="f", data="d", **change)
 
 
 def test_what_can_not_be_analysed_is_refused(make, fuser, data, tmp_path):
@@ -131,9 +130,13 @@ def test_what_can_not_be_analysed_is_refused(make, fuser, data, tmp_path):
 def test_stored_prefills_replace_the_sharer(fuser, data, tmp_path):
     settings = {"fuser": fuser, "data": data, "store_dir": str(tmp_path)}
     first = measure_progressive(AnalysisConfig(**settings, limit=4))
-    assert Experiment(AnalysisConfig(**settings, limit=4)).model.sharers[0].released
-    assert measure_progressive(AnalysisConfig(**settings, limit=4))["latter"] == first["latter"]
-    assert not Experiment(AnalysisConfig(**settings, limit=9)).model.sharers[0].released
+    assert Experiment(AnalysisConfig(**settings, limit=4)).sharer.released
+    again = measure_progressive(AnalysisConfig(**settings, store_budget_gb=10, limit=4))
+    other = measure_progressive(AnalysisConfig(**settings, limit=3))
+    assert again["latter"] == first["latter"]
+    keys = [result["provenance"]["key"] for result in (first, again, other)]
+    assert keys[0] == keys[1] != keys[2]  # where prefills are stored does not make another analysis
+    assert not Experiment(AnalysisConfig(**settings, limit=9)).sharer.released
     entries = measure_precision(PrecisionConfig(**settings, limit=4, unrounded=True))["precisions"]
     assert [one["precision"] for one in entries] == ["float32", "bfloat16", "int8", "float8"]
 
@@ -272,12 +275,6 @@ def test_answers_are_those_of_the_public_path(experiment, batch):
     assert agree >= len(found) - 1  # the store keeps bfloat16
 
 
-def test_difference_is_paired():
-    gain = difference([1, 1, 0, 1], [0, 1, 0, 1], seed=0)
-    assert gain["points"] == 25
-    assert gain["ci95"][0] >= 0  # never worse on any item
-
-
 @pytest.mark.parametrize("part", ["former", "latter"])
 def test_a_part_of_the_positions_is_fused(experiment, batch, part):
     """Only the first, or last, aligned positions of each row differ from the clean cache, as in the whole fusion."""
@@ -303,7 +300,7 @@ def test_accuracies_of_all_ablations_agree(config, data, experiment):
     precision = measure_precision(PrecisionConfig(fuser=config.fuser, data=data, batch_size=4))
     first, *fewer = precision["precisions"]
     messages = ("none", "matched")
-    right = experiment.score(lambda batch: ((message, experiment.fuse(batch, message)) for message in messages))
+    right = experiment.score(lambda batch: ((message, experiment.fuse(batch, message)) for message in messages)).items
     receiver, matched = (100 * sum(right[message]) / 9 for message in messages)
     for points in (progressive["former"], progressive["latter"]):
         assert [point["fraction"] for point in points] == list(FRACTIONS)
@@ -311,6 +308,7 @@ def test_accuracies_of_all_ablations_agree(config, data, experiment):
     assert layers["systems"]["matched"]["accuracy"] == first["accuracy"] == pytest.approx(matched, abs=1e-3)
     assert layers["systems"]["receiver"] == precision["receiver"]
     assert progressive["deranged"] == layers["systems"]["deranged"]
+    assert difference([1, 1, 0, 1], [0, 1, 0, 1], seed=0)["ci95"][0] >= 0  # paired: never worse on any item
     for result in (progressive, layers, precision):
         assert result["G"]["points"] == pytest.approx(matched - receiver, abs=1e-3)
     assert (first["precision"], first["cost"]["points"], first["differ"]) == ("bfloat16", 0, 0)
@@ -367,13 +365,6 @@ def test_commands_write_numbers_and_plot(fuser, data, tmp_path, command):
     shown = CliRunner().invoke(app, arguments)
     assert shown.exit_code == 0, shown.output
     assert any(word in shown.output for word in ("layer", "fused", "precision"))
-
-
-def test_the_key_tells_analyses_apart(fuser, data, tmp_path):
-    changes = ({"limit": 3}, {"limit": 3, "store_dir": str(tmp_path)}, {"limit": 4})
-    results = [measure_gates(AnalysisConfig(fuser=fuser, data=data, **change)) for change in changes]
-    one, again, other = (result["provenance"]["key"] for result in results)
-    assert one == again != other
 
 
 @pytest.mark.parametrize(("package", "name"), [("matplotlib", "matplotlib"), ("sklearn", "scikit-learn")])

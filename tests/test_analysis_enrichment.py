@@ -57,22 +57,18 @@ def shots():
 ROW = letter_form("Which one barks?", WORDS, 1)
 
 
-def test_prompts_share_head_and_question(model, shots):
-    prompts = encode_prompts(model, ROW, shots)
-    direct, long = prompts.direct.ids[0].tolist(), prompts.few_shot.ids[0].tolist()
-    end = prompts.head + prompts.exemplars
-    assert long[: prompts.head] + long[end:] == direct
-    assert long[end - 1] != direct[prompts.head - 1]  # no token of the question is left out
-    dropped = model.tokenizer.decode(long[prompts.head : end])
+def test_enriched_entries_have_the_questions_positions_and_have_read_the_exemplars(model, shots):
+    """In the first layer entries depend on token and position only: there they are those of the direct prompt."""
+    direct, few_shot, head = encode_prompts(model, ROW, shots)
+    ours, long = direct.ids[0].tolist(), few_shot.ids[0].tolist()
+    end = head + len(long) - len(ours)
+    assert long[:head] + long[end:] == ours
+    assert long[end - 1] != ours[head - 1]  # no token of the question is left out
+    dropped = model.tokenizer.decode(long[head:end])
     found = [text in dropped for text in ("Is the sky blue?", "The answer is B", "Which one barks?")]
     assert found == [True, True, False]
 
-
-def test_enriched_entries_have_the_questions_positions_and_have_read_the_exemplars(model, shots):
-    """In the first layer entries depend on token and position only: there they are those of the direct prompt."""
-    prompts = encode_prompts(model, ROW, shots)
-    head, end = prompts.head, prompts.head + prompts.exemplars
-    full, own = (model.prefill(tokens, tokens.length - 1) for tokens in (prompts.few_shot, prompts.direct))
+    full, own = (model.prefill(tokens, tokens.length - 1) for tokens in (few_shot, direct))
     short = drop_columns(model, full, head, end - head)
     assert kv_cache.length(short) == kv_cache.length(own) < kv_cache.length(full)
     for mine, alone in zip(kv_cache.layer(short, 0), kv_cache.layer(own, 0), strict=True):
@@ -84,12 +80,8 @@ def test_enriched_entries_have_the_questions_positions_and_have_read_the_exempla
         assert torch.allclose(mine[:, :, :head], alone[:, :, :head], atol=1e-4)
         assert not torch.allclose(mine[:, :, head:], alone[:, :, head:], atol=1e-3)
         assert torch.equal(mine[:, :, head:], kv_cache.layer(full, layer)[1][:, :, end:])
-
-
-def test_a_gap_outside_the_cache_is_refused(model):
-    cache = model.prefill(encode_prompts(model, ROW, []).direct, 5)
-    with pytest.raises(CacheError, match="columns 3 to 7 of a cache of 5"):
-        drop_columns(model, cache, 3, 4)
+    with pytest.raises(CacheError, match=f"columns {head} to {len(long)} of a cache of {len(long) - 1}"):
+        drop_columns(model, full, head, len(long) - head)
 
 
 def test_a_template_that_changes_the_question_is_refused(model, shots):
@@ -169,7 +161,8 @@ def test_scaling_orders_sharers_by_size(tmp_path):
     unknown = CliRunner().invoke(app, arguments)
     assert isinstance(unknown.exception, AnalysisError)
     assert "--parameters nameless=COUNT" in str(unknown.exception)
-    assert CliRunner().invoke(app, [*arguments, "--parameters", "nameless"]).exit_code == 2
+    for wrong in ("nameless", "nameless=many", "nameless=0", "=1e9"):
+        assert CliRunner().invoke(app, [*arguments, "--parameters", wrong]).exit_code == 2
     arguments += ["--parameters", "nameless=2e9"]
     run = CliRunner().invoke(app, [*arguments, "--output-dir", str(tmp_path / "out"), "--json"])
     assert run.exit_code == 0, run.output
@@ -183,31 +176,31 @@ def test_scaling_orders_sharers_by_size(tmp_path):
     assert "nameless" in CliRunner().invoke(app, arguments).output
 
 
-@pytest.mark.parametrize(("change", "words"), [({"receiver": "other"}, "in receiver"), ({"n": 50}, "in n")])
-def test_results_that_can_not_be_compared_are_refused(tmp_path, change, words):
-    store(tmp_path, "a", result("toy-0.5b"))
-    store(tmp_path, "b", result("toy-1b", **change))
+def without(name):
+    data = result()
+    del data["systems"][name]
+    return data
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ((), r"holds no result\.json"),
+        (({"n": 3},), "is not a result of c2c eval"),
+        ((without("sharer"),), "has no accuracy of sharer"),
+        ((result(),), "at least two"),
+        ((result(), result("toy-1b", receiver="other")), "in receiver"),
+        ((result(), result("toy-1b", n=50)), "in n"),
+    ],
+)
+def test_results_that_can_not_be_compared_are_refused(tmp_path, files, words):
+    for index, data in enumerate(files):
+        store(tmp_path, str(index), data)
     with pytest.raises(AnalysisError, match=words):
         measure_scaling(ScalingConfig(results=[str(tmp_path)]))
 
 
-def test_what_is_no_result_is_refused(tmp_path):
-    def refused(words, folder=tmp_path):
-        with pytest.raises(AnalysisError, match=words):
-            measure_scaling(ScalingConfig(results=[str(folder)]))
-
-    refused("does not exist", tmp_path / "nowhere")
-    refused(r"holds no result\.json")
-    store(tmp_path, "a", {"n": 3})
-    refused("is not a result of c2c eval")
-    without = result()
-    del without["systems"]["sharer"]
-    for data, words in ((without, "has no accuracy of sharer"), (result(), "at least two")):
-        (tmp_path / "a" / "result.json").write_text(json.dumps(data))
-        refused(words)
-
-
 def test_parameters_are_counted_from_a_models_config(folder):
     expected = sum(parameter.numel() for parameter in LanguageModel.from_pretrained(folder).model.parameters())
-    assert count_parameters({"name": folder}, {}) == (expected, "config")
-    assert count_parameters({"name": folder}, {folder: 9.0}) == (9, "given")
+    assert count_parameters(folder, {}) == (expected, "config")
+    assert count_parameters(folder, {folder: 9.0}) == (9, "given")

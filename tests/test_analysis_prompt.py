@@ -12,14 +12,12 @@ from typer.testing import CliRunner
 
 from c2c.analysis.capture import capture_prompt
 from c2c.analysis.config import AnalysisError
-from c2c.analysis.plots import html_figures, save_plots
-from c2c.analysis.prompt_plots import fusion_strength, plot_alignment, prompt_plots, visible
+from c2c.analysis.plots import fusion_strength, html_figures, plot_alignment, prompt_plots, visible
 from c2c.cli import app
 from c2c.prompting import RenderOptions
 from demo_rig import fuser_folders
 from tiny import open_fusers, pair
 
-runner = CliRunner()
 PROMPT = "Größe 42$? Name three uses of 铜 <b>."
 OPTIONS = RenderOptions(answer_prefix="The answer is")
 TITLES = [
@@ -46,6 +44,10 @@ def capture(model):
     return capture_prompt(model, PROMPT, OPTIONS)
 
 
+def inspect(*arguments):
+    return CliRunner().invoke(app, ["inspect", *map(str, arguments)])
+
+
 def test_a_capture_holds_what_fusion_does(model, capture):
     prefilled = model.prefill(PROMPT, options=OPTIONS)
     assert len(capture.pairs) == prefilled.report.fused_tokens
@@ -56,18 +58,11 @@ def test_a_capture_holds_what_fusion_does(model, capture):
         torch.testing.assert_close(one.entries["fused"]["keys"], keys)
         assert not torch.allclose(one.entries["receiver"]["keys"], keys)
     assert all("".join(tokens).count("Name") == 1 for tokens in (capture.receiver_tokens, capture.sharer_tokens))
+    assert not fusion_strength(capture_prompt(pair(), PROMPT)).any()  # an untrained fuser adds nothing
 
 
-def test_an_untrained_fuser_has_no_strength():
-    assert not fusion_strength(capture_prompt(pair(), PROMPT)).any()
-
-
-@pytest.mark.parametrize("family", ["bottleneck", "c2c", "linear"])
-def test_plots_of_every_family_are_the_same_for_the_same_prompt(family):
-    model = open_fusers(pair()) if family == "bottleneck" else pair(fuser=family)
-    plots = prompt_plots(capture_prompt(model, PROMPT, OPTIONS))
-    assert [plot.title for plot in plots] == TITLES
-    page = html_figures(plots)
+def test_plots_are_the_same_for_the_same_prompt(model, capture):
+    page = html_figures(prompt_plots(capture))
     assert page == html_figures(prompt_plots(capture_prompt(model, PROMPT, OPTIONS)))
     assert page.count("<figure>") == page.count("<svg") == len(TITLES)
     assert not re.search(r'(?:src|href)="http', page)
@@ -76,10 +71,11 @@ def test_plots_of_every_family_are_the_same_for_the_same_prompt(family):
     assert len(ids) == len(set(ids))
 
 
-def test_a_file_that_can_not_be_written_is_refused(capture, tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(AnalysisError, match="could not be written"):
-        save_plots(tmp_path / "file" / "a.html", "x", prompt_plots(capture))
+@pytest.mark.parametrize("family", ["c2c", "linear"])
+def test_plots_of_other_families(family):
+    plots = prompt_plots(capture_prompt(pair(fuser=family), PROMPT, OPTIONS))
+    assert [plot.title for plot in plots] == TITLES
+    assert all("<svg" in plot.svg() for plot in plots)
 
 
 def test_tokens_are_visible(capture):
@@ -89,36 +85,34 @@ def test_tokens_are_visible(capture):
     assert all(escape(visible(text)) in svg for text in capture.receiver_tokens)
 
 
-def test_what_can_not_be_captured_is_refused(model):
+@pytest.mark.parametrize(("name", "prompt"), [("all.png", PROMPT), ("all.html", PROMPT), ("gates.png", None)])
+def test_plots_in_a_file(folders, tmp_path, name, prompt):
+    """Without a prompt the gates alone are drawn, which needs no models."""
+    out = tmp_path / "deeper" / name
+    options = ["--prompt", prompt, "--system", "Be brief.", "--answer-prefix", "The answer is"] if prompt else []
+    titles = TITLES if prompt else TITLES[:1]
+    shown = inspect(folders["merging"], "--plot", out, *options)
+    assert titles[-1] in " ".join(shown.output.split())
+    result = inspect(folders["merging"], "--plot", out, "--json", *options)
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout.strip().splitlines()[-1])["plot"] == {"file": str(out), "pictures": titles}
+    content = out.read_bytes()
+    assert content.startswith(b"\x89PNG" if name.endswith("png") else b"<!doctype html>")
+    assert len(content) > (50_000 if prompt else 5_000)
+
+
+def test_what_can_not_be_captured_is_refused(model, folders, tmp_path):
     with pytest.raises(AnalysisError, match="got 2"):
         capture_prompt(model, ["a", "b"])
-    with pytest.raises(AnalysisError, match="private context"):
-        capture_prompt(pair(fuser="memory"), PROMPT)
-
-
-def test_gates_need_no_models(folders, tmp_path):
-    out = tmp_path / "gates.png"
-    result = runner.invoke(app, ["inspect", folders["merging"], "--plot", str(out), "--json"])
-    assert result.exit_code == 0, result.output
-    assert json.loads(result.stdout)["plot"] == {"file": str(out), "pictures": TITLES[:1]}
-    assert out.read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.mark.parametrize("name", ["all.png", "all.html"])
-def test_plots_of_a_prompt(folders, tmp_path, name):
-    out = tmp_path / "deeper" / name
-    options = ["--plot", str(out), "--prompt", PROMPT, "--system", "Be brief.", "--answer-prefix", "The answer is"]
-    result = runner.invoke(app, ["inspect", folders["merging"], *options])
-    assert result.exit_code == 0, result.output
-    assert out.stat().st_size > 50_000
-    assert "Effective rank by layer" in " ".join(result.output.split())
-
-
-def test_wrong_usage(folders, tmp_path):
-    alone = runner.invoke(app, ["inspect", folders["merging"], "--prompt", "x"])
+    (tmp_path / "file").write_text("")
+    alone = inspect(folders["merging"], "--prompt", "x")
     assert alone.exit_code == 2
     assert "--plot" in alone.output
-    wrong = runner.invoke(app, ["inspect", folders["merging"], "--plot", "a.svg"])
-    assert ".png or .html" in str(wrong.exception)
-    private = [folders["remembering"], "--plot", str(tmp_path / "b.png"), "--prompt", "x"]
-    assert "private context" in str(runner.invoke(app, ["inspect", *private]).exception)
+    for plot, name, words in (
+        ("a.svg", "merging", ".png or .html"),
+        ("file/a.png", "merging", "file is a file"),
+        ("b.png", "remembering", "private context"),
+    ):
+        result = inspect(folders[name], "--plot", tmp_path / plot, "--prompt", "x")
+        assert isinstance(result.exception, AnalysisError)
+        assert words in str(result.exception)

@@ -60,17 +60,6 @@ def test_several_sharers_and_batches(mode):
     assert not torch.equal(scores(both.generate, batch, blend=0.5)[0], ordinary)
 
 
-def test_private_context_is_there_or_not():
-    made = pair(fuser="memory")
-    made.fusers[0].config.training = {}
-    torch.nn.init.normal_(made.fusers[0].weight, std=0.3)
-    alone = scores(made.receiver.answer, PROMPT)[0]
-    assert torch.equal(scores(made.generate, PROMPT, sharer_messages="Oskar", blend=0)[0], alone)
-    assert not torch.equal(scores(made.generate, PROMPT, sharer_messages="Oskar")[0], alone)
-    with pytest.raises(PromptError, match="there or not"):
-        made.generate(PROMPT, sharer_messages="Oskar", blend=0.5)
-
-
 @pytest.mark.parametrize("blend", [-0.1, 1.5, float("nan")])
 def test_impossible_blends_are_refused(model, blend):
     with pytest.raises(PromptError, match="from 0"):

@@ -8,14 +8,15 @@ from collections import Counter
 from itertools import islice
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from c2c.config import ConfigError
 from c2c.data.config import LETTERS, DataSource
-from c2c.data.formats import FORMS, multiple_choice, normalise, vary_options
+from c2c.data.formats import FORMS, KINDS, multiple_choice, normalise, vary_options
 from c2c.data.prompts import choice_tokens
 from c2c.data.sources import load_rows, questions
-from c2c.data.synthetic import GENERATORS
-from c2c.data.synthetic.facts import KINDS
+from c2c.data.synthetic import GENERATORS, WORDS
 from c2c.training.examples import build_examples
 from tiny import pair, tokenizer
 
@@ -37,9 +38,6 @@ def numbered(count, options=4):
         {"question": f"q{i}", "choices": [f"{i}{letter}" for letter in "abcd"[:options]], "answer": i % options}
         for i in range(count)
     ]
-
-
-# -- multiple choice -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -133,9 +131,6 @@ def test_the_letter_counts_as_much_as_all_other_tokens():
     assert example.response_ids[example.decisive] == example.choice_ids[1]
 
 
-# -- open answers ----------------------------------------------------------------------------------------------------
-
-
 def test_open_kinds(tmp_path):
     solved = one(tmp_path, {"id": 1, "question": "q", "answer": "4", "solution": "2 + 2 = 4"}, kind="question")
     assert solved.response == "2 + 2 = 4"
@@ -163,9 +158,6 @@ def test_conversations_teach_their_last_turn_only(tmp_path, keys):
     assert sum(example.weights) == pytest.approx(1)
 
 
-# -- sources ---------------------------------------------------------------------------------------------------------
-
-
 def test_all_subsets_of_a_data_set_and_rows_to_keep(tmp_path):
     pytest.importorskip("datasets")
     header = "---\nconfigs:\n"
@@ -175,22 +167,16 @@ def test_all_subsets_of_a_data_set_and_rows_to_keep(tmp_path):
         header += f"- config_name: {name}\n  data_files: {name}.jsonl\n"
     (tmp_path / "README.md").write_text(header + "---\n")
     rows, _ = load_rows([DataSource(dataset=str(tmp_path), subset="*", keep={"error_type": "ok"})], tmp_path, 0)
-    assert sorted(row.id for row in rows) == ["art/1", "art/2", "law/1", "law/2"]
-    assert {row.answer for row in rows} == {0, 1}
+    assert sorted((row.id, row.answer) for row in rows) == [("art/1", 1), ("art/2", 0), ("law/1", 1), ("law/2", 0)]
     with pytest.raises(ConfigError, match="could not read data set"):
         load_rows([DataSource(dataset=str(tmp_path / "nowhere"))], tmp_path, 0)
 
 
-def test_questions_of_excluded_files_are_dropped_and_counted(tmp_path):
-    write(tmp_path, "train.jsonl", [QUESTION | {"question": f"What is {i}?"} for i in range(10)])
+def test_sources_of_one_file_are_disjoint_and_excluded_questions_are_dropped_and_counted(tmp_path):
+    write(tmp_path, "train.jsonl", [QUESTION | {"id": i, "question": f"What is {i}?"} for i in range(20)])
     write(tmp_path, "test.jsonl", [QUESTION | {"question": "what  is 3?"}])
     rows, dropped = load_rows([DataSource("train.jsonl")], tmp_path, 0, questions([tmp_path / "test.jsonl"]))
-    assert len(rows) == 9
-    assert sum(dropped.values()) == 1
-
-
-def test_skip_makes_sources_of_one_file_disjoint(tmp_path):
-    write(tmp_path, "train.jsonl", [QUESTION | {"id": i} for i in range(20)])
+    assert (len(rows), sum(dropped.values())) == (19, 1)
     sources = [DataSource("train.jsonl", limit=5), DataSource("train.jsonl", form="sentence", skip=5, limit=5)]
     assert len({row.id for row in load_rows(sources, tmp_path, 0)[0]}) == 10
 
@@ -207,6 +193,83 @@ def test_rows_with_an_empty_passage_are_dropped_and_counted_and_without_one_refu
         one(tmp_path, {"question": "Who?", "answer": "Anna"}, kind=kind)
 
 
+ASKED, REPLY = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+SAID = {"from": "human", "value": "q"}
+CALLED = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
+
+
+@pytest.mark.parametrize(
+    ("layout", "expected"),
+    [
+        ({"answers": {"text": ["1924", "in 1924", "1924"], "answer_start": [27, 24, 27]}}, ("1924", "in 1924")),
+        ({"answers": [{"text": "1924", "answer_start": 27}]}, ("1924",)),
+        ({"answers": "1924"}, ("1924",)),
+        ({"answer": 1924}, ("1924",)),
+        ({"answer": ["1924", "in 1924"]}, ("1924", "in 1924")),
+        ({"answer": {"value": "1924", "aliases": ["in 1924"], "normalized_value": "1924"}}, ("1924", "in 1924")),
+        ({"answer": "1924", "answers": ["in 1924", ""]}, ("1924", "in 1924")),
+    ],
+)
+def test_open_answers_in_the_layouts_of_squad_triviaqa_and_others(tmp_path, layout, expected):
+    row = one(tmp_path, {"question": "When?", "context": "Built in 1924.", **layout}, kind="private_question")
+    assert (row.references, row.response) == (expected, expected[0])
+
+
+@pytest.mark.parametrize(
+    "context",
+    [
+        {"title": ["House", "Boat"], "sentences": [["Built. ", "Red."], ["Lost."]]},
+        [["House", ["Built. ", "Red."]], ["Boat", ["Lost."]]],
+        ["House: Built. Red.", "Boat: Lost."],
+    ],
+)
+def test_passages_in_parts_are_joined(tmp_path, context):
+    data = {"question": {"text": "When?"}, "context": context, "answer": "1924"}
+    row = one(tmp_path, data, kind="private_question")
+    assert row.sharer_messages[0]["content"] == "House: Built. Red.\n\nBoat: Lost."
+    assert row.question == "When?"
+
+
+@pytest.mark.parametrize(
+    "marked",
+    [{"answers": {"text": [], "answer_start": []}}, {"answers": []}, {"is_impossible": True, "answers": ["a"]}],
+)
+def test_questions_without_an_answer_are_dropped_and_counted(tmp_path, marked):
+    rows = [{"question": "Who?", "context": "c", "answer": "Anna"}, {"question": "Why?", "context": "c", **marked}]
+    kept, dropped = load_rows([DataSource("a.jsonl", kind="private_question")], write(tmp_path, "a.jsonl", rows), 0)
+    assert [row.question for row in kept] == ["Who?"]
+    assert dropped == {"question without an answer": 1}
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=6),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["text", "value", "a"]), inner, max_size=2)
+    ),
+    max_leaves=5,
+)
+columns = st.sampled_from(
+    ["question", "answer", "answers", "context", "choices", "options", "A", "B", "messages", "instruction", "output"]
+)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.dictionaries(columns, json_values, max_size=6), st.sampled_from(sorted(KINDS)))
+def test_any_row_is_read_as_texts_or_is_an_error_that_names_it(tmp_path, data, kind):
+    write(tmp_path, "any.jsonl", [data])
+    try:
+        rows, dropped = load_rows([DataSource("any.jsonl", kind=kind)], tmp_path, 0)
+    except ConfigError as error:
+        refused = str(error)
+        assert "line 1" in refused
+        return
+    assert len(rows) + sum(dropped.values()) == 1
+    for row in rows:
+        assert row.response.strip()
+        assert all(isinstance(text, str) for text in (row.question, *row.references))
+        assert all(isinstance(turn["content"], str) for turn in row.messages)
+
+
 @pytest.mark.parametrize(
     ("data", "source", "message"),
     [
@@ -214,9 +277,18 @@ def test_rows_with_an_empty_passage_are_dropped_and_counted_and_without_one_refu
         ({"id": "x", "question": "q", "choices": ["a", "b"], "answer": True}, {}, "'answer' is True"),
         ({"id": "x", "question": "q", "choices": ["a", "b"], "answer": 0}, {"form": "poem"}, "unknown form 'poem'"),
         ({"id": "x", "instruction": "do"}, {"kind": "instruction"}, "'output' is missing"),
-        ({"id": "x", "messages": [{"role": "user", "content": "hi"}]}, {"kind": "chat"}, "end with the assistant's"),
-        ({"id": "x", "messages": ["hi", "hello"]}, {"kind": "chat"}, "end with the assistant's"),
-        ({"id": "x", "question": "q", "answers": "yes"}, {"kind": "question"}, "line 1.*'answers' is 'yes'"),
+        ({"id": "x", "messages": [{"role": "user", "content": "hi"}]}, {"kind": "chat"}, "end with a text"),
+        ({"id": "x", "messages": ["hi", "hello"]}, {"kind": "chat"}, "a turn is 'hi'"),
+        ({"id": "x", "conversations": [SAID, {"from": "bard", "value": "a"}]}, {"kind": "chat"}, "role 'bard'"),
+        ({"id": "x", "conversations": [SAID, {"from": "gpt"}]}, {"kind": "chat"}, "content must be text"),
+        ({"id": "x", "messages": [ASKED, {"role": "assistant", "content": " "}]}, {"kind": "chat"}, "end with a text"),
+        ({"id": "x", "messages": [ASKED, CALLED]}, {"kind": "chat"}, "end with a text"),
+        ({"id": "x", "messages": [ASKED, CALLED, {"role": "assistant", "content": "a"}]}, {"kind": "chat"}, "tools"),
+        ({"id": "x", "messages": [ASKED, REPLY], "tools": [{}]}, {"kind": "chat"}, "tools"),
+        ({"id": "x", "question": "q", "answers": {"spans": ["a"]}}, {"kind": "question"}, "line 1.*'answers' is"),
+        ({"id": "x", "question": "q", "answer": True}, {"kind": "question"}, "'answer' is True"),
+        ({"id": "x", "question": {"tokens": ["q"]}, "answer": "a"}, {"kind": "question"}, "'question' is"),
+        ({"id": "x", "question": "q", "context": [1], "answer": "a"}, {"kind": "context_question"}, "'context' is"),
         ({"id": "x"}, {"kind": "songs"}, "unknown kind of rows 'songs'"),
     ],
 )
@@ -226,27 +298,21 @@ def test_broken_rows_are_named(tmp_path, data, source, message):
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
-    [("{}\n[1]\n", "line 2: expected an object"), ("{}\n{", "line 2: not JSON"), (b"\xff\xfe", "no text in UTF-8")],
+    ("content", "source", "message"),
+    [
+        (b"{}\n[1]\n", {"path": "a.jsonl"}, "line 2: expected an object"),
+        (b"{}\n{", {"path": "a.jsonl"}, "line 2: not JSON"),
+        (b"\xff\xfe", {"path": "a.jsonl"}, "no text in UTF-8"),
+        (b"", {"path": "nothing.jsonl"}, "Set data_dir"),
+        (b"", {}, "either 'path' or 'dataset'"),
+        (b"", {"synthetic": "relay"}, "how many rows"),
+        (b"", {"synthetic": "poems", "limit": 1}, "expected one of relay, relay_test"),
+    ],
 )
-def test_broken_files_are_named(tmp_path, content, message):
-    (tmp_path / "a.jsonl").write_bytes(content if isinstance(content, bytes) else content.encode())
+def test_impossible_sources_are_named(tmp_path, content, source, message):
+    (tmp_path / "a.jsonl").write_bytes(content)
     with pytest.raises(ConfigError, match=message):
-        load_rows([DataSource("a.jsonl", kind="question")], tmp_path, 0)
-
-
-def test_a_source_is_a_file_a_data_set_or_synthetic(tmp_path):
-    with pytest.raises(ConfigError, match="either 'path' or 'dataset'"):
-        load_rows([DataSource()], tmp_path, 0)
-    with pytest.raises(ConfigError, match="how many rows"):
-        load_rows([DataSource(synthetic="relay", kind="private_question")], tmp_path, 0)
-    with pytest.raises(ConfigError, match=r"expected one of relay, relay_test"):
-        load_rows([DataSource(synthetic="poems", kind="private_question", limit=1)], tmp_path, 0)
-    with pytest.raises(ConfigError, match="Set data_dir"):
-        load_rows([DataSource("nothing.jsonl")], tmp_path, 0)
-
-
-# -- synthetic rows --------------------------------------------------------------------------------------------------
+        load_rows([DataSource(**source, kind="private_question")], tmp_path, 0)
 
 
 def synthetic(name, limit, seed=0):
@@ -278,7 +344,7 @@ def test_facts_have_several_sentences_of_one_kind():
     """Otherwise the kind of the question would give the answer away, and no name need be read."""
     pages = list(islice(GENERATORS["facts"]("train", 0), 600))
     assert {len(page["context"].removesuffix(".").split(". ")) for page in pages} == {2, 3, 4, 5}
-    assert len({" ".join(page["question"].split()[:3]) for page in pages}) > len(KINDS)
+    assert len({" ".join(page["question"].split()[:3]) for page in pages}) > len(WORDS["facts"])
     numbers = [page for page in pages if page["answer"].isdigit() and len(page["answer"]) == 4]
     several = [page for page in numbers if sum(word.strip(".").isdigit() for word in page["context"].split()) > 1]
     assert len(several) > 0.7 * len(numbers) > 50

@@ -13,13 +13,10 @@ from unittest.mock import Mock
 
 import pytest
 
-from c2c.demo.config import DemoConfig
-from c2c.demo.examples import DOCUMENT, EXAMPLES, OTHER_DOCUMENT, other_question
+from c2c.demo import DemoConfig
 from c2c.demo.fusers import default_fuser, find_fusers
-from c2c.demo.markup import pane_html
-from c2c.demo.models import ModelCache
-from c2c.demo.panes import SYSTEMS, Pane, Question
-from c2c.demo.session import RUN_ORDER, Session
+from c2c.demo.panes import DOCUMENT, EXAMPLES, OTHER_DOCUMENT, SYSTEMS, Pane, Question, other_question, pane_html
+from c2c.demo.session import RUN_ORDER, ModelCache, Session
 from c2c.errors import C2CError, FuserError, ModelLoadError
 from c2c.prompting import RenderOptions
 from c2c.systems import SystemOptions, make_system
@@ -139,21 +136,21 @@ def test_a_wrong_message_runs_cache_to_cache_alone_and_shows_what_was_read(model
     session = Session()
     list(session.ask(models, merging, ASKED))
     first = session.panes["c2c"].text
-    assert done(session.ask_again(models, merging, blend=1.0, wrong_message=True)) == ["c2c"]
+    assert done(session.ask_again(models, merging, replace(ASKED, wrong_message=True))) == ["c2c"]
     pane, html = session.panes["c2c"], pane_html(session.panes["c2c"], merging)
     assert pane.previous == first != pane.text
     assert all(words in html for words in ("Wrong message", "before: ", other_question(PROMPT).splitlines()[2]))
-    list(session.ask_again(models, merging, blend=1.0, wrong_message=False))
+    list(session.ask_again(models, merging, ASKED))
     assert session.panes["c2c"].text == first
 
 
 def test_blend_zero_is_the_receivers_answer_whatever_the_sharer_reads(models, merging):
-    session = Session()
-    assert list(session.ask_again(models, merging, blend=0.0, wrong_message=True)) == []  # nothing was asked yet
-    list(session.ask(models, merging, replace(ASKED, blend=0.0)))
+    session, silent = Session(), replace(ASKED, blend=0.0)
+    assert list(session.ask_again(models, merging, silent)) == []  # nothing was asked yet
+    list(session.ask(models, merging, silent))
     assert session.panes["c2c"].result.report.sharer_bytes == 0
     for wrong_message in (False, True):
-        list(session.ask_again(models, merging, blend=0.0, wrong_message=wrong_message))
+        list(session.ask_again(models, merging, replace(silent, wrong_message=wrong_message)))
         assert session.panes["c2c"].text == session.panes["receiver"].text
 
 
@@ -164,7 +161,7 @@ def test_only_the_sharer_reads_a_document(models, choices):
     assert "without the document" in pane_html(session.panes["receiver"], private)
     assert session.panes["receiver"].result.prompt_tokens < session.panes["sharer"].result.prompt_tokens
     first = session.panes["c2c"].text
-    list(session.ask_again(models, private, blend=1.0, wrong_message=True))
+    list(session.ask_again(models, private, replace(ASKED, wrong_message=True)))
     assert OTHER_DOCUMENT[:20] in pane_html(session.panes["c2c"], private)
     assert session.panes["c2c"].text != first
 
@@ -204,7 +201,7 @@ def test_a_run_can_be_stopped_and_finished_later(models, merging):
     run.close()
     session.stop()
     assert set(states(session).values()) == {"stopped"}
-    finished = done(session.ask_again(models, merging, blend=1.0, wrong_message=False))
+    finished = done(session.ask_again(models, merging, ASKED))
     assert finished == ["c2c", "receiver", "sharer", "text"]
     session.clear()
     assert set(states(session).values()) == {"idle"}
@@ -231,25 +228,18 @@ def test_the_right_answer_to_the_sharers_question_is_recognised(models, merging)
     assert "was given." not in pane_html(replace(misled, text=" D"), merging)
 
 
-def test_models_are_loaded_once_and_shared_by_fusers_of_one_pair(choices):
-    models = ModelCache()
-    assert models.seconds(choices["merging"]) is None
-    with models.use(choices["merging"]) as first:
+def test_models_are_loaded_once_and_give_way_to_another_pair(choices, tmp_path):
+    models, merging = ModelCache(allow_mismatch=True), choices["merging"]
+    assert models.seconds(merging) is None
+    with models.use(merging) as first:
         pass
     with models.use(choices["remembering"]) as second:
         assert (second.receiver, second.sharers[0]) == (first.receiver, first.sharers[0])
-    with models.use(choices["merging"]) as again:
+    with models.use(merging) as again:
         assert again is first
-    assert models.seconds(choices["merging"]) > 0
-
-
-def test_another_pair_takes_the_place_of_the_first(choices, tmp_path):
-    models, merging = ModelCache(allow_mismatch=True), choices["merging"]
-    shutil.copytree(merging.receiver, tmp_path / "twin")
-    with models.use(merging):
-        pass
-    source = shutil.copytree(merging.source, tmp_path / "fuser")
-    with models.use(replace(merging, source=source, receiver=str(tmp_path / "twin"))):
+    assert models.seconds(merging) > 0
+    twin = {"receiver": str(shutil.copytree(merging.receiver, tmp_path / "twin"))}
+    with models.use(replace(merging, source=shutil.copytree(merging.source, tmp_path / "fuser"), **twin)):
         assert models.seconds(merging) is None
 
 
@@ -269,15 +259,15 @@ def test_what_is_unforeseen_in_loading_is_an_error_with_its_name(merging, monkey
         pass
 
 
-def test_uploads_are_read_or_refused(tmp_path):
+@pytest.mark.parametrize(("content", "words"), [(b"", "empty"), (b"\xff\xfe\x00", "UTF-8"), (b"A fox.", "6 letters")])
+def test_uploads_are_read_or_refused(tmp_path, content, words):
     pytest.importorskip("gradio")
-    from c2c.demo.tab import read_upload
+    from c2c.demo.page import read_upload
 
-    for content, words in ((b"", "is empty"), (b"\xff\xfe\x00", "UTF-8"), (b"A fox.", "6 letters")):
-        (tmp_path / "a.txt").write_bytes(content)
-        text, status = read_upload(str(tmp_path / "a.txt"))
-        assert words in status
-        assert (text == "A fox.") == (content == b"A fox.")
+    (tmp_path / "a.txt").write_bytes(content)
+    text, status = read_upload(str(tmp_path / "a.txt"))
+    assert words in status
+    assert (text == "A fox.") == (content == b"A fox.")
 
 
 @pytest.mark.parametrize("names", [("merging", "remembering"), ("merging",)])

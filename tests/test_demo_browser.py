@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 
-from c2c.demo.config import DemoConfig
+from c2c.demo import DemoConfig
 from c2c.demo.server import launch
 from demo_rig import fuser_folders
 

@@ -12,6 +12,7 @@ import importlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -29,19 +30,19 @@ from docs_rig import (
     PAGES,
     ROOT,
     Block,
-    Workspace,
     anchors,
     arguments,
     blocks,
     inline_code,
     lines,
     links,
+    make_workspace,
     problem,
     read,
     server,
 )
+from test_real import use_real_models
 
-REAL_CACHE = os.environ.get("C2C_CACHE")  # before the fixture that isolates tests
 SHELL = ("", "bash", "sh", "console")
 NOT_SHELL = ("src/c2c/", "RemoteSharer(")  # blocks without a language: a tree of files, an expression to fill in
 PLACEHOLDERS = {"COMMAND": "gates", "S": "0", "N": "8", "CONFIG": "config.yaml"}
@@ -93,9 +94,6 @@ def commands(page: str) -> list[list[str]]:
 
 def is_run(words: list[str]) -> bool:
     return not " ".join(["c2c", *words]).startswith(tuple(NOT_RUN))
-
-
-# -- blocks and commands are well-formed -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -179,9 +177,6 @@ def test_the_tree_of_contributing_names_files_that_exist():
         folders.append(head.rstrip("/"))
 
 
-# -- links and the site ------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page):
     wrong = []
@@ -238,9 +233,6 @@ def test_the_site_builds_without_warnings(tmp_path):
     assert "from_pretrained" in (tmp_path / "api" / "c2c.pretrained.html").read_text(encoding="utf-8")
 
 
-# -- formats -----------------------------------------------------------------------------------------------------------
-
-
 def test_the_documented_config_loads(tmp_path):
     from c2c.fusers.bottleneck import BottleneckConfig, BottleneckFuser
 
@@ -260,22 +252,20 @@ def test_the_documented_training_keys_exist():
     assert set(yaml.safe_load(block.text)) <= {field.name for field in fields(TrainConfig)}
 
 
-# -- running the pages -------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    return Workspace(tmp_path_factory.mktemp("docs"))
+    return make_workspace(tmp_path_factory.mktemp("docs"))
 
 
 @pytest.fixture
 def workspace(made, tmp_path, monkeypatch):
-    """The reader's folder, with the tiny models in the cache."""
-    own = made.copy(tmp_path)
-    monkeypatch.setenv("C2C_CACHE", str(own.cache))
+    """The reader's folder, with the tiny models in the cache; no command writes to these."""
+    own = tmp_path / "clone"
+    shutil.copytree(made, own, symlinks=True)
+    monkeypatch.setenv("C2C_CACHE", str(made.parent / "cache"))
     monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"), prepend=os.pathsep)
-    monkeypatch.chdir(own.home)
-    monkeypatch.syspath_prepend(str(own.home))
+    monkeypatch.chdir(own)
+    monkeypatch.syspath_prepend(str(own))
     return own
 
 
@@ -367,20 +357,14 @@ def test_python_runs(page, workspace, monkeypatch):
             run_page(page, [*REAL_ONLY.get(page, []), *NO_NETWORK.get(page, [])], replace)
     finally:
         for name in set(sys.modules) - modules:
-            if str(getattr(sys.modules[name], "__file__", "")).startswith(str(workspace.home)):
+            if str(getattr(sys.modules[name], "__file__", "")).startswith(str(workspace)):
                 del sys.modules[name]
 
 
 @pytest.mark.real
 @pytest.mark.parametrize("page", ["docs/concepts.md", "docs/footguns.md"])
 def test_python_with_the_real_models(page, monkeypatch, tmp_path):
-    from test_real import need
-
-    if REAL_CACHE is None:
-        monkeypatch.delenv("C2C_CACHE", raising=False)
-    else:
-        monkeypatch.setenv("C2C_CACHE", REAL_CACHE)
-    need("smollm2-135m", "qwen2.5-coder-0.5b")
+    use_real_models(monkeypatch, "smollm2-135m", "qwen2.5-coder-0.5b")
     monkeypatch.chdir(tmp_path)
     run_page(page)
 
@@ -391,7 +375,7 @@ def test_commands_run(page, workspace):
     for block in blocks(page):
         if block.language == "yaml" and (match := re.match(r"# (tasks/\S+)\n", block.text)):
             Path(match[1]).parent.mkdir(exist_ok=True)
-            Path(match[1]).write_text(block.text.replace("/path/to", str(workspace.home)))
+            Path(match[1]).write_text(block.text.replace("/path/to", str(workspace)))
     with servers(page) as replace:
         for line in shell_lines(page):
             if line[0] == "echo":

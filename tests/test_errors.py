@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import DynamicCache, Qwen3NextConfig, Qwen3NextForCausalLM, StaticCache
+from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
 
 from c2c import C2CModel, kv_cache
 from c2c.errors import AlignmentError, C2CError, CacheError, FuserError, MismatchError, ModelLoadError, PromptError
@@ -27,9 +27,6 @@ def model():
 
 def run(model, ids=IDS, others=IDS, fuse_mask=FUSE, **kwargs):
     return model.generate_ids(ids, others, fuse_mask=fuse_mask, max_new_tokens=1, **kwargs)
-
-
-# -- prompts -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -78,9 +75,6 @@ def test_tokenizers():
         load(build("llama"), tokenizer=Slow())
     with pytest.raises(PromptError, match="both models"):
         C2CModel.from_models(build("llama"), build("qwen2"), tokenizer=tokenizer("chatml"))
-
-
-# -- token ids ---------------------------------------------------------------------------------------------------------
 
 
 def test_token_ids_as_tensors_and_as_lists(model):
@@ -152,9 +146,6 @@ def test_padding_is_not_counted_as_a_skipped_token(model):
     assert report.prompt_tokens == 13 == report.fused_tokens + sum(report.skipped_tokens.values())
 
 
-# -- caches ------------------------------------------------------------------------------------------------------------
-
-
 def test_a_cache_that_does_not_fit_the_tokens(model):
     receiver = model.receiver
     tokens = receiver.encode("Hello there")
@@ -168,14 +159,6 @@ def test_a_cache_that_does_not_fit_the_tokens(model):
     assert cut.tolist() == [receiver.answer("Hello there", max_new_tokens=4).ids.tolist()]
 
 
-def test_unsupported_cache_layers(model):
-    static = StaticCache(config=model.receiver.model.config, max_cache_len=8)
-    sliding = DynamicCache(config=build("gemma3").config)
-    for cache, message in ((static, "Use a model"), (sliding, "SlidingWindow"), (((1, 2),), "expected a transformers")):
-        with pytest.raises(CacheError, match=message):
-            kv_cache.check_layers(cache)
-
-
 def test_linear_attention_is_refused():
     small = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16, "vocab_size": 64}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
@@ -184,9 +167,6 @@ def test_linear_attention_is_refused():
     config = Qwen3NextConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=4, **small, **heads, **linear)
     with pytest.raises(CacheError, match="without a KV cache per token"):
         Receiver(Qwen3NextForCausalLM(config))
-
-
-# -- models and fusers -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["./nothing", "nothing.gguf", "/no/such/folder"])

@@ -18,28 +18,21 @@ from c2c.data.config import DataSource
 from c2c.data.formats import letter_form
 from c2c.data.sources import load_rows
 from c2c.evaluation import EvalConfig, evaluate, load_eval_config
-from c2c.evaluation.config import EvaluationError
+from c2c.evaluation.config import STAGES, EvaluationError
 from c2c.evaluation.journal import Journal
 from c2c.evaluation.metrics import read_letter
-from c2c.evaluation.profiling import STAGES
 from c2c.evaluation.router import embed, route
 from c2c.evaluation.statistics import mcnemar, speed, summarise
 from c2c.language_model import LanguageModel, Sharer
 from c2c.prompting import RenderOptions
 from c2c.systems import SystemOptions, make_system
 from c2c.training.lora import new_adapter, save_adapter
-from tiny import build, open_fusers, pair_folders
+from tiny import build, open_fusers, pair_folders, saved_fuser
 
 
 @pytest.fixture(scope="module")
 def fuser(tmp_path_factory):
-    """A fuser with random weights between two tiny models."""
-    receiver, sharer = pair_folders(tmp_path_factory.mktemp)
-    model = open_fusers(C2CModel.from_models(receiver, sharer, fuser_options={"rank": 8}))
-    model.fusers[0].config.training = {"config": "random"}
-    folder = tmp_path_factory.mktemp("fuser")
-    model.save_pretrained(folder)
-    return str(folder)
+    return saved_fuser(tmp_path_factory.mktemp)
 
 
 @pytest.fixture(scope="module")
@@ -121,14 +114,6 @@ def test_nll_of_open_answers(fuser, data):
         logits = model.model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
         losses.append(float(torch.nn.functional.cross_entropy(logits, torch.tensor(response))))
     assert means["receiver"] == pytest.approx(np.mean(losses), abs=0.05)  # bfloat16
-
-
-def test_an_untrained_fuser_is_the_receiver(tmp_path, data):
-    receiver, sharer = pair_folders(lambda name: (tmp_path / name).mkdir() or tmp_path / name)
-    C2CModel.from_models(receiver, sharer).save_pretrained(tmp_path / "fuser")
-    result = evaluate(config(str(tmp_path / "fuser"), data))
-    assert result["G"] == result["P"] == 0
-    assert result["mended"] == result["spoiled"] == 0
 
 
 # -- resuming and reuse ------------------------------------------------------------------------------------------------
@@ -237,19 +222,6 @@ def test_text_to_text_in_batches_is_that_of_single_prompts(fuser, data, tmp_path
         assert (item["message"], item["text"]) == (alone.message.text, alone.text)
 
 
-def test_texts_of_the_sharer_are_generated_once(fuser, data, tmp_path, monkeypatch):
-    made = config(fuser, data, systems=("text",), message_tokens=6, store_dir=str(tmp_path / "store"))
-    first = evaluate(made)
-
-    def refuse(*_, **__):
-        raise AssertionError("generated again")
-
-    monkeypatch.setattr(Sharer, "generate", refuse)
-    assert evaluate(made)["systems"] == first["systems"]
-    with pytest.raises(AssertionError, match="generated again"):
-        evaluate(replace(made, message_tokens=5))
-
-
 def test_systems_share_the_prefills_of_a_batch(fuser, data, monkeypatch):
     """Both models' prompts are read once, whatever the number of systems; and not through the store's own hook."""
     rows = {"receiver": 0, "sharer": 0}
@@ -335,14 +307,6 @@ def test_the_router_is_fitted_on_dev(fuser, data):
         assert systems["router"]["accuracy"] == systems[name]["accuracy"]
 
 
-def answered(sharer, receiver):
-    """Records of right and wrong answers."""
-    return {
-        name: [{"id": str(i), "answer": 0, "chosen": int(not right)} for i, right in enumerate(hits)]
-        for name, hits in (("sharer", sharer), ("receiver", receiver))
-    }
-
-
 def test_the_router_learns_which_questions_the_sharer_can_answer(fuser):
     model = C2CModel.from_pretrained(fuser).receiver
 
@@ -350,9 +314,8 @@ def test_the_router_learns_which_questions_the_sharer_can_answer(fuser):
         words = ["sea sea sea sea sea", "dog dog dog dog dog"]
         return embed(model, [letter_form(f"{words[i % 2]} {i}", ["a", "b"], 0) for i in range(start, start + 12)])
 
-    given = answered([True, False] * 6, [False, True] * 6)
-    found, facts = route(given, features(0), given, features(20), 0.5)
-    assert [record["used"] for record in found] == ["sharer", "receiver"] * 6
+    found, facts = route(np.array([1.0, -1.0] * 6), features(0), features(20), 0.5)
+    assert found == ["sharer", "receiver"] * 6
     assert facts["share_routed"] == 0.5
 
 
@@ -360,8 +323,8 @@ def test_the_router_learns_which_questions_the_sharer_can_answer(fuser):
 def test_the_router_sends_the_asked_share_of_new_questions_too(seed):
     """More dimensions than questions, and nothing to learn in them: still half of new questions go to the sharer."""
     draw = np.random.default_rng(seed)
-    dev, items = (answered(draw.random(n) < 0.8, draw.random(n) < 0.2) for n in (180, 400))
-    _, facts = route(dev, draw.normal(size=(180, 576)), items, draw.normal(size=(400, 576)), 0.5)
+    better = np.sign(draw.normal(size=180))
+    _, facts = route(better, draw.normal(size=(180, 576)), draw.normal(size=(400, 576)), 0.5)
     assert facts["share_routed"] == 0.5
 
 
@@ -428,16 +391,16 @@ def test_the_command_ends_with_one_json_object(fuser, data):
     assert run("--fuser", fuser, "--data", data / "a.jsonl", "--other", "twin").exit_code == 2
 
 
-@pytest.mark.parametrize("timed", [0, 1])
-def test_the_command_prints_tables(fuser, data, tmp_path, timed):
+def test_the_command_prints_tables(fuser, data, tmp_path):
     long = {"id": "long", "question": "long " * 600, "choices": ["a", "b"], "answer": 0}
     (tmp_path / "a.jsonl").write_text((data / "a.jsonl").read_text() + json.dumps(long) + "\n")
-    systems = ("--systems", "receiver,matched,deranged", "--timed", timed, "--max-new-tokens", 2)
-    done = run("--fuser", fuser, "--data", tmp_path / "a.jsonl", *systems)
-    assert done.exit_code == 0, done.output
-    assert "matched - deranged" in done.stdout
-    assert ("first token" in done.stdout) == bool(timed)
-    assert "prompt too long" in done.stderr
+    systems = ("--systems", "receiver,matched,deranged", "--max-new-tokens", 2)
+    for timed in (0, 1):
+        done = run("--fuser", fuser, "--data", tmp_path / "a.jsonl", *systems, "--timed", timed)
+        assert done.exit_code == 0, done.output
+        assert "matched - deranged" in done.stdout
+        assert ("first token" in done.stdout) == bool(timed)
+        assert "prompt too long" in done.stderr
 
 
 def test_a_configuration_file_with_tasks(fuser, data, tmp_path):

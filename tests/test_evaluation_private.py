@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 
 import pytest
@@ -13,9 +12,8 @@ from c2c.data.config import DataSource
 from c2c.data.prompts import passage_with_question
 from c2c.data.sources import load_rows
 from c2c.evaluation import EvalConfig, evaluate
-from c2c.evaluation.config import EvaluationError
+from c2c.evaluation.config import STAGES, EvaluationError
 from c2c.evaluation.metrics import contains, exact, f1
-from c2c.evaluation.profiling import STAGES
 from c2c.language_model import LanguageModel, Receiver
 from c2c.systems.base import with_passage
 from tiny import open_fusers, pair_folders
@@ -57,7 +55,7 @@ def data(tmp_path_factory):
 
 
 def config(fuser, data, **changes) -> EvalConfig:
-    source = DataSource("a.jsonl", kind=changes.pop("kind", "private_question"))
+    source = DataSource("a.jsonl", kind=changes.pop("kind", "private_question"), draft=changes.pop("draft", 0))
     settings = {"systems": SYSTEMS, "mode": "answers", "max_new_tokens": 4, "batch_size": 3, "draft_tokens": 3}
     return EvalConfig(fuser, [source], data_dir=str(data), **(settings | changes))
 
@@ -94,10 +92,8 @@ def test_answers_are_those_of_the_public_path(fuser, tmp_path):
     rows = load_rows([DataSource("a.jsonl", kind="private_question")], data, 0)[0]
     wrong = []
     for row in rows:
-        passage, question = (
-            row.sharer_messages[-1]["content"],
-            [{"role": "user", "content": f"Question: {row.question}"}],
-        )
+        passage = row.sharer_messages[-1]["content"]
+        question = [{"role": "user", "content": f"Question: {row.question}"}]
         asked = passage_with_question(row)
         draft = sharer.read(asked, draft_tokens=3).to("bfloat16")  # as the store keeps it
         written = sharer.answer(asked, max_new_tokens=3, do_sample=False).text
@@ -166,24 +162,24 @@ def test_a_text_is_generated_once_for_all_that_need_it(fuser, data, tmp_path, mo
     assert sum(decoded) == texts, "kept beside the prefills, for the next evaluation"
 
 
-def test_loss_of_the_reference(fuser, data):
-    result = evaluate(config(fuser, data, mode="nll", systems=("receiver", "matched", "deranged", "zero")))
-    assert all(system["mean"] > 0 for system in result["systems"].values())
-    assert len({system["mean"] for system in result["systems"].values()}) == 4
-
-
-def test_rows_without_a_passage_are_counted_and_left_out(fuser, data, tmp_path):
+def test_losses_and_rows_without_a_passage_which_are_left_out(fuser, data, tmp_path):
     text = (write(tmp_path) / "a.jsonl").read_text()
     (tmp_path / "a.jsonl").write_text(text + '{"id": "8", "context": "", "question": "Who?", "answers": ["fox"]}\n')
-    left = evaluate(config(fuser, tmp_path, systems=("receiver", "matched")))
+    left = evaluate(config(fuser, tmp_path, mode="nll", systems=("receiver", "matched", "deranged", "zero")))
     assert (left["n"], left["dropped"]) == (7, {"a.jsonl: context is empty": 1})
+    assert all(system["mean"] > 0 for system in left["systems"].values())
+    assert len({system["mean"] for system in left["systems"].values()}) == 4
 
 
 def test_answers_of_shared_context_are_scored_too(folders, data, tmp_path):
     model = open_fusers(C2CModel.from_models(*folders, fuser_options={"rank": 8}))
     model.save_pretrained(tmp_path)
-    systems = ("receiver", "sharer", "matched", "deranged", "text")
-    result = evaluate(config(str(tmp_path), data, kind="context_question", systems=systems, message_tokens=4))
+    systems, dev = ("receiver", "sharer", "matched", "text", "router"), [DataSource("a.jsonl", kind="context_question")]
+    made = config(str(tmp_path), data, kind="context_question", systems=systems, message_tokens=4, dev=dev, routed=1.0)
+    result = evaluate(made)
+    assert result["systems"]["router"]["f1"] == result["systems"]["sharer"]["f1"], (
+        "routed by F1 where that is the score"
+    )
     assert set(result["systems"]["text"]) >= {"f1", "exact", "ci95"}
     with pytest.raises(EvaluationError, match="shared context, which has no reader"):
         evaluate(config(str(tmp_path), data, systems=("matched", "reader")))
@@ -193,19 +189,14 @@ def test_answers_of_shared_context_are_scored_too(folders, data, tmp_path):
     ("changes", "message"),
     [
         ({"systems": ("matched", "text")}, "private context, which has no text"),
-        ({"mode": "logits", "systems": ("matched", "sharer")}, "use 'answers'"),
-        ({"kind": "context_question", "systems": ("matched",)}, "--kind private_question"),
+        ({"mode": "logits"}, "use 'answers'"),
+        ({"kind": "context_question"}, "--kind private_question"),
+        ({"draft": 5}, "system 'draft'"),
     ],
 )
 def test_what_private_context_does_not_have_is_refused(fuser, data, changes, message):
     with pytest.raises(EvaluationError, match=message):
-        evaluate(config(fuser, data, **changes))
-
-
-def test_rows_with_drafts_are_for_training(fuser, data):
-    source = DataSource("a.jsonl", kind="private_question", draft=5)
-    with pytest.raises(EvaluationError, match="system 'draft'"):
-        evaluate(dataclasses.replace(config(fuser, data, systems=("matched",)), data=[source]))
+        evaluate(config(fuser, data, **({"systems": ("matched",)} | changes)))
 
 
 @pytest.mark.parametrize(

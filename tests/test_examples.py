@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import runpy
 import sys
@@ -11,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from c2c import C2CModel, hub_aliases
+from c2c import C2CModel
+from test_real import use_real_models
 from tiny import pair_folders
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-CACHE = os.environ.get("C2C_CACHE")  # before the fixture that isolates other tests
 PAGE = "The fox sleeps in a red house."
 QUESTIONS = ("--question", "Who sleeps?", "--question", "Where?")
 PRINTED = {
@@ -77,14 +76,6 @@ def test_an_example_prints_its_table_and_takes_other_models(run, fuser, name, tm
 @pytest.mark.slow
 @pytest.mark.parametrize("name", REAL)
 def test_with_the_shipped_fuser(run, monkeypatch, name):
-    if CACHE is None:
-        monkeypatch.delenv("C2C_CACHE", raising=False)
-    else:
-        monkeypatch.setenv("C2C_CACHE", CACHE)
-    missing = [alias for alias in ("smollm2-135m", "qwen2.5-coder-0.5b") if not hub_aliases.is_pulled(alias)]
-    if missing and os.environ.get("C2C_REAL"):
-        pytest.fail(f"not pulled: {missing}")
-    if missing:
-        pytest.skip(f"not pulled: {missing}")
+    use_real_models(monkeypatch, "smollm2-135m", "qwen2.5-coder-0.5b")
     arguments, expected = REAL[name]
     assert expected in run(name, *arguments)

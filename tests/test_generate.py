@@ -37,8 +37,6 @@ def generate_plainly(model, prompts, **kwargs):
     return out[:, tokens.length :].tolist()
 
 
-# -- decoding ----------------------------------------------------------------------------------------------------------
-
 MODES = {
     "greedy": GREEDY,
     "sampling": {"do_sample": True, "temperature": 1.3, "top_k": 40, "top_p": 0.95},
@@ -112,13 +110,6 @@ def test_several_samples_differ_and_share_a_report(opened):
     assert [result.prompt_tokens for result in results] == [n for n in lengths for _ in range(3)]
 
 
-def test_logits_processors_decide_every_token(opened):
-    def only_seven(ids, scores):
-        return torch.full_like(scores, -torch.inf).index_fill(1, torch.tensor([7]), 0.0)
-
-    assert token_ids(opened.generate(PROMPTS, max_new_tokens=3, logits_processor=[only_seven])) == [[7] * 3] * 3
-
-
 def test_a_stop_string_ends_the_answer(opened):
     options = GREEDY | {"max_new_tokens": 12}
     free = opened.generate(PROMPTS[1], **options)
@@ -162,9 +153,6 @@ def test_a_row_that_met_its_stop_string_is_not_filled():
     alone = [token_ids(model.generate(prompt, **kwargs))[0] for prompt in PROMPTS]
     assert len({len(row) for row in alone}) > 1
     assert token_ids(model.generate(PROMPTS, **kwargs)) == alone
-
-
-# -- prompts, results and reports --------------------------------------------------------------------------------------
 
 
 def test_an_answer_prefix_is_read_and_not_repeated(opened):
@@ -252,9 +240,6 @@ def test_a_turn_that_fails_is_not_kept(opened):
         chat.send("Hello", num_return_sequences=2, do_sample=True)
     assert chat.messages == before
     assert chat.send("Again", max_new_tokens=2).new_tokens == 2
-
-
-# -- the language-model head -------------------------------------------------------------------------------------------
 
 
 class HeadCopies(TorchDispatchMode):

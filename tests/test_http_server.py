@@ -10,6 +10,7 @@ import ssl
 import subprocess
 import time
 from contextlib import contextmanager
+from dataclasses import dataclass
 from threading import Event, Thread
 
 import httpx
@@ -20,11 +21,11 @@ from typer.testing import CliRunner
 
 from c2c.cli import app as command
 from c2c.errors import C2CError, ContextLengthError, PromptError, RemoteError, SharerChanged
+from c2c.serving.config import HTTPConfig, is_loopback
 from c2c.serving.errors import ServerError, to_api_error
-from c2c.serving.http_app import ServerState, create_app, on_disconnect
-from c2c.serving.http_config import HTTPConfig, is_loopback
-from c2c.serving.http_server import Server, listen, url_of
+from c2c.serving.http_server import Server, ServerState, create_app, listen, on_disconnect
 from c2c.serving.logs import JsonFormatter
+from serving_harness import error_of, started, stop, until
 
 JSON = {"Content-Type": "application/json"}
 KEY, OTHER = "first-key-of-this-test", "other-key-of-this-test"
@@ -55,9 +56,13 @@ def routes(gate: Event, gone: Event) -> APIRouter:
     return router
 
 
+@dataclass
 class Running:
-    def __init__(self, url, server, state, gate, gone) -> None:
-        self.url, self.server, self.state, self.gate, self.gone = url, server, state, gate, gone
+    url: str
+    server: Server
+    state: ServerState
+    gate: Event
+    gone: Event
 
     def post(self, path: str, text: str = "hello", **kwargs) -> httpx.Response:
         return httpx.post(self.url + path, **({"json": {"text": text}, "timeout": 30} | kwargs))
@@ -66,31 +71,11 @@ class Running:
 @contextmanager
 def running(**options):
     config, state, gate, gone = HTTPConfig(port=0, **options), ServerState(), Event(), Event()
-    sock = listen(config.host, 0)
-    server = Server(create_app(config, [routes(gate, gone)], state), config)
-    thread = Thread(target=server.run, args=([sock],), daemon=True)
-    thread.start()
-    try:
-        until(lambda: server.started)
-        yield Running(url_of(sock, config), server, state, gate, gone)
-    finally:
-        gate.set()
-        server.should_exit = True
-        thread.join(30)
-        assert not thread.is_alive()
-
-
-def until(condition) -> None:
-    end = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
-
-
-def error_of(response: httpx.Response) -> dict:
-    error = response.json()["error"]
-    assert set(error) >= {"message", "type", "param", "code"}
-    return error
+    with started(create_app(config, [routes(gate, gone)], state), config) as (url, server):
+        try:
+            yield Running(url, server, state, gate, gone)
+        finally:
+            gate.set()
 
 
 # -- keys --------------------------------------------------------------------------------------------------------------
@@ -181,7 +166,7 @@ def test_requests_per_minute_are_limited():
         ("/echo", {"json": None, "content": b"{}"}, 400, "invalid_json", None),
         *(
             ("/echo", {"json": None, "content": content, "headers": JSON}, 400, "invalid_json", None)
-            for content in (b"{", b"[" * 100_000, b"\xff\xfe", b"")
+            for content in (b"{", b"[" * 100_000, b"\xff\xfe", b"", b"[1]", b'"text"')
         ),
         ("/nowhere", {}, 404, "not_found", None),
         ("/fail", {"text": "prompt"}, 400, "invalid_value", None),
@@ -249,8 +234,7 @@ def test_a_server_that_ends_answers_what_it_has_accepted():
         thread = Thread(target=lambda: answers.append(server.post("/wait").status_code))
         thread.start()
         until(lambda: server.state.active == 1)
-        loop = next(iter(server.server.servers)).get_loop()
-        loop.call_soon_threadsafe(server.server.stop)
+        stop(server.server)
         until(lambda: server.state.draining)
         response = server.post("/echo")
         assert (response.status_code, error_of(response)["code"]) == (503, "shutting_down")
@@ -271,14 +255,13 @@ def test_a_second_signal_gives_up_and_a_third_waits_for_nothing():
         thread = Thread(target=server.post, args=("/wait",), daemon=True)
         thread.start()
         until(lambda: server.state.active == 1)
-        loop = next(iter(server.server.servers)).get_loop()
-        loop.call_soon_threadsafe(server.server.stop)
+        stop(server.server)
         until(lambda: server.state.draining)
         assert not aborted.is_set()
-        loop.call_soon_threadsafe(server.server.stop)
+        stop(server.server)
         assert aborted.wait(10)
         assert server.server.forced
-        loop.call_soon_threadsafe(server.server.stop)
+        stop(server.server)
         until(lambda: server.server.should_exit)
         server.gate.set()
         thread.join()

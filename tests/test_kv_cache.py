@@ -7,10 +7,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, QuantoQuantizedLayer, StaticLayer
+from transformers.cache_utils import (
+    DummyLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionLayer,
+    QuantoQuantizedLayer,
+    StaticLayer,
+)
 
 from c2c import kv_cache
 from c2c.errors import CacheError
+from tiny import assert_equal_caches, entries
 
 sizes = st.tuples(st.integers(1, 4), st.integers(1, 3), st.integers(1, 3), st.integers(1, 7), st.integers(1, 5))
 quick = settings(max_examples=40, deadline=None)
@@ -24,14 +33,6 @@ def filled(layers=2, rows=1, heads=2, tokens=5, dim=3, seed=0):
     )
 
 
-def tensors(cache):
-    return [entry for pair in kv_cache.layers(cache) for entry in pair]
-
-
-def same(one, other):
-    return all(torch.equal(a, b) for a, b in zip(tensors(one), tensors(other), strict=True))
-
-
 @quick
 @given(sizes)
 def test_a_cache_from_layers_is_what_a_model_would_have_made(size):
@@ -39,7 +40,7 @@ def test_a_cache_from_layers_is_what_a_model_would_have_made(size):
     cache, grown = filled(*size), DynamicCache()
     for index, (keys, values) in enumerate(kv_cache.layers(cache)):
         grown.update(keys, values, index)
-    assert same(cache, grown)
+    assert_equal_caches(cache, grown)
     assert kv_cache.length(cache) == tokens
     assert kv_cache.geometry(cache) == kv_cache.KVGeometry(layers, heads, dim)
     assert kv_cache.nbytes(cache) == layers * 2 * rows * heads * tokens * dim * 4
@@ -69,16 +70,16 @@ def test_crop_then_grow_is_the_whole(size, data):
     for index, (keys, values) in enumerate(kv_cache.layers(cache)):
         if cut < size[3]:
             front.update(keys[:, :, cut:], values[:, :, cut:], index)
-    assert same(front, cache)
+    assert_equal_caches(front, cache)
 
 
 @quick
 @given(sizes, st.integers(1, 4))
 def test_repeat_repeats_each_row_in_place(size, times):
     cache = filled(*size)
-    before = [entry.clone() for entry in tensors(cache)]
+    before = [entry.clone() for entry in entries(cache)]
     assert kv_cache.repeat(cache, times) is cache
-    for entry, old in zip(tensors(cache), before, strict=True):
+    for entry, old in zip(entries(cache), before, strict=True):
         assert entry.shape[0] == old.shape[0] * times
         for row in range(entry.shape[0]):
             assert torch.equal(entry[row], old[row // times])
@@ -108,10 +109,10 @@ def test_stack_pads_on_the_left_and_keeps_every_row(parts):
 def test_select_rows_permutes(order):
     cache = filled(rows=4)
     moved = kv_cache.select_rows(cache, torch.tensor(order))
-    for entry, old in zip(tensors(moved), tensors(cache), strict=True):
+    for entry, old in zip(entries(moved), entries(cache), strict=True):
         for place, row in enumerate(order):
             assert torch.equal(entry[place], old[row])
-    assert same(kv_cache.select_rows(moved, torch.tensor(order).argsort()), cache)
+    assert_equal_caches(kv_cache.select_rows(moved, torch.tensor(order).argsort()), cache)
 
 
 @pytest.mark.parametrize("shape", [(1, 2, 6, 3), (2, 2, 5, 3), (1, 1, 5, 3), (1, 2, 5, 4)])
@@ -127,26 +128,75 @@ def test_a_layer_keeps_its_shape(shape):
     assert kv_cache.layer(cache, 1)[0].eq(1).all()
 
 
-def test_layers_of_different_shapes_have_no_geometry():
-    uneven = kv_cache.from_layers([(torch.zeros(1, h, 4, 2), torch.zeros(1, h, 4, 2)) for h in (1, 2)])
-    with pytest.raises(CacheError, match="different KV shapes"):
-        kv_cache.geometry(uneven)
+def test_layers_of_another_shape_are_left_out():
+    """As in Gemma 4, whose full-attention layers have wider heads."""
+    shapes = [(2, 4), (2, 4), (1, 8), (2, 4)]
+    uneven = kv_cache.from_layers([(torch.zeros(1, h, 5, d), torch.zeros(1, h, 5, d)) for h, d in shapes])
+    assert kv_cache.geometry(uneven) == kv_cache.KVGeometry(3, 2, 4)
+    assert kv_cache.kv_layers(uneven) == [0, 1, 3]
+    assert list(kv_cache.left_out(uneven)) == kv_cache.other_attention_layers(uneven) == [2]
+    kv_cache.set_layer(uneven, 2, torch.ones(1, 2, 5, 4), torch.ones(1, 2, 5, 4))
+    assert [float(layer.keys.mean()) for layer in uneven.layers] == [0, 0, 0, 1]
+    with pytest.raises(CacheError, match=r"3 layers.*4 attention layers"):
+        kv_cache.append(uneven, kv_cache.layers(uneven))
+
+
+def test_compressed_layers_have_no_geometry():
     compressed = kv_cache.from_layers([(torch.zeros(1, 2, 4, 6), torch.zeros(1, 2, 4, 4))])
-    with pytest.raises(CacheError, match="different KV shapes"):
+    with pytest.raises(CacheError, match="same shape"):
         kv_cache.geometry(compressed)
+
+
+def hybrid(rows=1, tokens=4, seed=0):
+    """A convolution, attention, attention beside a recurrent state, and a layer without any cache."""
+    generator = torch.Generator().manual_seed(seed)
+    cache = DynamicCache()
+    cache.layers = [LinearAttentionLayer(), DynamicLayer(), LinearAttentionAndFullAttentionLayer(), DummyLayer()]
+    for index in (1, 2):
+        cache.update(*torch.randn(2, rows, 2, tokens, 3, generator=generator), index)
+    cache.update_conv_state(torch.randn(rows, 5, 3, generator=generator), 0)
+    cache.update_recurrent_state(torch.randn(rows, 2, 4, generator=generator), 2)
+    return cache
+
+
+def states(cache):
+    return cache.layers[0].conv_states[0], cache.layers[2].recurrent_states[0]
+
+
+def test_states_are_carried_with_their_rows_and_are_nobody_elses():
+    cache, other = hybrid(seed=1), hybrid(tokens=6, seed=2)
+    assert kv_cache.kv_layers(cache) == [1, 2]
+    assert list(kv_cache.left_out(cache)) == [0, 3]
+    assert kv_cache.length(cache) == 4
+    joined = kv_cache.stack([cache, other])
+    for index, one in enumerate((cache, other)):
+        row = kv_cache.select_rows(joined, torch.tensor([index]))
+        assert all(torch.equal(a, b) for a, b in zip(states(row), states(one), strict=True))
+        assert torch.equal(kv_cache.layer(row, 1)[0][:, :, -kv_cache.length(one) :], kv_cache.layer(one, 1)[0])
+    repeated = kv_cache.repeat(kv_cache.copy(joined), 2)
+    for mine, before in zip(states(repeated), states(joined), strict=True):
+        assert torch.equal(mine, before.repeat_interleave(2, dim=0))
+    for changed in (kv_cache.copy(cache), kv_cache.view(cache), kv_cache.crop(cache, 4)):
+        before = [state.clone() for state in states(cache)]
+        changed.update_conv_state(torch.ones(1, 5, 1), 0)
+        changed.update(torch.ones(1, 2, 1, 3), torch.ones(1, 2, 1, 3), 1)
+        assert all(torch.equal(a, b) for a, b in zip(states(cache), before, strict=True))
+        assert kv_cache.length(cache) == 4
+    with pytest.raises(CacheError, match="state"):
+        kv_cache.crop(cache, 2)
 
 
 @pytest.mark.parametrize("kind", [DynamicSlidingWindowLayer, StaticLayer, QuantoQuantizedLayer])
 def test_layers_that_do_not_keep_every_token_as_it_is_are_named(kind):
     cache = filled(layers=3)
     cache.layers[1] = object.__new__(kind)
-    with pytest.raises(CacheError, match=rf"1 \({kind.__name__}\).*Use a model with"):
+    with pytest.raises(CacheError, match=rf"1 \({kind.__name__}\).*Use a model"):
         kv_cache.check_layers(cache)
     cache.layers[1] = DynamicLayer()
     kv_cache.check_layers(cache)
 
 
-@pytest.mark.parametrize("given", [None, (), [(1, 2)], torch.zeros(1)])
+@pytest.mark.parametrize("given", [None, ((1, 2),), torch.zeros(1)])
 def test_what_is_no_cache_is_refused(given):
     with pytest.raises(CacheError, match=f"got a {type(given).__name__} as KV cache, expected a transformers"):
         kv_cache.check_layers(given)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,12 +14,12 @@ from c2c.data.formats import Row
 from c2c.errors import FuserError
 from c2c.fusers import LinearFuser
 from c2c.fusers.base import AlignedEntries, load_fuser
-from c2c.fusers.ridge import RidgeRegression
+from c2c.fusers.linear import ridge_regression
 from c2c.fusion import Source, aligned_entries, fuse
 from c2c.training.examples import build_examples
 from c2c.training.prefill_store import PrefillStore
 from c2c.training.shared_context import SharedContextObjective, attention_received
-from tiny import assert_equal_caches, pair
+from tiny import assert_equal_caches, entries, pair
 
 PROMPTS = [
     "Hello world!",
@@ -74,10 +75,6 @@ def fused(model, batch, fuser):
     return cache
 
 
-def tensors(cache):
-    return sum(kv_cache.layers(cache), ())
-
-
 def close(one, other, tolerance):
     return torch.allclose(one, other, rtol=tolerance, atol=tolerance * float(other.abs().max()))
 
@@ -91,20 +88,9 @@ def affine(data: AlignedEntries, weight, bias) -> torch.Tensor:
     return bias + data.sharer.channels() @ weight
 
 
-# -- the fuser -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("names", [("llama", "qwen2"), ("qwen3", "gemma3")], ids="-".join)
-def test_unfitted_changes_nothing_bit_for_bit(names):
-    model = pair(*names, fuser="linear")
-    result = model.prefill(PROMPTS)
-    assert_equal_caches(result.cache, model.receiver.prefill(result.tokens, result.tokens.length - 1))
-    assert not result.report.trained
-    assert not any(p.requires_grad for p in model.fusers[0].parameters())
-
-
 def test_gates_are_the_blend():
     _, _, fuser = ready()
+    assert not any(p.requires_grad for p in fuser.parameters())
     fuser.set_blend(0.25)
     assert torch.equal(fuser.gates(), torch.full((5, 2), 0.25))
     with pytest.raises(FuserError, match=r"blend is 1\.5"):
@@ -133,12 +119,9 @@ def test_bfloat16_keeps_means_and_blend(tmp_path):
     assert torch.equal(half.gates(), fuser.gates())
     assert torch.equal(half.mean, fuser.mean)
     batch = objective.collate(examples(model))
-    for exact, near in zip(tensors(fused(model, batch, fuser)), tensors(fused(model, batch, half)), strict=True):
+    for exact, near in zip(entries(fused(model, batch, fuser)), entries(fused(model, batch, half)), strict=True):
         assert torch.allclose(exact, near, atol=0.02 * float(exact.abs().max()))
     kv_cache.check_layers(fused(model, batch, fuser.to(torch.bfloat16)))  # everything rounded, as a caller may do
-
-
-# -- the fit ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("names", [("llama", "qwen2"), ("gemma3", "llama")], ids="-".join)
@@ -149,18 +132,10 @@ def test_a_known_affine_map_is_found_and_holds_elsewhere(names):
     weight = torch.randn(fuser.weight.shape, generator=draw) / 5
     bias = torch.randn(fuser.bias.shape, generator=draw)
 
-    class Known:
-        """Receiver entries that are an affine map of the sharer's."""
-
-        def __init__(self, data):
-            self.data = data
-
-        def channels(self):
-            return affine(self.data, weight, bias)
-
     everything = examples(model, PROMPTS + HELD_OUT)
     [seen], [unseen] = (list(objective.observe(part)) for part in (everything[:6], everything[6:]))
-    fuser.initialise_from_data([AlignedEntries(seen.sharer, Known(seen))])
+    target = SimpleNamespace(channels=lambda: affine(seen, weight, bias))
+    fuser.initialise_from_data([AlignedEntries(seen.sharer, target)])
     assert torch.equal(fuser.gates(), torch.ones_like(fuser.gates()))
     for data, tolerance in ((seen, 1e-3), (unseen, 1e-2)):
         assert close(fuser.predict(data.sharer), affine(data, weight, bias), tolerance)
@@ -175,7 +150,7 @@ def test_blend_is_the_way_from_the_receiver_to_the_prediction(made):
     whole = fused(model, batch, fuser)
     fuser.set_blend(0.25)
     part = fused(model, batch, fuser)
-    for old, full, some in zip(*map(tensors, (batch.receiver_cache, whole, part)), strict=True):
+    for old, full, some in zip(*map(entries, (batch.receiver_cache, whole, part)), strict=True):
         assert torch.allclose(some, old + 0.25 * (full - old), atol=1e-5 * float(full.abs().max()))
 
 
@@ -239,15 +214,6 @@ def test_layers_that_are_not_mapped_are_left_alone():
     assert [not torch.equal(new, old) for (_, new), (_, old) in pairs] == [False, True, False, True, True]
 
 
-# -- ridge regression ------------------------------------------------------------------------------------------------
-
-
-def regression(x, y, weight=None) -> RidgeRegression:
-    found = RidgeRegression()
-    found.add(x, y, weight)
-    return found
-
-
 def random_pairs(layers, pairs, inputs, outputs):
     draw = torch.Generator().manual_seed(0)
     return torch.randn(layers, pairs, inputs, generator=draw), torch.randn(layers, pairs, outputs, generator=draw)
@@ -255,10 +221,8 @@ def random_pairs(layers, pairs, inputs, outputs):
 
 def test_a_weight_of_two_is_the_same_pair_twice():
     x, y = random_pairs(2, 30, 4, 3)
-    weighted = regression(x, y, torch.tensor([2.0] * 10 + [1.0] * 20).expand(2, -1))
-    doubled = regression(x[:, :10], y[:, :10])
-    doubled.add(x, y)
-    one, other = weighted.solve(0.1), doubled.solve(0.1)
+    one = ridge_regression([(x, y, torch.tensor([2.0] * 10 + [1.0] * 20).expand(2, -1))], 0.1)
+    other = ridge_regression([(x[:, :10], y[:, :10], None), (x, y, None)], 0.1)
     assert torch.allclose(one.weight, other.weight)
     assert torch.allclose(one.bias, other.bias)
 
@@ -267,22 +231,22 @@ def test_large_means_do_not_drown_small_variation():
     """Key biases of some models are a hundred times what varies around them."""
     x = random_pairs(1, 200, 5, 2)[0] + 300 * torch.tensor([1.0, -1.0, 2.0, 0.0, 1.0])
     known = torch.randn(5, 2, generator=torch.Generator().manual_seed(1)).double()
-    found = regression(x, x.double() @ known).solve(1e-9)
+    found = ridge_regression([(x, x.double() @ known, None)], 1e-9)
     assert torch.allclose(found.weight[0], known, atol=1e-4)
     assert torch.allclose(found.deviation[0, 0], x[0].double().std(0, correction=0), rtol=1e-3)
 
 
 def test_a_constant_channel_predicts_nothing():
     x, y = random_pairs(1, 40, 3, 2)
-    found = regression(torch.cat([x, torch.full((1, 40, 1), 123.4)], dim=-1), y).solve(0.0)
+    found = ridge_regression([(torch.cat([x, torch.full((1, 40, 1), 123.4)], dim=-1), y, None)], 0.0)
     assert torch.equal(found.weight[0, 3], torch.zeros(2, dtype=torch.float64))
-    assert torch.allclose(found.weight[0, :3], regression(x, y).solve(0.0).weight[0])
+    assert torch.allclose(found.weight[0, :3], ridge_regression([(x, y, None)], 0.0).weight[0])
 
 
 @pytest.mark.parametrize("ridge", [-1.0, math.nan, math.inf])
 def test_impossible_ridges_are_refused(ridge):
     with pytest.raises(FuserError, match="ridge is"):
-        regression(*random_pairs(1, 9, 2, 2)).solve(ridge)
+        ridge_regression([(*random_pairs(1, 9, 2, 2), None)], ridge)
 
 
 def test_too_little_data_is_refused(made):
@@ -297,7 +261,7 @@ def test_too_little_data_is_refused(made):
     with pytest.raises(FuserError, match=r"singular with ridge 0.*Raise the ridge"):
         fit(singular, examples(model)[:1])
     with pytest.raises(FuserError, match=r"weight 0 in fused layers \[1\]"):
-        regression(*random_pairs(2, 5, 3, 3), torch.tensor([[1.0] * 5, [0.0] * 5])).solve(1e-2)
+        ridge_regression([(*random_pairs(2, 5, 3, 3), torch.tensor([[1.0] * 5, [0.0] * 5]))], 1e-2)
 
 
 def first_pair(objective, model) -> AlignedEntries:
@@ -307,9 +271,6 @@ def first_pair(objective, model) -> AlignedEntries:
     batch = objective.collate([example])
     source = Source(model.sharers[0], batch.sharer, batch.sharer_cache, objective.fuser)
     return AlignedEntries(*aligned_entries(batch.receiver_cache, model.receiver, batch.receiver, source, one))
-
-
-# -- the blend -------------------------------------------------------------------------------------------------------
 
 
 def test_the_best_blend_is_kept_and_of_equals_the_smallest(made):

@@ -11,16 +11,15 @@ import torch
 from tokenizers.processors import TemplateProcessing
 from typer.testing import CliRunner
 
-from c2c import C2CModel
 from c2c.alignment import PublishedAligner
-from c2c.alignment.base import derange, merge, truncate
+from c2c.alignment.base import derange, truncate
 from c2c.cli.app import app
 from c2c.errors import AlignmentError, PromptError
 from c2c.integrations import IntegrationError, MissingExtraError
 from c2c.language_model import LanguageModel
 from c2c.prompting import RenderOptions
 from c2c.tokens import TokenBatch
-from tiny import open_fusers, pair, pair_folders
+from tiny import open_fusers, pair, saved_fuser
 
 lm_eval = pytest.importorskip("lm_eval")
 
@@ -162,33 +161,26 @@ PAIRS = [
 ]
 
 
-@pytest.mark.parametrize("templates", [False, True])
 @pytest.mark.parametrize("system", ["receiver", "sharer"])
-def test_a_model_alone_is_what_the_harness_makes_of_it(untrained, manager, system, templates):
-    ours = C2CLM(untrained, system, batch_size=3)
+def test_a_model_alone_is_what_the_harness_makes_of_it(untrained, manager, system):
     model = untrained.receiver if system == "receiver" else untrained.sharers[0]
-    theirs = harness(model, enable_thinking=False)
-    answers = evaluate(ours, manager, apply_chat_template=templates)
-    assert same(answers, evaluate(theirs, manager, apply_chat_template=templates))
-    assert any(text for sample in answers["tiny_open"] for text in sample[0])
-
-
-@pytest.mark.parametrize("system", ["receiver", "sharer"])
-def test_single_requests_and_whole_texts_too(untrained, manager, system):
-    model = untrained.receiver if system == "receiver" else untrained.sharers[0]
-    ours, theirs = C2CLM(untrained, system, batch_size=4), harness(model)
+    for templates in (False, True):
+        ours, theirs = C2CLM(untrained, system, batch_size=3), harness(model, enable_thinking=False)
+        answers = evaluate(ours, manager, apply_chat_template=templates)
+        assert same(answers, evaluate(theirs, manager, apply_chat_template=templates))
+        assert any(text for sample in answers["tiny_open"] for text in sample[0])
     pairs = PAIRS if system == "sharer" else PAIRS[:-1]  # without a first token hf refuses a context of spaces
-    assert same(likelihoods(ours, pairs), likelihoods(theirs, pairs))
+    assert same(likelihoods(C2CLM(untrained, system, batch_size=4), pairs), likelihoods(harness(model), pairs))
     for limit in (None, 8):
         ours, theirs = C2CLM(untrained, system, max_length=limit), harness(model, max_length=limit)
         texts = evaluate(ours, manager, ["tiny_text"], num_fewshot=0)
         assert same(texts, evaluate(theirs, manager, ["tiny_text"], num_fewshot=0))
 
 
-@pytest.mark.parametrize("system", ["matched", "deranged"])
-def test_whole_texts_are_refused_when_fused(opened, manager, system):
-    with pytest.raises(IntegrationError, match="no prompt whose cache could be fused"):
-        evaluate(C2CLM(opened, system), manager, ["tiny_text"], num_fewshot=0)
+def test_whole_texts_are_refused_when_fused(opened, manager):
+    for system in ("matched", "deranged"):
+        with pytest.raises(IntegrationError, match="no prompt whose cache could be fused"):
+            evaluate(C2CLM(opened, system), manager, ["tiny_text"], num_fewshot=0)
 
 
 @pytest.mark.parametrize("templates", [False, True])
@@ -209,7 +201,7 @@ def test_an_open_fuser_changes_the_answers_and_so_does_the_message(opened, manag
     }
     for one, other in (("receiver", "matched"), ("matched", "deranged")):
         ours, theirs = runs[one]["tiny_choice"], runs[other]["tiny_choice"]
-        assert not any(same(a, b) for a, b in zip(ours, theirs, strict=True))
+        assert not any(map(same, ours, theirs))
         assert runs[one]["tiny_open"] != runs[other]["tiny_open"]
 
 
@@ -220,24 +212,22 @@ def step_by_step(model, ask, prefix, continuation):
     for token in model.receiver.tokenizer.encode(continuation, add_special_tokens=False):
         scores = model.receiver.next_logits(tokens, fused.cache)[0].log_softmax(-1)
         total, greedy = total + float(scores[token]), greedy and int(scores.argmax()) == token
-        tokens = TokenBatch(
-            torch.cat([tokens.ids, torch.tensor([[token]])], 1),
-            torch.cat([tokens.mask, torch.tensor([[True]])], 1),
-            torch.cat([tokens.positions, tokens.positions[:, -1:] + 1], 1),
-            tokens.padded,
-            tokens.natural,
-        )
+        following = (torch.tensor([[token]]), torch.tensor([[True]]), tokens.positions[:, -1:] + 1)
+        parts = zip((tokens.ids, tokens.mask, tokens.positions), following, strict=True)
+        tokens = TokenBatch(*(torch.cat(part, 1) for part in parts), tokens.padded, tokens.natural)
     return total, greedy
 
 
 @pytest.mark.parametrize("aligner", [None, PublishedAligner()])
-def test_scores_are_those_of_the_public_path(aligner):
-    """What is scored after a chat prompt is what ``prefill`` gives a user."""
+def test_scores_and_texts_are_those_of_the_public_path(aligner):
+    """What is scored after a chat prompt is what ``prefill`` gives a user, and what follows it is ``generate``'s."""
     model = open_fusers(pair(fuser_options={"rank": 8}, aligner=aligner))
     asks, continuations = ["Which letter?", "Which of many letters, please?"], [" B", " 1", "?", " fox"]
     pairs = [(ask, chat(ask, prefix="The answer is"), text) for ask in asks for text in continuations]
     answers = likelihoods(C2CLM(model, batch_size=3), pairs)
     assert same(answers, [step_by_step(model, ask, "The answer is", text) for ask, _, text in pairs])
+    texts = generations(C2CLM(model, batch_size=2), *map(chat, asks), until=[], max_gen_toks=6)
+    assert texts == [model.generate(ask, max_new_tokens=6, do_sample=False).text for ask in asks]
 
 
 def test_the_published_alignment_needs_chats_that_fit():
@@ -247,14 +237,6 @@ def test_the_published_alignment_needs_chats_that_fit():
         likelihoods(C2CLM(model), PAIRS[:1])
     with pytest.raises(PromptError, match="can't be cut"):
         likelihoods(C2CLM(model, max_length=16), [(0, chat("Which letter?"), "A")])
-
-
-@pytest.mark.parametrize("aligner", [None, PublishedAligner()])
-def test_generation_is_that_of_the_public_path(aligner):
-    model = open_fusers(pair(fuser_options={"rank": 8}, aligner=aligner))
-    asks = ["Say something.", "Say something else, and a bit more of it."]
-    texts = generations(C2CLM(model, batch_size=2), *map(chat, asks), until=[], max_gen_toks=6)
-    assert texts == [model.generate(ask, max_new_tokens=6, do_sample=False).text for ask in asks]
 
 
 def test_an_empty_prompt_is_answered_alone_and_not_fused(untrained):
@@ -268,8 +250,7 @@ def test_an_empty_prompt_is_answered_alone_and_not_fused(untrained):
 @pytest.mark.parametrize("system", ["matched", "deranged"])
 def test_batches_equal_single_runs(opened, manager, system):
     runs = [evaluate(C2CLM(opened, system, batch_size=size), manager, limit=4) for size in (1, 3, 16)]
-    assert same(runs[0], runs[1])
-    assert same(runs[0], runs[2])
+    assert all(same(runs[0], run) for run in runs)
 
 
 def test_the_options_of_a_question_share_one_prefill(opened, monkeypatch):
@@ -296,8 +277,7 @@ def test_a_deranged_cache_is_another_documents(opened):
     matched = C2CLM(opened, "matched")
     assert same(likelihoods(matched, one)[:2], likelihoods(matched, other)[:2])
     deranged = C2CLM(opened, "deranged")
-    for ours, theirs in zip(likelihoods(deranged, one)[:2], likelihoods(deranged, other)[:2], strict=True):
-        assert not same(ours, theirs)
+    assert not any(map(same, likelihoods(deranged, one)[:2], likelihoods(deranged, other)[:2]))
     with pytest.raises(IntegrationError, match="at least two documents"):
         likelihoods(deranged, own)
 
@@ -317,8 +297,8 @@ def test_long_contexts_are_cut_as_the_harness_does(untrained, opened):
     matched = C2CLM(untrained, "matched", max_length=32, batch_size=4)
     assert same(likelihoods(matched, LONG), likelihoods(receiver, LONG))
     assert matched.counts["sharer contexts truncated"] > 0
-    for ours, theirs in zip(likelihoods(C2CLM(opened, max_length=32), LONG), likelihoods(receiver, LONG), strict=True):
-        assert not same(ours, theirs)
+    opened_scores = likelihoods(C2CLM(opened, max_length=32), LONG)
+    assert not any(map(same, opened_scores, likelihoods(receiver, LONG)))
 
 
 @pytest.mark.parametrize("system", ["receiver", "matched"])
@@ -330,31 +310,12 @@ def test_long_prompts_leave_room_for_the_answer(untrained, system):
         generations(C2CLM(untrained, system, max_length=8), *texts, **arguments)
 
 
-def aligned(model, *asks):
-    """Prompts of these conversations, as one batch."""
-    conversations = [[{"role": "user", "content": ask}] for ask in asks]
-    tokenizers = [sharer.tokenizer for sharer in model.sharers]
-    return model.aligner.align(model.receiver.tokenizer, tokenizers, conversations, RenderOptions())[0]
+def aligned(model, ask):
+    return model.align([[{"role": "user", "content": ask}]], RenderOptions())[0]
 
 
 def pairs_of(prompt):
-    alignment = prompt.chunks[0].alignments[0]
-    return set(zip(*(side.tolist() for side in (alignment.rows, alignment.receiver, alignment.sharer)), strict=True))
-
-
-def test_merged_prompts_are_those_of_the_aligner(opened):
-    asks = ["Short", "A longer message, with more words", "And one between"]
-    merged = merge([aligned(opened, ask) for ask in asks])
-    expected = aligned(opened, *asks)
-    assert len(merged) == 1
-    assert pairs_of(merged[0]) == pairs_of(expected)
-    assert merged[0].chunks[0].stop == expected.chunks[0].stop
-    for ours, theirs in zip(
-        (merged[0].receiver, *merged[0].sharers), (expected.receiver, *expected.sharers), strict=True
-    ):
-        assert torch.equal(ours.mask, theirs.mask)
-        assert torch.equal(ours.positions, theirs.positions)
-        assert torch.equal(ours.ids[ours.mask], theirs.ids[theirs.mask])
+    return set(prompt.chunks[0].alignments[0].pairs())
 
 
 def test_a_fitted_prompt_keeps_the_pairs_that_are_left(opened):
@@ -417,17 +378,14 @@ def test_impossible_models_are_refused(untrained, changes, message):
 
 @pytest.fixture(scope="module")
 def fuser(tmp_path_factory):
-    receiver, sharer = pair_folders(tmp_path_factory.mktemp)
-    folder = tmp_path_factory.mktemp("fuser")
-    open_fusers(C2CModel.from_models(receiver, sharer, fuser_options={"rank": 8})).save_pretrained(folder)
-    return str(folder)
+    return saved_fuser(tmp_path_factory.mktemp)
 
 
 def command(fuser, tasks, *arguments):
     return CliRunner().invoke(app, ["lm-eval", "--fuser", fuser, "--include-path", str(tasks), *arguments])
 
 
-def test_command_prints_one_object_and_writes_a_file(fuser, tasks, tmp_path):
+def test_command_prints_one_object_or_a_table_and_writes_a_file(fuser, tasks, tmp_path):
     run = command(
         fuser,
         tasks,
@@ -445,9 +403,6 @@ def test_command_prints_one_object_and_writes_a_file(fuser, tasks, tmp_path):
     written = json.loads((tmp_path / "out" / "result.json").read_text())
     assert len(written["systems"]["matched"]["samples"]["tiny_choice"]) == 3
     assert written["provenance"] == result["provenance"]
-
-
-def test_command_prints_the_harness_table(fuser, tasks):
     run = command(fuser, tasks, "--tasks", str(tasks / "choice.yaml"), "--system", "deranged", "--limit", "2")
     assert run.exit_code == 0, run.output
     assert "|tiny_choice|" in run.stdout

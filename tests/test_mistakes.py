@@ -294,9 +294,3 @@ def test_going_on_with_another_config(c2c, refused, workspace, tmp_path):
     assert state(tmp_path) == kept
     assert c2c(f"train good.yaml --output-dir {tmp_path} --max-steps 2")[0] == 0  # longer is no other run
     assert c2c(f"train good.yaml --output-dir {tmp_path} --seed 1 --no-resume")[0] == 0
-
-
-def test_going_on_with_another_evaluation(c2c, refused, tmp_path):
-    line = f"{EVAL} --systems receiver --output-dir {tmp_path}"
-    assert c2c(f"{line} --limit 4")[0] == 0
-    refused(f"{line} --limit 6", "holds another evaluation", "choose another output folder")

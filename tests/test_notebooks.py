@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-from docs_rig import ROOT, Workspace, arguments, lines, problem
+from docs_rig import ROOT, arguments, lines, make_workspace, problem
 
 nbformat = pytest.importorskip("nbformat")
 nbclient = pytest.importorskip("nbclient")
@@ -47,14 +47,14 @@ def shown(book) -> tuple[str, list[bytes]]:
 def test_a_notebook_runs(name, tmp_path, monkeypatch):
     from jupyter_client.kernelspec import KernelSpecManager
 
-    workspace = Workspace(tmp_path)
+    clone = make_workspace(tmp_path)
     monkeypatch.setattr(KernelSpecManager, "ensure_native_kernel", True)
-    monkeypatch.setenv("C2C_CACHE", str(workspace.cache))
+    monkeypatch.setenv("C2C_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     for variable, folder in (("IPYTHONDIR", "ipython"), ("JUPYTER_CONFIG_DIR", "jupyter")):
-        monkeypatch.setenv(variable, str(workspace.home / folder))
-    (workspace.home / "notebooks").mkdir(exist_ok=True)
-    book, here = read(name), {"metadata": {"path": str(workspace.home / "notebooks")}}
+        monkeypatch.setenv(variable, str(clone / folder))
+    (clone / "notebooks").mkdir(exist_ok=True)
+    book, here = read(name), {"metadata": {"path": str(clone / "notebooks")}}
     nbclient.NotebookClient(book, timeout=300, kernel_name="python3", resources=here).execute()
     printed, pictures = shown(book)
     assert bool(pictures) == (name == INSIDE)

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from importlib.util import find_spec
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from c2c import kv_cache
 from c2c.config import ConfigError
-from c2c.data.config import DataSource
 from c2c.fusers.base import load_fuser
-from c2c.training.config import ADAPTER, TrainConfig, load_config
+from c2c.training.config import ADAPTER, load_config
 from c2c.training.dev_set import DevSet
 from c2c.training.run import fill, initialise, prepare, train
-from tiny import pair_folders
+from tiny import assert_equal_caches
+from training_rig import config as training_config
+from training_rig import make_folders, private_config
 
 FAMILIES = {
     "bottleneck": {"rank": 8},
@@ -30,50 +29,14 @@ ADAPTED = pytest.param(ADAPTER, 0.0, marks=NEEDS_PEFT)
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """A tiny receiver and sharer, and a few rows for shared and for private context."""
-    made = pair_folders(tmp_path_factory.mktemp)
-    data = tmp_path_factory.mktemp("data")
-    for split, start, count in (("train", 0, 12), ("dev", 100, 4)):
-        rows = [
-            {
-                "id": str(i),
-                "question": f"Which is number {i}?",
-                "choices": ["fox", "dog", "sun", "sea"],
-                "answer": i % 4,
-                "context": "A fox sleeps by the sea.",
-            }
-            for i in range(start, start + count)
-        ]
-        (data / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        private = [row | {"answer": row["choices"][row["answer"]]} for row in rows]
-        (data / f"private_{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in private))
-    return made[0], made[1], str(data)
+    return make_folders(tmp_path_factory.mktemp)
 
 
-def config(folders, output, family="bottleneck", **changes) -> TrainConfig:
-    receiver, sharer, data = folders
-    source = {"train": [DataSource("train.jsonl")], "dev": [DataSource("dev.jsonl")]}
-    if family == "memory":
-        kind = "private_question"
-        source = {
-            "train": [DataSource("private_train.jsonl", kind=kind)],
-            "dev": [DataSource("private_dev.jsonl", kind=kind)],
-        }
-    values = {
-        "receiver": receiver,
-        "sharer": sharer,
-        "data_dir": data,
-        "output_dir": str(output),
-        "family": family,
-        "fuser_options": FAMILIES.get(family, {"rank": 8}),
-        "max_steps": 4,
-        "batch_size": 4,
-        "eval_steps": 2,
-        "save_steps": 2,
-        "calibration": 4,
-        "precision": "bfloat16",
-    }
-    return TrainConfig(**(values | source | changes))
+def config(folders, output, family="bottleneck", **changes):
+    values = {"family": family, "fuser_options": FAMILIES.get(family, {"rank": 8}), "precision": "bfloat16"}
+    values |= {"max_steps": 4, "epochs": 1.0, "eval_steps": 2, "save_steps": 2, "calibration": 4, "warmup_steps": 0}
+    made = private_config if family == "memory" else training_config
+    return made(folders, output, **(values | changes))
 
 
 def prepared_for(folders, output, family, **changes):
@@ -139,10 +102,7 @@ def test_what_is_stored_does_not_depend_on_the_precision(folders, tmp_path):
         run.objective(run.train[:4])["loss"].backward()
     caches = [run.objective.collate(run.train[:4]) for run in runs]
     for side in ("receiver_cache", "sharer_cache"):
-        mine, theirs = (kv_cache.layers(getattr(cache, side)) for cache in caches)
-        assert all(
-            torch.equal(a, b) for one, other in zip(mine, theirs, strict=True) for a, b in zip(one, other, strict=True)
-        )
+        assert_equal_caches(*(getattr(cache, side) for cache in caches))
     assert runs[1].objective.receiver_store.computed == 4
 
 

@@ -26,9 +26,9 @@ def model():
     return memory_pair()
 
 
-def logits(model: C2CModel, messages, given):
+def logits(model: C2CModel, messages, given, **options):
     """Logits of the first new token."""
-    fused = model.prefill(messages, sharer_messages=given)
+    fused = model.prefill(messages, sharer_messages=given, **options)
     return fused.model.next_logits(fused.tokens, fused.cache)
 
 
@@ -41,18 +41,15 @@ def user_column(model):
     return first_user_column(model.receiver.tokenizer, QUESTION, RenderOptions())
 
 
-# -- what the receiver reads -------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("receiver", RECEIVERS)
-def test_no_slots_are_the_receiver_alone_bit_for_bit(receiver):
-    model = memory_pair(receiver, slots=0)
-    assert torch.equal(logits(model, QUESTION, DOCUMENT), receiver_logits(model, QUESTION))
-
-
-def test_an_untrained_fuser_is_the_receiver_alone_bit_for_bit():
-    model = pair(fuser="memory")
-    assert torch.equal(logits(model, QUESTION, DOCUMENT), receiver_logits(model, QUESTION))
+def test_without_entries_it_is_the_receiver_alone_bit_for_bit(receiver):
+    """Pooled to no slots, untrained, or left out by the blend."""
+    for model, blend in (
+        (memory_pair(receiver, slots=0), 1.0),
+        (pair(receiver, fuser="memory"), 1.0),
+        (memory_pair(receiver), 0.0),
+    ):
+        assert torch.equal(logits(model, QUESTION, DOCUMENT, blend=blend), receiver_logits(model, QUESTION))
 
 
 @pytest.mark.parametrize("receiver", RECEIVERS)
@@ -94,9 +91,6 @@ def test_the_document_matters_and_its_form_does_not(model):
     first = logits(model, QUESTION, DOCUMENT)
     assert not torch.allclose(first, logits(model, QUESTION, LONGER), atol=1e-3)
     assert torch.equal(first, logits(model, QUESTION, model.sharers[0].read(DOCUMENT)))
-
-
-# -- batches, beams, chats ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("slots", [None, 3])
@@ -143,9 +137,6 @@ def test_a_conversation_of_several_turns_equals_a_fresh_run(model):
     assert "".join(model.stream(QUESTION, sharer_messages=handoff, **GREEDY)) == first.text
 
 
-# -- several sharers ---------------------------------------------------------------------------------------------------
-
-
 def test_several_sharers_each_with_a_document(model):
     receiver, sharer = model.receiver, model.sharers[0]
     other = Sharer(build("qwen3", 5), tokenizer("chatml"), "other")
@@ -179,9 +170,6 @@ def test_shared_and_private_context_in_one_conversation(model):
     for one, other in zip(entries(fused.cache), entries(alone.cache), strict=True):
         assert torch.equal(one[:, :, begin:end], other[:, :, begin:end])
         assert not torch.equal(one[:, :, end:], other[:, :, end:])
-
-
-# -- handoffs ----------------------------------------------------------------------------------------------------------
 
 
 def test_saved_and_loaded(tmp_path):

@@ -14,18 +14,18 @@ from c2c.config import ConfigError
 from c2c.data.config import DataSource
 from c2c.data.formats import private_question
 from c2c.data.prompts import passage_with_question
-from c2c.data.synthetic.relay import relay
+from c2c.data.synthetic import relay
 from c2c.fusers import MemoryFuser
 from c2c.fusers.base import load_fuser
 from c2c.language_model import Receiver, Sharer
 from c2c.training import train
-from c2c.training.drafts import with_drafts
 from c2c.training.examples import build_examples
 from c2c.training.prefill_store import PrefillStore
 from c2c.training.private_context import PrivateContextObjective
 from c2c.training.run import fill, prepare
+from c2c.training.sharer_outputs import with_drafts
 from tiny import build, tokenizer
-from training_rig import PASSAGES, Stopped, make_folders, private_config, stop_at
+from training_rig import PASSAGES, Stopped, make_folders, open_fuser, private_config, stop_at
 
 DRAFTED = DataSource("private.jsonl", kind="private_question", draft=5)
 DRAFTS = {"train": [DRAFTED], "dev": [DRAFTED]}
@@ -34,11 +34,6 @@ DRAFTS = {"train": [DRAFTED], "dev": [DRAFTED]}
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     return make_folders(tmp_path_factory.mktemp)
-
-
-def open_fuser(fuser) -> None:
-    for parameter in (fuser.weight, fuser.up):
-        torch.nn.init.normal_(parameter, std=0.3)
 
 
 def apart(one, other) -> float:
@@ -50,10 +45,10 @@ def test_a_training_batch_predicts_what_the_public_path_does(folders, tmp_path, 
     run = prepare(private_config(folders, tmp_path, fuser_options={"rank": 8, "slots": slots}))
     objective, model = run.objective.eval(), run.objective.model
     objective.fuser.config.training = {"config": "random"}
-    open_fuser(objective.fuser)
+    open_fuser(run)
     batch = objective.collate(run.train[:4])
     with torch.no_grad():
-        found = {m: objective.logits(batch, m, width=1)[:, 0] for m in ("matched", "deranged", "zero", "none")}
+        found = {m: objective.logits(batch, m)[:, 0] for m in ("matched", "deranged", "zero", "none")}
     passages = [example.row.sharer_messages for example in batch.examples]
     for row, example in enumerate(batch.examples):
         for message, passage in (("matched", passages[row]), ("deranged", passages[(row + 1) % 4])):
@@ -71,17 +66,6 @@ def test_a_fuser_without_slots_hands_nothing_over(folders, tmp_path):
     batch = run.objective.collate(run.train[:2])
     with torch.no_grad():
         assert torch.equal(run.objective.logits(batch, "matched"), run.objective.logits(batch, "none"))
-
-
-def test_channels_of_padding_do_not_matter(folders, tmp_path):
-    """A row's loss is the same alone and in a batch of longer passages."""
-    run = prepare(private_config(folders, tmp_path))
-    objective = run.objective.eval()
-    open_fuser(objective.fuser)
-    with torch.no_grad():
-        together = objective.losses(objective.collate(run.train[:5]), "matched")
-        alone = [objective.losses(objective.collate([example]), "matched")[0] for example in run.train[:5]]
-    torch.testing.assert_close(together, torch.stack(alone), rtol=1e-3, atol=1e-3)
 
 
 def test_each_passage_is_read_once(folders, tmp_path):
@@ -129,25 +113,6 @@ def test_a_stopped_run_goes_on_to_the_same_weights(folders, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
 
 
-def test_reconstruction_learns_the_passage(folders, tmp_path):
-    run = prepare(private_config(folders, tmp_path, reconstruction_steps=1))
-    example = run.train[0].reconstructing()
-    words = run.objective.model.receiver.tokenizer
-    assert words.decode(example.response_ids).strip() == example.row.sharer_messages[-1]["content"]
-    losses = []
-    for step in (0, 1):
-        run.objective.on_step(step)
-        losses.append(float(run.objective(run.train[:4])["loss"].detach()))
-    assert losses[0] != losses[1]
-
-
-def test_guard(folders, tmp_path):
-    run = prepare(private_config(folders, tmp_path, guard_weight=1.0))
-    guarded = float(run.objective(run.train[:4])["loss"].detach())
-    run.objective.guard_weight = 0.0
-    assert guarded >= float(run.objective(run.train[:4])["loss"].detach())
-
-
 def test_rows_without_private_context_are_dropped_and_counted(folders, tmp_path):
     with pytest.raises(ConfigError, match="no examples are left"):
         prepare(private_config(folders, tmp_path, train=[DataSource("private.jsonl", kind="context_question")]))
@@ -171,7 +136,7 @@ def test_a_draft_is_what_the_sharer_hands_over_and_is_written_once(folders, tmp_
         assert 1 <= len(example.sharer_ids) - len(old.sharer_ids) <= 5
         assert example.receiver_ids == old.receiver_ids, "the receiver reads the question alone"
         assert example.row.question in str(passage_with_question(example.row))
-    monkeypatch.setattr("c2c.training.drafts.generate_drafts", None)  # it would fail if it were called
+    monkeypatch.setattr("c2c.training.sharer_outputs.generate_drafts", None)  # it would fail if it were called
     again = prepare(settings)
     fill(again)
     assert [example.sharer_ids for example in again.train] == [example.sharer_ids for example in run.train]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -25,21 +26,22 @@ PROMPTS = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def real_cache(monkeypatch):
-    """The user's own cache, which other tests must not see."""
+def use_real_models(monkeypatch, *aliases: str) -> None:
+    """Use the user's own cache, which other tests must not see; skip where a model is not in it."""
     if CACHE is None:
         monkeypatch.delenv("C2C_CACHE", raising=False)
     else:
         monkeypatch.setenv("C2C_CACHE", CACHE)
-
-
-def need(*aliases: str) -> None:
     missing = [alias for alias in aliases if not hub_aliases.is_pulled(alias)]
-    if missing and os.environ.get("C2C_REAL"):
-        pytest.fail(f"not pulled: {missing}")
     if missing:
-        pytest.skip(f"not pulled: {missing}")
+        (pytest.fail if os.environ.get("C2C_REAL") else pytest.skip)(f"not pulled: {missing}")
+
+
+@pytest.fixture(autouse=True)
+def need(monkeypatch):
+    """Skip a test without its models."""
+    use_real_models(monkeypatch)
+    return partial(use_real_models, monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +51,7 @@ def loaded():
 
 
 @pytest.fixture
-def pair(loaded):
+def pair(loaded, need):
     need("smollm2-135m", "qwen2.5-coder-0.5b")
     if "pair" not in loaded:
         loaded["pair"] = C2CModel.from_models("smollm2-135m", "qwen2.5-coder-0.5b")
@@ -103,7 +105,7 @@ def test_text_to_text_reports_both_costs(pair):
     assert result.seconds_to_first_token > result.message.seconds_total
 
 
-def test_bfloat16_and_device_map():
+def test_bfloat16_and_device_map(need):
     need("smollm2-135m", "qwen2.5-coder-0.5b")
     model = C2CModel.from_models("smollm2-135m", "qwen2.5-coder-0.5b", dtype="bfloat16", device_map="cpu")
     fused = model.prefill(PROMPTS[0])
@@ -112,7 +114,7 @@ def test_bfloat16_and_device_map():
 
 
 @pytest.mark.parametrize(("receiver", "sharer"), list(product(["gemma3-270m", "smollm2-135m"], repeat=2))[:3])
-def test_gemma_beyond_its_sliding_window(receiver, sharer):
+def test_gemma_beyond_its_sliding_window(receiver, sharer, need):
     """700 words are more than Gemma 3's window of 512; every layer must still hold every token."""
     need(receiver, sharer)
     model = C2CModel.from_models(receiver, sharer)
@@ -126,7 +128,7 @@ def test_gemma_beyond_its_sliding_window(receiver, sharer):
     assert model.generate(prompt, max_new_tokens=8, do_sample=False).text == text
 
 
-def test_a_gguf_file_is_the_model_that_was_pulled(tmp_path):
+def test_a_gguf_file_is_the_model_that_was_pulled(need):
     """Loads the file itself, where one was kept by ``c2c pull --keep-gguf``."""
     need("smollm2-135m")
     files = list(Path(hub_aliases.local_path("smollm2-135m")).glob("*.gguf"))

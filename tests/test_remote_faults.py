@@ -13,14 +13,14 @@ import httpx
 import pytest
 import torch
 
-import c2c.remote.worker as worker_module
+import c2c.remote.server as server_module
 from c2c import C2CModel
 from c2c.errors import C2CError, MismatchError, PromptError
 from c2c.language_model import Sharer
 from c2c.remote import RemoteError, RemoteSharer, SharerLost
-from c2c.remote.protocol import HANDSHAKE_PATH, PREFILL_PATH, PrefillRequest
-from c2c.remote.wire import Record, WireError, read_records
-from c2c.remote.worker import PrefillWorker
+from c2c.remote.config import ShareConfig
+from c2c.remote.protocol import HANDSHAKE_PATH, PREFILL_PATH, PrefillRequest, Record, WireError, read_records
+from c2c.remote.server import PrefillWorker
 from c2c.serving.errors import ApiError
 from c2c.tokens import left_pad
 from remote_rig import KEY, Proxy, serving, until
@@ -122,8 +122,7 @@ def test_a_cut_anywhere_is_noticed(local, proxy, at):
 
 def test_an_answer_without_its_last_record_is_no_answer(local, proxy):
     """Cut between two records, where the HTTP framing looks whole."""
-    model = through(local, proxy.url, retries=0)
-    end = len(Record({"kind": "end"}, {}).encode())
+    model, end = through(local, proxy.url, retries=0), len(Record({"kind": "end"}, {}).encode())
     proxy.spoil(change=lambda answer: with_body(answer, lambda body: body[:-end]))
     fails(model, "cut off", "unreachable")
 
@@ -202,6 +201,7 @@ def on(kind, manifest=None, tensors=None):
         (on("begin", {"kind": "layer"}), "'begin' was expected"),
         (on("begin", {"columns": [1]}), "columns came"),
         (on("begin", {"drafted": [1]}), "a draft was sent"),
+        (on("begin", {"drafted": None}), "can't be read"),
         (on("begin", {"sharer": None}), "identity of the model is missing"),
         (lambda head, body: (head | {"sharer": head.get("sharer", {}) | {"weights": "0"}}, body), "weights"),
         (lambda head, body: (head, body | {"more": torch.ones(1)}), "expected None"),
@@ -219,9 +219,8 @@ def test_an_answer_that_is_not_what_was_wanted_is_refused(local, proxy, change, 
 
 def request_of(sharer, /, **changes) -> dict:
     """A request by hand."""
-    batch = left_pad([[5, 6, 7]], 0)
-    made = PrefillRequest.from_batch(sharer.identity, batch, [torch.arange(3)], [0, 1, 2], stop=3, precision="float32")
-    return json.loads(made.model_dump_json()) | changes
+    wanted = {"stop": 3, "layers": [0, 1, 2], "columns": [[0, 1, 2]], "precision": "float32"}
+    return {"sharer": sharer.identity.to_dict(), "ids": [[5, 6, 7]]} | wanted | changes
 
 
 def post(running, body) -> tuple[int, dict]:
@@ -235,31 +234,31 @@ def post(running, body) -> tuple[int, dict]:
         ({}, 200, ""),
         ({"more": 1}, 400, "unknown parameter more"),
         ({"sharer": None}, 400, "sharer"),
-        ({"sharer": {"name": "x"}}, 400, "identity"),
-        ({"stop": 0}, 400, "stop 0"),
-        ({"stop": 4}, 400, "stop 4"),
+        ({"sharer": {"name": "x"}}, 400, "sharer"),
+        ({"stop": 0}, 400, "stop"),
+        ({"stop": 4}, 400, "stop"),
         ({"stop": 1 << 60}, 400, "stop"),
         ({"layers": []}, 400, "layers must be"),
         ({"layers": [1, 0]}, 400, "layers must be"),
         ({"layers": "all"}, 400, "layers"),
-        ({"layers": [0, 3]}, 422, "layers [3] are not shared"),
+        ({"layers": [0, 3]}, 422, "layers [3]"),
         ({"precision": "int3"}, 422, "precision 'int3'"),
         ({"fuser": "abc"}, 422, "does not have the fuser"),
-        ({"draft_tokens": -1}, 400, "draft_tokens -1"),
+        ({"draft_tokens": -1}, 400, "draft_tokens"),
         ({"draft_tokens": 8190}, 413, "8193 tokens"),
-        ({"draft_tokens": 2, "stop": 2, "columns": [[0]]}, 422, "stop must be"),
+        ({"draft_tokens": 2, "stop": 2, "columns": [[0]]}, 400, "stop must be"),
         ({"ids": []}, 400, "matrices"),
-        ({"ids": [[1, 2], [3]]}, 400, "can't be read"),
-        ({"ids": [[1 << 70, 2, 3]]}, 400, "can't be read"),
-        ({"ids": [[5, 6, 512]]}, 422, "the model knows 0 to 511"),
-        ({"ids": [[5, 6, -1]]}, 422, "token ids from -1"),
-        ({"ids": [[5, 6, 7]] * 2, "columns": [[0]] * 2, "draft_tokens": 1}, 422, "one row"),
+        ({"ids": [[1, 2], [3]]}, 400, "matrices"),
+        ({"ids": [[1 << 70, 2, 3]]}, 400, "ids"),
+        ({"ids": [[5, 6, 512]]}, 422, "0 to 511"),
+        ({"ids": [[5, 6, -1]]}, 400, "ids"),
+        ({"ids": [[5, 6, 7]] * 2, "columns": [[0]] * 2, "draft_tokens": 1}, 400, "one row"),
         ({"positions": [[0, 1, 600]]}, 413, "made for 512"),
         ({"mask": [[True, True]]}, 400, "matrices"),
         ({"columns": [[0, 1, 5]]}, 400, "columns must be"),
         ({"columns": [[1, 1]]}, 400, "columns must be"),
         ({"columns": [[0]] * 2}, 400, "columns must be"),
-        ({"columns": [[]]}, 422, "no column"),
+        ({"columns": [[]]}, 400, "no entry"),
     ],
 )
 def test_a_request_that_is_wrong(local, server, changes, status, said):
@@ -299,20 +298,20 @@ def held_sharer(layer: int):
     """The sharer of ``local``, which waits before a layer until it may go on; and which layers it has begun."""
     sharer, hold, begun = Sharer(build("qwen2", 2), tokenizer("llama3"), "qwen2"), threading.Event(), []
     assert sharer.identity.kv  # reading its geometry runs the model once
-    layers = sharer.model.get_decoder().layers
-    layers[layer].register_forward_pre_hook(lambda *_: hold.wait(60) and None)
-    for index, module in enumerate(layers):
+    for index, module in enumerate(sharer.model.get_decoder().layers):
         module.register_forward_pre_hook(lambda *_, index=index: begun.append(index))
+        if index == layer:
+            module.register_forward_pre_hook(lambda *_: hold.wait(60) and None, prepend=True)
+    hold.set()  # the handshake reads the cache of one token
     return sharer, hold, begun
 
 
 def test_layers_are_sent_while_the_next_ones_are_made(local):
     sharer, hold, begun = held_sharer(1)
     with serving(sharer) as running:
-        hold.set()  # the handshake reads the cache of one token
-        url, body = running.url + PREFILL_PATH, request_of(sharer)
         hold.clear()
         begun.clear()
+        url, body = running.url + PREFILL_PATH, request_of(sharer)
         with httpx.stream("POST", url, json=body, timeout=30) as response:
             for record in read_records(response.iter_bytes(), 1 << 20):
                 if record.kind == "layer" and record.manifest["layer"] == 0:
@@ -323,10 +322,9 @@ def test_layers_are_sent_while_the_next_ones_are_made(local):
 
 def submitted(local, monkeypatch, use, **options):
     """Run ``use(worker, request, layers begun)`` on an event loop with a worker that queues one layer."""
-    monkeypatch.setattr(worker_module, "QUEUED_BYTES", 1)
-    sharer, hold, begun = held_sharer(1)
-    hold.set()
-    worker = PrefillWorker(sharer, **options)
+    monkeypatch.setattr(server_module, "QUEUED_BYTES", 1)
+    sharer, _, begun = held_sharer(1)
+    worker = PrefillWorker(sharer, ShareConfig(**options))
     begun.clear()
     request = PrefillRequest(**request_of(sharer))
     asyncio.run(use(worker, request, begun))
@@ -363,7 +361,6 @@ def test_requests_count_as_soon_as_they_are_accepted(local, monkeypatch):
 
 def test_the_server_limits_the_time_of_a_request(local):
     sharer, hold, _ = held_sharer(2)
-    hold.set()
     with serving(sharer, timeout=1.0) as running:
         model = through(local, running.url, retries=0)
         hold.clear()
@@ -377,7 +374,6 @@ def test_the_server_limits_the_time_of_a_request(local):
 def test_a_client_that_leaves_stops_the_work(local):
     """The model is in its second layer when the client gives up: it does not begin the third."""
     sharer, hold, begun = held_sharer(1)
-    hold.set()
     with serving(sharer) as running:
         model = through(local, running.url, timeout=0.5)
         hold.clear()
@@ -429,6 +425,11 @@ def test_another_model_behind_the_same_address(local, server):
         (lambda facts: facts | {"sharer": facts["sharer"] | {"tokenizer": "0" * 32}}, MismatchError),
         (lambda facts: facts | {"format": "c2c-remote-9"}, RemoteError),
         (lambda facts: facts | {"dtype": "Tensor"}, RemoteError),
+        (lambda facts: facts | {"sharer": facts["sharer"] | {"kv": {}}}, RemoteError),
+        (
+            lambda facts: facts | {"sharer": facts["sharer"] | {"kv": facts["sharer"]["kv"] | {"layers": 0}}},
+            RemoteError,
+        ),
         (lambda facts: facts | {"config": {"model_type": "none such"}}, RemoteError),
         (lambda facts: facts | {"tokenizer": {"../x": ""}}, RemoteError),
         (lambda facts: facts | {"tokenizer": {"tokenizer.json": "{}"}}, RemoteError),
@@ -447,7 +448,7 @@ def test_a_handshake_that_does_not_hold(server, proxy, change, error):
 
 @pytest.mark.parametrize(
     "options",
-    [{"url": url} for url in ("ftp://x", "localhost:8650", "http://", "http://user:secret@127.0.0.1:1")]
+    [{"url": url} for url in (None, "ftp://x", "localhost:8650", "http://", "http://user:secret@127.0.0.1:1")]
     + [{"token": "Größe"}, {"token": "a\nb"}, {"on_failure": "ignore"}, {"client_cert": "/nowhere.pem"}],
 )
 def test_options_that_can_not_be_used(options):
@@ -496,26 +497,24 @@ def test_receiver_only_is_the_receiver_alone_bit_for_bit_and_says_so(local, prox
 def test_receiver_only_for_private_context():
     ours = memory_pair()
     with serving(ours.sharers[0]) as running, Proxy(running.port) as between:
-        sharer = RemoteSharer(between.url, on_failure="receiver_only", retries=0)
-        model = C2CModel(ours.receiver, [sharer], list(ours.fusers))
+        model = through(ours, between.url, on_failure="receiver_only", retries=0)
         between.spoil(cut=3000)
         answer = model.generate(QUESTION, sharer_messages=DOCUMENT, **GREEDY)
         assert answer.ids.tolist() == ours.receiver.answer(QUESTION, **GREEDY).ids.tolist()
         assert answer.report.notes[0].startswith("receiver only: ")
         assert answer.report.memory_slots == 0
         with pytest.raises(SharerLost):
-            sharer.read(DOCUMENT)
+            model.sharers[0].read(DOCUMENT)
 
 
 def test_receiver_only_for_token_ids_and_for_several_sharers(local, proxy):
     lost = through(local, proxy.url, on_failure="receiver_only", retries=0)
     mixed = C2CModel(local.receiver, [local.sharers[0], lost.sharers[0]], [local.fusers[0]] * 2)
-    ids = torch.randint(1, 200, (2, 8), generator=torch.Generator().manual_seed(1))
-    mask = torch.tensor([0, 1, 1, 1, 1, 1, 1, 0]).bool()
     proxy.spoil(cut=3000)
+    ids = torch.randint(1, 200, (2, 8), generator=torch.Generator().manual_seed(1))
     batch = left_pad(ids.tolist(), 0)
     alone = local.receiver.generate(batch, local.receiver.prefill(batch, 7), **GREEDY)
-    assert torch.equal(lost.generate_ids(ids, ids, fuse_mask=mask, **GREEDY), alone)
+    assert torch.equal(lost.generate_ids(ids, ids, fuse_mask=torch.ones(8).bool(), **GREEDY), alone)
     answer = mixed.generate(TEXT, **GREEDY)
     assert answer.ids.tolist() == local.receiver.answer(TEXT, **GREEDY).ids.tolist()
     assert answer.report.notes[0].startswith("receiver only: ")

@@ -15,18 +15,17 @@ import pytest
 from markdown_it import MarkdownIt
 from typer.testing import CliRunner
 
-from c2c import C2CModel
 from c2c.cli.app import app
 from c2c.data.config import DataSource
 from c2c.evaluation import EvalConfig, evaluate
-from c2c.report import Evaluation, ReportError, group_runs, load_results, make_files, report_markdown, summary_markdown
+from c2c.evaluation.config import DIFFERENCES
+from c2c.report import Evaluation, ReportError, load_evaluations, make_files, render
 from c2c.report.names import short_command, task_titles
-from tiny import open_fusers, pair_folders
+from tiny import saved_fuser
 
 PERCENT, F1, NATS = "percent", "percent f1", "nats per token"
 KEYS = {PERCENT: "accuracy", F1: "f1", NATS: "mean"}
 GOOD = {"receiver": 28.0, "sharer": 60.0, "matched": 66.0, "deranged": 25.0, "zero": 26.0}
-DIFFERENCES = {"G": "receiver", "P": "deranged", "Z": "zero", "S": "sharer", "T": "text", "A": "adapter"}
 TIMED = {
     "matched": {"seconds": 0.6, "sharer_prefill": 0.4, "decode": 0.1, "bytes": 2.9e6, "timed": 10},
     "text": {"seconds": 1.62, "sharer_decode": 1.2, "tokens": 40, "bytes": 140, "memory": 2.1e8, "novel": 7},
@@ -40,8 +39,7 @@ def numbers(scores, *, n=300, width=2.0, unit=PERCENT, costs=None, **more) -> di
     for name, cost in (costs or {}).items():
         systems[name] |= cost
     row: dict[str, Any] = {"n": n, "unit": unit, "systems": systems}
-    pairs = {letter: ("matched", other) for letter, other in DIFFERENCES.items()} | {"D": ("deranged", "receiver")}
-    for letter, (one, other) in pairs.items():
+    for letter, (one, other) in DIFFERENCES.items():
         if one in scores and other in scores:
             value = round(scores[one] - scores[other], 3)
             row |= {letter: value, f"{letter}_ci95": [round(value - width, 3), round(value + width, 3)]}
@@ -74,7 +72,7 @@ def save(folder: Path, data) -> Path:
 def evaluations(tmp_path, *results) -> list[Evaluation]:
     for position, data in enumerate(results):
         save(tmp_path / f"run{position}", data)
-    return group_runs(load_results([tmp_path]))
+    return load_evaluations([tmp_path])
 
 
 def rows(text: str) -> dict[str, list[str]]:
@@ -90,7 +88,7 @@ def rows(text: str) -> dict[str, list[str]]:
 def shown(tmp_path, *results) -> dict[str, list[str]]:
     """The rows of the tables of the only evaluation."""
     (one,) = evaluations(tmp_path, *results)
-    return rows(report_markdown([one], "T").partition("## ")[2])
+    return rows(render("report.md", [one], "T").partition("## ")[2])
 
 
 @pytest.fixture
@@ -110,9 +108,7 @@ def varied(tmp_path) -> list[Evaluation]:
 
 def test_an_evaluation_of_models_is_reported(tmp_path, tmp_path_factory):
     """All that ``c2c eval`` measures: systems, costs, a router that is fitted on dev, a second fuser."""
-    model = open_fusers(C2CModel.from_models(*pair_folders(tmp_path_factory.mktemp), fuser_options={"rank": 8}))
-    fuser = str(tmp_path / "fuser")
-    model.save_pretrained(fuser)
+    fuser = saved_fuser(tmp_path_factory.mktemp)
     items = [{"question": f"Number {i}?", "choices": ["fox", "dog", "sun"], "answer": i % 3} for i in range(9)]
     for name, part in (("a.jsonl", items), ("b.jsonl", items[:5]), ("dev.jsonl", items[3:])):
         (tmp_path / name).write_text("".join(json.dumps(item) + "\n" for item in part))
@@ -129,14 +125,14 @@ def test_an_evaluation_of_models_is_reported(tmp_path, tmp_path_factory):
         output_dir=str(tmp_path / "out"),
     )
     found = evaluate(config)
-    (one,) = group_runs(load_results([tmp_path / "out"]))
+    (one,) = load_evaluations([tmp_path / "out"])
     assert one.systems == {*GOOD, "text", "router", "twin"}
     pooled = one.values.loc["all questions"]
     assert pooled.loc[("n", ""), "value"] == 14
     assert pooled.loc[("score", "matched"), "value"] == found["systems"]["matched"]["accuracy"]
     assert pooled.loc[("difference", "P"), ["low", "high"]].tolist() == found["P_ci95"]
     assert pooled.loc[("ratio", "text"), "value"] == found["speed"]["text"]["ratio"]
-    text = report_markdown([one], "T")
+    text = render("report.md", [one], "T")
     assert all(words in text for words in ("seconds of an answer", "sharer decode", "router: share", "fuser twin: "))
     assert re.search(r"^ +data dev.jsonl: [0-9a-f]{64}$", text, re.MULTILINE)
 
@@ -150,6 +146,12 @@ def test_tasks_seeds_and_units_are_grouped(varied):
     ]
     assert varied[0].tasks == ["OpenBookQA", "ARC-Easy", "all questions"]
     assert len({one.anchor for one in varied}) == 4
+    text = render("report.md", varied, "T")
+    found = rows(text.partition("## ")[2])
+    assert found["accuracy, %"] == ["OpenBookQA, n 100", "ARC-Easy, n 200", "all questions, n 300"]
+    assert found["hybrid"] == ["70.0 [68.0, 72.0] \u25b2", "\u2013", "\u2013"]
+    assert found["gap recovered"] == ["112.5"] * 3
+    assert all(f"(#{one.anchor})" in text and f'<a id="{one.anchor}"></a>' in text for one in varied)
 
 
 def test_settings_that_change_numbers_stand_apart_and_are_named(tmp_path):
@@ -207,16 +209,16 @@ def test_files_of_one_evaluation_are_one_run(tmp_path):
 def test_a_file_that_is_not_a_result_is_named(tmp_path, broken, says):
     path = save(tmp_path, broken)
     with pytest.raises(ReportError) as error:
-        load_results([path])
+        load_evaluations([path])
     assert all(part in str(error.value) for part in (says, str(path), "c2c eval --output-dir"))
 
 
 def test_missing_and_empty_inputs_are_named_and_a_file_is_loaded_once(tmp_path):
     for paths, says in (([tmp_path / "no"], "does not exist"), ([tmp_path], "no result.json"), ([], "no results")):
         with pytest.raises(ReportError, match=says):
-            load_results(paths)
+            load_evaluations(paths)
     path = save(tmp_path / "a", result(numbers(GOOD)))
-    assert len(load_results([path, tmp_path, tmp_path / "a"])) == 1
+    assert len(load_evaluations([path, tmp_path, tmp_path / "a"])) == 1
 
 
 def test_data_and_commands_are_named_without_folders_of_a_machine(tmp_path):
@@ -256,13 +258,13 @@ def test_losses_are_marked(tmp_path, scores, row, marked):
 def test_whatever_is_better_than_matched_is_marked_and_the_best_is_bold(tmp_path):
     scores = {"sharer": 67.2, "router": 66.5, "of_the_future": 70.0, "linear": 66.0}
     (one,) = evaluations(tmp_path, result(numbers(GOOD | scores)))
-    text = report_markdown([one], "T").partition("## ")[2]
+    text = render("report.md", [one], "T").partition("## ")[2]
     ahead = {head for head, cells in rows(text).items() if any("\u25b2" in cell for cell in cells)}
     assert ahead == {"sharer", "router", "of the future"}
     assert re.findall(r"\*\*([\d.]+)\*\*", text) == ["70.0"]
 
 
-def test_less_is_better_in_nats(tmp_path):
+def test_less_is_better_in_nats_and_no_interval_is_no_gain(tmp_path):
     nats = {"receiver": 2.9, "matched": 2.2, "deranged": 2.95}
     good = shown(tmp_path / "a", result(numbers(nats, unit=NATS, width=0.1)))
     assert good["P = matched - deranged"] == ["-0.750 [-0.850, -0.650]"]
@@ -270,10 +272,8 @@ def test_less_is_better_in_nats(tmp_path):
     bad = shown(tmp_path / "b", result(numbers(nats | {"deranged": 2.1}, unit=NATS, width=0.1)))
     assert bad["P = matched - deranged"] == ["+0.100 [0.000, 0.200] \u2717"]
     assert bad["deranged"] == ["2.100 [2.000, 2.200] \u25b2"]
-
-
-def test_a_difference_without_an_interval_is_no_gain(tmp_path):
-    found = shown(tmp_path, result({k: v for k, v in numbers(GOOD).items() if not k.startswith(("P", "G_ci95"))}))
+    row = {name: value for name, value in numbers(GOOD).items() if not name.startswith(("P", "G_ci95"))}
+    found = shown(tmp_path / "c", result(row))
     assert found["P = matched - deranged"] == ["+41.0 \u2717"]
     assert found["G = matched - receiver"] == ["+38.0 \u2717"]
 
@@ -282,7 +282,7 @@ def test_runs_are_shown_as_their_mean_and_one_by_one(tmp_path):
     runs = [result(numbers(GOOD | {"sharer": 60.0 + 4 * i}), seed=i, fuser=f"{i}a" * 32) for i in range(3)]
     runs[0]["systems"]["text"] = {"accuracy": 50.0}
     (one,) = evaluations(tmp_path, *runs)
-    text = report_markdown([one], "T")
+    text = render("report.md", [one], "T")
     found = rows(text.partition("## ")[2])
     assert found["sharer"] == ["64.0 (60.0 to 68.0)"]
     assert found["matched"] == ["66.0"]  # the same in every run
@@ -290,7 +290,7 @@ def test_runs_are_shown_as_their_mean_and_one_by_one(tmp_path):
     assert found["S = matched - sharer"] == ["+2.0 (-2.0 to 6.0) \u2717"]  # a loss in one of them
     assert "fuser 1a1a1a1a1a1a, seed 1" in text
     assert "**68.0** [66.0, 70.0] \u25b2" in text
-    assert rows(summary_markdown([one]))["OpenBookQA"][0] == "300 (3 runs)"
+    assert rows(render("summary.md", [one]))["OpenBookQA"][0] == "300 (3 runs)"
 
 
 def test_costs_and_written_answers_have_rows(tmp_path):
@@ -298,24 +298,15 @@ def test_costs_and_written_answers_have_rows(tmp_path):
     for name, exact in (("matched", 31.0), ("text", 22.0)):
         row["systems"][name] |= {"exact": exact, "holds": exact + 30}
     data = result(row, mode="answers")
-    text = report_markdown(evaluations(tmp_path, data), "T")
+    text = render("report.md", evaluations(tmp_path, data), "T")
     for cells in (
         "| matched | **31.0** |", "| text | 52.0 |", "| text | 1.62 |", "| text | 2.70 [2.00, 3.00] |",
         "| matched | 2.9 MB |", "| text | 210.0 MB |", "| text | 140.0 B |", "| *novel* |",
     ):  # fmt: skip
         assert cells in text
-    assert rows(summary_markdown(evaluations(tmp_path, data)))["OpenBookQA (F1, %)"][-1] == "1.62 / 0.6"
+    assert rows(render("summary.md", evaluations(tmp_path, data)))["OpenBookQA (F1, %)"][-1] == "1.62 / 0.6"
     faster = result(row | {"speed": {"text": {"ratio": 0.5}}}, mode="answers", sharer="faster")
-    assert "0.50 \u2717" in report_markdown(evaluations(tmp_path / "b", faster), "T")
-
-
-def test_every_system_and_task_has_a_place(varied):
-    text = report_markdown(varied, "T")
-    found = rows(text.partition("## ")[2])
-    assert found["accuracy, %"] == ["OpenBookQA, n 100", "ARC-Easy, n 200", "all questions, n 300"]
-    assert found["hybrid"] == ["70.0 [68.0, 72.0] \u25b2", "\u2013", "\u2013"]
-    assert found["gap recovered"] == ["112.5"] * 3
-    assert all(f"(#{one.anchor})" in text and f'<a id="{one.anchor}"></a>' in text for one in varied)
+    assert "0.50 \u2717" in render("report.md", evaluations(tmp_path / "b", faster), "T")
 
 
 def parse(html: str) -> tuple[list[str], list[tuple[str, str]], str]:
@@ -413,6 +404,8 @@ def test_files_are_written_and_checked(tmp_path):
     assert "77.0" in markdown.read_text()  # nothing was written
     assert all(part in str(error) for part in (str(markdown), "Run: c2c"))
     assert "no such file" in str(report(source, "--html", tmp_path / "no.html", "--check")[2])
+    assert report(source, "--check")[0] == report(source, "--plots", plots)[0] == 2  # without a file to check or show
+    assert "can't be written" in str(report(source, "--markdown", source / "r.md")[2])
 
 
 def test_a_readme_is_filled_and_checked(tmp_path):
@@ -445,14 +438,6 @@ def test_a_readme_without_its_marks_is_refused(tmp_path, text):
     assert (code, type(error)) == (1, ReportError)
     assert str(readme) in str(error)
     assert text is None or readme.read_text() == text
-
-
-def test_options_and_files_that_cannot_be_used_are_refused(tmp_path):
-    source = save(tmp_path, result(numbers(GOOD)))
-    assert report(source, "--check")[0] == 2
-    assert report(source, "--plots", tmp_path / "plots")[0] == 2
-    (tmp_path / "file").write_text("")
-    assert "can't be written" in str(report(source, "--markdown", tmp_path / "file" / "r.md")[2])
 
 
 @pytest.mark.parametrize(("missing", "says"), [("", "is not JSON"), ("pandas", "pandas>=|.report.")])

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from c2c.report import group_runs, load_results, make_files
+from c2c.report import load_evaluations, make_files
 
 pytest.importorskip("playwright.sync_api")
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
@@ -20,7 +20,7 @@ LOSS = {"light": "rgb(179, 38, 30)", "dark": "rgb(255, 138, 117)"}
 @pytest.fixture(scope="module")
 def file(tmp_path_factory):
     path = tmp_path_factory.mktemp("report") / "report.html"
-    path.write_text(make_files(group_runs(load_results([RESULTS])), "Results", html=path)[path])
+    path.write_text(make_files(load_evaluations([RESULTS]), "Results", html=path)[path])
     return path
 
 

@@ -45,9 +45,6 @@ def assert_same(one, other):
     assert token_ids(one.generate(PROMPTS, max_new_tokens=6)) == token_ids(other.generate(PROMPTS, max_new_tokens=6))
 
 
-# -- round trips -------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("fuser", FAMILIES)
 def test_a_model_comes_back_bit_for_bit(fuser, tmp_path):
     model = made(fuser, layer_map=[None, 0, 0, 1, 2])
@@ -113,9 +110,6 @@ def test_the_fusers_type_is_chosen_when_it_is_loaded(dtype, tmp_path):
     assert fuser.gate_logit.dtype == torch.float32
 
 
-# -- other models than the fuser was made for --------------------------------------------------------------------------
-
-
 def test_every_difference_is_listed_at_once(tmp_path):
     made().save_pretrained(tmp_path)
     with pytest.raises(MismatchError) as caught:
@@ -161,9 +155,6 @@ def test_other_weights_tokenizers_and_templates_can_be_accepted(name, change, tm
     assert model.notes[0] in model.generate("Hello", max_new_tokens=1).report.notes
 
 
-# -- writing fails -----------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def full_disk(monkeypatch):
     """``full_disk(n)``: the disk is full at the n-th weights file."""
@@ -200,9 +191,6 @@ def test_a_failed_save_leaves_the_folder_as_it_was(call, saved_before, tmp_path,
     with pytest.raises(OSError, match="disk full"):
         changed.save_pretrained(tmp_path)
     assert files(tmp_path) == before
-
-
-# -- broken files ------------------------------------------------------------------------------------------------------
 
 
 def write(content):
@@ -315,4 +303,4 @@ def test_the_newest_checkpoint_of_a_training_run_is_taken(tmp_path):
     for step in (9, 10):
         copy_checkpoint(tmp_path / f"checkpoint-{step}", "checkpoint/final")
     change_state(lambda s: s | {"key_gate_logit": torch.tensor(-3.0)})(tmp_path / "checkpoint-10" / "projector_0.pt")
-    assert float(import_published(tmp_path).gate_logits()[0, 0]) == -3.0
+    assert import_published(tmp_path).layers[0].key_gate_logit.item() == -3.0

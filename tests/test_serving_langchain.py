@@ -8,7 +8,7 @@ from __future__ import annotations
 import openai
 import pytest
 
-from serving_harness import NAME, model, running
+from serving_harness import NAME, model, running, text_of
 
 langchain_openai = pytest.importorskip("langchain_openai")
 
@@ -22,55 +22,41 @@ def server():
         yield found
 
 
-def chat(server, way="", **fields):
+def chat(server, system="", **fields):
     """LangChain's client of the server; nothing but its address, model and key is ours."""
     settings = {"temperature": 0, "max_tokens": 6} | fields
-    return langchain_openai.ChatOpenAI(model=NAME + way, base_url=f"{server.url}/v1", api_key="any", **settings)
+    return langchain_openai.ChatOpenAI(model=NAME + system, base_url=f"{server.url}/v1", api_key="any", **settings)
 
 
-def direct(server, way="", **fields) -> str:
+def text(server, **fields) -> str:
     """What the server answers to the same request without LangChain."""
-    response = server.chat(model=NAME + way, messages=SENT, **fields)
-    return response.json()["choices"][0]["message"]["content"]
+    return text_of(server.chat(messages=SENT, **fields))
 
 
-@pytest.mark.parametrize("way", ["", "/receiver", "/sharer", "/text"])
-def test_invoke(server, way):
-    answer = chat(server, way).invoke(SAID)
-    assert answer.content == direct(server, way)
+def test_invoke_stream_and_batch(server):
+    answer = chat(server, "/text").invoke(SAID)
+    assert answer.content == text(server, model=f"{NAME}/text")
     assert answer.usage_metadata["output_tokens"] == 6
     assert answer.response_metadata["finish_reason"] == "length"
-    assert answer.response_metadata["model_name"] == NAME + way
-
-
-@pytest.mark.parametrize("usage", [False, True])
-def test_stream(server, usage):
-    pieces = list(chat(server, stream_usage=usage).stream(SAID))
-    assert len(pieces) > 3
-    whole = sum(pieces[1:], pieces[0])
-    assert whole.content == direct(server)
-    assert (whole.usage_metadata or {}).get("output_tokens") == (6 if usage else None)
-
-
-def test_batch(server):
+    assert answer.response_metadata["model_name"] == f"{NAME}/text"
+    for usage in (False, True):
+        pieces = list(chat(server, stream_usage=usage).stream(SAID))
+        assert len(pieces) > 3
+        whole = sum(pieces[1:], pieces[0])
+        assert whole.content == text(server)
+        assert (whole.usage_metadata or {}).get("output_tokens") == (6 if usage else None)
     texts = [f"hello {number}" for number in range(4)]
-    answers = chat(server).batch(texts)
-    expected = [server.chat(text).json()["choices"][0]["message"]["content"] for text in texts]
-    assert [answer.content for answer in answers] == expected
-
-
-def test_extra_body_reaches_the_server(server):
-    given = {"c2c": {"answer_prefix": "The answer is", "report": True}}
-    expected = direct(server, c2c=given["c2c"])
-    assert expected != direct(server)
-    assert chat(server, extra_body=given).invoke(SAID).content == expected
-    assert "".join(piece.content for piece in chat(server, extra_body=given).stream(SAID)) == expected
+    assert [one.content for one in chat(server).batch(texts)] == [text_of(server.chat(one)) for one in texts]
 
 
 def test_settings_of_the_client_reach_the_server(server):
-    sampled = chat(server, temperature=1, top_p=0.9, seed=3)
-    assert sampled.invoke(SAID).content == direct(server, temperature=1, top_p=0.9, seed=3)
-    whole = direct(server)
+    given = {"c2c": {"answer_prefix": "The answer is", "report": True}}
+    expected, whole = text(server, **given), text(server)
+    assert expected != whole
+    assert chat(server, extra_body=given).invoke(SAID).content == expected
+    assert "".join(piece.content for piece in chat(server, extra_body=given).stream(SAID)) == expected
+    sampled = {"temperature": 1, "top_p": 0.9, "seed": 3}
+    assert chat(server, **sampled).invoke(SAID).content == text(server, **sampled)
     assert chat(server, stop=[whole[2]]).invoke(SAID).content == whole[: whole.index(whole[2])]
 
 

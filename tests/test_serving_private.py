@@ -5,9 +5,11 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
+import openai
 import pytest
 
 from c2c import C2CModel
+from c2c.errors import SystemUnavailableError
 from c2c.systems import SystemOptions, make_system
 from serving_harness import NAME, PATIENCE, error_of, model, running, text_of, user
 from test_private import DOCUMENT, LONGER
@@ -149,8 +151,10 @@ def test_wrong_handoffs_are_refused(server, fields, code):
 
 
 def test_a_shared_fuser_hands_nothing_over():
-    with running(model()) as server:
+    with running(model(), systems=["c2c"]) as server:
         assert "memory" in error_of(server.post(HANDOFFS, json={"messages": DOCUMENT}))["message"]
+    with pytest.raises(SystemUnavailableError, match="nobody"), running(model(), systems=["nobody"]):
+        pass
 
 
 def test_the_server_keeps_so_many_handoffs(pair):
@@ -170,6 +174,9 @@ def test_handoffs_belong_to_a_key(pair):
         statuses = [server.chat(QUESTION, c2c={"handoff": made}, headers=key).status_code for key in (first, second)]
         assert statuses == [200, 404]
         assert server.get(HANDOFFS, headers=second).json()["data"] == []
+        with pytest.raises(openai.AuthenticationError):
+            server.client("third").models.list()
+        assert server.metric("c2c_requests_total", status="401") == 1
         assert server.get(f"{HANDOFFS}/{made}", headers=second).status_code == 404
 
 

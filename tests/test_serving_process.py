@@ -176,43 +176,35 @@ def sharing(folder, *options):
 
 
 @pytest.mark.slow
-def test_a_sharer_that_is_killed_leaves_the_receiver(folders, fuser):
-    folder, pair = fuser
-    texts = ["hello", "who buys the red house?"]
-    options = ["--on-failure", "receiver_only", "--sharer-timeout", "20", "--sharer-precision", "float32"]
-    with sharing(folders[1]) as (url, share), serving(folder, "--sharer", url, *options) as process:
-        server = process.running
-        for text, answer in zip(texts, server.chat_all(texts, model="my-fuser", max_tokens=8), strict=True):
-            assert text_of(answer) == pair.generate(text, max_new_tokens=8, do_sample=False).text
-            assert "c2c" not in answer.json()
-        share.kill()
-        share.wait(PATIENCE)
-        for text, answer in zip(texts, server.chat_all(texts, model="my-fuser", max_tokens=8), strict=True):
-            assert text_of(answer) == pair.receiver.answer(text, max_new_tokens=8, do_sample=False).text
-            assert answer.json()["c2c"]["fallback"].startswith("receiver only: ")
-        assert server.get("/health").json()["sharers"][0]["code"] == "unreachable"
-        assert process.end(signal.SIGTERM) == 0
-        assert [line["code"] for line in process.log if line["event"] == "sharer_lost"][:1] == ["unreachable"]
-        assert [line.get("fallbacks") for line in process.log if line["event"] == "request"] == [None, None, 1, 1]
-
-
-@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="makes certificates with openssl")
-def test_a_sharer_is_trusted_by_the_certificate_that_is_named(folders, fuser, tmp_path):
-    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+def test_a_sharer_that_is_killed_leaves_the_receiver(folders, fuser, tmp_path):
+    cert, key = str(tmp_path / "cert.pem"), str(tmp_path / "key.pem")
     make = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=here"
     made = ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", key, "-out", cert]
     subprocess.run(["openssl", *make.split(), *made], check=True, capture_output=True)
     folder, pair = fuser
-    with sharing(folders[1], "--tls-cert", str(cert), "--tls-key", str(key)) as (url, _):
-        with serving(folder, "--sharer", url, "--sharer-ca", str(cert)) as process:
-            expected = pair.generate("hello", max_new_tokens=8, do_sample=False).text
-            assert text_of(process.running.chat("hello", "my-fuser", max_tokens=8)) == expected
+    texts = ["hello", "who buys the red house?"]
+    options = ["--on-failure", "receiver_only", "--sharer-timeout", "20", "--sharer-precision", "float32"]
+    with sharing(folders[1], "--tls-cert", cert, "--tls-key", key) as (url, share):
         command = [sys.executable, "-m", "c2c", "serve", folder, "--sharer", url, "--port", "0"]
         result = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
-    assert result.returncode == 1
-    assert "not trusted" in " ".join(result.stderr.split())
-    assert "Traceback" not in result.stderr
+        assert result.returncode == 1
+        assert "not trusted" in " ".join(result.stderr.split())
+        assert "Traceback" not in result.stderr
+        with serving(folder, "--sharer", url, "--sharer-ca", cert, *options) as process:
+            server = process.running
+            for text, answer in zip(texts, server.chat_all(texts, model="my-fuser", max_tokens=8), strict=True):
+                assert text_of(answer) == pair.generate(text, max_new_tokens=8, do_sample=False).text
+                assert "c2c" not in answer.json()
+            share.kill()
+            share.wait(PATIENCE)
+            for text, answer in zip(texts, server.chat_all(texts, model="my-fuser", max_tokens=8), strict=True):
+                assert text_of(answer) == pair.receiver.answer(text, max_new_tokens=8, do_sample=False).text
+                assert answer.json()["c2c"]["fallback"].startswith("receiver only: ")
+            assert server.get("/health").json()["sharers"][0]["code"] == "unreachable"
+            assert process.end(signal.SIGTERM) == 0
+            assert [line["code"] for line in process.log if line["event"] == "sharer_lost"][:1] == ["unreachable"]
+            assert [line.get("fallbacks") for line in process.log if line["event"] == "request"] == [None, None, 1, 1]
 
 
 # -- options -----------------------------------------------------------------------------------------------------------

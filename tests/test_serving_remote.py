@@ -19,8 +19,7 @@ from remote_rig import Proxy
 from remote_rig import serving as sharing
 from serving_harness import NAME, PATIENCE, error_of, events, model, running, text_of, user
 from test_private import DOCUMENT, QUESTION
-from test_remote_faults import BUSY, with_body
-from test_remote_server import dies_in_mid_body, dies_in_mid_prefill, process
+from test_remote_faults import with_body
 from tiny import build, memory_pair, tokenizer
 
 COMPLETIONS, HANDOFFS = "/v1/completions", "/v1/c2c/handoffs"
@@ -31,8 +30,6 @@ TEXTS = ["hello", "hello there, who buys the red house by the sea?", "fox and do
 # What happens to the connection, with what the client is told if the policy is ``raise``.
 FAULTS = {
     "cut": ({"cut": 4000}, 502, "sharer_lost", "unreachable"),
-    "busy": ({"answer": BUSY}, 502, "sharer_lost", "busy"),
-    "no http": ({"answer": b"what?\r\n\r\n"}, 502, "sharer_lost", "unreachable"),
     "slow": ({"rate": 1500}, 504, "sharer_timeout", "timeout"),
     "wrong token": (
         {"answer": b"HTTP/1.1 401 No\r\nContent-Length: %d\r\n\r\n" % len(REFUSED) + REFUSED},
@@ -124,16 +121,6 @@ def test_answers_are_those_with_a_local_sharer_alone_and_in_a_batch(pair, share)
         assert "c2c" not in server.chat().json(), "nothing was lost, and nothing was asked for"
 
 
-def test_a_batch_that_is_more_than_the_sharer_takes_at_a_time_is_asked_for_in_parts(pair):
-    length = max(pair.sharers[0].encode(text).length for text in TEXTS)
-    with (
-        sharing(pair.sharers[0], max_tokens=length + 4) as small,
-        far(pair, small.url, max_batch=len(TEXTS), window=PATIENCE) as server,
-    ):
-        assert [text_of(one) for one in server.chat_all(TEXTS)] == [fused(pair, text) for text in TEXTS]
-        assert [entry["rows"] for entry in small.logged(4)[1:]] == [1, 1, 1]
-
-
 @pytest.mark.parametrize("policy", POLICIES)
 def test_one_prompt_that_the_sharer_refuses_does_not_spoil_its_batch(pair, policy):
     length = pair.sharers[0].encode(TEXTS[1]).length
@@ -175,25 +162,6 @@ def test_a_lost_sharer_is_an_error_or_the_receiver_alone(pair, proxy, fault, pol
         assert [text_of(one) for one in server.chat_all(TEXTS)] == [fused(pair, text) for text in TEXTS], "it is back"
         assert server.get("/health").json()["sharers"] == [{"state": "ok"}]
         assert server.metric("c2c_sharer_up", sharer="0") == 1
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("death", [dies_in_mid_prefill, dies_in_mid_body])
-def test_a_sharer_that_is_killed_while_it_reads(death, policy):
-    here = model()
-    with process(death) as (url, child):
-        there = C2CModel.from_models(here.receiver, RemoteSharer(url, retries=1, on_failure=policy))
-        there.fusers = here.fusers
-        with running(there, max_batch=len(TEXTS), window=0.3) as server:
-            found = server.chat_all(TEXTS)
-            child.join(10)
-            assert not child.is_alive()
-            for text, response in zip(TEXTS, found, strict=True):
-                check_by_policy(response, policy, alone(here, text), 502, "sharer_lost")
-            assert text_of(server.chat(model=f"{NAME}/receiver")) == alone(here, "hello there")
-            check_by_policy(server.chat(), policy, alone(here, "hello there"), 502, "sharer_lost")
-            assert server.get("/health").json()["sharers"][0]["code"] == "unreachable"
 
 
 def test_streams_say_it_before_their_first_word(pair, proxy):

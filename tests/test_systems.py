@@ -40,27 +40,27 @@ def texts(results):
     return [result.text for result in results]
 
 
-@pytest.mark.parametrize("name", SHARED)
-def test_a_batch_equals_its_single_prompts(shared, name):
-    system = make(name, shared)
-    together = system.generate(PROMPTS, **GREEDY)
-    others = [PROMPTS[1], PROMPTS[2], PROMPTS[0]]
-    for prompt, other, result in zip(PROMPTS, others, together, strict=True):
-        alone = make(name, shared, other=other).generate(prompt, **GREEDY)
-        assert alone.text == result.text
-        assert alone.prompt_tokens == result.prompt_tokens
+CASES = [*((name, None) for name in SHARED), *((name, PASSAGES) for name in (*PRIVATE, "draft"))]
 
 
-@pytest.mark.parametrize("name", [*PRIVATE, "draft", "draft_deranged"])
-def test_private_context_in_a_batch_equals_single_prompts(private, name):
-    options = {"draft_tokens": 3} if "draft" in name else {}
-    together = make(name, private, **options).generate(PROMPTS, PASSAGES, **GREEDY)
-    others = [PASSAGES[1], PASSAGES[2], PASSAGES[0]]
-    for prompt, passage, other, result in zip(PROMPTS, PASSAGES, others, together, strict=True):
-        if name == "draft_deranged":
-            continue  # the other conversation's question belongs to its draft
-        alone = make(name, private, **options, other=other).generate(prompt, passage, **GREEDY)
-        assert alone.text == result.text
+@pytest.mark.parametrize(("name", "passages"), CASES, ids=lambda x: "private" if x == PASSAGES else x)
+def test_a_batch_equals_its_single_prompts(shared, private, name, passages):
+    model = private if passages else shared
+    together = make(name, model, draft_tokens=3).generate(PROMPTS, passages, **GREEDY)
+    for index, result in enumerate(together):
+        following = (index + 1) % len(PROMPTS)
+        system = make(name, model, draft_tokens=3, other=(passages or PROMPTS)[following])
+        alone = system.generate(PROMPTS[index], passages and passages[index], **GREEDY)
+        assert (alone.text, alone.prompt_tokens) == (result.text, result.prompt_tokens)
+
+
+def test_a_deranged_draft_is_that_of_another_conversation(private):
+    system = make("draft_deranged", private, draft_tokens=3)
+    results = system.generate(PROMPTS[:2], PASSAGES[:2], **GREEDY)
+    for prompt, place, result in zip(PROMPTS, (1, 0), results, strict=False):
+        asked = with_passage([{"role": "user", "content": PROMPTS[place]}], PASSAGES[place])
+        handoff = private.sharers[0].read(asked, draft_tokens=3)
+        assert private.generate(prompt, sharer_messages=handoff, **GREEDY).text == result.text
 
 
 def test_systems_are_what_their_parts_say(shared):

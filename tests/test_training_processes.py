@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from c2c.training.checkpoints import last_complete
-from training_rig import make_folders
+from c2c.training.trainer import last_complete
+from training_rig import config, make_folders
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
 
@@ -24,26 +25,13 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "e
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory):
     """Configs for one run each, on the same tiny models and data."""
-    receiver, sharer, data = make_folders(tmp_path_factory.mktemp)
+    folders = make_folders(tmp_path_factory.mktemp)
     folder = tmp_path_factory.mktemp("runs")
 
     def write(name, **changes) -> list[str]:
-        values = {
-            "receiver": receiver,
-            "sharer": sharer,
-            "data_dir": data,
-            "train": [{"path": "train.jsonl"}],
-            "dev": [{"path": "dev.jsonl"}],
-            "output_dir": str(folder / name),
-            "fuser_options": {"rank": 8},
-            "max_steps": 12,
-            "batch_size": 4,
-            "eval_steps": 4,
-            "save_steps": 2,
-            "logging_steps": 1,
-            "calibration": 8,
-        }
-        (folder / f"{name}.yaml").write_text(yaml.safe_dump(values | changes))
+        steps = {"max_steps": 12, "eval_steps": 4, "save_steps": 2, "logging_steps": 1}
+        values = asdict(config(folders, folder / name, **steps, **changes))
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(values))
         return ["-m", "c2c", "train", str(folder / f"{name}.yaml"), "--json"]
 
     return folder, write

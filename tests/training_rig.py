@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import torch
+
 from c2c.data.config import DataSource
 from c2c.training import TrainConfig
 from c2c.training.config import ADAPTER
@@ -20,6 +22,13 @@ PASSAGES = [
 
 class Stopped(Exception):
     """Raised in the midst of a run."""
+
+
+def open_fuser(run) -> None:
+    """Let a new fuser change the receiver's cache."""
+    draw = torch.Generator().manual_seed(1)
+    for name in {"up", "weight"} & dict(run.objective.fuser.named_parameters()).keys():
+        torch.nn.init.normal_(getattr(run.objective.fuser, name), std=0.4, generator=draw)
 
 
 def stop_at(step: int):

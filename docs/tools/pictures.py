@@ -20,7 +20,7 @@ from typing import Any
 
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from c2c.demo.config import DemoConfig
+from c2c.demo import DemoConfig
 from c2c.demo.panes import SYSTEMS
 from c2c.demo.server import launch
 

@@ -1,13 +1,13 @@
 """Batch probe: find out whether a model computes the rows of a left-padded batch as it computes them alone.
 
-Some models count positions by columns, padding included; others look at all tokens of a prompt, so that it can't be
-read in parts. Neither says so: a tiny prefill shows it.
+Some models count positions by columns, padding included, and do not say so: a tiny prefill shows it. Others choose
+their rotary frequencies by the longest row.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -17,31 +17,17 @@ from transformers import Cache, PreTrainedModel
 
 from c2c import kv_cache
 from c2c.errors import PromptError
-from c2c.prefill import logits_after, next_logits, prefill
+from c2c.prefill import next_logits, prefill
 from c2c.rope_scaling import switch_length
 from c2c.tokens import TokenBatch, left_pad
 
-
-@dataclass(frozen=True)
-class Probe:
-    """Hold what a model's tiny prefills have shown.
-
-    Attributes:
-        parts: a prompt that is read in parts, on a cache, gives the same logits as one that is read at once.
-        padding: so does a row of a left-padded batch.
-    """
-
-    parts: bool
-    padding: bool
+_found: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
 
 
-_found: WeakKeyDictionary[PreTrainedModel, Probe] = WeakKeyDictionary()
-
-
-def probe(model: PreTrainedModel) -> Probe:
-    """Return what the model's tiny prefills show; they run once for each model."""
+def takes_padding(model: PreTrainedModel) -> bool:
+    """Whether a row of a left-padded batch is what it is alone; found out by tiny prefills, once for each model."""
     if model not in _found:
-        _found[model] = _run(model)
+        _found[model] = _probe(model)
     return _found[model]
 
 
@@ -56,16 +42,15 @@ def reads_rows_apart(model: PreTrainedModel, batch: TokenBatch, more: int = 0) -
     if not batch.padded:
         return False
     switch = switch_length(model) if batch.rows > 1 else None
-    return (switch is not None and batch.length + more > switch) or not probe(model).padding
+    return (switch is not None and batch.length + more > switch) or not takes_padding(model)
 
 
-def rows_alone(batch: TokenBatch, cache: Cache | None = None) -> Iterator[tuple[TokenBatch, Cache | None, int]]:
-    """Yield every row without its padding, its part of the cache (None where nothing is in it), and the padding.
+def rows_alone(batch: TokenBatch, cache: Cache | None = None) -> Iterator[tuple[TokenBatch, Cache | None]]:
+    """Yield every row without its padding, and its part of the cache; None where nothing is in it.
 
     Raises:
         PromptError: a row has masked tokens behind real ones.
     """
-    held = kv_cache.length(cache) if cache is not None and cache.layers else 0
     for index, mask in enumerate(batch.mask):
         pad = int(mask.int().argmax())
         if not bool(mask[pad:].all()):
@@ -73,20 +58,12 @@ def rows_alone(batch: TokenBatch, cache: Cache | None = None) -> Iterator[tuple[
                 f"row {index} has masked tokens behind real ones, and this model takes positions from columns. Leave "
                 "out what is masked."
             )
-        row = replace(
-            batch,
-            ids=batch.ids[index : index + 1, pad:],
-            mask=batch.mask[index : index + 1, pad:],
-            positions=batch.positions[index : index + 1, pad:],
-            padded=False,
-        )
-        own = None
-        if cache is not None and held > pad:
-            own = kv_cache.from_layers(
-                (keys[index : index + 1, :, pad:], values[index : index + 1, :, pad:])
-                for keys, values in kv_cache.layers(cache)
-            )
-        yield row, own, pad
+        row = batch.select([index])
+        row = replace(row, ids=row.ids[:, pad:], mask=row.mask[:, pad:], positions=row.positions[:, pad:], padded=False)
+        if cache is None or kv_cache.length(cache) <= pad:
+            yield row, None
+        else:
+            yield row, kv_cache.drop_padding(kv_cache.select_rows(cache, torch.tensor([index])), pad)
 
 
 def prefill_rows(
@@ -100,45 +77,37 @@ def prefill_rows(
         stop: columns to read, padding included.
         cache: of the first columns of ``batch``.
     """
-    cache = kv_cache.empty_cache() if cache is None else cache
-    held = kv_cache.length(cache) if cache.layers else 0
-    if held >= stop:
+    held = kv_cache.length(cache)
+    if cache is not None and held >= stop:
         return cache
-    rows = [run(row, stop - pad, own) if stop > pad else None for row, own, pad in rows_alone(batch, cache)]
-    filled = next(row for row in rows if row is not None)
-
-    def join(layer: int, side: int) -> Tensor:
-        like = kv_cache.layer(filled, layer)[side]
-        parts = [like[:, :, :0] if row is None else kv_cache.layer(row, layer)[side] for row in rows]
-        wide = [torch.nn.functional.pad(part, (0, 0, stop - part.shape[2], 0)) for part in parts]
-        return torch.cat(wide)[:, :, held:]
-
-    entries = [(join(layer, 0), join(layer, 1)) for layer in range(len(filled.layers))]
-    if held:
-        return kv_cache.append(cache, entries)
-    for layer, (keys, values) in enumerate(entries):
-        cache.update(keys, values, layer)
+    rows = [(row, own, stop - (batch.length - row.length)) for row, own in rows_alone(batch, cache)]
+    filled = [run(row, own_stop, own) if own_stop > 0 else None for row, own, own_stop in rows]
+    empty = kv_cache.crop(next(one for one in filled if one is not None), 0) if None in filled else None
+    joined = kv_cache.stack([one or empty for one in filled], stop)  # type: ignore[misc]
+    if cache is None:
+        return joined
+    if held or kv_cache.stateful(joined):
+        cache.layers = joined.layers
+    else:
+        for layer, entries in zip(kv_cache.kv_layers(joined), kv_cache.layers(joined), strict=True):
+            cache.update(*entries, layer)
     return cache
 
 
 @torch.no_grad()
-def _run(model: Any) -> Probe:
+def _probe(model: Any) -> bool:
     words = int(model.get_input_embeddings().num_embeddings)
     rows = [[(3 + 7 * index) % words for index in range(length)] for length in (6, 3)]
     alone = [_prefilled(model, left_pad([row], 0)) for row in rows]
-    long = left_pad(rows[:1], 0).to(model.device)
-    whole = logits_after(model, long.ids, None, long.positions, None, keep=1)[:, -1]
-    parts = _same(alone[0][0], whole)
     try:
         logits, entries = _prefilled(model, left_pad(rows, 0))
     except (RuntimeError, ValueError, IndexError, TypeError):  # a model that takes no padding at all
-        return Probe(parts, padding=False)
-    same = all(
+        return False
+    return all(
         _same(logits[row : row + 1], own)
         and all(_same(x[row : row + 1, :, -y.shape[2] :], y) for x, y in zip(entries, kept, strict=True))
         for row, (own, kept) in enumerate(alone)
     )
-    return Probe(parts, padding=same)
 
 
 def _prefilled(model: PreTrainedModel, batch: TokenBatch) -> tuple[Tensor, list[Tensor]]:

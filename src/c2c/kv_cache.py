@@ -2,24 +2,42 @@
 
 Keys and values of a layer have shape ``[batch, kv_heads, tokens, head_dim]``; keys lie in the cache after the
 rotary embedding (and after q/k norm where the model has one).
+
+Hybrid models have other layers too: linear attention and convolutions keep a state, some layers keep nothing. *KV
+layers* are those that keep keys and values of each token, in one shape; layer indices of this package count these. The
+others stay in the cache as the model left them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import copy as copying
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import (
+    DummyLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+    LinearAttentionCacheLayerMixin,
+    LinearAttentionLayer,
+)
 
 from c2c.errors import CacheError
 
 KeyValue = tuple[Tensor, Tensor]
 
-_ADVICE = "Use a model with plain full or sliding-window attention, and a DynamicCache without quantisation."
+_ADVICE = (
+    "Use a model that keeps plain keys and values per token in at least some layers, and a DynamicCache without "
+    "quantisation."
+)
+_KNOWN = (DynamicLayer, LinearAttentionLayer, LinearAttentionAndFullAttentionLayer, DummyLayer)
 
 
 @dataclass(frozen=True)
@@ -27,7 +45,7 @@ class KVGeometry:
     """Hold the shape of a model's KV cache.
 
     Attributes:
-        layers: number of layers with a cache.
+        layers: number of KV layers.
         kv_heads: key/value heads per layer.
         head_dim: channels per head.
     """
@@ -46,13 +64,28 @@ class KVGeometry:
         return asdict(self)
 
 
-def empty_cache() -> DynamicCache:
-    """Make a cache in which every layer keeps all tokens, sliding-window layers too.
+def empty_cache(config: Any = None) -> DynamicCache:
+    """Make a cache for the model of ``config`` in which attention layers keep all tokens, sliding-window layers too.
 
     A sliding layer of the usual cache drops the tokens outside its window, and what is not there can't be fused.
     The attention mask still applies the window, so the model computes the same.
     """
-    return DynamicCache()
+    planned = planned_layers(config) if config is not None else []
+    cache = DynamicCache()
+    if any(type(layer) is not DynamicLayer for layer in planned):  # else layers are made as the model fills them
+        cache.layers, cache.layer_class_to_replicate = planned, None
+    return cache
+
+
+def planned_layers(config: Any) -> list[Any]:
+    """Return empty cache layers for the model of ``config``, one per model layer."""
+    layers = DynamicCache(config=config.get_text_config(decoder=True)).layers
+    for index, entry in enumerate(layers):
+        if type(entry) is DynamicSlidingWindowLayer:
+            layers[index] = DynamicLayer()
+        elif type(entry) is LinearAttentionAndSlidingWindowAttentionLayer:
+            layers[index] = LinearAttentionAndFullAttentionLayer(number_of_states=entry.number_of_states)
+    return list(layers)
 
 
 def from_layers(layers: Iterable[KeyValue]) -> DynamicCache:
@@ -63,6 +96,7 @@ def from_layers(layers: Iterable[KeyValue]) -> DynamicCache:
         layer.lazy_initialization(keys, values)
         layer.keys, layer.values = keys, values
         cache.layers.append(layer)
+    setattr(cache, "_kv_layers", list(range(len(cache.layers))))  # noqa: B010  some may be empty, of another shape
     return cache
 
 
@@ -70,54 +104,105 @@ def check_layers(cache: Any) -> None:
     """Refuse a cache with layers that can't be fused.
 
     Raises:
-        CacheError: not a ``Cache``, or a layer is sliding and trimmed, linear, shared, quantised or static.
+        CacheError: not a ``Cache``, or a layer is sliding and trimmed, quantised or static.
     """
     if not isinstance(cache, Cache):
         raise CacheError(f"got a {type(cache).__name__} as KV cache, expected a transformers DynamicCache. {_ADVICE}")
-    if bad := _named_layers(cache, [type(layer) is DynamicLayer for layer in cache.layers]):
+    if bad := _unknown(cache.layers):
         raise CacheError(f"these cache layers can't be fused: {bad}. {_ADVICE}")
 
 
 def check_model_layers(config: Any) -> None:
-    """Refuse a model some of whose layers keep no per-token keys and values.
+    """Refuse a model whose cache layers are of an unknown kind, or of whose layers none keeps keys and values.
 
     Raises:
-        CacheError: a layer is linear attention, shares another's cache, or compresses its tokens.
+        CacheError: naming the layers.
     """
-    planned = DynamicCache(config=config.get_text_config(decoder=True))
-    fit = [type(layer) is DynamicLayer or getattr(layer, "is_sliding", False) for layer in planned.layers]
-    if bad := _named_layers(planned, fit):
-        raise CacheError(f"layers of {config.model_type} without a KV cache per token can't be fused: {bad}. {_ADVICE}")
+    planned = planned_layers(config)
+    if bad := _unknown(planned):
+        raise CacheError(f"{config.model_type} has cache layers of a kind that can't be fused: {bad}. {_ADVICE}")
+    if not any(isinstance(entry, DynamicLayer) for entry in planned):
+        kinds = ", ".join(sorted({type(entry).__name__ for entry in planned}))
+        raise CacheError(
+            f"no layer of {config.model_type} keeps keys and values per token (its layers: {kinds}), so there is "
+            f"nothing to fuse. {_ADVICE}"
+        )
 
 
-def _named_layers(cache: Cache, fit: Sequence[bool]) -> str:
-    """List the layers that do not fit, with their types."""
-    return ", ".join(f"{i} ({type(cache.layers[i]).__name__})" for i, good in enumerate(fit) if not good)
+def _unknown(layers: Sequence[Any]) -> str:
+    """List the layers of unknown kinds, with their types."""
+    return ", ".join(f"{i} ({type(entry).__name__})" for i, entry in enumerate(layers) if type(entry) not in _KNOWN)
 
 
-def length(cache: Cache) -> int:
-    """Count the tokens in the cache."""
-    return int(cache.get_seq_length())
+def kv_layers(cache: Cache) -> list[int]:
+    """Return which layers of a filled cache are KV layers: those whose keys and values have the commonest shape."""
+    known: list[int] | None = getattr(cache, "_kv_layers", None)
+    if known is not None:
+        return known
+    shapes = {
+        index: (*entry.keys.shape[1::2], *entry.values.shape[1::2])
+        for index, entry in enumerate(cache.layers)
+        if isinstance(entry, DynamicLayer) and entry.keys is not None and entry.values is not None
+    }
+    equal = [shape for shape in shapes.values() if shape[:2] == shape[2:]]
+    if not equal:
+        return []
+    ((common, _),) = Counter(equal).most_common(1)
+    found = [index for index, shape in shapes.items() if shape == common]
+    setattr(cache, "_kv_layers", found)  # noqa: B010  looked up for every layer; a filled cache keeps its layers
+    return found
+
+
+def left_out(cache: Cache) -> dict[int, str]:
+    """Return the layers of a filled cache that are no KV layers, with the reason."""
+    reasons = {}
+    for index in sorted(set(range(len(cache.layers))) - set(kv_layers(cache))):
+        entry: Any = cache.layers[index]
+        if isinstance(entry, DummyLayer):
+            reasons[index] = "no cache of its own"
+        elif not isinstance(entry, DynamicLayer):
+            reasons[index] = "a state, no keys and values per token"
+        else:
+            held: Any = entry
+            shape = " and ".join(str(tuple(side.shape[1::2])) for side in (held.keys, held.values))
+            reasons[index] = f"(heads, channels) of keys and values are {shape}, other than in most layers"
+    return reasons
+
+
+def other_attention_layers(cache: Cache) -> list[int]:
+    """Return the attention layers of a filled cache that are no KV layers, since they have another shape."""
+    found = kv_layers(cache)
+    return [i for i, entry in enumerate(cache.layers) if isinstance(entry, DynamicLayer) and i not in found]
+
+
+def stateful(cache: Cache) -> bool:
+    """Whether a layer keeps a state of everything read, which can't be cut back to fewer tokens."""
+    return any(isinstance(entry, LinearAttentionCacheLayerMixin) for entry in cache.layers)
+
+
+def length(cache: Cache | None) -> int:
+    """Count the tokens in the cache; 0 for none."""
+    return 0 if cache is None else int(cache.get_seq_length())
 
 
 def layer(cache: Cache, index: int) -> KeyValue:
-    """Return keys and values of one layer, each ``[batch, kv_heads, tokens, head_dim]``; not copied."""
-    entry: Any = cache.layers[index]
-    return entry.keys, entry.values
+    """Return keys and values of one KV layer, each ``[batch, kv_heads, tokens, head_dim]``; not copied."""
+    return layers(cache)[index]
 
 
 def layers(cache: Cache) -> list[KeyValue]:
-    """Return keys and values of all layers; not copied."""
-    return [layer(cache, index) for index in range(len(cache.layers))]
+    """Return keys and values of all KV layers; not copied."""
+    entries: list[Any] = [cache.layers[index] for index in kv_layers(cache)]
+    return [(entry.keys, entry.values) for entry in entries]
 
 
 def set_layer(cache: Cache, index: int, keys: Tensor, values: Tensor) -> None:
-    """Replace the keys and values of one layer.
+    """Replace the keys and values of one KV layer.
 
     Raises:
         CacheError: the new tensors have another shape than the old ones.
     """
-    entry: Any = cache.layers[index]
+    entry: Any = cache.layers[kv_layers(cache)[index]]
     if keys.shape != entry.keys.shape or values.shape != entry.values.shape:
         raise CacheError(
             f"layer {index}: fused keys {tuple(keys.shape)} and values {tuple(values.shape)} do not have the shape of "
@@ -127,80 +212,134 @@ def set_layer(cache: Cache, index: int, keys: Tensor, values: Tensor) -> None:
 
 
 def geometry(cache: Cache) -> KVGeometry:
-    """Read the geometry of a filled cache.
+    """Read the geometry of the KV layers of a filled cache.
 
     Raises:
-        CacheError: layers differ in shape, or keys and values do.
+        CacheError: no layer has keys and values of one shape.
     """
-    shapes = {(k.shape[1], k.shape[3], v.shape[1], v.shape[3]) for k, v in layers(cache)}
-    if len(shapes) != 1 or next(iter(shapes))[:2] != next(iter(shapes))[2:]:
+    found = layers(cache)
+    if not found:
         raise CacheError(
-            f"layers with different KV shapes can't be fused: (key heads, key dim, value heads, value dim) = "
-            f"{sorted(shapes)}. {_ADVICE}"
+            f"keys and values of no layer have the same shape, as in models that compress them: "
+            f"{left_out(cache)}. {_ADVICE}"
         )
-    heads, dim, _, _ = next(iter(shapes))
-    return KVGeometry(len(cache.layers), heads, dim)
+    return KVGeometry(len(found), found[0][0].shape[1], found[0][0].shape[3])
 
 
 def copy(cache: Cache) -> DynamicCache:
     """Copy a cache; writing to the copy leaves the original alone."""
-    return from_layers((keys.clone(), values.clone()) for keys, values in layers(cache))
+    return _joined([cache], lambda tensors: tensors[0].clone())
+
+
+def view(cache: Cache) -> DynamicCache:
+    """Return a cache with the same tensors; what is appended to it or put in their place leaves the original alone."""
+    return _joined([cache], lambda tensors: tensors[0], lambda tensors: tensors[0].clone())
 
 
 def zeros_like(cache: Cache) -> DynamicCache:
     """Make a cache of the same shapes with zeros."""
-    return from_layers((torch.zeros_like(keys), torch.zeros_like(values)) for keys, values in layers(cache))
+    return _joined([cache], lambda tensors: torch.zeros_like(tensors[0]))
 
 
 def repeat(cache: Cache, times: int) -> Cache:
     """Repeat every row ``times`` times, in place, as beams and ``num_return_sequences`` need it."""
-    if times > 1:
-        cache.batch_repeat_interleave(times)
+    if times > 1 and length(cache):
+        keys, _ = layer(cache, 0)
+        rows: Any = torch.arange(len(keys), device=keys.device).repeat_interleave(times)
+        cache.reorder_cache(rows)
     return cache
 
 
 def crop(cache: Cache, tokens: int) -> DynamicCache:
-    """Crop a cache to its first ``tokens`` tokens, as views."""
-    return from_layers((keys[:, :, :tokens], values[:, :, :tokens]) for keys, values in layers(cache))
+    """Crop a cache to its first ``tokens`` tokens, as views.
+
+    Raises:
+        CacheError: a layer keeps a state, which can't be cropped.
+    """
+    if stateful(cache) and tokens != length(cache):
+        raise CacheError(f"a cache with a state can't be cropped to {tokens} tokens. Prefill these again.")
+    return _joined([cache], lambda tensors: tensors[0][:, :, :tokens], lambda tensors: tensors[0].clone())
 
 
 def append(cache: Cache, entries: Sequence[KeyValue]) -> Cache:
-    """Add entries, keys rotated to their positions, to every layer, in place; an empty cache takes them as they are.
+    """Add entries, keys rotated to their positions, to every KV layer, in place; an empty cache takes them as they are.
 
     Raises:
-        CacheError: other layers than the cache has.
+        CacheError: other layers than the cache has, or attention layers of another shape, which would not get any.
     """
     if not cache.layers:
         cache.layers.extend(from_layers(entries).layers)
         return cache
-    if len(cache.layers) != len(entries):
-        raise CacheError(f"entries for {len(entries)} layers can't be added to a cache of {len(cache.layers)}.")
-    for entry, (keys, values) in zip(cache.layers, entries, strict=True):
-        held: Any = entry
-        held.keys = torch.cat([held.keys, keys.to(held.keys)], dim=2)
-        held.values = torch.cat([held.values, values.to(held.values)], dim=2)
+    attention: list[Any] = [entry for entry in cache.layers if isinstance(entry, DynamicLayer)]
+    if len(attention) != len(entries):
+        raise CacheError(
+            f"entries for {len(entries)} layers can't be added to a cache with {len(attention)} attention layers: all "
+            "must hold the same tokens. Models whose attention layers differ in shape take no private context."
+        )
+    for held, (keys, values) in zip(attention, entries, strict=True):
+        if not held.is_initialized:
+            held.lazy_initialization(keys, values)
+            held.keys, held.values = keys, values
+        else:
+            held.keys = torch.cat([held.keys, keys.to(held.keys)], dim=2)
+            held.values = torch.cat([held.values, values.to(held.values)], dim=2)
     return cache
 
 
-def stack(caches: Sequence[Cache]) -> DynamicCache:
-    """Join caches along the batch; shorter ones get zeros on the left, which the mask must hide.
+def drop_padding(cache: Cache, tokens: int) -> DynamicCache:
+    """Leave out the first ``tokens`` tokens, which are padding; a state has not read them."""
+    return _joined([cache], lambda tensors: tensors[0][:, :, tokens:], lambda tensors: tensors[0].clone())
+
+
+def stack(caches: Sequence[Cache], width: int = 0) -> DynamicCache:
+    """Join caches along the batch; those shorter than the longest, or ``width``, get zeros on the left.
+
+    The mask must hide these.
 
     Right for rotary models, since keys carry their position: moving a row to the right changes nothing in it.
     """
-    width = max(length(cache) for cache in caches)
+    width = max(width, *(length(cache) for cache in caches))
 
-    def join(entries: Iterable[Tensor]) -> Tensor:
+    def join(entries: Sequence[Tensor]) -> Tensor:
         return torch.cat([torch.nn.functional.pad(x, (0, 0, width - x.shape[2], 0)) for x in entries])
 
-    rows = zip(*(layers(cache) for cache in caches), strict=True)
-    return from_layers((join(keys), join(values)) for keys, values in (zip(*row, strict=True) for row in rows))
+    return _joined(caches, join, lambda tensors: torch.cat(list(tensors)))
 
 
 def select_rows(cache: Cache, rows: Tensor) -> DynamicCache:
     """Select rows of a cache, in this order."""
-    return from_layers((keys[rows.to(keys.device)], values[rows.to(values.device)]) for keys, values in layers(cache))
+    return _joined([cache], lambda tensors: tensors[0][rows.to(tensors[0].device)])
 
 
 def nbytes(cache: Cache) -> int:
     """Count the bytes of all keys and values."""
     return sum(keys.nbytes + values.nbytes for keys, values in layers(cache))
+
+
+Join = Callable[[Sequence[Tensor]], Tensor]
+
+
+def _joined(caches: Sequence[Cache], tokens: Join, states: Join | None = None) -> DynamicCache:
+    """Make a cache whose keys and values are ``tokens(...)`` of those of the caches, and its states ``states(...)``."""
+    made: Any = copying.copy(caches[0])
+    made.layers = [
+        _joined_layer(entries, tokens, states or tokens) for entries in zip(*(c.layers for c in caches), strict=True)
+    ]
+    result: DynamicCache = made
+    return result
+
+
+def _joined_layer(entries: Sequence[Any], tokens: Join, states: Join) -> Any:
+    made = copying.copy(entries[0])
+    for name, value in vars(made).items():
+        if isinstance(value, dict):  # of the states of a layer, by number
+            parts = {index: [getattr(entry, name)[index] for entry in entries] for index in value}
+            tensors = name in ("conv_states", "recurrent_states")
+            setattr(
+                made,
+                name,
+                {i: states(part) if tensors and part[0] is not None else part[0] for i, part in parts.items()},
+            )
+    if isinstance(made, DynamicLayer) and made.keys is not None:
+        made.keys, made.values = (tokens([getattr(entry, name) for entry in entries]) for name in ("keys", "values"))
+    return made

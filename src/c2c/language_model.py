@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache, PreTrainedModel, StopStringCriteria
 
 from c2c import kv_cache, rope
-from c2c.batch_probe import prefill_rows, probe, reads_rows_apart, rows_alone
+from c2c.batch_probe import prefill_rows, reads_rows_apart, rows_alone
 from c2c.decoding import Decoding, as_list, cache_limit, prepare, table_limit
 from c2c.errors import CacheError, ContextLengthError, MismatchError, PromptError
 from c2c.generation import FirstTokenTimer, PrefilledPrompt, unbatch
@@ -28,7 +29,7 @@ from c2c.prompting import RenderOptions, encode, render, require_tokenizer
 from c2c.rope_scaling import prompt_length, switch_length
 from c2c.tokens import TokenBatch, left_pad, require_left_padding
 
-_PROBE_POSITIONS = torch.tensor([[0], [7]])
+_PROBE_POSITIONS = (0, 7, 100)
 
 
 def _contiguous(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -100,37 +101,110 @@ class LanguageModel:
         return kv_cache.geometry(self._probe)
 
     @cached_property
+    def left_out(self) -> dict[int, str]:
+        """Layers of the model that keep no keys and values to fuse, with the reason."""
+        return kv_cache.left_out(self._probe)
+
+    @cached_property
+    def layer_numbers(self) -> list[int]:
+        """The model's own number of each KV layer."""
+        return kv_cache.kv_layers(self._probe)
+
+    @cached_property
     def identity(self) -> ModelIdentity:
         """Who this model is, for fusers and manifests."""
         return identify(self.model, self.tokenizer, self.name, self.geometry)
 
     @cached_property
     def _probe(self) -> Cache:
-        """The cache of one token at position 0 and at position 7."""
-        ids = torch.ones(2, 1, dtype=torch.long)
-        batch = TokenBatch(ids, ids.bool(), _PROBE_POSITIONS, padded=False)
-        return prefill(self.model, batch.to(self.device), stop=1)
+        """The cache of one token at several positions, each alone in its row."""
+        positions = self._probe_positions
+        ids = torch.ones_like(positions)
+        batch = TokenBatch(ids, ids.bool(), positions, padded=False)
+        try:
+            return prefill(self.model, batch.to(self.device), stop=1)
+        except Exception as error:  # whatever a model raises that does not take a plain cache
+            raise CacheError(
+                f"{self.name}: {type(self.model).__name__} can't be run with a transformers DynamicCache: "
+                f"{type(error).__name__}: {error}. Use a decoder-only model that can."
+            ) from error
+
+    @property
+    def _probe_positions(self) -> Tensor:
+        last = (self.context_length or max(_PROBE_POSITIONS) + 1) - 1
+        return torch.tensor([min(position, last) for position in _PROBE_POSITIONS]).unsqueeze(1)
+
+    def probed(self) -> dict[str, Any]:
+        """Return what is found out by running the model, for use without its weights."""
+        names = ["identity", "geometry", "_probe", "_continuation_error"]
+        with suppress(CacheError):  # of a rotation that no fuser here takes off
+            _ = self.rope_scheme
+            names.append("rope_scheme")
+        return {name: getattr(self, name) for name in names}
 
     def release(self) -> None:
         """Free the weights, when every prefill that is needed is stored; the model can't run any more."""
-        _ = self.identity, self.geometry  # read from the weights
+        self.probed()
         for parameter in self.model.parameters():
             parameter.data = parameter.data.new_empty(0)
         self.released = True
 
-    def check_rotary(self) -> None:
-        """Make sure that the rotation can be taken off this model's keys.
+    @cached_property
+    def rope_scheme(self) -> rope.Scheme:
+        """How every KV layer rotates its keys, found out by a probe.
 
         Raises:
-            CacheError: keys at two positions do not agree without their rotation.
+            CacheError: a layer rotates in none of the known ways.
         """
         keys = [keys for keys, _ in kv_cache.layers(self._probe)]
-        rope.check(keys, rope.tables(self.model, _PROBE_POSITIONS.to(self.device)), self.name)
+        return rope.find_scheme(self.model, keys, self._probe_positions.to(self.device), self.name)
+
+    def check_rotary(self) -> None:
+        """Make sure that the rotation can be taken off this model's keys; raises as :attr:`rope_scheme` does."""
+        _ = self.rope_scheme
+
+    def check_continuation(self) -> None:
+        """Make sure that a prompt read in two parts gives the cache of one read at once, as fusing needs it.
+
+        Raises:
+            CacheError: it does not: tokens attend to later ones, or the model loses its state between the parts.
+        """
+        if self._continuation_error is not None:
+            raise CacheError(f"{self.name} can't be a receiver: {self._continuation_error}. Use it as the sharer.")
+
+    @cached_property
+    def _continuation_error(self) -> str | None:
+        batch, kind = left_pad([[1, 2, 3, 4]], 0).to(self.device), type(self.model).__name__
+        try:
+            whole, parts = prefill(self.model, batch, 4), prefill(self.model, batch, 4, prefill(self.model, batch, 2))
+        except Exception as error:  # whatever a model raises whose cache can't be continued
+            return f"{kind} can't read a prompt in two parts ({type(error).__name__}: {error})"
+        tolerance = 1e-3 if self.dtype == torch.float32 else 0.1
+        for once, twice in zip(kv_cache.layers(whole), kv_cache.layers(parts), strict=True):
+            if not all(torch.dist(a, b) <= tolerance * a.norm() for a, b in zip(once, twice, strict=True)):
+                return (
+                    f"keys and values of a prompt read in two parts are not those of one read at once ({kind} attends "
+                    "to later tokens, or loses its state between calls of several tokens)"
+                )
+        return None
+
+    def check_private_context(self) -> None:
+        """Make sure that entries can be added to all attention layers.
+
+        Raises:
+            CacheError: some have another shape, so that they would hold fewer tokens than the others.
+        """
+        if other := kv_cache.other_attention_layers(self._probe):
+            raise CacheError(
+                f"{self.name} takes no private context: its attention layers {other} have keys and values of another "
+                "shape than the rest, and entries are made for one shape. Use a fuser of shared context, or another "
+                "receiver."
+            )
 
     def rotary(self, positions: Tensor, length: int | None = None) -> list[rope.Rotary] | None:
-        """Return the rotary tables of every layer at ``positions``, ``[batch, tokens]``, in a prompt of ``length``."""
+        """Return rotary tables of all KV layers at ``positions``, ``[batch, tokens]``, of a prompt of ``length``."""
         with prompt_length(self.model, length):
-            return rope.tables(self.model, positions)
+            return rope.tables(self.model, positions, self.rope_scheme)
 
     def separates(self, batch: TokenBatch, more: int = 0) -> bool:
         """Whether rows of this batch, with ``more`` tokens to follow, must be read alone to be what they are alone."""
@@ -180,25 +254,23 @@ class LanguageModel:
                 "Shorten the prompt, or use a model with a longer context."
             )
 
+    def empty_cache(self) -> Cache:
+        """Make an empty cache for this model."""
+        return kv_cache.empty_cache(self.model.config)
+
     def prefill(self, batch: TokenBatch, stop: int | None = None, cache: Cache | None = None) -> Cache:
         """Prefill the first ``stop`` columns (all by default), on ``cache`` where one is given; return the cache.
 
         Raises:
-            CacheError: this model can't read a prompt in parts, or its weights were given back.
+            CacheError: the weights were given back.
         """
         stop = batch.length if stop is None else stop
-        if self.stored is not None and stop > 0 and not (cache and cache.layers):
+        if self.stored is not None and stop > 0 and not kv_cache.length(cache):
             return self.stored.prefill(batch, stop)
         if self.released:
             raise CacheError(
                 f"the weights of the {self.role} {self.name} were given back after its prefills were stored, and this "
                 "prompt is not among them. Load the model again."
-            )
-        if not probe(self.model).parts:
-            raise CacheError(
-                f"the {self.role} {self.name} reads a whole prompt otherwise than the same prompt in parts on a cache "
-                "(an encoder without a causal mask, for instance), so its cache can't be fused or decoded from. Use a "
-                "causal language model."
             )
         batch = batch.to(self.device)
         if self.separates(batch):
@@ -214,8 +286,9 @@ class LanguageModel:
         """Render and prefill messages for this model alone; what :meth:`answer` decodes from.
 
         Raises:
-            PromptError: empty or too long.
+            PromptError: empty or too long. CacheError: the model can't go on from a cache.
         """
+        self.check_continuation()
         batch = self.encode(messages, options)
         self.check_prompt(batch)
         return PrefilledPrompt(self, batch, self.prefill(batch, batch.length - 1))
@@ -322,10 +395,10 @@ class LanguageModel:
         if batch.rows > 1 and kwargs.get("streamer") is not None:
             raise PromptError("a streamer can follow one conversation only. Pass one at a time.")
         answers: list[Tensor] = []
-        for index, (row, own, _) in enumerate(rows_alone(batch, cache)):
+        for index, (row, own) in enumerate(rows_alone(batch, cache)):
             part = FirstTokenTimer(timer.began)
             arguments = decoding.for_row(kwargs, index)
-            new = self.generate(row, own or kv_cache.empty_cache(), timer=part, fused=fused, **arguments)
+            new = self.generate(row, own or self.empty_cache(), timer=part, fused=fused, **arguments)
             answers += part.trim(new)
             timer.first = timer.first or part.first
         timer.notes += [*part.notes, "the rows were decoded one by one: this model computes a batch otherwise"]
@@ -338,7 +411,7 @@ class LanguageModel:
         self._check_cache(batch, cache)
         batch = batch.to(self.device)
         if self.separates(batch):
-            rows = [(row, own or kv_cache.empty_cache()) for row, own, _ in rows_alone(batch, cache)]
+            rows = [(row, own or self.empty_cache()) for row, own in rows_alone(batch, cache)]
             self.prefill(batch, cache=cache)
             return torch.cat([next_logits(self.model, *row) for row in rows])
         return next_logits(self.model, batch, cache)
@@ -355,7 +428,7 @@ class LanguageModel:
 
     def _check_cache(self, batch: TokenBatch, cache: Cache) -> None:
         kv_cache.check_layers(cache)
-        held = kv_cache.length(cache) if cache.layers else 0
+        held = kv_cache.length(cache)
         if held >= batch.length:
             raise CacheError(
                 f"the cache covers {held} tokens and the prompt has {batch.length}: nothing is left to predict, and "
@@ -399,7 +472,8 @@ class Sharer(LanguageModel):
 
     def share(self, batch: TokenBatch, wanted: EntrySelection) -> Cache:
         """Return the cache of ``batch``, filled at least where ``wanted`` says; other entries must not be read."""
-        return self.prefill(batch, wanted.stop)
+        # what follows changes the entries of a model that sees it, and must not depend on the batch
+        return self.prefill(batch, wanted.stop if self._continuation_error is None else batch.length)
 
     def for_fuser(self, fuser: Any) -> Self:
         """Return the sharer to read with for this fuser; a remote one sends what the fuser needs and no more."""
@@ -434,7 +508,7 @@ class Sharer(LanguageModel):
         plan = sharer_prompt(self.tokenizer, batch[0], options or RenderOptions())
         tokens = left_pad([plan.ids], 0)
         self.check_prompt(tokens)
-        cache: Cache = kv_cache.empty_cache()
+        cache = self.empty_cache()
         if reuse is not None:
             hard, soft = differences("sharer", reuse.sharer, self.identity)
             if hard or soft:
@@ -443,7 +517,8 @@ class Sharer(LanguageModel):
             switch = switch_length(self.model)
             if switch is not None and max(len(plan.ids), len(reuse.ids)) > switch:
                 known = 0  # the entries are rotated for another length
-            cache = kv_cache.crop(reuse.cache(self.dtype, self.device), known) if known else cache
+            if known and not self.left_out:  # a handoff has nothing of other layers to go on from
+                cache = kv_cache.crop(reuse.cache(self.dtype, self.device), known)
         return self._read_prompt(plan, tokens, cache, draft_tokens)
 
     def _read_prompt(self, plan: SharerPrompt, tokens: TokenBatch, cache: Cache, draft_tokens: int) -> Handoff:

@@ -1,18 +1,25 @@
-"""Messages: what users pass, normalised to conversations."""
+"""Messages: what users pass, normalised to conversations.
+
+Layouts of the OpenAI API are read: text parts, tool calls and their answers, reasoning, refusals, the developer role.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from c2c.errors import PromptError
 
-Message = dict[str, str]
+# {"role", "content"}, both texts; perhaps "tool_calls", "tool_call_id", "name" and "reasoning_content".
+Message = dict[str, Any]
 Conversation = list[Message]
 
 _EXPECTED = (
     "Expected a text, a list of messages {'role': ..., 'content': ...}, or a list of several texts or conversations."
 )
+_ROLES = {"developer": "system", "function": "tool"}
+_TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
 
 
 def conversations(messages: Any) -> tuple[list[Conversation], bool]:
@@ -29,7 +36,7 @@ def conversations(messages: Any) -> tuple[list[Conversation], bool]:
     """
     if isinstance(messages, str):
         return [_conversation(messages)], True
-    if not isinstance(messages, Sequence) or not messages:
+    if isinstance(messages, bytes) or not isinstance(messages, Sequence) or not messages:
         raise PromptError(f"empty or unreadable prompt: got {messages!r}. {_EXPECTED}")
     if all(isinstance(item, Mapping) for item in messages):
         return [_conversation(messages)], True
@@ -39,26 +46,97 @@ def conversations(messages: Any) -> tuple[list[Conversation], bool]:
 def _conversation(item: Any) -> Conversation:
     if isinstance(item, str):
         item = [{"role": "user", "content": item}]
-    if not isinstance(item, Sequence) or not item:
+    if isinstance(item, bytes) or not isinstance(item, Sequence) or not item:
         raise PromptError(f"empty or unreadable conversation: got {item!r}. {_EXPECTED}")
-    result = [_message(message) for message in item]
-    if not any(message["content"] for message in result):
+    result = [message(given) for given in item]
+    if not any(found["content"] or found.get("tool_calls") for found in result):
         raise PromptError("empty prompt: no message has any text. Pass at least one non-empty message.")
     return result
 
 
-def _message(message: Any) -> Message:
-    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-        raise PromptError(f"got {message!r} as a message. {_EXPECTED}")
-    content = message.get("content")
-    if isinstance(content, Sequence) and not isinstance(content, str):
+def message(given: Any) -> Message:
+    """Normalise one message.
+
+    Raises:
+        PromptError: no message, or with content that is no text.
+    """
+    if not isinstance(given, Mapping) or not isinstance(given.get("role"), str) or not given["role"].strip():
+        raise PromptError(f"got {given!r} as a message. {_EXPECTED}")
+    calls = given.get("tool_calls") or []
+    if given.get("function_call"):
+        raise PromptError("'function_call' is the old form of a tool call: pass tool_calls=[{'function': {...}}].")
+    content = given.get("content")
+    if content is None and given.get("refusal"):
+        content = given["refusal"]
+    if content is None and calls:
+        content = ""
+    if isinstance(content, Sequence) and not isinstance(content, str | bytes):
         content = "".join(_text_part(part) for part in content)
     if not isinstance(content, str):
-        raise PromptError(f"message content must be text, got {type(content).__name__} in {message!r}.")
-    return {"role": message["role"], "content": content}
+        raise PromptError(f"message content must be text, got {type(content).__name__} in {given!r}.")
+    made: Message = {"role": _ROLES.get(given["role"], given["role"]), "content": text(content)}
+    if calls:
+        made["tool_calls"] = _tool_calls(calls)
+    for name in ("tool_call_id", "name"):
+        if given.get(name) is not None:
+            made[name] = text(given[name])
+    if reasoning := given.get("reasoning_content") or given.get("reasoning"):
+        made["reasoning_content"] = text(reasoning)
+    return made
+
+
+def text(given: Any) -> str:
+    """Return a text that can be encoded.
+
+    Raises:
+        PromptError: no text, or with half a surrogate pair, as a wrong decoding leaves it.
+    """
+    if not isinstance(given, str):
+        raise PromptError(f"expected a text, got {type(given).__name__}: {given!r:.80}.")
+    try:
+        given.encode()
+    except UnicodeEncodeError as error:
+        raise PromptError(
+            f"character {error.start} of the text ({given[error.start]!r}) is half a surrogate pair and no character: "
+            "the text was decoded wrongly. Decode its bytes as UTF-8, with errors='replace' if need be."
+        ) from None
+    return given
 
 
 def _text_part(part: Any) -> str:
-    if isinstance(part, Mapping) and part.get("type") == "text":
-        return str(part.get("text", ""))
-    raise PromptError(f"only text parts can be read, got {part!r}. Images and audio are not supported.")
+    if isinstance(part, Mapping) and part.get("type") in _TEXT_PARTS:
+        found = part.get("refusal" if part["type"] == "refusal" else "text")
+        if isinstance(found, str):
+            return found
+        raise PromptError(f"a part of type {part['type']!r} must have a text, got {part!r}.")
+    raise PromptError(
+        f"only parts of text {{'type': 'text', 'text': ...}} can be read, got {part!r}. Images and audio are not "
+        "supported."
+    )
+
+
+def _tool_calls(calls: Any) -> list[dict[str, Any]]:
+    """Normalise tool calls; arguments become an object, which is what chat templates expect."""
+    if not isinstance(calls, Sequence) or isinstance(calls, str):
+        raise PromptError(f"'tool_calls' is {calls!r}; expected a list.")
+    made = []
+    for call in calls:
+        function = call.get("function") if isinstance(call, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise PromptError(f"a tool call is {call!r}; expected {{'function': {{'name': ..., 'arguments': ...}}}}.")
+        arguments = function.get("arguments", {})
+        if isinstance(arguments, str):
+            try:
+                arguments = json.loads(arguments) if arguments.strip() else {}
+            except ValueError as error:
+                raise PromptError(
+                    f"the arguments of tool call {function['name']!r} are no JSON object: {arguments!r:.80} ({error})."
+                ) from None
+        if not isinstance(arguments, Mapping):
+            raise PromptError(f"the arguments of tool call {function['name']!r} are {arguments!r}, not an object.")
+        text(json.dumps(arguments, ensure_ascii=False))
+        known = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
+        made.append(
+            known | {"type": "function", "function": {"name": text(function["name"]), "arguments": dict(arguments)}}
+        )
+    return made

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -75,6 +75,9 @@ class C2CModel(Pretrained, TokenIds, nn.Module):
         self.fusers = nn.ModuleList(fusers)
         self.aligner: Aligner = aligner or make_aligner(fusers[0].config.alignment)
         self.notes = self._check_identities(allow_mismatch)
+        receiver.check_continuation()
+        if self.private:
+            receiver.check_private_context()
 
     @property
     def private(self) -> list[int]:
@@ -206,7 +209,7 @@ class C2CModel(Pretrained, TokenIds, nn.Module):
         tokens = prompt.receiver.to(self.receiver.device)
         with timer.stage("sharer_prefill"):
             sources = [self._prefill_sharer(index, prompt, edit) if blend > 0 else None for index in self._indices]
-        cache: Cache = kv_cache.empty_cache()
+        cache = self.receiver.empty_cache()
         if isinstance(prompt, PrivatePrompt):
             with timer.stage("receiver_prefill"):
                 cache = prefill_entries(cache, self.receiver, prompt)
@@ -279,7 +282,7 @@ class C2CModel(Pretrained, TokenIds, nn.Module):
             report.notes.append(f"receiver only: {lost}")
         for count in tokens.mask.sum(-1).tolist():
             report.add(RowCounts(prompt_tokens=count, skipped_tokens={reason: count}))
-        report.skipped_layers = dict.fromkeys(range(self.receiver.geometry.layers), reason)
+        report.skipped_layers = self._skipped(reason)
         tokens = tokens.to(self.receiver.device)
         with report.timer.stage("receiver_prefill"):  # type: ignore[union-attr]
             cache = self.receiver.prefill(tokens, tokens.length - 1)
@@ -334,16 +337,20 @@ class C2CModel(Pretrained, TokenIds, nn.Module):
             report.notes.append(f"blend {blend:g}: that share of what the fusers add was taken")
         for prompt in prompts:
             report.add(self._count(prompt, blend))
-        fused = {layer for fuser in self._fusers for layer in fuser.config.fused_layers}
+        numbers = self.receiver.layer_numbers
+        fused = {numbers[layer] for fuser in self._fusers for layer in fuser.config.fused_layers}
         report.fused_layers = sorted(fused)
-        report.skipped_layers = {
-            layer: "not in the layer map" for layer in range(self.receiver.geometry.layers) if layer not in fused
-        }
+        report.skipped_layers = self._skipped("not in the layer map", fused)
         if any(prompt.chunks for prompt in prompts):
             report.gate_values = [fuser.gates() for fuser in self._fusers]
         elif not self.private:
             report.notes.append("nothing was fused: the last section of a prompt never is")
         return report
+
+    def _skipped(self, reason: str, fused: Collection[int] = ()) -> dict[int, str]:
+        """Return the receiver's layers that are not fused, by its own numbers, with the reason."""
+        skipped = {number: reason for number in self.receiver.layer_numbers if number not in fused}
+        return dict(sorted((skipped | self.receiver.left_out).items()))
 
     def _count(self, prompt: Prompt, blend: float) -> RowCounts:
         """Count tokens, entries of private context, and bytes of the sharers' entries that the fusers read."""

@@ -20,8 +20,8 @@ def prefill(model: PreTrainedModel, batch: TokenBatch, stop: int, cache: Cache |
     Returns:
         The cache, whose layers hold ``[batch, kv_heads, stop, head_dim]``.
     """
-    cache = kv_cache.empty_cache() if cache is None else cache
-    start = kv_cache.length(cache) if cache.layers else 0
+    cache = kv_cache.empty_cache(model.config) if cache is None else cache
+    start = kv_cache.length(cache)
     if start < stop:
         model.get_decoder()(
             input_ids=batch.ids[:, start:stop],
@@ -56,8 +56,8 @@ def continued_logits(model: PreTrainedModel, batch: TokenBatch, ids: Tensor, rea
     from c2c.batch_probe import reads_rows_apart, rows_alone  # which reads tiny prompts with this module
 
     if reads_rows_apart(model, batch, ids.shape[1]):
-        rows = enumerate(rows_alone(batch, cache))
-        alone = ((row, ids[i : i + 1], real[i : i + 1], own or kv_cache.empty_cache()) for i, (row, own, _) in rows)
+        rows = [(row, own or kv_cache.empty_cache(model.config)) for row, own in rows_alone(batch, cache)]
+        alone = ((row, ids[i : i + 1], real[i : i + 1], own) for i, (row, own) in enumerate(rows))
         return torch.cat([continued_logits(model, *arguments) for arguments in alone])
     new = torch.cat([batch.ids[:, -1:], ids], dim=1)
     mask = torch.cat([batch.mask, real], dim=1)

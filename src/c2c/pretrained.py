@@ -68,9 +68,8 @@ class Pretrained:
         for model in theirs:
             layers = make_layer_map(layer_map, ours.geometry.layers, model.geometry.layers)
             new = family(fuser).from_geometry(model.geometry, ours.geometry, layers, **(fuser_options or {}))
-            new.config.sharer, new.config.receiver = model.identity.to_dict(), ours.identity.to_dict()
             new.config.alignment = aligner.to_dict()
-            fusers.append(_place(new, ours.device))
+            fusers.append(_made_for(new, ours, model))
         return cls(ours, theirs, fusers, aligner=aligner, mode=mode)
 
     @classmethod
@@ -90,25 +89,27 @@ class Pretrained:
 
         Args:
             source: folder or hub id of a fuser, of a model saved by :meth:`save_pretrained`, or a list of fusers.
-            receiver: in place of the recorded receiver: alias, id, folder, GGUF file or loaded model.
-            sharer: in place of the recorded sharer: the same, the URL of ``c2c share`` or a
-                :class:`~c2c.remote.RemoteSharer`; a list for several.
-            mode: how several sharers are combined.
+            receiver: in place of the recorded one, as in :meth:`from_models`.
+            sharer: in place of the recorded one, as in :meth:`from_models`.
+            mode: how several sharers are combined; by default as recorded.
             aligner: in place of the recorded one.
             allow_mismatch: accept other weights, tokenizers or templates of the same structure.
             fuser_dtype: type of the fuser's weights.
-            **load_kwargs: ``dtype``, ``sharer_dtype`` (by default the same), ``device_map`` and others, see
-                :func:`c2c.loading.load`.
+            **load_kwargs: as in :meth:`from_models`.
         """
-        folders, manifest = _fuser_folders(source)
+        folders, manifest = [source] if isinstance(source, str | Path) else list(source), {}
+        if isinstance(source, str | Path) and (path := resolve(source) / _MANIFEST).exists():
+            manifest = read_json_object(path, FuserError)
+            folders = [path.parent / name for name in manifest["fusers"]]
         fusers = [load_fuser(folder, dtype=fuser_dtype) for folder in folders]
         receiver = receiver if receiver is not None else _recorded(fusers[0], "receiver")
         sharer = sharer if sharer is not None else [_recorded(fuser, "sharer") for fuser in fusers]
         ours, theirs = _load_models(receiver, sharer, load_kwargs)
-        chosen = mode or manifest.get("mode", "sequential")
         if aligner is None and "aligner" in manifest:
             aligner = make_aligner(manifest["aligner"])
-        fusers = [_place(fuser, ours.device) for fuser in fusers]
+        for fuser in fusers:
+            nn.Module.to(fuser, ours.device)
+        chosen = mode or manifest.get("mode", "sequential")
         return cls(ours, theirs, fusers, aligner=aligner, mode=chosen, allow_mismatch=allow_mismatch)
 
     @classmethod
@@ -127,8 +128,8 @@ class Pretrained:
 
         Args:
             folder: a checkpoint folder, or a list of them with one sharer each.
-            receiver: alias, id, folder or loaded model; by default the ``base_model`` of the checkpoint.
-            sharer: the same for ``teacher_model``; a list for several.
+            receiver: as in :meth:`from_models`; by default the ``base_model`` of the checkpoint.
+            sharer: the same for ``teacher_model``.
             mode: how several sharers are combined; by default what the checkpoint says, else ``sequential``.
             aligner: by default what the checkpoint was trained with.
             dtype: type of the models and the fuser.
@@ -148,8 +149,7 @@ class Pretrained:
         fusers: list[Fuser] = []
         for f, model in zip(folders, theirs, strict=True):
             new = import_published(f, receiver=ours.geometry, sharer=model.geometry, dtype=dtype or ours.dtype)
-            new.config.sharer, new.config.receiver = model.identity.to_dict(), ours.identity.to_dict()
-            fusers.append(_place(new, ours.device))
+            fusers.append(_made_for(new, ours, model))
         chosen: Any = mode or names[0].get("mode", "sequential")
         return cls(ours, theirs, fusers, aligner=aligner, mode=chosen)
 
@@ -166,8 +166,10 @@ class Pretrained:
         save_atomically(Path(folder), write)
 
 
-def _place(fuser: Fuser, device: torch.device) -> Fuser:
-    nn.Module.to(fuser, device)
+def _made_for(fuser: Fuser, receiver: Receiver, sharer: Sharer) -> Fuser:
+    """Record the models of a new fuser, and move it beside the receiver."""
+    fuser.config.sharer, fuser.config.receiver = sharer.identity.to_dict(), receiver.identity.to_dict()
+    nn.Module.to(fuser, receiver.device)
     fuser.eval()
     return fuser
 
@@ -182,7 +184,7 @@ def _load_models(receiver: Any, sharer: Any, load_kwargs: dict[str, Any]) -> tup
     their_kwargs = ours_kwargs | {"dtype": load_kwargs.get("sharer_dtype") or load_kwargs.get("dtype")}
     ours = receiver if isinstance(receiver, Receiver) else Receiver.from_pretrained(receiver, **ours_kwargs)
     several = list(sharer) if isinstance(sharer, list | tuple) else [sharer]
-    return ours, [s if isinstance(s, Sharer) else _load_sharer(s, their_kwargs) for s in several]
+    return ours, [one if isinstance(one, Sharer) else _load_sharer(one, their_kwargs) for one in several]
 
 
 def _load_sharer(source: Any, load_kwargs: dict[str, Any]) -> Sharer:
@@ -191,15 +193,6 @@ def _load_sharer(source: Any, load_kwargs: dict[str, Any]) -> Sharer:
 
         return RemoteSharer(source)
     return Sharer.from_pretrained(source, **load_kwargs)
-
-
-def _fuser_folders(source: str | Path | Sequence[str | Path]) -> tuple[list[str | Path], dict[str, Any]]:
-    if not isinstance(source, str | Path):
-        return list(source), {}
-    folder = resolve(source)
-    path = folder / _MANIFEST
-    manifest: dict[str, Any] = read_json_object(path, FuserError) if path.exists() else {"fusers": [""]}
-    return [folder / name for name in manifest["fusers"]], manifest
 
 
 def _recorded(fuser: Fuser, role: str) -> str:

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import torch
 from transformers import Cache
 
 from c2c import identity, kv_cache
@@ -128,17 +127,17 @@ def place(
     """Make room for entries, in this order, before the first user message of a prompt of one row."""
     column = first_user_column(tokenizer, conversation, options)
     slots = sum(part.slots for part in entries)
-    receiver, chunks = prompt.receiver, prompt.chunks
+    receiver, chunks = prompt.receiver, list(prompt.chunks)
     if slots > 0:
         receiver = receiver.insert_slots(column, slots)
-        chunks = tuple(
-            Chunk(
-                chunk.stop + slots * (chunk.stop > column),
-                tuple(part and _moved(part, column, slots) for part in chunk.alignments),
-            )
-            for chunk in chunks
-        )
-    return PrivatePrompt(receiver, prompt.sharers, chunks, prompt.skipped, column, tuple(entries))
+        chunks = []
+        for chunk in prompt.chunks:
+            moved = [
+                part and Alignment(part.rows, part.receiver + slots * (part.receiver >= column), part.sharer)
+                for part in chunk.alignments
+            ]
+            chunks.append(Chunk(chunk.stop + slots * (chunk.stop > column), tuple(moved)))
+    return PrivatePrompt(receiver, prompt.sharers, tuple(chunks), prompt.skipped, column, tuple(entries))
 
 
 def prefill_entries(cache: Cache, receiver: LanguageModel, prompt: PrivatePrompt) -> Cache:
@@ -193,23 +192,14 @@ def read_handoffs(given: Any, sharers: Sequence[Sharer], rows: int, options: Ren
             f"sharer_messages are for {len(per_sharer)} sharers, and {len(sharers)} hand over private context: pass a "
             "tuple with one entry for each."
         )
-    columns = [_read_all(part, sharer, rows, options) for part, sharer in zip(per_sharer, sharers, strict=True)]
+    columns: list[list[Handoff]] = []
+    for part, sharer in zip(per_sharer, sharers, strict=True):
+        if isinstance(part, Handoff):
+            part = [part] * rows
+        elif not (isinstance(part, list) and part and all(isinstance(item, Handoff) for item in part)):
+            batch, single = conversations(part)
+            part = [sharer.read(conversation, options=options) for conversation in batch] * (rows if single else 1)
+        if len(part) != rows:
+            raise PromptError(f"got {len(part)} private contexts for {rows} conversations; give one for each, or one.")
+        columns.append(part)
     return [list(row) for row in zip(*columns, strict=True)]
-
-
-def _read_all(given: Any, sharer: Sharer, rows: int, options: RenderOptions) -> list[Handoff]:
-    if isinstance(given, Handoff):
-        return [given] * rows
-    if isinstance(given, list) and given and all(isinstance(item, Handoff) for item in given):
-        found = given
-    else:
-        batch, single = conversations(given)
-        found = [sharer.read(conversation, options=options) for conversation in batch] * (rows if single else 1)
-    if len(found) != rows:
-        raise PromptError(f"got {len(found)} private contexts for {rows} conversations; give one for each, or one.")
-    return found
-
-
-def _moved(alignment: Alignment, column: int, slots: int) -> Alignment:
-    receiver = torch.where(alignment.receiver >= column, alignment.receiver + slots, alignment.receiver)
-    return Alignment(alignment.rows, receiver, alignment.sharer)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from c2c.errors import PromptError
@@ -57,12 +57,14 @@ class RenderOptions:
         enable_thinking: passed to templates that have such a switch (Qwen3).
         chat_template: render through the chat template; False for text that a model continues: the messages' texts
             as they are, with the special tokens that a text begins with.
+        tools: functions that the model may call, as in the OpenAI API, for templates that list them.
     """
 
     add_generation_prompt: bool = True
     answer_prefix: str = ""
     enable_thinking: bool = False
     chat_template: bool = True
+    tools: tuple[dict[str, Any], ...] = ()
 
 
 def require_tokenizer(tokenizer: Any, whose: str) -> Any:
@@ -88,6 +90,10 @@ def render_text(tokenizer: Any, conversation: Conversation, options: RenderOptio
         PromptError: the chat template refuses the conversation, for instance a system message.
     """
     if not options.chat_template:
+        if options.tools or any(message.get("tool_calls") for message in conversation):
+            raise PromptError(
+                "tools are rendered by a chat template, which a text to be continued does not go through."
+            )
         return "".join(message["content"] for message in conversation) + options.answer_prefix
     template = None if getattr(tokenizer, "chat_template", None) else PLAIN_TEMPLATE
     try:
@@ -97,6 +103,7 @@ def render_text(tokenizer: Any, conversation: Conversation, options: RenderOptio
             chat_template=template,
             add_generation_prompt=options.add_generation_prompt,
             enable_thinking=options.enable_thinking,
+            tools=list(options.tools) or None,
         )
     except Exception as error:  # templates raise what they like
         roles = [message["role"] for message in conversation]
@@ -114,6 +121,7 @@ def render(tokenizer: Any, conversation: Conversation, options: RenderOptions) -
     template text, so that messages are found even where their words also occur in the template.
     """
     text = render_text(tokenizer, conversation, options)
+    _check_tools(tokenizer, conversation, options)
     contents = tuple(message["content"] for message in conversation)
     spans = tuple(_find_spans(tokenizer, conversation, options, text))
     special = not options.chat_template and not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))
@@ -126,6 +134,37 @@ def encode(tokenizer: Any, rendered: Rendered) -> Encoded:
     return Encoded(rendered, list(out["input_ids"]), [(int(a), int(b)) for a, b in out["offset_mapping"]])
 
 
+def _check_tools(tokenizer: Any, conversation: Conversation, options: RenderOptions) -> None:
+    """Make sure that the template renders tools and the calls of them, each of which has a mark for a name here.
+
+    Raises:
+        PromptError: it leaves them out.
+    """
+    calls = [call for message in conversation for call in message.get("tool_calls", ())]
+    if not calls and not options.tools:
+        return
+    marks = iter(f"mark{index}tool" for index in range(len(calls) + len(options.tools)))
+
+    def marked(call: dict[str, Any]) -> dict[str, Any]:
+        return {**call, "function": {**call["function"], "name": next(marks)}}
+
+    tools = tuple(marked(tool) for tool in options.tools)
+    messages = [
+        {**message, "tool_calls": [marked(call) for call in message["tool_calls"]]}
+        if message.get("tool_calls")
+        else message
+        for message in conversation
+    ]
+    text = render_text(tokenizer, messages, replace(options, tools=tools))
+    names = [tool["function"]["name"] for tool in (*options.tools, *calls)]
+    lost = [name for index, name in enumerate(names) if f"mark{index}tool" not in text]
+    if lost:
+        raise PromptError(
+            f"the chat template of {tokenizer.name_or_path!r} leaves out tools or calls of them: {', '.join(lost)}. "
+            "Use models whose templates have tools, or write the calls and their answers into the messages' texts."
+        )
+
+
 def _find_spans(
     tokenizer: Any, conversation: Conversation, options: RenderOptions, text: str
 ) -> list[tuple[Span, int] | None]:
@@ -133,6 +172,14 @@ def _find_spans(
     marked = [{**message, "content": mark} for message, mark in zip(conversation, marks, strict=True)]
     # template texts with the indices of the messages between them
     before, *pieces = re.split("\ue000([0-9]+)\ue001", render_text(tokenizer, marked, options))
+    found_marks = set(map(int, pieces[::2]))
+    lost = [i for i, mark in enumerate(marks) if mark and i not in found_marks and conversation[i]["role"] != "system"]
+    if lost:  # some templates know no system message; what users and tools say must not be lost
+        roles = [conversation[index]["role"] for index in lost]
+        raise PromptError(
+            f"the chat template of {tokenizer.name_or_path!r} leaves out messages {lost}, of the roles {roles}. "
+            "Use roles that it renders, such as user and assistant."
+        )
     spans: list[tuple[Span, int] | None] = [None] * len(conversation)
     position = 0
     for index, after in zip(map(int, pieces[::2]), pieces[1::2], strict=True):

@@ -16,7 +16,6 @@ from c2c.errors import FuserError
 from c2c.fusers.c2c import C2CFuser, C2CFuserConfig
 from c2c.kv_cache import KVGeometry
 from c2c.utils import read_json_object
-from c2c.version import __version__
 
 _OPTIONS = C2CFuserConfig.__annotations__.keys() - {"gate_temperature"}  # of constructor arguments
 
@@ -54,26 +53,19 @@ def import_published(
     """
     weights = _weights_folder(Path(folder).expanduser())
     mapping = _mapping(weights)
-    layers = max(mapping) + 1
-    layers = max(layers, receiver.layers if receiver else 0)
+    layers = max(max(mapping) + 1, receiver.layers if receiver else 0)
     used = max(source for source, _ in mapping.values()) + 1
     projectors = [mapping[i][1] for i in sorted(mapping)]
-    arguments = _arguments(weights, projectors)
+    shape = _arguments(weights, projectors)
     states = [_read_state(weights / f"projector_{number}.pt") for number in projectors]
     training = _training_config(weights)
     model = training.get("model", {})
-    config = C2CFuserConfig(
-        layer_map=[mapping[i][0] if i in mapping else None for i in range(layers)],
-        sharer_kv={
-            "layers": sharer.layers if sharer else used,
-            "kv_heads": arguments["source_num_heads"],
-            "head_dim": arguments["source_dim"],
-        },
-        receiver_kv={
-            "layers": receiver.layers if receiver else layers,
-            "kv_heads": arguments["target_num_heads"],
-            "head_dim": arguments["target_dim"],
-        },
+    ours = KVGeometry(receiver.layers if receiver else layers, shape["target_num_heads"], shape["target_dim"])
+    theirs = KVGeometry(sharer.layers if sharer else used, shape["source_num_heads"], shape["source_dim"])
+    fuser = C2CFuser.from_geometry(
+        theirs,
+        ours,
+        [mapping[i][0] if i in mapping else None for i in range(layers)],
         alignment={
             "name": "published",
             "strategy": model.get("alignment_strategy", "first"),
@@ -81,11 +73,14 @@ def import_published(
         },
         training={"source": "published checkpoint", "config": training},
         gate_temperature=float(states[0].get("gate_temperature", 1.0)),
-        c2c_version=__version__,
-        **{name: value for name, value in arguments.items() if name in _OPTIONS},
+        **{name: value for name, value in shape.items() if name in _OPTIONS},
     )
-    fuser = C2CFuser(config)
-    _load_states(fuser, states, projectors)
+    for number, projector, state in zip(projectors, fuser.layers, states, strict=True):
+        values = {name: value for name, value in state.items() if name != "gate_temperature"}
+        try:
+            projector.to(dtype=next(iter(values.values())).dtype).load_state_dict(values)
+        except RuntimeError as error:  # lists every difference
+            raise FuserError(f"projector_{number}.pt does not fit its json: {error}") from error
     stored = next(value.dtype for name, value in states[0].items() if name.endswith(".weight"))
     asked = None if dtype == "auto" else getattr(torch, dtype) if isinstance(dtype, str) else dtype
     fuser.to(dtype=asked or stored)  # type: ignore[call-arg]
@@ -95,7 +90,7 @@ def import_published(
 
 def _weights_folder(folder: Path) -> Path:
     def step(path: Path) -> int:
-        tail = path.name.rsplit("-", 1)[-1]
+        tail = path.name.rpartition("-")[2]
         return int(tail) if tail.isdigit() else -1
 
     for candidate in (folder, folder / "final", *sorted(folder.glob("checkpoint-*"), key=step, reverse=True)):
@@ -156,20 +151,6 @@ def _read_state(path: Path) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise FuserError(f"{path} holds no state dict: expected names with tensors, got {type(state).__name__}.")
     return state
-
-
-def _load_states(fuser: C2CFuser, states: list[dict[str, Tensor]], projectors: list[int]) -> None:
-    for number, projector, state in zip(projectors, fuser.layers, states, strict=True):
-        values = {name: value for name, value in state.items() if name != "gate_temperature"}
-        expected, given = ({k: tuple(v.shape) for k, v in part.items()} for part in (projector.state_dict(), values))
-        if expected != given:
-            wrong = [
-                f"{name}: expected {expected.get(name, 'nothing')}, got {given.get(name, 'nothing')}"
-                for name in sorted(expected.keys() | given.keys())
-                if expected.get(name) != given.get(name)
-            ]
-            raise FuserError(f"projector_{number}.pt does not fit its json:\n  " + "\n  ".join(wrong))
-        projector.to(dtype=next(iter(values.values())).dtype).load_state_dict(values)
 
 
 def _training_config(weights: Path) -> dict[str, Any]:

@@ -2,102 +2,226 @@
 
 A key in a cache is ``R(p) k``, with ``p`` its position. Two models rotate with different bases, so a fuser that reads
 rotated keys would have to learn both rotations at every position; it reads ``k`` instead.
+
+How a model rotates is found out from its keys, layer by layer, and not assumed: a token alone attends only to itself,
+so that its keys differ between positions by their rotation and by nothing else.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from c2c.errors import CacheError
 
+Layout = Literal["halves", "neighbours", "single"]
+
 
 @dataclass(frozen=True)
 class Rotary:
-    """Rotate keys with the cosines and sines of their positions, each ``[batch, tokens, rotary_dim]`` in float32.
+    """Rotate keys with the cosines and sines of their positions, each ``[batch, tokens, pairs]`` in float32.
 
-    ``rotary_dim`` may be smaller than the head: the remaining channels are not rotated.
+    Attributes:
+        cos: one angle for each pair of channels; scaled where the model scales its rotation (YaRN).
+        sin: the same.
+        interleaved: pairs are neighbours (GLM, Cohere); else channel ``i`` goes with ``i + pairs`` (Llama, Qwen).
+        last: the last channels of a head are rotated, where these are more than ``2 * pairs``; else the first.
     """
 
     cos: Tensor
     sin: Tensor
+    interleaved: bool = False
+    last: bool = False
 
     def apply(self, x: Tensor) -> Tensor:
         """Rotate ``x`` of shape ``[..., batch, kv_heads, tokens, head_dim]``."""
-        return self._turn(x, self.sin)
+        return self._turn(x, self.cos, self.sin)
 
     def undo(self, x: Tensor) -> Tensor:
-        """Invert :meth:`apply`, also where the model scales its rotation (YaRN)."""
-        scale = (self.cos[..., :1].square() + self.sin[..., :1].square()).unsqueeze(-3)
-        turned, rest = self._split(self._turn(x, -self.sin))
-        return torch.cat([turned / scale.to(x.dtype), rest], dim=-1)
+        """Invert :meth:`apply`, also where the model scales its rotation."""
+        scale = self.cos[..., :1].square() + self.sin[..., :1].square()
+        return self._turn(x, self.cos / scale, -self.sin / scale)
 
-    def _turn(self, x: Tensor, sin: Tensor) -> Tensor:
-        part, rest = self._split(x)
-        half = part.shape[-1] // 2
-        swapped = torch.cat([-part[..., half:], part[..., :half]], dim=-1)
-        cos, sin = self.cos.unsqueeze(-3).to(x.dtype), sin.unsqueeze(-3).to(x.dtype)
-        return torch.cat([part * cos + swapped * sin, rest], dim=-1)
+    def _turn(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        cos, sin = cos.unsqueeze(-3).to(x.dtype), sin.unsqueeze(-3).to(x.dtype)
+        width = 2 * cos.shape[-1]
+        if self.last:
+            rest, part = x[..., :-width], x[..., -width:]
+        else:
+            part, rest = x[..., :width], x[..., width:]
+        one, two = (part[..., ::2], part[..., 1::2]) if self.interleaved else part.chunk(2, dim=-1)
+        turned = (one * cos - two * sin, two * cos + one * sin)
+        joined = torch.stack(turned, dim=-1).flatten(-2) if self.interleaved else torch.cat(turned, dim=-1)
+        return torch.cat([rest, joined] if self.last else [joined, rest], dim=-1)
 
-    def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return x[..., : self.cos.shape[-1]], x[..., self.cos.shape[-1] :]
+
+@dataclass(frozen=True)
+class MixedRotary:
+    """Rotate many layers, ``[layers, batch, kv_heads, tokens, head_dim]``, each in its own way."""
+
+    layers: Sequence[Rotary]
+
+    def apply(self, x: Tensor) -> Tensor:
+        """See :meth:`Rotary.apply`."""
+        return torch.stack([layer.apply(part) for layer, part in zip(self.layers, x, strict=True)])
+
+    def undo(self, x: Tensor) -> Tensor:
+        """See :meth:`Rotary.undo`."""
+        return torch.stack([layer.undo(part) for layer, part in zip(self.layers, x, strict=True)])
 
 
-def stack(tables: Sequence[Rotary]) -> Rotary:
-    """Stack the tables of many layers, ``[layers, batch, tokens, rotary_dim]``."""
+def stack(tables: Sequence[Rotary]) -> Rotary | MixedRotary:
+    """Join the tables of many layers to one that rotates them all at once."""
     first = tables[0]
     if all(table is first for table in tables):
-        return Rotary(first.cos.unsqueeze(0), first.sin.unsqueeze(0))
-    return Rotary(torch.stack([t.cos for t in tables]), torch.stack([t.sin for t in tables]))
+        return Rotary(first.cos.unsqueeze(0), first.sin.unsqueeze(0), first.interleaved, first.last)
+    if len({(table.cos.shape[-1], table.interleaved, table.last) for table in tables}) > 1:
+        return MixedRotary(tables)
+    cos, sin = torch.stack([t.cos for t in tables]), torch.stack([t.sin for t in tables])
+    return Rotary(cos, sin, first.interleaved, first.last)
 
 
-def tables(model: PreTrainedModel, positions: Tensor) -> list[Rotary] | None:
-    """Compute the rotary tables of every layer at ``positions`` (``[batch, tokens]``), from the model's own embedding.
+@dataclass(frozen=True)
+class Convention:
+    """Name how the keys of one layer are rotated.
 
-    Layers that rotate alike share one table. None for a model without rotary embedding.
+    Attributes:
+        module: name of the rotary embedding in the model's decoder.
+        layer_type: what the embedding is told, where it has tables for several types of layers.
+        layout: how the embedding's output repeats the angle of a pair: in halves, in neighbours, or not at all.
+        interleaved: see :class:`Rotary`.
+        backwards: rotated in the other direction.
+        last: see :class:`Rotary`.
     """
-    embedding = getattr(model.get_decoder(), "rotary_emb", None)
-    if embedding is None:
+
+    module: str
+    layer_type: str | None
+    layout: Layout
+    interleaved: bool
+    backwards: bool
+    last: bool
+
+    def table(self, model: PreTrainedModel, positions: Tensor) -> Rotary:
+        """Compute cosines and sines at ``positions``, ``[batch, tokens]``, with the model's own embedding."""
+        cos, sin = _embed(model.get_decoder().get_submodule(self.module), positions, self.layer_type)
+        if self.layout == "halves":
+            cos, sin = (x[..., : x.shape[-1] // 2] for x in (cos, sin))
+        elif self.layout == "neighbours":
+            cos, sin = cos[..., ::2], sin[..., ::2]
+        return Rotary(cos, -sin if self.backwards else sin, self.interleaved, self.last)
+
+
+# One entry per KV layer; None for a layer whose keys are not rotated.
+Scheme = list[Convention | None]
+
+
+def tables(model: PreTrainedModel, positions: Tensor, scheme: Scheme) -> list[Rotary] | None:
+    """Compute the rotary tables of every KV layer at ``positions`` (``[batch, tokens]``).
+
+    Layers that rotate alike share one table. None for a model that rotates nothing.
+    """
+    made = {convention: convention.table(model, positions) for convention in scheme if convention is not None}
+    if not made:
         return None
-    config = model.config.get_text_config(decoder=True)
-    probe = torch.empty(0, dtype=torch.float32, device=positions.device)
-    if "layer_type" not in inspect.signature(embedding.forward).parameters:
-        table = Rotary(*embedding(probe, positions))
-        return [table] * config.num_hidden_layers
-    by_type = {name: Rotary(*embedding(probe, positions, name)) for name in set(config.layer_types)}
-    return [by_type[name] for name in config.layer_types]
+    first = next(iter(made.values()))  # layers without rotation are rotated by nothing, in the shape of the others
+    still = Rotary(torch.ones_like(first.cos), torch.zeros_like(first.sin), first.interleaved, first.last)
+    return [still if convention is None else made[convention] for convention in scheme]
 
 
-def check(keys: Sequence[Tensor], tables: Sequence[Rotary] | None, name: str) -> None:
-    """Check that ``tables`` describe how a model rotates its keys.
-
-    A token alone attends only to itself, so that its keys differ between positions by their rotation and by nothing
-    else.
+def find_scheme(model: PreTrainedModel, keys: Sequence[Tensor], positions: Tensor, name: str) -> Scheme:
+    """Find out how every KV layer rotates its keys.
 
     Args:
-        keys: per layer the cached keys of one token at two positions, ``[2, kv_heads, 1, head_dim]``.
-        tables: per layer at these positions; None where the model shows no rotary embedding.
+        model: the model.
+        keys: per KV layer the keys of one token at several positions, ``[positions, kv_heads, 1, head_dim]``, each
+            alone in its row.
+        positions: ``[positions, 1]``, of which the first is 0.
         name: of the model, for the error.
 
     Raises:
-        CacheError: keys at the two positions do not agree without their rotation.
+        CacheError: layers rotate in none of the known ways.
     """
+    candidates = [(convention, convention.table(model, positions)) for convention in _candidates(model, positions)]
+    scheme: Scheme = []
+    unknown = []
     for index, layer in enumerate(keys):
-        tolerance, found = 1e-3 if layer.dtype == torch.float32 else 0.05, layer.float()
-        if tables is None:  # keys that differ, but not in length, are rotated without a table
-            same = torch.allclose(found[0], found[1], rtol=tolerance, atol=tolerance)
-            matches = same or not torch.allclose(found[0].norm(dim=-1), found[1].norm(dim=-1), rtol=tolerance)
-        else:
-            table = Rotary(tables[index].cos.to(layer.device), tables[index].sin.to(layer.device))
-            bare = table.undo(found)
-            matches = torch.allclose(bare[0], bare[1], rtol=tolerance, atol=tolerance * float(bare.abs().max()))
-        if not matches:
-            raise CacheError(
-                f"{name}: the rotary embedding of layer {index} can't be taken off its keys (this model rotates them "
-                "in another way than Llama, Qwen and Gemma do). Use the 'c2c' fuser, which reads keys as they are."
-            )
+        found, limit = layer.float().cpu(), 0.005 if layer.dtype == torch.float32 else 0.05
+        errors = [(_spread(found, found), None), *((_spread(_undone(t, found), found), c) for c, t in candidates)]
+        least, convention = min(errors, key=lambda pair: pair[0])
+        if least > limit and _same_norms(found, limit):  # else positions are learned: these change norms
+            unknown.append(index)
+        scheme.append(convention if least <= limit else None)
+    if unknown:
+        raise CacheError(
+            f"{name}: the rotary embedding of layers {unknown} can't be taken off their keys: neither halves nor "
+            "neighbouring channels, turned by the model's own table, explain them. Use the 'c2c' fuser, which reads "
+            "keys as they are."
+        )
+    return scheme
+
+
+def _candidates(model: PreTrainedModel, positions: Tensor) -> Iterator[Convention]:
+    """List the conventions that the model's rotary embeddings allow, the usual ones first."""
+    config = model.config.get_text_config(decoder=True)
+    types = list(dict.fromkeys(getattr(config, "layer_types", None) or []))
+    for name, module in _embeddings(model):
+        told = types if "layer_type" in inspect.signature(module.forward).parameters else [None]
+        for layer_type in told:
+            try:
+                cos, _ = _embed(module, positions, layer_type)
+            except (TypeError, ValueError, AttributeError, KeyError, IndexError, RuntimeError):
+                continue  # of an image encoder, or without a table for this type
+            for interleaved, backwards, last in product((False, True), repeat=3):
+                yield Convention(name, layer_type, _layout(cos), interleaved, backwards, last)
+
+
+def _embeddings(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
+    """Return the rotary embeddings of a model by name, without those that repeat another's frequencies."""
+    found: dict[tuple[Any, ...], tuple[str, nn.Module]] = {}
+    for name, module in model.get_decoder().named_modules():
+        if type(module).__name__.endswith("RotaryEmbedding"):
+            buffers = {key: tuple(b.flatten()[:4].tolist()) for key, b in module.named_buffers() if not b.is_meta}
+            found.setdefault((type(module), tuple(buffers.items())), (name, module))
+    return list(found.values())
+
+
+def _embed(module: Any, positions: Tensor, layer_type: str | None) -> tuple[Tensor, Tensor]:
+    probe = torch.empty(0, dtype=torch.float32, device=positions.device)
+    out = module(probe, positions) if layer_type is None else module(probe, positions, layer_type)
+    return (out.real, out.imag) if isinstance(out, Tensor) else out
+
+
+def _layout(cos: Tensor) -> Layout:
+    width = cos.shape[-1]
+    if width % 2 == 0 and torch.equal(cos[..., : width // 2], cos[..., width // 2 :]):
+        return "halves"
+    return "neighbours" if width % 2 == 0 and torch.equal(cos[..., ::2], cos[..., 1::2]) else "single"
+
+
+def _undone(table: Rotary, keys: Tensor) -> Tensor:
+    """Take a rotation off; NaN where the keys have too few channels for it."""
+    if 2 * table.cos.shape[-1] > keys.shape[-1]:
+        return torch.full_like(keys, float("nan"))
+    return Rotary(table.cos.float().cpu(), table.sin.float().cpu(), table.interleaved, table.last).undo(keys)
+
+
+def _spread(bare: Tensor, keys: Tensor) -> float:
+    """Measure how much ``bare`` keys differ between positions, from 0 to 1: the mean over channels of relative errors.
+
+    Relative to the size of each channel, since biases make some channels a hundred times as large as others.
+    """
+    size = keys.square().mean(dim=0).sqrt() + 1e-12
+    error = ((bare[1:] - bare[:1]).square().mean(dim=0).sqrt() / size).clamp(max=1)
+    return float(error.nan_to_num(1.0).mean())
+
+
+def _same_norms(keys: Tensor, limit: float) -> bool:
+    norms = keys.norm(dim=-1)
+    return torch.allclose(norms, norms[:1].expand_as(norms), rtol=limit)

@@ -102,30 +102,28 @@ class TokenIds:
     ) -> PrefilledPrompt:
         count = len(self.sharers)
         ids = _ids(receiver_ids, "receiver_ids")
-        mask = _mask(receiver_mask, ids, "receiver_mask")
-        others = [_ids(entry, "sharer_ids") for entry in _per_sharer(sharer_ids, count)]
-        masks = zip(_per_sharer(sharer_mask, count), others, strict=True)
-        other_masks = [_mask(entry, other, "sharer_mask") for entry, other in masks]
-        selection = _selection(fuse_mask, ids, 2**count - 1)
+        others = [_ids(given, "sharer_ids") for given in _per_sharer(sharer_ids, count)]
         if wrong := [tuple(other.shape) for other in others if other.shape != ids.shape]:
             raise AlignmentError(
                 f"unaligned prompt: receiver_ids are {tuple(ids.shape)}, sharer_ids {wrong[0]}. Ids must be aligned "
                 "one to one; for text use generate(messages), which aligns."
             )
+        mask = _like(ids, receiver_mask, "receiver_mask").bool()
+        other_masks = [_like(ids, given, "sharer_mask").bool() for given in _per_sharer(sharer_mask, count)]
+        selection = _selection(ids, fuse_mask, 2**count - 1)
         if sections is not None:
             check_sections(selection, sections)
-        groups: dict[tuple[int, ...], list[int]] = {}
-        for row, values in enumerate(selection.tolist()):
-            groups.setdefault(tuple(values), []).append(row)
         positions = slot_positions(mask, other_masks)
-        tokens = TokenBatch(ids, mask, positions, bool((~mask).any()), natural=False)
-        sharers = [
-            TokenBatch(other, m, positions, bool((~m).any())) for other, m in zip(others, other_masks, strict=True)
-        ]
+        tokens, *sharers = (
+            TokenBatch(one, real, positions, bool((~real).any()), natural=False)
+            for one, real in zip((ids, *others), (mask, *other_masks), strict=True)
+        )
+        plans, group = selection.unique(dim=0, return_inverse=True)
+        groups = [(group == index).nonzero().flatten().tolist() for index in range(len(plans))]
         prompts = []
-        for rows in groups.values():
-            plan = plan_sections(selection[rows[0]], mask[rows], count, sections)
-            prompts.append(Prompt(tokens.select(rows), tuple(s.select(rows) for s in sharers), *plan))
+        for rows, plan in zip(groups, plans, strict=True):
+            chunks, skipped = plan_sections(plan, mask[rows], count, sections)
+            prompts.append(Prompt(tokens.select(rows), tuple(one.select(rows) for one in sharers), chunks, skipped))
         if bool(selection.any()) and not any(prompt.chunks for prompt in prompts):
             warnings.warn(
                 "fuse_mask selects positions of the last section only, which is never fused: the answer is the "
@@ -137,23 +135,10 @@ class TokenIds:
         except SharerLost as lost:
             return self.prefill_receiver(tokens, lost)
         if len(prompts) > 1:  # rows were grouped by their sections: back to the caller's order
-            order = torch.tensor([row for rows in groups.values() for row in rows]).argsort()
+            order = torch.tensor([row for rows in groups for row in rows]).argsort()
             tokens, cache = fused.tokens.select(order.tolist()), kv_cache.select_rows(fused.cache, order)
             fused = replace(fused, tokens=tokens, cache=cache)
         return fused
-
-
-def _selection(fuse_mask: Any, ids: Tensor, everyone: int) -> Tensor:
-    """Convert the fuse mask to bit masks of sharers, ``[batch, tokens]``; the bits of ``everyone`` are all of them."""
-    mask: Tensor = torch.as_tensor(fuse_mask).cpu()
-    if mask.dim() == 1:
-        mask = mask.expand(ids.shape[0], -1)
-    if mask.shape != ids.shape:
-        raise PromptError(f"fuse_mask is {tuple(mask.shape)}, expected {tuple(ids.shape)} like receiver_ids.")
-    bits = mask.long() * everyone if mask.dtype == torch.bool else mask.long().clamp_min(0)
-    if int(bits.max()) > everyone:
-        raise PromptError(f"fuse_mask selects sharers by bit mask {int(bits.max())}; the largest here is {everyone}.")
-    return bits
 
 
 def _ids(value: Any, name: str) -> Tensor:
@@ -166,14 +151,22 @@ def _ids(value: Any, name: str) -> Tensor:
     return ids.long()
 
 
-def _mask(value: Any, ids: Tensor, name: str) -> Tensor:
-    if value is None:
-        return torch.ones_like(ids, dtype=torch.bool)
-    mask = torch.as_tensor(value).cpu().bool()
-    mask = mask.unsqueeze(0) if mask.dim() == 1 else mask
+def _like(ids: Tensor, value: Any, name: str) -> Tensor:
+    """Convert to a tensor of the shape of ``ids``; one row is meant for all, and None is all ones."""
+    mask: Tensor = torch.ones_like(ids) if value is None else torch.as_tensor(value).cpu()
+    mask = mask.expand(len(ids), -1) if mask.dim() == 1 else mask
     if mask.shape != ids.shape:
         raise PromptError(f"{name} is {tuple(mask.shape)}, expected {tuple(ids.shape)} like the ids.")
     return mask
+
+
+def _selection(ids: Tensor, fuse_mask: Any, everyone: int) -> Tensor:
+    """Convert the fuse mask to bit masks of sharers, ``[batch, tokens]``; the bits of ``everyone`` are all of them."""
+    mask = _like(ids, fuse_mask, "fuse_mask")
+    bits = mask.long() * everyone if mask.dtype == torch.bool else mask.long().clamp_min(0)
+    if int(bits.max()) > everyone:
+        raise PromptError(f"fuse_mask selects sharers by bit mask {int(bits.max())}; the largest here is {everyone}.")
+    return bits
 
 
 def _depth(value: Any) -> int:

@@ -12,8 +12,9 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from importlib import metadata
+from importlib import import_module, metadata
 from pathlib import Path
+from pkgutil import iter_modules
 from typing import Any
 
 from packaging.requirements import Requirement
@@ -23,6 +24,27 @@ from c2c.version import __version__
 
 DISTRIBUTION = "cache2cache"
 OnProgress = Callable[[str, int, int], None]  # what is being done, how much of it is done, and how much there is
+
+
+def plugins(base: type, package: str, attribute: str) -> dict[str, Any]:
+    """Return the subclasses of ``base`` by name, those of other packages (entry points) included.
+
+    Args:
+        base: the class.
+        package: whose modules define subclasses, such as ``c2c.fusers``; also the group of the entry points.
+        attribute: of a subclass, its name.
+    """
+    for module in iter_modules(import_module(package).__path__):
+        import_module(f"{package}.{module.name}")
+    waiting, found = [base], {}
+    for kind in waiting:
+        waiting += kind.__subclasses__()
+        if attribute in vars(kind):
+            found[getattr(kind, attribute)] = kind
+    for entry in metadata.entry_points(group=package):
+        if entry.name not in found:
+            found[entry.name] = entry.load()
+    return found
 
 
 def save_atomically(folder: Path, write: Callable[[str], Any], *, private: bool = False) -> None:

@@ -27,14 +27,4 @@ def make_aligner(config: dict[str, Any] | None) -> Aligner:
     return aligner
 
 
-__all__ = [
-    "ALIGNERS",
-    "Aligner",
-    "Alignment",
-    "CharSpanAligner",
-    "Chunk",
-    "Prompt",
-    "PublishedAligner",
-    "SpanAligner",
-    "make_aligner",
-]
+__all__ = ["Aligner", "Alignment", "CharSpanAligner", "Chunk", "Prompt", "PublishedAligner", "make_aligner"]

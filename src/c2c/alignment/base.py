@@ -106,7 +106,7 @@ class Prompt:
 
 
 class Aligner(Protocol):
-    """Turn conversations into prompts. Rows that can't share one fusion plan become several prompts."""
+    """Turn conversations into prompts, one for each; :func:`merge` makes a batch of those with one fusion plan."""
 
     def align(
         self, receiver: Any, sharers: Sequence[Any], batch: Sequence[Conversation], options: RenderOptions
@@ -192,15 +192,13 @@ def derange(prompt: Prompt, other: Prompt) -> Prompt:
     """
     if len(prompt.chunks) != 1 or len(other.chunks) != 1:
         raise PromptError("another prompt's cache needs an aligner with a single chunk, such as 'spans'.")
-    chunk = prompt.chunks[0]
     alignments = []
-    for own, theirs in zip(chunk.alignments, other.chunks[0].alignments, strict=True):
+    for own, theirs in zip(prompt.chunks[0].alignments, other.chunks[0].alignments, strict=True):
         if own is not None and theirs is not None:
-            own = Alignment(
-                own.rows, own.receiver, torch.tensor(derange_columns(own.sharer.tolist(), theirs.sharer.tolist()))
-            )
+            columns = derange_columns(own.sharer.tolist(), theirs.sharer.tolist())
+            own = Alignment(own.rows, own.receiver, torch.tensor(columns))
         alignments.append(own if theirs is not None else None)
-    return replace(prompt, sharers=other.sharers, chunks=(Chunk(chunk.stop, tuple(alignments)),))
+    return replace(prompt, sharers=other.sharers, chunks=(Chunk(prompt.chunks[0].stop, tuple(alignments)),))
 
 
 def _cut(alignment: Alignment | None, cut: int, known: int, drop: int) -> Alignment | None:

@@ -9,7 +9,6 @@ fused, and neither is the last token, which the receiver runs on the fused cache
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 from c2c.alignment.base import Alignment, Chunk, Prompt
 from c2c.errors import AlignmentError
 from c2c.messages import Conversation
-from c2c.prompting import Encoded, RenderOptions, encode, pad_id, render, require_tokenizer, text_tokens
+from c2c.prompting import Encoded, RenderOptions, encode, render, require_tokenizer, text_tokens
 from c2c.tokens import left_pad
 
 
@@ -42,43 +41,32 @@ class CharSpanAligner:
     def align(
         self, receiver: Any, sharers: Sequence[Any], batch: Sequence[Conversation], options: RenderOptions
     ) -> list[Prompt]:
-        """Align a batch to one left-padded prompt. See :class:`~c2c.alignment.base.Aligner`."""
-        ours = _encode_all(receiver, batch, options, "receiver")
+        """Align each conversation to a prompt of its own. See :class:`~c2c.alignment.base.Aligner`."""
         cues = self.cue and options.add_generation_prompt and not options.answer_prefix
         cued = replace(options, answer_prefix=self.cue) if cues else options
-        theirs = [_encode_all(tokenizer, batch, cued, "sharer") for tokenizer in sharers]
-        receiver_batch = left_pad([row.ids for row in ours], pad_id(receiver))
-        sharer_batches = tuple(
-            left_pad([row.ids for row in rows], pad_id(tokenizer))
-            for rows, tokenizer in zip(theirs, sharers, strict=True)
-        )
-        skipped: Counter[str] = Counter()
-        alignments = [
-            self._align_batch(ours, rows, receiver_batch.length, other.length, skipped)
-            for rows, other in zip(theirs, sharer_batches, strict=True)
-        ]
-        chunk = Chunk(receiver_batch.length - 1, tuple(alignments))
-        return [Prompt(receiver_batch, sharer_batches, (chunk,), dict(skipped))]
-
-    def _align_batch(
-        self, ours: list[Encoded], theirs: list[Encoded], width: int, other_width: int, skipped: Counter[str]
-    ) -> Alignment:
-        pairs: list[tuple[int, int, int]] = []
-        skipped.clear()  # the reasons are the same for every sharer
-        for row, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
-            shift, other_shift = width - len(mine.ids), other_width - len(other.ids)
-            targets = self.pairs(mine, other)
-            fused = [(t, s) for t, s in enumerate(targets) if s is not None and t < len(mine.ids) - 1]
-            if not fused:
-                raise AlignmentError(
-                    f"no token of prompt {row} can be fused: no message text was found in both models' rendered "
-                    f"prompts. Receiver reads {mine.rendered.text!r}; sharer reads {other.rendered.text!r}. Check "
-                    "that neither chat template drops the message."
-                )
-            skipped["last token, run on the fused cache"] += 1
-            skipped["template before the first message"] += len(mine.ids) - 1 - len(fused)
-            pairs += [(row, t + shift, s + other_shift) for t, s in fused]
-        return Alignment.from_pairs(pairs)
+        prompts = []
+        for index, conversation in enumerate(batch):
+            ours = _encode(receiver, conversation, options, "receiver")
+            theirs = [_encode(tokenizer, conversation, cued, "sharer") for tokenizer in sharers]
+            last = len(ours.ids) - 1
+            alignments = []
+            for other in theirs:
+                fused = [(0, t, s) for t, s in enumerate(self.pairs(ours, other)[:last]) if s is not None]
+                if not fused:
+                    raise AlignmentError(
+                        f"no token of prompt {index} can be fused: no message text was found in both models' rendered "
+                        f"prompts. Receiver reads {ours.rendered.text!r}; sharer reads {other.rendered.text!r}. Check "
+                        "that neither chat template drops the message."
+                    )
+                alignments.append(Alignment.from_pairs(fused))
+            skipped = {
+                "last token, run on the fused cache": 1,
+                "template before the first message": last - len(alignments[0]),
+            }
+            receiver_tokens, *sharer_tokens = (left_pad([one.ids], 0) for one in (ours, *theirs))
+            chunks = (Chunk(last, tuple(alignments)),)
+            prompts.append(Prompt(receiver_tokens, tuple(sharer_tokens), chunks, skipped))
+        return prompts
 
     def pairs(self, receiver: Encoded, sharer: Encoded) -> list[int | None]:
         """Return for each receiver token the sharer token that it takes, or None."""
@@ -111,6 +99,5 @@ def _stretch_ends(sharer: Encoded) -> dict[int, int]:
     return ends
 
 
-def _encode_all(tokenizer: Any, batch: Sequence[Conversation], options: RenderOptions, whose: str) -> list[Encoded]:
-    require_tokenizer(tokenizer, whose)
-    return [encode(tokenizer, render(tokenizer, conversation, options)) for conversation in batch]
+def _encode(tokenizer: Any, conversation: Conversation, options: RenderOptions, whose: str) -> Encoded:
+    return encode(require_tokenizer(tokenizer, whose), render(tokenizer, conversation, options))

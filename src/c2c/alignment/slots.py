@@ -10,8 +10,8 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from itertools import accumulate
+from dataclasses import dataclass
+from itertools import accumulate, zip_longest
 from typing import Any, Literal
 
 import torch
@@ -23,49 +23,20 @@ from c2c.messages import Conversation
 from c2c.prompting import Rendered, RenderOptions, Span, encode, pad_id, render, require_tokenizer
 from c2c.tokens import TokenBatch
 
-Kind = Literal["message", "template"]
 Strategy = Literal["first", "longest"]
 
 
 @dataclass(frozen=True)
 class Section:
-    """Mark a run of slots as message text or template."""
-
-    kind: Kind
-    start: int
-    stop: int
-
-
-@dataclass
-class AlignedSlots:
-    """Hold two id lists of one length.
+    """Mark a run of slots as message text or template.
 
     Attributes:
-        receiver_ids: the receiver's ids, one per slot.
-        sharer_ids: the sharer's ids, one per slot.
-        message_mask: whether a slot is message text.
-        receiver_padding: whether the receiver's id is an inserted pad.
-        sharer_padding: the same for the sharer.
-        sections: runs of template and message.
+        kind: which of them.
+        slots: the receiver's and the sharer's id of each slot; None for an inserted pad.
     """
 
-    receiver_ids: list[int] = field(default_factory=list)
-    sharer_ids: list[int] = field(default_factory=list)
-    message_mask: list[bool] = field(default_factory=list)
-    receiver_padding: list[bool] = field(default_factory=list)
-    sharer_padding: list[bool] = field(default_factory=list)
-    sections: list[Section] = field(default_factory=list)
-
-    def add(self, kind: Kind, ours: Sequence[int], theirs: Sequence[int], pads: tuple[int, int]) -> None:
-        """Append a section, the shorter side filled with its pad at the end."""
-        start, width = len(self.receiver_ids), max(len(ours), len(theirs))
-        if width:
-            self.sections.append(Section(kind, start, start + width))
-        self.receiver_ids += [*ours, *[pads[0]] * (width - len(ours))]
-        self.sharer_ids += [*theirs, *[pads[1]] * (width - len(theirs))]
-        self.message_mask += [kind == "message"] * width
-        self.receiver_padding += [slot >= len(ours) for slot in range(width)]
-        self.sharer_padding += [slot >= len(theirs) for slot in range(width)]
+    kind: Literal["message", "template"]
+    slots: list[tuple[int | None, int | None]]
 
 
 @dataclass(frozen=True)
@@ -98,11 +69,12 @@ class PublishedAligner:
                 f"the published alignment pads two models to one length; it can't be used with {len(sharers)} sharers. "
                 "Use alignment='spans', or sharers that read the receiver's ids."
             )
-        sharer = require_tokenizer(sharers[0], "sharer")
-        return [
-            _prompt(align_conversation(receiver, sharer, conversation, options=options, strategy=self.strategy))
-            for conversation in batch
-        ]
+        sharer, prompts = require_tokenizer(sharers[0], "sharer"), []
+        for conversation in batch:
+            rendered = render(receiver, conversation, options), render(sharer, conversation, options)
+            sections = align_rendered(receiver, sharer, *rendered, strategy=self.strategy)
+            prompts.append(_prompt(sections, pad_id(receiver), pad_id(sharer)))
+        return prompts
 
 
 def _same_ids(receiver: Any, sharers: int, conversation: Conversation, options: RenderOptions) -> Prompt:
@@ -119,31 +91,30 @@ def _same_ids(receiver: Any, sharers: int, conversation: Conversation, options: 
     return Prompt(tokens, (tokens,) * sharers, *plan_sections(fuse, mask, sharers))
 
 
-def _prompt(slots: AlignedSlots) -> Prompt:
-    keep = max(i for i, padded in enumerate(slots.receiver_padding) if not padded) + 1  # pads at the end: no use
-    ours, theirs = (~torch.tensor([side[:keep]]) for side in (slots.receiver_padding, slots.sharer_padding))
-    positions = slot_positions(ours, [theirs])
-    chunks, skipped = plan_sections(torch.tensor(slots.message_mask[:keep]).long(), ours, sharers=1)
+def _prompt(sections: Sequence[Section], pad: int, sharer_pad: int) -> Prompt:
+    slots = [(section.kind == "message", *slot) for section in sections for slot in section.slots]
+    while slots[-1][1] is None:  # pads at the end are of no use
+        slots.pop()
+    messages, ours, theirs = zip(*slots, strict=True)
+    mask, their_mask = (torch.tensor([[token is not None for token in side]]) for side in (ours, theirs))
+    positions = slot_positions(mask, [their_mask])
+    chunks, skipped = plan_sections(torch.tensor(messages).long(), mask, sharers=1)
     if not chunks:
         raise AlignmentError(
             "no token can be fused: with the published alignment the last section of a prompt is never fused, and "
             "this prompt has no message before it. Use alignment='spans', or end the prompt with the generation prompt."
         )
-    whole = bool(ours.all())
-    receiver = TokenBatch(torch.tensor([slots.receiver_ids[:keep]]), ours, positions, not whole, natural=whole)
-    sharer = TokenBatch(torch.tensor([slots.sharer_ids[:keep]]), theirs, positions, not bool(theirs.all()))
+    whole = bool(mask.all())
+    ids = torch.tensor([[pad if token is None else token for token in ours]])
+    their_ids = torch.tensor([[sharer_pad if token is None else token for token in theirs]])
+    receiver = TokenBatch(ids, mask, positions, not whole, natural=whole)
+    sharer = TokenBatch(their_ids, their_mask, positions, not bool(their_mask.all()))
     return Prompt(receiver, (sharer,), chunks, skipped)
 
 
-def align_conversation(
-    receiver: Any,
-    sharer: Any,
-    conversation: Conversation,
-    *,
-    options: RenderOptions,
-    strategy: Strategy = "first",
-    remove_last_suffix: bool = False,
-) -> AlignedSlots:
+def align_rendered(
+    receiver: Any, sharer: Any, ours: Rendered, theirs: Rendered, strategy: Strategy = "first"
+) -> list[Section]:
     """Align one conversation slot by slot.
 
     Where both templates show the same messages the result is that of the published code. Where one template drops or
@@ -152,13 +123,10 @@ def align_conversation(
     Args:
         receiver: the receiver's fast tokenizer.
         sharer: the sharer's.
-        conversation: the messages.
-        options: how to render them.
+        ours: the conversation as the receiver's template renders it.
+        theirs: the same of the sharer's.
         strategy: see :class:`PublishedAligner`.
-        remove_last_suffix: render all but the last message with the generation prompt and append its raw text.
     """
-    ours = _render(receiver, conversation, options, remove_last_suffix)
-    theirs = _render(sharer, conversation, options, remove_last_suffix)
     our_spans, their_spans = _published_spans(ours), _published_spans(theirs)
     if our_spans.keys() != their_spans.keys():  # only those that both templates show
         both = [(i, *pair) for i, pair in enumerate(zip(ours.spans, theirs.spans, strict=True))]
@@ -166,15 +134,15 @@ def align_conversation(
         their_spans = {i: other[0] for i, mine, other in both if mine and other}
     our_ids, our_runs = _token_runs(receiver, ours, our_spans.values())
     their_ids, their_runs = _token_runs(sharer, theirs, their_spans.values())
-    slots, pads = AlignedSlots(), (pad_id(receiver), pad_id(sharer))
+    sections: list[Section] = []
     cursor, their_cursor = 0, 0
     for (start, stop), (their_start, their_stop) in zip(our_runs, their_runs, strict=True):
-        slots.add("template", our_ids[cursor:start], their_ids[their_cursor:their_start], pads)
-        message = our_ids[start:stop]
-        slots.add("message", message, [translate(receiver, sharer, token, strategy) for token in message], pads)
+        before = zip_longest(our_ids[cursor:start], their_ids[their_cursor:their_start])
+        message = [(token, translate(receiver, sharer, token, strategy)) for token in our_ids[start:stop]]
+        sections += [Section("template", list(before)), Section("message", list(message))]
         cursor, their_cursor = stop, their_stop
-    slots.add("template", our_ids[cursor:], their_ids[their_cursor:], pads)
-    return slots
+    sections.append(Section("template", list(zip_longest(our_ids[cursor:], their_ids[their_cursor:]))))
+    return [section for section in sections if section.slots]
 
 
 def translate(receiver: Any, sharer: Any, token: int, strategy: Strategy) -> int:
@@ -190,16 +158,6 @@ def translate(receiver: Any, sharer: Any, token: int, strategy: Strategy) -> int
     if strategy == "first":
         return candidates[0]
     return max(candidates, key=lambda candidate: len(sharer.decode([candidate])))
-
-
-def _render(tokenizer: Any, conversation: Conversation, options: RenderOptions, remove_last_suffix: bool) -> Rendered:
-    if not remove_last_suffix:
-        return render(tokenizer, conversation, options)
-    opened = RenderOptions(True, "", options.enable_thinking)
-    head = render(tokenizer, conversation[:-1], opened)
-    last = conversation[-1]["content"]
-    span = ((len(head.text), len(head.text) + len(last)), 0) if last else None
-    return Rendered(head.text + last + options.answer_prefix, (*head.contents, last), (*head.spans, span))
 
 
 def _published_spans(rendered: Rendered) -> dict[int, Span]:
@@ -235,9 +193,7 @@ def slot_positions(mask: Tensor, others: Sequence[Tensor]) -> Tensor:
     Columns at the start of a row where no model has a token are the padding of a batch, not of the alignment; they do
     not count, so that a row is the same in any batch. ``[batch, tokens]``.
     """
-    empty = ~mask
-    for other in others:
-        empty = empty & ~other[:, : mask.shape[1]]
+    empty = ~torch.stack([mask, *(other[:, : mask.shape[1]] for other in others)]).any(0)
     lead = empty.long().cumprod(-1).sum(-1, keepdim=True)
     return (torch.arange(mask.shape[1], device=mask.device) - lead).clamp_min(0)
 
@@ -260,23 +216,18 @@ def plan_sections(
     skipped: Counter[str] = Counter()
     chunks: list[Chunk] = []
     for stop, size in zip(accumulate(counts), counts, strict=True):
-        bits, real = int(selection[stop - 1]), int(mask[:, stop - size : stop].sum())
+        start, bits = stop - size, int(selection[stop - 1])
+        real = mask[:, start:stop]
         if stop == len(selection):
-            skipped["last section, run on the fused cache"] += real
+            skipped["last section, run on the fused cache"] += int(real.sum())
         elif bits <= 0:
-            skipped["not selected"] += real
+            skipped["not selected"] += int(real.sum())
         else:
-            alignment = _section(mask, stop - size, stop)
+            rows, columns = real.nonzero(as_tuple=True)
+            packed = Alignment(rows, columns + start, columns + start)
+            alignment = Alignment.from_block(len(mask), start, stop) if bool(real.all()) else packed
             chunks.append(Chunk(stop, tuple(alignment if bits >> j & 1 else None for j in range(sharers))))
     return tuple(chunks), {reason: count for reason, count in skipped.items() if count}
-
-
-def _section(mask: Tensor, start: int, stop: int) -> Alignment:
-    real = mask[:, start:stop]
-    if bool(real.all()):
-        return Alignment.from_block(mask.shape[0], start, stop)
-    rows, columns = real.nonzero(as_tuple=True)
-    return Alignment(rows, columns + start, columns + start)
 
 
 def check_sections(selection: Tensor, sections: Sequence[int]) -> None:

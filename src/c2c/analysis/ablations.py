@@ -12,10 +12,8 @@ from transformers import Cache, DynamicCache
 
 from c2c import kv_cache
 from c2c.alignment import Alignment
-from c2c.analysis.capture import Experiment
 from c2c.analysis.config import AnalysisConfig, PrecisionConfig
-from c2c.analysis.results import analysis, difference, gains
-from c2c.evaluation.statistics import summarise
+from c2c.analysis.experiment import Experiment, analysis, difference
 from c2c.handoff import Precision, QuantizedTensor
 from c2c.training.shared_context import SharedBatch
 from c2c.utils import OnProgress
@@ -38,26 +36,24 @@ def measure_progressive(config: AnalysisConfig, progress: OnProgress | None = No
         receiver and matched minus deranged, in ``points`` with ``ci95``.
     """
     experiment = Experiment(config, progress)
-    names = {
-        part: {0.0: "receiver"} | {fraction: f"{part} {fraction}" for fraction in FRACTIONS[1:-1]} | {1.0: "matched"}
-        for part in get_args(Part)
-    }
+    parts: tuple[Part, ...] = get_args(Part)
 
-    def caches(batch: SharedBatch) -> Iterator[tuple[str, Cache]]:
-        yield from _controls(experiment, batch)
-        for part in names:
+    def caches(batch: SharedBatch) -> Iterator[tuple[Any, Cache]]:
+        yield from experiment.controls(batch)
+        for part in parts:
             for fraction in FRACTIONS[1:-1]:
                 some = part_of(batch.matched, fraction, part)
-                cache = experiment.fuse(batch, "matched" if len(some) else "none", matched=some)
-                yield names[part][fraction], cache
+                yield f"{part} {fraction}", experiment.fuse(batch, "matched" if len(some) else "none", matched=some)
 
-    summary = summarise(experiment.score(caches), config.seed)
-    found = summary["systems"]
+    scores = experiment.score(caches)
+    ends = {0.0: "receiver", 1.0: "matched"}
     numbers: dict[str, Any] = {
-        part: [{"fraction": fraction} | found[name] for fraction, name in fractions.items()]
-        for part, fractions in names.items()
+        part: [
+            {"fraction": fraction} | scores.systems[ends.get(fraction, f"{part} {fraction}")] for fraction in FRACTIONS
+        ]
+        for part in parts
     }
-    return numbers | {name: found[name] for name in ("deranged", "zero")} | gains(summary) | experiment.facts()
+    return numbers | {name: scores.systems[name] for name in ("deranged", "zero")} | scores.gains | experiment.facts()
 
 
 def part_of(alignment: Alignment, fraction: float, part: Part) -> Alignment:
@@ -90,29 +86,23 @@ def measure_layers(config: AnalysisConfig, progress: OnProgress | None = None) -
     thirds = {name: chunk.tolist() for name, chunk in chunks if len(chunk)}  # some are empty below three layers
     mixtures: dict[str, tuple[Sequence[int], Sequence[int]]] = {"keys only": (layers, []), "values only": ([], layers)}
     for name, third in thirds.items():
-        rest = [layer for layer in layers if layer not in third]
-        mixtures[f"without {name} third"] = (rest, rest)
-    singles = {layer: f"layer {layer}" for layer in layers}
-    mixtures |= {name: ([layer], [layer]) for layer, name in singles.items()}
+        mixtures[f"without {name} third"] = ([layer for layer in layers if layer not in third],) * 2
+    mixtures |= {f"layer {layer}": ([layer], [layer]) for layer in layers}
 
     def caches(batch: SharedBatch) -> Iterator[tuple[str, Cache]]:
-        yield from _controls(experiment, batch)
+        yield from experiment.controls(batch)
         fused = experiment.fuse(batch)
         for name, chosen in mixtures.items():
             yield name, mix(batch.receiver_cache, fused, *chosen)
 
-    scores = experiment.score(caches)
-    summary = summarise(scores, config.seed)
-    found = summary["systems"]
-    numbers: dict[str, Any] = {
-        "single": [
-            {"layer": layer} | found.pop(name) | {"gain": difference(scores[name], scores["receiver"], config.seed)}
-            for layer, name in singles.items()
-        ],
-        "systems": found,
-        "thirds": thirds,
-    }
-    return numbers | gains(summary) | experiment.facts()
+    items, systems, gains = experiment.score(caches)
+    single = [
+        {"layer": layer}
+        | systems.pop(f"layer {layer}")
+        | {"gain": difference(items[f"layer {layer}"], items["receiver"], config.seed)}
+        for layer in layers
+    ]
+    return {"single": single, "systems": systems, "thirds": thirds} | gains | experiment.facts()
 
 
 def mix(clean: Cache, fused: Cache, keys: Sequence[int], values: Sequence[int]) -> DynamicCache:
@@ -140,7 +130,7 @@ def measure_precision(config: PrecisionConfig, progress: OnProgress | None = Non
         only); ``receiver`` and ``deranged``; ``G`` and ``P`` of the first row, as for :func:`measure_progressive`.
     """
     experiment = Experiment(config, progress, needs_sharer=config.unrounded)
-    sharer = experiment.model.sharers[0]
+    sharer = experiment.sharer
     own: Any = str(sharer.dtype).removeprefix("torch.")
     precisions: list[Precision] = [STORED, "int8", "float8"]
     if config.unrounded:
@@ -156,19 +146,17 @@ def measure_precision(config: PrecisionConfig, progress: OnProgress | None = Non
             sizes[precision] += nbytes
             yield precision, experiment.fuse(batch, sharer_cache=sent)
 
-    scores = experiment.score(caches)
-    first = scores[precisions[0]]
-    summary = summarise(scores | {"matched": first}, config.seed)
-    found = summary["systems"]
+    items, systems, gains = experiment.score(caches, matched=precisions[0])
+    first = items[precisions[0]]
     numbers: dict[str, Any] = {
         "precisions": [
-            {"precision": name, "bytes": sizes[name] / len(first), **found[name]}
-            | {"cost": difference(scores[name], first, config.seed)}
-            | {"differ": 100 * sum(a != b for a, b in zip(scores[name], first, strict=True)) / len(first)}
+            {"precision": name, "bytes": sizes[name] / len(first), **systems[name]}
+            | {"cost": difference(items[name], first, config.seed)}
+            | {"differ": 100 * sum(a != b for a, b in zip(items[name], first, strict=True)) / len(first)}
             for name in precisions
         ]
     }
-    return numbers | {name: found[name] for name in ("receiver", "deranged")} | gains(summary) | experiment.facts()
+    return numbers | {name: systems[name] for name in ("receiver", "deranged")} | gains | experiment.facts()
 
 
 def quantize(
@@ -202,9 +190,3 @@ def quantize(
         for layer, (keys, values) in enumerate(kv_cache.layers(cache))
     ]
     return kv_cache.from_layers(arrived), nbytes
-
-
-def _controls(experiment: Experiment, batch: SharedBatch) -> Iterator[tuple[str, Cache]]:
-    yield "receiver", batch.receiver_cache
-    for message in ("matched", "deranged", "zero"):
-        yield message, experiment.fuse(batch, message)

@@ -1,15 +1,16 @@
-"""Settings of the analyses: the single source of the options of ``c2c analyze``. Imports no torch."""
+"""Settings of the analyses, from which ``c2c analyze`` takes its options. Imports no torch."""
 
+# ruff: noqa: RUF009 - option() returns a dataclass field
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Literal
+from typing import Literal, get_args
 
 from c2c.config import option
 from c2c.errors import C2CError
 
-METHODS = ("pca", "tsne")
+Method = Literal["pca", "tsne"]
 
 
 class AnalysisError(C2CError, ValueError):
@@ -52,15 +53,15 @@ class CacheMapConfig(AnalysisConfig):
     """Settings of the cache map; layers that are no numbers and unknown methods raise AnalysisError."""
 
     layers: str | None = option(None, "Receiver layers, with commas (14,29); else the middle and the last fused one.")
-    method: Literal["pca", "tsne"] = option("pca", "Projection of the plot.")
+    method: Method = option("pca", "Projection of the plot.")
     points: int = option(400, "At most this many positions in the plot.", min=3)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.layers is not None and not all(part.strip().isdecimal() for part in self.layers.split(",")):
             raise AnalysisError(f"layers is {self.layers!r}; expected layer numbers with commas, for instance 14,29.")
-        if self.method not in METHODS:
-            raise AnalysisError(f"method is {self.method!r}; expected one of {', '.join(METHODS)}.")
+        if self.method not in get_args(Method):
+            raise AnalysisError(f"method is {self.method!r}; expected one of {', '.join(get_args(Method))}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,12 +84,10 @@ class EnrichmentConfig(ItemsConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ScalingConfig:
-    """Settings of the comparison of sharers of different sizes.
+    """Settings of the comparison of sharers of different sizes; ``parameters`` are counts by the sharer's name."""
 
-    ``results`` are result files of ``c2c eval``, or folders that hold ``result.json`` files; ``parameters`` the
-    parameter counts by the sharer's name, where they are not known otherwise.
-    """
-
-    results: Sequence[str]
-    parameters: Mapping[str, float] = field(default_factory=dict)
-    output_dir: str | None = None
+    results: Sequence[str] = field(
+        metadata={"help": "result.json files of c2c eval, or folders with them: one receiver, same items."}
+    )
+    parameters: Mapping[str, float] = field(default_factory=dict, metadata={"cli": False})
+    output_dir: str | None = option(None, "Folder for the numbers (JSON) and the plot (SVG).")

@@ -2,8 +2,8 @@
 
 Cache-to-Cache (ICLR 2026, arXiv:2510.03215) compares three prompts. Direct: the question. Few-shot: exemplars, then
 the question. Oracle: exemplars and question are prefilled, then the exemplars' entries are dropped, so that the cache
-has the length of the question's, and its entries have attended to the exemplars. There: 58.42, 63.39 and 62.34 %. The
-paper puts exemplars into one text; here each is a turn of the user and one of the assistant, in the model's template.
+has the length of the question's, and its entries have attended to the exemplars. The paper puts exemplars into one
+text; here each is a turn of the user and one of the assistant, in the model's template.
 """
 
 from __future__ import annotations
@@ -13,18 +13,17 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from transformers import Cache, DynamicCache
 
 from c2c import kv_cache
-from c2c.analysis.capture import check_items, data_source
 from c2c.analysis.config import AnalysisError, EnrichmentConfig
-from c2c.analysis.results import analysis, difference, provenance
+from c2c.analysis.experiment import analysis, check_items, difference, load_items, provenance
 from c2c.data.formats import Row
 from c2c.data.prompts import choice_tokens
-from c2c.data.sources import load_rows, questions
+from c2c.data.sources import questions
 from c2c.errors import CacheError
 from c2c.evaluation.statistics import summarise
 from c2c.language_model import LanguageModel
@@ -35,19 +34,6 @@ from c2c.tokens import TokenBatch
 from c2c.utils import OnProgress
 
 SYSTEMS = ("direct", "few_shot", "oracle")
-
-
-class Prompts(NamedTuple):
-    """An item without (``direct``) and with exemplars, each ``[1, tokens]``; ``head``: columns before the exemplars."""
-
-    direct: TokenBatch
-    few_shot: TokenBatch
-    head: int
-
-    @property
-    def exemplars(self) -> int:
-        """Tokens of the exemplars."""
-        return self.few_shot.length - self.direct.length
 
 
 @analysis("enrichment")
@@ -64,42 +50,50 @@ def measure_enrichment(config: EnrichmentConfig, progress: OnProgress | None = N
             renders the question differently after other turns.
         CacheError: the model's keys can't be moved to other positions.
     """
-    shots, rows = _load_rows(config)
+    rows = load_items(config.data, config.form, config.limit, config.seed)
+    used = questions([Path(config.data).expanduser()])
+    shots = load_items(config.shots_data, config.form, config.shots, config.seed, used)
+    if len(shots) < config.shots:
+        raise AnalysisError(
+            f"{config.shots_data} has {len(shots)} questions that are not in {config.data}, and {config.shots} "
+            "exemplars are wanted: give another file (the train or dev split), or fewer --shots."
+        )
     model = LanguageModel.from_pretrained(config.model, dtype=config.dtype, device_map=config.device_map)
     if config.shots:
         model.check_rotary()
-    scores: dict[str, list[float]] = {name: [] for name in SYSTEMS}
-    kept: list[Prompts] = []
+    answers: list[tuple[float, ...]] = []
+    lengths: list[tuple[int, int]] = []
     dropped: Counter[str] = Counter()
     for index, row in enumerate(rows):
-        prompts = encode_prompts(model, row, shots)
-        if model.context_length is not None and prompts.few_shot.length > model.context_length:
+        direct, few_shot, head = encode_prompts(model, row, shots)
+        if model.context_length is not None and few_shot.length > model.context_length:
             dropped["prompt too long"] += 1
         else:
-            for name, score in _answers(model, row, prompts).items():
-                scores[name].append(score)
-            kept.append(prompts)
+            answers.append(_answer(model, row, direct, few_shot, head))
+            lengths.append((direct.length, few_shot.length))
         if progress is not None:
             progress("answering", index + 1, len(rows))
-    check_items(len(kept), config.data, dropped)
+    check_items(len(answers), config.data, dropped)
+    scores = dict(zip(SYSTEMS, zip(*answers, strict=True), strict=True))
     return {
-        "n": len(kept),
+        "n": len(answers),
         "shots": config.shots,
         "systems": summarise(scores, config.seed)["systems"],
         **{f"{name}_gain": difference(scores[name], scores["direct"], config.seed) for name in SYSTEMS[1:]},
-        "tokens": {
-            name: round(fmean(getattr(prompts, name).length for prompts in kept), 1) for name in ("direct", "few_shot")
-        },
+        "tokens": {name: round(fmean(x), 1) for name, x in zip(SYSTEMS, zip(*lengths, strict=True), strict=False)},
         "dropped": dict(dropped),
         "provenance": provenance({"model": model.identity.to_dict()}, asdict(config), [config.data, config.shots_data]),
     }
 
 
-def encode_prompts(model: LanguageModel, row: Row, shots: Sequence[Row]) -> Prompts:
-    """Encode an item without and with exemplars before its last message.
+def encode_prompts(model: LanguageModel, row: Row, shots: Sequence[Row]) -> tuple[TokenBatch, TokenBatch, int]:
+    """Encode an item without and with exemplars before its last message, each ``[1, tokens]``.
 
     The question is what both prompts end with, token by token; what precedes it in the direct prompt (a system message,
     the template's opening) must be what the other begins with.
+
+    Returns:
+        The prompt without and with exemplars, and the columns before the exemplars.
 
     Raises:
         AnalysisError: a template that renders the question differently after other turns.
@@ -121,21 +115,15 @@ def encode_prompts(model: LanguageModel, row: Row, shots: Sequence[Row]) -> Prom
             f"the chat template of {model.name} renders the question differently after other turns, so that the "
             "exemplars' entries can't be found. Use a model with another template."
         )
-    return Prompts(direct, few_shot, head)
+    return direct, few_shot, head
 
 
 @torch.no_grad()
 def drop_columns(model: LanguageModel, cache: Cache, start: int, count: int) -> DynamicCache:
-    """Drop columns of a cache, and move the keys behind them to the positions that become free.
+    """Drop ``count`` columns of one row's cache from ``start``, and move the keys behind them to the free positions.
 
     Each key behind the gap loses the rotary embedding of its position in the long prompt and gets that of its position
     in the short one. Nothing else of the entries changes; in particular they have attended to what is dropped.
-
-    Args:
-        model: of the cache.
-        cache: one row, columns from position 0.
-        start: first column of the gap.
-        count: columns of the gap.
 
     Raises:
         CacheError: the gap is not inside the cache.
@@ -144,10 +132,9 @@ def drop_columns(model: LanguageModel, cache: Cache, start: int, count: int) -> 
     if not 0 <= start <= stop <= tokens:
         raise CacheError(f"can't drop columns {start} to {stop} of a cache of {tokens} tokens.")
     if count == 0:
-        return kv_cache.from_layers(kv_cache.layers(cache))
+        return kv_cache.view(cache)
     before = torch.arange(stop, tokens, device=model.device).unsqueeze(0)
     old, new = model.rotary(before), model.rotary(before - count)
-
     layers = []
     for layer, (keys, values) in enumerate(kv_cache.layers(cache)):
         tail = keys[:, :, stop:]
@@ -159,31 +146,16 @@ def drop_columns(model: LanguageModel, cache: Cache, start: int, count: int) -> 
     return kv_cache.from_layers(layers)
 
 
-def _answers(model: LanguageModel, row: Row, prompts: Prompts) -> dict[str, float]:
+def _answer(model: LanguageModel, row: Row, direct: TokenBatch, few_shot: TokenBatch, head: int) -> tuple[float, ...]:
+    """Return 1 for a right answer, else 0, of each of SYSTEMS."""
     at, choices = choice_tokens(model.tokenizer, "", row.choices)
     if at > 0:
         raise AnalysisError(
             f"the options {row.choices} share their first token in the vocabulary of {model.name}, so that its next "
             "token does not decide between them."
         )
-    direct, few_shot = prompts.direct, prompts.few_shot
     full = model.prefill(few_shot, few_shot.length - 1)
-    enriched = drop_columns(model, full, prompts.head, prompts.exemplars)
+    enriched = drop_columns(model, full, head, few_shot.length - direct.length)
     caches = ((direct, model.prefill(direct, direct.length - 1)), (few_shot, full), (direct, enriched))
-    return {
-        name: float(int(model.next_logits(tokens, cache)[0, choices].argmax()) == row.answer)
-        for name, (tokens, cache) in zip(SYSTEMS, caches, strict=True)
-    }
-
-
-def _load_rows(config: EnrichmentConfig) -> tuple[list[Row], list[Row]]:
-    items = data_source(config.data, config.form, config.limit)
-    exemplars = data_source(config.shots_data, config.form, config.shots)
-    rows, _ = load_rows([items], Path(), config.seed)
-    shots, _ = load_rows([exemplars], Path(), config.seed, questions([Path(items.name)]))
-    if len(shots) < config.shots:
-        raise AnalysisError(
-            f"{config.shots_data} has {len(shots)} questions that are not in {config.data}, and {config.shots} "
-            "exemplars are wanted: give another file (the train or dev split), or fewer --shots."
-        )
-    return shots, rows
+    logits = (model.next_logits(tokens, cache)[0, choices] for tokens, cache in caches)
+    return tuple(float(int(found.argmax()) == row.answer) for found in logits)

@@ -1,26 +1,23 @@
 """Measures of cache entries before and after fusion: effective rank, gates and norms, and where the entries lie.
 
-Those of the Cache-to-Cache paper (ICLR 2026, arXiv:2510.03215). It finds that fusion raises the effective rank: 388 to
-395 for keys, 532 to 560 for values (sharer: 539 and 689); and that a fuser trained on general data keeps 98 % of its
-gates open, one trained for a task 53 %. It maps a sharer's last layer into the receiver's space by a network trained
-for that. Here no map is trained: the sharer's entries have other channels, and only their shape can be compared.
+Those of the Cache-to-Cache paper (ICLR 2026, arXiv:2510.03215), whose figures are in ``docs/analysis.md``. It maps a
+sharer's last layer into the receiver's space by a network trained for that. Here no map is trained: the sharer's
+entries have other channels, and only their shape can be compared.
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from importlib import import_module
 from statistics import fmean
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from c2c.analysis.capture import KINDS, SIDES, Experiment, LayerCapture
+from c2c.analysis.capture import KINDS, SIDES, LayerCapture
 from c2c.analysis.config import AnalysisConfig, AnalysisError, CacheMapConfig
-from c2c.analysis.results import analysis
+from c2c.analysis.experiment import Experiment, analysis
 from c2c.fusers import Fuser
 from c2c.utils import OnProgress
 
@@ -40,12 +37,11 @@ def measure_effective_rank(config: AnalysisConfig, progress: OnProgress | None =
     """
     experiment = Experiment(config, progress)
     numbers = layer_ranks(experiment.captures("reading caches"))
-    models = {"sharer": experiment.model.sharers[0], "receiver": experiment.model.receiver}
     mean = {
         kind: {side: round(fmean(layer[kind][side] for layer in numbers["layers"]), 2) for side in SIDES}
         for kind in RANKED
     }
-    widths = {side: model.geometry.width for side, model in models.items()}
+    widths = {"sharer": experiment.sharer.geometry.width, "receiver": experiment.receiver.geometry.width}
     return numbers | {"mean": mean, "widths": widths, "headline": list(KINDS)} | experiment.facts()
 
 
@@ -57,21 +53,20 @@ def layer_ranks(captures: Iterable[LayerCapture]) -> dict[str, Any]:
         ``values`` the rank of ``sharer``, ``receiver`` and ``fused``; ``tokens`` and ``sharer_tokens``: entries per
         layer.
     """
-    grams: dict[tuple[int, int], dict[tuple[str, str], Any]] = defaultdict(lambda: defaultdict(float))
+    grams: dict[tuple[int, int, str, str], Any] = defaultdict(float)  # sums of [channels, channels]
     tokens: Counter[int] = Counter()
     sharer_tokens: Counter[int] = Counter()
     for capture in captures:
         tokens[capture.layer] += len(capture.unique)
         sharer_tokens[capture.layer] += int(capture.unique.sum())
-        sums = grams[capture.layer, capture.source]
         for side in SIDES:
+            read = capture.unique if side == "sharer" else slice(None)
             for kind in RANKED:
-                rows = capture.entries[side][kind]
-                sums[kind, side] = sums[kind, side] + _gram(rows[capture.unique] if side == "sharer" else rows)
+                grams[capture.layer, capture.source, kind, side] += _gram(capture.entries[side][kind][read])
     layers = [
         {"layer": layer, "sharer_layer": source}
-        | {kind: {side: round(_gram_rank(sums[kind, side]), 2) for side in SIDES} for kind in RANKED}
-        for (layer, source), sums in sorted(grams.items())
+        | {kind: {side: round(_gram_rank(grams[layer, source, kind, side]), 2) for side in SIDES} for kind in RANKED}
+        for layer, source in sorted({key[:2] for key in grams})
     ]
     return {"tokens": max(tokens.values()), "sharer_tokens": max(sharer_tokens.values()), "layers": layers}
 
@@ -106,14 +101,14 @@ def measure_gates(config: AnalysisConfig, progress: OnProgress | None = None) ->
     experiment = Experiment(config, progress)
     norms = layer_norms(experiment.captures("measuring what is added"), experiment.fuser)
     layers = [layer | norms[layer["layer"]] for layer in layer_gates(experiment.fuser)]
-    gates = [gate for layer in layers for gate in layer["gate"].values()]
+    gates = {kind: [layer["gate"][kind] for layer in layers] for kind in KINDS}
+    relative = {kind: [norm for layer in layers for norm in layer["relative"][kind]] for kind in KINDS}
+    all_gates = [*gates["keys"], *gates["values"]]
     return {
         "tokens": sum(len(example.alignment) for example in experiment.examples),
-        "open": round(100 * fmean(gates), 2) if set(gates) <= {0.0, 1.0} else None,
-        "mean_gate": {kind: round(fmean(layer["gate"][kind] for layer in layers), 4) for kind in KINDS},
-        "mean_relative": {
-            kind: round(fmean(norm for layer in layers for norm in layer["relative"][kind]), 4) for kind in KINDS
-        },
+        "open": round(100 * fmean(all_gates), 2) if set(all_gates) <= {0.0, 1.0} else None,
+        "mean_gate": {kind: round(fmean(found), 4) for kind, found in gates.items()},
+        "mean_relative": {kind: round(fmean(found), 4) for kind, found in relative.items()},
         "layers": layers,
     } | experiment.facts()
 
@@ -247,23 +242,3 @@ def linear_cka(x: Tensor, y: Tensor) -> float | None:
     x, y = x - x.mean(0), y - y.mean(0)
     scale = float((x.t() @ x).norm() * (y.t() @ y).norm())
     return float((y.t() @ x).square().sum()) / scale if scale > 0 else None
-
-
-def project(x: Tensor, method: str = "pca", seed: int = 0) -> tuple[Any, tuple[str, str]]:
-    """Project entries ``[rows, channels]`` to the plane with scikit-learn.
-
-    Returns:
-        Points ``[rows, 2]`` and the names of both axes.
-    """
-    data = x.double().numpy()
-    if method == "tsne":
-        perplexity = min(30.0, (len(data) - 1) / 3)
-        tsne = import_module("sklearn.manifold").TSNE(init="pca", perplexity=perplexity, random_state=seed)
-        return tsne.fit_transform(data), ("t-SNE 1", "t-SNE 2")
-    if len(data) < 2:
-        return np.zeros((len(data), 2)), ("PC 1", "PC 2")
-    pca = import_module("sklearn.decomposition").PCA(n_components=2, svd_solver="full")
-    with np.errstate(invalid="ignore"):  # where nothing varies, shares of the variance are 0 / 0
-        points = pca.fit_transform(data)
-    first, second = np.nan_to_num(pca.explained_variance_ratio_)
-    return points, (f"PC 1 ({100 * first:.0f} %)", f"PC 2 ({100 * second:.0f} %)")

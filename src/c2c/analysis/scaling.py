@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from c2c.analysis.config import AnalysisError, ScalingConfig
-from c2c.analysis.results import analysis
+from c2c.analysis.experiment import analysis
 from c2c.errors import C2CError
 from c2c.utils import OnProgress, command, file_hash, find_results, read_json_object, short_path, versions
 
@@ -35,8 +35,7 @@ def measure_scaling(config: ScalingConfig, progress: OnProgress | None = None) -
         AnalysisError: fewer than two results, a file that is not the result of an evaluation of accuracy, results that
             can't be compared, or a sharer of unknown size.
     """
-    paths = find_results(map(Path, config.results), AnalysisError)
-    found = {path.resolve(): _read(path) for path in paths}
+    found = {path.resolve(): _read(path) for path in find_results(map(Path, config.results), AnalysisError)}
     if len(found) < 2:
         raise AnalysisError(f"got {len(found)} result; give at least two, of different sharers.")
     (first_path, first), *others = found.items()
@@ -61,8 +60,8 @@ def measure_scaling(config: ScalingConfig, progress: OnProgress | None = None) -
     }
 
 
-def count_parameters(identity: Mapping[str, Any], given: Mapping[str, float]) -> tuple[int, str]:
-    """Count the parameters of a model, from its identity in a result file.
+def count_parameters(name: str, given: Mapping[str, float]) -> tuple[int, str]:
+    """Count the parameters of a model by its name in a result file.
 
     Returns:
         The count and its source: ``given`` by the user, ``config`` of a model on this machine, or ``name`` ("1.5b").
@@ -70,7 +69,6 @@ def count_parameters(identity: Mapping[str, Any], given: Mapping[str, float]) ->
     Raises:
         AnalysisError: none of them has the count.
     """
-    name = str(identity.get("name"))
     if (known := given.get(name, given.get(Path(name).name))) is not None:
         return int(known), "given"
     if (counted := _count_from_config(name)) is not None:
@@ -127,14 +125,14 @@ def _compared(result: Mapping[str, Any]) -> dict[str, Any]:
 
 def _row(result: Mapping[str, Any], parameters: Mapping[str, float]) -> dict[str, Any]:
     provenance, systems = result["provenance"], result["systems"]
-    count, counted = count_parameters(provenance["sharer"], parameters)
+    name = str(provenance["sharer"].get("name"))
+    count, counted = count_parameters(name, parameters)
+    scores = {name: {key: systems[name][key] for key in ("accuracy", "ci95")} for name in SYSTEMS if name in systems}
     return {
-        "sharer": _short_name(provenance["sharer"]["name"]),
+        "sharer": _short_name(name),
         "parameters": count,
         "counted": counted,
-        "systems": {
-            name: {key: systems[name][key] for key in ("accuracy", "ci95")} for name in SYSTEMS if name in systems
-        },
+        "systems": scores,
         **{key: result[key] for key in ("G", "G_ci95", "P", "P_ci95") if key in result},
         "fuser": provenance.get("fuser"),
         "seed": provenance.get("config", {}).get("seed"),

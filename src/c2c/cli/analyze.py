@@ -10,8 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from c2c.analysis.config import AnalysisConfig, CacheMapConfig, EnrichmentConfig, PrecisionConfig, ScalingConfig
-from c2c.cli.options import Json, from_config
-from c2c.cli.output import err, out, print_json, print_table, progress_bars
+from c2c.cli.options import Json, from_config, parse_pairs
+from c2c.cli.output import err, out, print_result, print_table, progress_bars
 
 Result = Mapping[str, Any]
 
@@ -45,12 +45,9 @@ def _run(name: str, module: str, config: Any, show: Callable[[Result], None], as
     measures = import_module(f"c2c.analysis.{module}")  # only here, because it imports torch
     with progress_bars() as report:
         result = getattr(measures, f"measure_{name.replace('-', '_')}")(config, report)
-    if as_json:
-        print_json(result)
-    else:
-        show(result)
-        if result.get("dropped"):
-            err.print(f"left out: {result['dropped']}")
+    print_result(result, as_json, show)
+    if result.get("dropped") and not as_json:
+        err.print(f"left out: {result['dropped']}")
     for file in result.get("files", ()):
         err.print(f"wrote {Path(config.output_dir) / file}", highlight=False)
 
@@ -134,6 +131,7 @@ def _enrichment(result: Result) -> None:
 
 
 @group.command(epilog="Examples:\n\nc2c analyze scaling runs/eval_0.5b runs/eval_1.5b --parameters my-sharer=1.2e9")
+@from_config(ScalingConfig)
 def scaling(
     results: Annotated[
         list[str], typer.Argument(help="result.json files of c2c eval, or folders with them: one receiver, same items.")
@@ -141,22 +139,19 @@ def scaling(
     parameters: Annotated[
         list[str] | None, typer.Option(help="A sharer's size where it is not known: NAME=COUNT; may be repeated.")
     ] = None,
-    output_dir: Annotated[str | None, typer.Option(help="Folder for the numbers (JSON) and the plot (SVG).")] = None,
+    *,
     json_: Json = False,
+    **options: Any,
 ) -> None:
     """Accuracy by the size of the sharer, from the results of several evaluations."""
-    counts = {}
-    for pair in parameters or []:
-        name, _, count = pair.rpartition("=")
-        try:
-            counts[name] = float(count)
-        except ValueError:
-            counts[name] = 0.0
-        if not name or counts[name] < 1:
-            raise typer.BadParameter(f"--parameters {pair}: expected NAME=COUNT, for instance my-sharer=1.5e9.")
-    _run(
-        "scaling", "scaling", ScalingConfig(results=results, parameters=counts, output_dir=output_dir), _scaling, json_
-    )
+
+    def count(text: str) -> float:
+        if float(text) < 1:
+            raise ValueError
+        return float(text)
+
+    counts = parse_pairs(parameters, "--parameters", "my-sharer=1.5e9", count)
+    _run("scaling", "scaling", ScalingConfig(results=results, parameters=counts, **options), _scaling, json_)
 
 
 def _scaling(result: Result) -> None:

@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 import yaml
 
-from c2c.cli import analyze, convert, demo, doctor, evaluate, inspect, lm_eval, pull, report, run, serve, share, train
+from c2c.cli import analyze, demo, doctor, evaluate, inspect, pull, report, run, serve, train
 from c2c.errors import C2CError
 from c2c.version import __version__
 
@@ -29,25 +29,25 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-_COMMANDS: dict[str, Callable[..., None]] = {
+COMMANDS: dict[str, Callable[..., None]] = {
     "pull": pull.pull,
     "run": run.run,
     "demo": demo.demo,
     "train": train.train,
     "prefill": train.prefill,
     "eval": evaluate.evaluate,
-    "lm-eval": lm_eval.lm_eval,
+    "lm-eval": evaluate.lm_eval,
     "report": report.report,
     "inspect": inspect.inspect,
-    "convert": convert.convert,
+    "convert": inspect.convert,
     "doctor": doctor.doctor,
+    "serve": serve.serve,
+    "share": serve.share,
 }
 _EPILOGS = yaml.safe_load(Path(__file__).with_name("epilogs.yaml").read_text(encoding="utf-8"))
-for name, command in _COMMANDS.items():
+for name, command in COMMANDS.items():
     app.command(name, epilog=_EPILOGS[name])(command)
 app.add_typer(analyze.group)
-serve.register(app)
-share.register(app)
 
 _NO_RIGHTS = "Choose a place that you may read and write, or change its rights."
 _ADVICE = {

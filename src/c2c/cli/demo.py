@@ -10,7 +10,7 @@ from typing import Any
 
 from c2c.cli.options import from_config
 from c2c.cli.output import err
-from c2c.demo.config import DemoConfig
+from c2c.demo import DemoConfig
 from c2c.errors import C2CError
 from c2c.utils import install_command
 
@@ -25,11 +25,8 @@ def demo(**options: Any) -> None:
     from c2c.demo.server import launch
 
     def on_start(url: str) -> None:
-        seconds = time.perf_counter() - began
-        err.print(
-            f"The page is up at {url} after {seconds:.1f} s. Models are loaded meanwhile. Ctrl-C ends it.",
-            soft_wrap=True,
-        )
+        up = f"The page is up at {url} after {time.perf_counter() - began:.1f} s."
+        err.print(f"{up} Models are loaded meanwhile. Ctrl-C ends it.", soft_wrap=True)
 
     page = launch(DemoConfig(**options), on_start=on_start)
     try:

@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 from rich.markup import escape
 
 from c2c.cli.options import Json
-from c2c.cli.output import human_bytes, out, print_json
+from c2c.cli.output import human_bytes, out, print_result
 from c2c.errors import ModelLoadError
 from c2c.hub_aliases import ALIASES, DEFAULT_RECEIVER, cache_dir, is_pulled
 from c2c.pip_download import run_pip
@@ -50,15 +50,17 @@ def doctor(
         *([] if offline else [_check_index()]),
     ]
     healthy = all(check.status != "fail" for check in checks)
-    if json_:
-        print_json({"healthy": healthy, "checks": [check._asdict() for check in checks]})
-    else:
-        width = max(len(check.name) for check in checks) + 2
-        for name, status, detail in checks:
-            mark = f"[{_COLOURS[status]}]{status:<4}[/]"
-            out.print(f"{mark}  {name:<{width}}{escape(detail)}", highlight=False, soft_wrap=True)
+    data = {"healthy": healthy, "checks": [check._asdict() for check in checks]}
+    print_result(data, json_, lambda _: _show(checks))
     if not healthy:
         raise typer.Exit(1)
+
+
+def _show(checks: list[Check]) -> None:
+    width = max(len(check.name) for check in checks) + 2
+    for name, status, detail in checks:
+        mark = f"[{_COLOURS[status]}]{status:<4}[/]"
+        out.print(f"{mark}  {name:<{width}}{escape(detail)}", highlight=False, soft_wrap=True)
 
 
 def _check_packages() -> Iterator[Check]:
@@ -72,17 +74,15 @@ def _check_packages() -> Iterator[Check]:
         wanted = Requirement(line)
         if wanted.marker is not None and not wanted.marker.evaluate({"extra": ""}):
             continue
+        advice = "install a supported Python" if wanted.name == "python" else f"run: pip install '{wanted}'"
         try:
             found = platform.python_version() if wanted.name == "python" else metadata.version(wanted.name)
         except metadata.PackageNotFoundError:
-            yield Check(wanted.name, "fail", f"not installed; run: pip install '{wanted}'")
+            yield Check(wanted.name, "fail", f"not installed; {advice}")
             continue
         detail = f"{found} (supported: {wanted.specifier or 'any version'})"
-        if wanted.specifier.contains(found, prereleases=True):
-            yield Check(wanted.name, "ok", detail)
-        else:
-            advice = "install a supported Python" if wanted.name == "python" else f"run: pip install '{wanted}'"
-            yield Check(wanted.name, "fail", f"{detail}; {advice}")
+        fits = wanted.specifier.contains(found, prereleases=True)
+        yield Check(wanted.name, *(("ok", detail) if fits else ("fail", f"{detail}; {advice}")))
 
 
 def _check_hardware() -> Iterator[Check]:

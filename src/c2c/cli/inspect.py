@@ -1,4 +1,4 @@
-"""``c2c inspect``: what is in a fuser's folder."""
+"""``c2c inspect``: what is in a fuser's folder; ``c2c convert``: write one from a published checkpoint or a fuser."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from rich.table import Table
 
 from c2c.analysis.config import AnalysisError
 from c2c.cli.options import Json
-from c2c.cli.output import err, human_bytes, out, print_json, print_table
+from c2c.cli.output import err, human_bytes, out, print_result, print_table
+from c2c.cli.run import make_messages
+from c2c.errors import FuserError
+from c2c.utils import check_writable
 
 if TYPE_CHECKING:
     from c2c.fusers import Fuser
@@ -35,50 +38,38 @@ def inspect(
     if plot is None and prompt is not None:
         raise typer.BadParameter("--prompt is for plots: add --plot OUT.png or --plot OUT.html.")
     if plot is not None:
-        plot = _check_plot(plot)
-    published = is_published(Path(fuser).expanduser())
+        from c2c.analysis.experiment import check_drawing
+
+        plot = plot.expanduser()
+        if plot.suffix.lower() not in (".png", ".html") or plot.is_dir():
+            raise AnalysisError(f"--plot {plot}: expected a file that ends with .png or .html.")
+        check_writable(plot.parent, "the folder of --plot", AnalysisError)
+        check_drawing()
+    published = _is_published(Path(fuser).expanduser())
     loaded = import_published(fuser) if published else load_fuser(fuser)
     data = describe(loaded)
     if plot is not None:
-        from c2c.analysis.capture import capture_prompt, check_shared
-        from c2c.analysis.plots import save_plots
-        from c2c.analysis.prompt_plots import fuser_plots, prompt_plots
+        from c2c.analysis.capture import capture_prompt, only_fuser
+        from c2c.analysis.measures import layer_gates
+        from c2c.analysis.plots import plot_gates, prompt_plots, save_plots
         from c2c.model import C2CModel
         from c2c.prompting import RenderOptions
 
-        title, plots = fuser, fuser_plots(loaded)
+        title, plots = fuser, [plot_gates(layer_gates(loaded))]
         if prompt is not None:
-            check_shared(loaded, fuser)  # before the models are loaded
-            messages = [{"role": "system", "content": system}] if system else []
-            messages.append({"role": "user", "content": prompt})
+            only_fuser([loaded], fuser)  # before the models are loaded
             load: Any = C2CModel.from_published if published else C2CModel.from_pretrained
             with err.status("reading the prompt ..."):
                 model = load(fuser, receiver=receiver, sharer=sharer)
-                capture = capture_prompt(model, messages, RenderOptions(answer_prefix=answer_prefix))
+                options = RenderOptions(answer_prefix=answer_prefix)
+                capture = capture_prompt(model, make_messages(prompt, system), options)
                 title, plots = " <- ".join(capture.names), prompt_plots(capture)
         save_plots(plot, title, plots)
         data["plot"] = {"file": str(plot), "pictures": [one.title for one in plots]}
-    if json_:
-        print_json(data)
-        return
-    _show(data)
-    if plot is not None:
-        out.print(f"{plot}: {', '.join(data['plot']['pictures'])}")
+    print_result(data, json_, _show)
 
 
-def _check_plot(plot: Path) -> Path:
-    """Refuse a file that plots can't be written to, before anything is loaded."""
-    from c2c.analysis.results import check_drawing
-
-    plot = plot.expanduser()
-    if plot.suffix.lower() not in (".png", ".html") or plot.is_dir():
-        raise AnalysisError(f"--plot {plot}: expected a file that ends with .png or .html.")
-    check_drawing()
-    return plot
-
-
-def is_published(folder: Path) -> bool:
-    """Return whether a published checkpoint lies in the folder or below it."""
+def _is_published(folder: Path) -> bool:
     return any(folder.glob("**/projector_*.pt"))
 
 
@@ -122,3 +113,58 @@ def _show(data: dict[str, Any]) -> None:
         gates = [f"{gate:.3f}" for gate in data["gates"].get(str(layer), {}).values()]
         rows.append([layer, source, *gates] if gates else [layer, "not fused", "", ""])
     print_table(("receiver layer", "reads sharer layer", "key gate", "value gate"), rows)
+    if "plot" in data:
+        out.print(f"{data['plot']['file']}: {', '.join(data['plot']['pictures'])}")
+
+
+def convert(
+    checkpoint: Annotated[Path, typer.Argument(help="Folder with projector_*.pt, or above it; or a fuser.")],
+    output: Annotated[Path, typer.Argument(help="Folder to write the fuser to.")],
+    receiver: Annotated[str | None, typer.Option(help="Load this receiver and record its identity.")] = None,
+    sharer: Annotated[str | None, typer.Option(help="Load this sharer and record its identity.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Type of the weights; as stored if not given.")] = None,
+    force: Annotated[bool, typer.Option(help="Write into a folder that already holds a fuser.")] = False,
+    json_: Json = False,
+) -> None:
+    """Convert a published checkpoint to one safetensors file and a config, without running anything in it.
+
+    A fuser of this package is written again with weights of another --dtype, say bfloat16 to publish it.
+    """
+    from c2c.fusers.base import load_fuser
+    from c2c.language_model import Receiver, Sharer
+    from c2c.loading import check_dtype
+    from c2c.published import import_published
+
+    if (output / "config.json").exists() and not force:
+        raise FuserError(f"{output} already holds a fuser; choose another folder or pass --force.")
+    check_dtype(dtype)
+    weights = dtype.removeprefix("torch.") if dtype else None
+    again = not _is_published(checkpoint) and (checkpoint / "config.json").is_file()
+    if again and dtype is None:
+        raise FuserError(
+            f"{checkpoint} is no published checkpoint (expected projector_*.pt) but a fuser already. To write it with "
+            "weights of another type pass --dtype, say bfloat16."
+        )
+    with err.status("converting ..."):
+        ours = Receiver.from_pretrained(receiver) if receiver else None
+        theirs = Sharer.from_pretrained(sharer) if sharer else None
+        fuser: Fuser
+        if again:  # its statistics stay in float32
+            fuser = load_fuser(checkpoint, dtype=weights)
+        else:
+            kv = [model.geometry if model else None for model in (ours, theirs)]
+            fuser = import_published(checkpoint, receiver=kv[0], sharer=kv[1], dtype=weights)
+        fuser.config.receiver = ours.identity.to_dict() if ours else fuser.config.receiver
+        fuser.config.sharer = theirs.identity.to_dict() if theirs else fuser.config.sharer
+        fuser.save_pretrained(output)
+    print_result(describe(fuser) | {"output": str(output)}, json_, _show_converted)
+
+
+def _show_converted(data: dict[str, Any]) -> None:
+    place = data["output"]
+    out.print(f"{place}: {data['parameters']:,} parameters, {human_bytes(data['bytes'])}. Look: c2c inspect {place}")
+    if not (data["receiver"]["identity"] and data["sharer"]["identity"]):
+        out.print(
+            "The checkpoint does not record which models it was trained with beyond their names; pass --receiver and "
+            "--sharer to store their identities."
+        )

@@ -6,9 +6,8 @@ A field becomes an option by its type and its metadata::
     class Config:
         limit: int | None = option(None, "Read at most this many rows.", min=1)
 
-Metadata keys: ``help``; ``flag`` (a name such as ``--json`` in place of the field's); ``min``, ``max``, ``envvar``,
-``metavar``, ``hidden`` (as in :func:`typer.Option`); ``cli`` (False: no option). The module of the config must not
-import torch, because ``--help`` imports it.
+Metadata keys: ``help``; ``flag`` (a name such as ``--json`` in place of the field's); ``cli`` (False: no option);
+others as in :func:`typer.Option`, such as ``min``. ``--help`` imports configs, so their modules must not import torch.
 """
 
 from __future__ import annotations
@@ -29,11 +28,7 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")
 
 
 def from_config(
-    config: type,
-    *,
-    only: Sequence[str] | None = None,
-    skip: Sequence[str] = (),
-    override: bool = False,
+    config: type, *, only: Sequence[str] | None = None, skip: Sequence[str] = (), override: bool = False
 ) -> Callable[[F], F]:
     """Give a command ``def command(..., **options)`` one option per field of a config dataclass.
 
@@ -41,8 +36,8 @@ def from_config(
     before its keyword-only ones. A field that the command declares itself is left out. Several configs can be stacked.
 
     Args:
-        config: dataclass whose fields hold text, numbers, paths, choices (``Literal`` or an enum), lists of these, or
-            None besides.
+        config: dataclass whose fields hold text, numbers, paths, choices (``Literal``), lists of these, or None
+            besides.
         only: fields to take; all by default.
         skip: fields to leave out.
         override: the values replace those of a file: each option is None where it was not given, and its help shows
@@ -58,9 +53,9 @@ def from_config(
     hints = get_type_hints(config)
 
     def decorate(command: F) -> F:
-        own_hints = get_type_hints(command, include_extras=True)
+        resolved = get_type_hints(command, include_extras=True)
         own = {
-            name: one.replace(annotation=own_hints.get(name, one.annotation))  # another config's are resolved
+            name: one.replace(annotation=resolved.get(name, one.annotation))  # another config's are resolved
             for name, one in inspect.signature(command).parameters.items()
             if one.kind is not one.VAR_KEYWORD
         }
@@ -80,16 +75,14 @@ def from_config(
 
 def _parameter(field: dataclasses.Field[Any], hint: Any, override: bool) -> inspect.Parameter:
     """Make the keyword parameter that typer reads for a field."""
-    extra = dict(field.metadata)
-    extra.pop("cli", None)
+    extra = {key: value for key, value in field.metadata.items() if key != "cli"}
     flags = [extra.pop("flag")] if "flag" in extra else []
-    kind = _option_type(field.name, hint)
+    kind, text = _option_type(field.name, hint), extra.pop("help", "")
     default: Any = inspect.Parameter.empty
     if field.default_factory is not dataclasses.MISSING:
         default = field.default_factory()
     elif field.default is not dataclasses.MISSING:
         default = field.default
-    text = extra.pop("help", "")
     if override:
         text += f" [default: {default}]" if default not in (inspect.Parameter.empty, None, "", [], ()) else ""
         default, kind = None, kind | None
@@ -108,3 +101,28 @@ def _option_type(name: str, hint: Any) -> Any:
     if origin is Literal or (isinstance(hint, type) and issubclass(hint, bool | int | float | str | Path)):
         return hint
     raise TypeError(f"field {name}: {hint} can't be an option; leave it out with skip or metadata cli=False.")
+
+
+def parse_pairs(
+    pairs: Sequence[str] | None,
+    flag: str,
+    example: str,
+    convert: Callable[[str], Any] = str,
+    is_name: Callable[[str], bool] = bool,
+) -> dict[str, Any]:
+    """Parse the values NAME=VALUE of an option that may be repeated.
+
+    Raises:
+        typer.BadParameter: a name that ``is_name`` refuses, no value, or one that ``convert`` raises ValueError for.
+    """
+    found = {}
+    for pair in pairs or []:
+        name, _, value = pair.partition("=")
+        try:
+            if not is_name(name) or not value:
+                raise ValueError
+            found[name] = convert(value)
+        except ValueError:
+            message = f"got {pair!r}; expected NAME=VALUE, for instance {example}."
+            raise typer.BadParameter(message, param_hint=flag) from None
+    return found

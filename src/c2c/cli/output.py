@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -27,6 +27,11 @@ err = Console(stderr=True)
 def print_json(data: Any) -> None:
     """Print one JSON object to stdout, and nothing else there."""
     typer.echo(json.dumps(data, ensure_ascii=False))
+
+
+def print_result(data: Any, as_json: bool, show: Callable[[Any], None]) -> None:
+    """Print a command's result as JSON, or for people."""
+    (print_json if as_json else show)(data)
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], title: str | None = None) -> None:
@@ -56,11 +61,8 @@ def log_to_stderr(name: str) -> None:
 def progress_bars(*, in_bytes: bool = False) -> Iterator[OnProgress]:
     """Show progress bars on stderr, one per stage; in a log, lines now and then, since rich draws bars there once.
 
-    Args:
-        in_bytes: the counts are bytes.
-
     Yields:
-        A function to call with stage, done and total; a total of 0 is an unknown one.
+        A function to call with stage, done and total (bytes with ``in_bytes``); a total of 0 is an unknown one.
     """
     tasks: dict[str, progress.TaskID] = {}
     last_line: dict[str, float] = {}

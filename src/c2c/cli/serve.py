@@ -1,8 +1,9 @@
-"""``c2c serve``: a pair of models behind the interface of the OpenAI API."""
+"""``c2c serve``: a pair of models behind the interface of the OpenAI API; ``c2c share``: a sharer's prefills."""
 
 from __future__ import annotations
 
 import gc
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,41 +12,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 import yaml
 
-from c2c.cli.options import from_config
-from c2c.cli.output import err
-from c2c.hub_aliases import DEFAULT_RECEIVER, DEFAULT_SHARER
-from c2c.serving.serve_config import ServeConfig
+from c2c.cli.options import from_config, parse_pairs
+from c2c.cli.output import err, out
+from c2c.cli.run import load_pair
+from c2c.remote.config import ShareConfig
+from c2c.serving.config import ServeConfig
+from c2c.utils import install_command
 
 if TYPE_CHECKING:
-    from c2c.model import C2CModel
     from c2c.serving.engine import Engine
 
-_PACKAGES = ("fastapi", "uvicorn", "prometheus_client", "sse_starlette", "cachetools")
 _SHARER_SECONDS = 60.0  # a sharer that is waited for holds up the whole server
-
-_EPILOG = """Examples:
-
-c2c serve ./my-fuser
-
-c2c serve ./my-fuser --name pair --port 8000 --max-batch 16 --timeout 120
-
-C2C_API_KEY=secret c2c serve ./my-fuser --host 0.0.0.0
-
-c2c serve ./my-fuser --sharer https://host:8650 --on-failure receiver_only
-
-c2c serve ./my-fuser --engine vllm --engine-option max_model_len=4096
-
-curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json'
--d '{"model": "my-fuser", "messages": [{"role": "user", "content": "Why is the sky blue?"}]}'
-
-The model name chooses who answers: NAME is cache-to-cache, NAME/receiver and NAME/sharer are the models alone,
-NAME/text is text-to-text. API keys are better given in C2C_API_KEY, separated by commas. Needs the packages of the
-server: pip install 'cache2cache\\[serve]'."""
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command to the app."""
-    app.command(name="serve", epilog=_EPILOG)(serve)
 
 
 @from_config(ServeConfig)
@@ -60,8 +37,9 @@ def serve(
     **options: Any,
 ) -> None:
     """Serve a pair over HTTP, as the OpenAI API does: chat completions, completions, models."""
-    _check_packages()
-    from c2c.serving.http_server import listen
+    _check_packages(("fastapi", "uvicorn", "prometheus_client", "sse_starlette", "cachetools"), "serve")
+    from c2c.serving import http_server
+    from c2c.serving.logs import log_to_stderr
 
     if fuser_argument is not None and fuser is not None:
         raise typer.BadParameter(f"a fuser is given already: {fuser_argument}. Give one.", param_hint="--fuser")
@@ -70,19 +48,24 @@ def serve(
     config = replace(config, name=config.name or (Path(fuser).resolve().name if fuser else "c2c"))
     config.keys()  # refuses an open address without keys, before models load
     vllm_options = _vllm_options(config)
-    sock = listen(config.host, config.port)
+    sock = http_server.listen(config.host, config.port)
     with err.status("loading models ..."):
-        model = _load(fuser, config)
+        dtypes = {"dtype": config.dtype, "sharer_dtype": config.sharer_dtype}
+        model = load_pair(config, fuser, _sharer(config), device_map=config.device, **dtypes)
     if not model.trained:
         err.print("The fuser is untrained: cache-to-cache answers equal the receiver's.", style="yellow")
-    _run(_engine(model, config, vllm_options), config, sock)
-
-
-def _run(engine: Engine, config: ServeConfig, sock: Any) -> None:
-    from c2c.serving import http_server
     from c2c.serving.app import create_app
-    from c2c.serving.logs import log_to_stderr
 
+    engine: Engine
+    if config.engine == "vllm":
+        from c2c.integrations.vllm.engine import VLLMEngine
+
+        with err.status("starting vLLM ..."):
+            engine = VLLMEngine(model, config, vllm_options)
+    else:
+        from c2c.serving.transformers_engine import TransformersEngine
+
+        engine = TransformersEngine(model, config)
     log_to_stderr()
     answered = http_server.serve(create_app(engine, config), sock, config)
     if config.engine != "vllm":  # with it libraries would complain about what is left
@@ -91,24 +74,11 @@ def _run(engine: Engine, config: ServeConfig, sock: Any) -> None:
         raise typer.Exit(1)
 
 
-def _check_packages() -> None:
+def _check_packages(names: Sequence[str], extra: str) -> None:
     from c2c.serving.errors import MissingServerError
-    from c2c.utils import install_command
 
-    missing = [package for package in _PACKAGES if find_spec(package) is None]
-    if missing:
-        raise MissingServerError(f"{', '.join(missing)} not installed. The server needs: {install_command('serve')}.")
-
-
-def _engine(model: C2CModel, config: ServeConfig, vllm_options: dict[str, Any]) -> Engine:
-    if config.engine == "vllm":
-        from c2c.integrations.vllm.engine import VLLMEngine
-
-        with err.status("starting vLLM ..."):
-            return VLLMEngine(model, config, vllm_options)
-    from c2c.serving.transformers_engine import TransformersEngine
-
-    return TransformersEngine(model, config)
+    if missing := [name for name in names if find_spec(name) is None]:
+        raise MissingServerError(f"{', '.join(missing)} not installed. This command needs: {install_command(extra)}.")
 
 
 def _vllm_options(config: ServeConfig) -> dict[str, Any]:
@@ -120,30 +90,10 @@ def _vllm_options(config: ServeConfig) -> dict[str, Any]:
                 param_hint="--engine",
             )
         return {}
-    from c2c.integrations.vllm.versions import check_version, installed
+    from c2c.integrations.vllm.errors import check_version, installed
 
     check_version(installed())
-    options: dict[str, Any] = {}
-    for pair in config.engine_option or []:
-        key, equals, value = pair.partition("=")
-        if not equals or not key.isidentifier():
-            raise typer.BadParameter(
-                f"got {pair!r}; expected NAME=VALUE, such as max_model_len=4096.", param_hint="--engine-option"
-            )
-        options[key] = yaml.safe_load(value)
-    return options
-
-
-def _load(fuser: str | None, config: ServeConfig) -> C2CModel:
-    from c2c.model import C2CModel
-
-    kwargs: dict[str, Any] = {"dtype": config.dtype, "sharer_dtype": config.sharer_dtype, "device_map": config.device}
-    sharer = _sharer(config)
-    if fuser is None:
-        return C2CModel.from_models(config.receiver or DEFAULT_RECEIVER, sharer or DEFAULT_SHARER, **kwargs)
-    return C2CModel.from_pretrained(
-        fuser, receiver=config.receiver, sharer=sharer, allow_mismatch=config.allow_mismatch, **kwargs
-    )
+    return parse_pairs(config.engine_option, "--engine-option", "max_model_len=4096", yaml.safe_load, str.isidentifier)
 
 
 def _sharer(config: ServeConfig) -> Any:
@@ -168,3 +118,36 @@ def _sharer(config: ServeConfig) -> Any:
             param_hint="--sharer",
         )
     return config.sharer
+
+
+@from_config(ShareConfig, skip=("max_body_mb",))
+def share(
+    model: Annotated[str, typer.Argument(help="Alias, hub id, folder or GGUF file of the sharer.")], **options: Any
+) -> None:
+    """Serve a sharer: receivers on other machines send it prompts, and get its KV cache."""
+    config = ShareConfig(**options)
+    config.keys()  # refuses an open address without keys, before anything is loaded
+    config.layer_list()  # as are layers that can't be read
+    _check_packages(("fastapi", "uvicorn", "cachetools"), "remote")
+    with err.status("loading model ..."):
+        import torch
+
+        from c2c.fusers.base import load_fuser
+        from c2c.language_model import Sharer
+        from c2c.remote.server import PrefillWorker, build_app
+        from c2c.serving import http_server
+        from c2c.serving.logs import log_to_stderr
+
+        sock = http_server.listen(config.host, config.port)
+        worker = PrefillWorker(
+            Sharer.from_pretrained(model, dtype=config.dtype, device_map=config.device),
+            config,
+            [load_fuser(folder, dtype=torch.float32) for folder in config.fuser or []],  # as C2CModel does
+        )
+        app = build_app(worker, config)
+    if config.exposed and config.tls_cert is None:
+        err.print("[yellow]Without TLS whoever is on the way can read prompts, caches and the token.[/yellow]")
+    log_to_stderr()
+    out.print(f"sharing {model} at {http_server.url_of(sock, config)}", highlight=False, soft_wrap=True)
+    if not http_server.serve(app, sock, config):
+        raise typer.Exit(1)

@@ -40,7 +40,7 @@ def share(
     """Serve a sharer: receivers on other machines send it prompts, and get its KV cache."""
     config = ShareConfig(**options)
     config.keys()  # refuses an open address without keys, before anything is loaded
-    layers = config.layer_list()
+    config.layer_list()  # as are layers that can't be read
     missing = [name for name in ("fastapi", "uvicorn", "cachetools") if find_spec(name) is None]
     if missing:
         raise C2CError(f"c2c share needs {' and '.join(missing)}: {install_command('remote')}.")
@@ -49,19 +49,15 @@ def share(
 
         from c2c.fusers.base import load_fuser
         from c2c.language_model import Sharer
-        from c2c.remote.app import build_app
-        from c2c.remote.worker import PrefillWorker
+        from c2c.remote.server import PrefillWorker, build_app
         from c2c.serving.http_server import listen, serve, url_of
         from c2c.serving.logs import log_to_stderr
 
         sock = listen(config.host, config.port)
         worker = PrefillWorker(
             Sharer.from_pretrained(model, dtype=config.dtype, device_map=config.device),
-            tokens=config.max_tokens,
-            waiting=config.waiting,
-            layers=layers,
-            finest=config.precision,
-            fusers=[load_fuser(folder, dtype=torch.float32) for folder in config.fuser or []],  # as C2CModel does
+            config,
+            [load_fuser(folder, dtype=torch.float32) for folder in config.fuser or []],  # as C2CModel does
         )
         app = build_app(worker, config)
     if config.exposed and config.tls_cert is None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from c2c.cli.options import Json, from_config
-from c2c.cli.output import human_bytes, log_to_stderr, out, print_json, print_table, progress_bars
+from c2c.cli.output import human_bytes, log_to_stderr, out, print_result, print_table, progress_bars
 from c2c.config import ConfigError
 from c2c.training.config import ADAPTER, TrainConfig, load_config
 
@@ -31,10 +32,9 @@ def train(
     log_to_stderr("c2c.training")
     with progress_bars() as report:
         summary = run_training(loaded, resume=resume, progress=report)
-    if json_ and summary:
-        print_json(summary)
-    elif summary:  # else another process reports
-        _show(summary, private=loaded.family != ADAPTER and family(loaded.family).context == "private")
+    if summary:  # else another process reports
+        private = loaded.family != ADAPTER and family(loaded.family).context == "private"
+        print_result(summary, json_, partial(_show, private=private))
 
 
 @from_config(TrainConfig, override=True, only=["receiver", "sharer", "data_dir", "store_dir", "store_budget_gb"])
@@ -56,23 +56,19 @@ def prefill(config: ConfigPath, *, json_: Json = False, **options: Any) -> None:
         "computed": {name: store.computed for name, store in stores.items()},
         "bytes": sum(store.used for store in stores.values()),
     }
-    if json_:
-        print_json(data)
-    else:
-        out.print(f"{data['prompts']} prompts in {loaded.store_dir}, {human_bytes(data['bytes'])}")
+    size = f"{data['prompts']} prompts in {loaded.store_dir}, {human_bytes(data['bytes'])}"
+    print_result(data, json_, lambda _: out.print(size))
 
 
 def _show(summary: dict[str, Any], private: bool) -> None:
-    dev = summary["dev"]
+    dev, adapter = summary["dev"], summary.get("adapter")
     rows = [(name, f"{dev[name]:.1f} %") for name in ("receiver", "adapter", "matched", "deranged") if name in dev]
-    gains = (
-        {"G": "adapter - receiver"} if "adapter" in summary else {"G": "matched - receiver", "P": "matched - deranged"}
-    )
+    gains = {"G": "adapter - receiver"} if adapter else {"G": "matched - receiver", "P": "matched - deranged"}
     rows += [(f"{gain} = {meaning}", f"{dev[gain]:+.1f}") for gain, meaning in gains.items()]
     print_table(("", "dev F1" if private else "dev accuracy"), rows)
     chosen = f"step {summary['step']}" if "step" in summary else f"blend {summary['blend']:.1f}"
-    out.print(f"{summary.get('adapter') or summary['fuser']}, chosen at {chosen} on {dev['n']} dev examples")
-    if "adapter" in summary:
+    out.print(f"{adapter or summary['fuser']}, chosen at {chosen} on {dev['n']} dev examples")
+    if adapter:
         matched = summary["matched"]
         out.print(
             f"rank {summary['rank']}: {summary['parameters']:,} parameters; "

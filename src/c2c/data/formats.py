@@ -10,7 +10,8 @@ from typing import Any
 
 from c2c.config import ConfigError
 from c2c.data.config import LETTERS, DataSource
-from c2c.messages import Conversation
+from c2c.errors import PromptError
+from c2c.messages import Conversation, Message, message
 
 SYSTEM = "You are a helpful assistant."
 
@@ -146,7 +147,7 @@ def context_question(data: dict[str, Any], source: DataSource) -> Row:
     """Read ``context``, ``question``, and ``answer`` or ``answers``: the response is the answer."""
     context, asked = _text(data, "context"), _text(data, "question")
     text = f"Answer the question from the passage.\n\nPassage: {context}\n\nQuestion: "
-    answers = _references(data)
+    answers = references(data)
     return Row("", _turn(text + asked), "", answers[0], question=asked, references=answers)
 
 
@@ -155,7 +156,7 @@ def private_question(data: dict[str, Any], source: DataSource) -> Row:
 
     ``known``, if given, is a text that only the receiver reads, before its question.
     """
-    context, asked, answers = _text(data, "context"), _text(data, "question"), _references(data)
+    context, asked, answers = _text(data, "context"), _text(data, "question"), references(data)
     known = _text(data, "known") if "known" in data else ""
     return Row(
         "",
@@ -172,7 +173,7 @@ def private_question(data: dict[str, Any], source: DataSource) -> Row:
 
 def question(data: dict[str, Any], source: DataSource) -> Row:
     """Read ``question`` with ``solution`` (worked out, as in GSM8K) or ``answer``."""
-    asked, answers = _text(data, "question"), _references(data)
+    asked, answers = _text(data, "question"), references(data)
     return Row("", _turn(asked), "", str(data.get("solution") or answers[0]), question=asked, references=answers)
 
 
@@ -185,10 +186,11 @@ def instruction(data: dict[str, Any], source: DataSource) -> Row:
 def chat(data: dict[str, Any], source: DataSource) -> Row:
     """Read ``messages`` (role, content), several turns; the last one, of the assistant, is the response."""
     messages = data.get("messages") or data.get("conversations")
-    valid = isinstance(messages, list) and all(isinstance(message, dict) for message in messages)
-    turns = [_message(message) for message in messages] if valid and messages else []
-    if len(turns) < 2 or turns[-1]["role"] != "assistant":
-        raise ConfigError(f"'messages' is {messages!r}; expected turns that end with the assistant's.")
+    turns = [_message(turn) for turn in messages] if isinstance(messages, list) else []
+    if len(turns) < 2 or turns[-1]["role"] != "assistant" or not turns[-1]["content"].strip():
+        raise ConfigError(f"'messages' is {messages!r:.300}; expected turns that end with a text of the assistant's.")
+    if data.get("tools") or any(turn.get("tool_calls") for turn in turns):
+        raise ConfigError("turns with tools are not learned from: leave them out, or write the calls as texts.")
     return Row("", turns[:-1], "", turns[-1]["content"])
 
 
@@ -196,17 +198,26 @@ _READERS = (multiple_choice, context_question, private_question, question, instr
 KINDS: dict[str, Callable[[dict[str, Any], DataSource], Row]] = {reader.__name__: reader for reader in _READERS}
 
 
+class NoAnswer(ConfigError):
+    """A question that its data set marks as one without an answer; such rows are dropped and counted."""
+
+
 def normalise(data: dict[str, Any]) -> dict[str, Any]:
     """Rename the keys of well-known layouts to ours; unknown keys stay as they are.
 
-    Known are ``question_stem``; choices as a list, as ``{"text": [...], "label": [...]}`` (ARC, OpenBookQA), under
-    ``options``, or in columns ``A``, ``B``, ... (C-Eval); answers as index, label or letter, also under ``answerKey``;
-    and worked answers that end with ``#### 18`` (GSM8K).
+    Known are questions under ``question_stem``, or with their text inside (Natural Questions); choices as a list, as
+    ``{"text": [...], "label": [...]}`` (ARC, OpenBookQA), under ``options``, or in columns ``A``, ``B``, ... (C-Eval),
+    with the answer as index, label or letter, also under ``answerKey``; worked answers that end with ``#### 18``
+    (GSM8K); and passages in sentences by title (HotpotQA). Open answers are read by :func:`references`.
     """
     choices, labels = _choices(data)
     found = dict(data)
     if "question" not in found and "question_stem" in found:
         found["question"] = found["question_stem"]
+    if isinstance(found.get("question"), dict) and isinstance(found["question"].get("text"), str):
+        found["question"] = found["question"]["text"]
+    if "context" in found:
+        found["context"] = _passages(found["context"])
     answer = data.get("answer", data.get("answerKey"))
     text = answer.strip() if isinstance(answer, str) else ""
     if choices is not None:
@@ -214,6 +225,18 @@ def normalise(data: dict[str, Any]) -> dict[str, Any]:
     elif "####" in text:
         found |= {"solution": answer, "answer": text.rpartition("####")[2].strip()}
     return found
+
+
+def _passages(context: Any) -> Any:
+    """Join paragraphs, each a text or a title with its sentences; anything else is returned as it is."""
+    if isinstance(context, dict) and {"title", "sentences"} <= set(context):
+        context = list(zip(context["title"], context["sentences"], strict=True))
+    if not isinstance(context, list):
+        return context
+    titled = [isinstance(part, list | tuple) and len(part) == 2 and isinstance(part[1], list) for part in context]
+    if context and all(titled):
+        context = [f"{title}: {''.join(sentences)}" for title, sentences in context]
+    return "\n\n".join(context) if context and all(isinstance(part, str) for part in context) else context
 
 
 def _choices(data: dict[str, Any]) -> tuple[list[str] | None, list[str]]:
@@ -233,28 +256,56 @@ def _text(data: dict[str, Any], key: str) -> str:
     value = data.get(key)
     if value is None or str(value).strip() == "":
         raise ConfigError(f"{key!r} is missing or empty; the row has {', '.join(sorted(data))}.")
+    if isinstance(value, dict | list | bool):
+        raise ConfigError(f"{key!r} is {value!r:.200}; expected a text.")
     return str(value)
 
 
-def _references(data: dict[str, Any]) -> tuple[str, ...]:
-    """Return all answers that count as right, the first one first.
+def references(data: dict[str, Any]) -> tuple[str, ...]:
+    """Return all open answers that count as right, the first one first.
+
+    Read are ``answer`` and ``answers``, each a text, a list of texts, ``{"text": [...]}`` or a list of such objects
+    (SQuAD), or ``{"value": ..., "aliases": [...]}`` (TriviaQA).
 
     Raises:
-        ConfigError: there is none, or ``answers`` is no list.
+        NoAnswer: the row says that there is none (SQuAD 2). ConfigError: in none of these layouts.
     """
-    several = data.get("answers") or []
-    if not isinstance(several, list):
-        raise ConfigError(f"'answers' is {several!r}; expected a list of texts (one text goes to 'answer').")
-    given = [data.get("answer"), *several]
-    found = dict.fromkeys(str(answer) for answer in given if answer is not None and str(answer).strip())
-    return tuple(found) or (_text(data, "answer"),)  # which raises
+    found = dict.fromkeys(text for key in ("answer", "answers") for text in _answer_texts(key, data.get(key)))
+    if found and not data.get("is_impossible"):
+        return tuple(found)
+    if data.get("is_impossible") or data.get("answers") is not None:
+        raise NoAnswer("the question has no answer")
+    return (_text(data, "answer"),)  # which raises
 
 
-def _message(message: dict[str, Any]) -> dict[str, str]:
+def _answer_texts(key: str, given: Any) -> list[str]:
+    """Return the texts of one layout of answers, without empty ones."""
+    if isinstance(given, dict) and "text" in given:
+        given = given["text"]
+    elif isinstance(given, dict) and "value" in given:
+        given = [given["value"], *(given.get("aliases") or [])]
+    parts = given if isinstance(given, list | tuple) else [given]
+    texts = [part["text"] if isinstance(part, dict) and "text" in part else part for part in parts]
+    if any(isinstance(text, dict | list | bool) for text in texts):
+        raise ConfigError(
+            f"{key!r} is {given!r:.200}; expected a text, a list of texts, or the layout of SQuAD or TriviaQA."
+        )
+    return [str(text) for text in texts if text is not None and str(text).strip()]
+
+
+def _message(turn: Any) -> Message:
     """Read one turn, also under the names of ShareGPT-like sets."""
-    roles = {"human": "user", "gpt": "assistant"}
-    role = str(message.get("role") or message.get("from"))
-    return {"role": roles.get(role, role), "content": str(message.get("content") or message.get("value") or "")}
+    if not isinstance(turn, dict):
+        raise ConfigError(f"a turn is {turn!r:.200}; expected an object with role and content.")
+    given = {"role": turn.get("from"), "content": turn.get("value")} | turn if "from" in turn else turn
+    roles = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}
+    role = roles.get(str(given.get("role")), given.get("role"))
+    if role not in ("system", "developer", "user", "assistant", "tool"):
+        raise ConfigError(f"a turn has the role {role!r}; expected system, user, assistant or tool.")
+    try:
+        return message(given | {"role": role})
+    except PromptError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _turn(text: str) -> Conversation:

@@ -13,10 +13,13 @@ from typing import Any
 
 from c2c.config import ConfigError
 from c2c.data.config import DataSource
-from c2c.data.formats import FORMS, KINDS, Row, normalise, vary_options
+from c2c.data.formats import FORMS, KINDS, NoAnswer, Row, normalise, references, vary_options
 from c2c.data.synthetic import GENERATORS
 from c2c.errors import did_you_mean
 from c2c.utils import install_command
+
+PASSAGE_KINDS = ("context_question", "private_question")
+OPEN_KINDS = (*PASSAGE_KINDS, "question")
 
 
 def load_rows(
@@ -47,8 +50,10 @@ def load_rows(
         for place, data in _read(source, Path(data_dir), seed):
             if _question(data) in exclude:
                 dropped["question is in an excluded file"] += 1
-            elif source.kind in ("context_question", "private_question") and data.get("context") == "":
+            elif source.kind in PASSAGE_KINDS and data.get("context") == "":
                 dropped["context is empty"] += 1
+            elif source.kind in OPEN_KINDS and _has_no_answer(data):
+                dropped["question without an answer"] += 1
             else:
                 kept.append((place, data))
         random.Random(seed).shuffle(kept)
@@ -75,7 +80,7 @@ def _read(source: DataSource, data_dir: Path, seed: int) -> Iterator[tuple[str, 
             f"give either 'path' or 'dataset' (or 'synthetic') for a source, got {', '.join(map(repr, given))}."
         )
     if source.path is not None:
-        found = ((f", line {line}", data) for line, data in read_jsonl(data_dir / source.path))
+        found = ((f", line {line}", normalise(data)) for line, data in read_jsonl(data_dir / source.path))
     elif source.synthetic is not None:
         found = (("", data) for data in _generate(source, seed))
     else:
@@ -140,6 +145,16 @@ def _read_dataset(source: DataSource) -> Iterator[dict[str, Any]]:
     for subset, rows in zip(subsets, found, strict=True):
         for data in rows:
             yield dict(data) | ({"id": f"{subset}/{data['id']}"} if source.subset == "*" and "id" in data else {})
+
+
+def _has_no_answer(data: dict[str, Any]) -> bool:
+    try:
+        references(data)
+    except NoAnswer:
+        return True
+    except ConfigError:  # told where the row is converted, with its place
+        return False
+    return False
 
 
 def _convert(data: dict[str, Any], place: str, source: DataSource) -> Row:

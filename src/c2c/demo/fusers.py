@@ -45,6 +45,17 @@ class FuserChoice:
         return all(is_pulled(name) for name in (self.receiver, self.sharer) if name in ALIASES)
 
     @property
+    def model_names(self) -> tuple[str, str]:
+        """Names of receiver and sharer without their folders."""
+        return Path(self.receiver).name, Path(self.sharer).name
+
+    @property
+    def pair(self) -> str:
+        """The models and what they do."""
+        receiver, sharer = self.model_names
+        return f"{receiver} (receiver) and {sharer} (sharer)"
+
+    @property
     def label(self) -> str:
         """The text of its entry in the page's list."""
         return f"{self.name} ({self.family}{'' if self.trained else ', untrained: it adds nothing'})"
@@ -55,10 +66,10 @@ def find_fusers(given: Sequence[str]) -> list[FuserChoice]:
     # zoo/ lies here, or in the clone that the package is installed from
     places = (Path("zoo"), Path(__file__).resolve().parents[3] / "zoo")
     shipped = [path.parent for place in places for path in sorted(place.glob("*/config.json"))]
-    found: dict[Path, FuserChoice] = {}
-    for folder, named in [*((_folder(source), True) for source in given), *((folder, False) for folder in shipped)]:
+    named, found = [_folder(source) for source in given], dict[Path, FuserChoice]()
+    for folder in [*named, *shipped]:
         if folder.resolve() not in found:
-            found[folder.resolve()] = read_choice(folder, given=named)
+            found[folder.resolve()] = read_choice(folder, given=folder in named)
     if not found:
         raise FuserError(
             "no fuser to show: there is no zoo/ here, and none was given. Pass --fuser FOLDER (a folder of `c2c train`,"

@@ -7,9 +7,9 @@ from contextlib import suppress
 from threading import Thread
 from typing import TYPE_CHECKING
 
-from c2c.demo.config import DemoConfig
+from c2c.demo import DemoConfig
 from c2c.demo.fusers import FuserChoice, default_fuser, find_fusers
-from c2c.demo.models import ModelCache
+from c2c.demo.session import ModelCache
 from c2c.errors import C2CError
 
 if TYPE_CHECKING:

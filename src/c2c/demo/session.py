@@ -1,21 +1,69 @@
-"""Sessions: a visitor's question answered by one system after the other."""
+"""Sessions: a visitor's question answered by one system after the other, and the models that are loaded for it."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from threading import Lock
+from typing import TYPE_CHECKING, Any
 
 from c2c.demo.fusers import FuserChoice
-from c2c.demo.models import ModelCache
 from c2c.demo.panes import SYSTEMS, Pane, Question
-from c2c.errors import C2CError, PromptError
+from c2c.errors import C2CError, ModelLoadError, PromptError
 
 if TYPE_CHECKING:
     from c2c.model import C2CModel
 
 RUN_ORDER = ("receiver", "c2c", "sharer", "text")  # quickest first, so that there is something to read meanwhile
+
+
+class ModelCache:
+    """Keep the two models that were used last and every fuser between them; arguments as in ``from_pretrained``."""
+
+    def __init__(self, dtype: Any = None, device_map: Any = None, allow_mismatch: bool = False) -> None:
+        self._load_options = {"dtype": dtype, "device_map": device_map}
+        self._allow_mismatch = allow_mismatch
+        self._lock = Lock()
+        self._models: dict[tuple[str, str], Any] = {}
+        self._pairs: dict[str, tuple[C2CModel, float]] = {}  # with the seconds that loading took
+
+    @contextmanager
+    def use(self, choice: FuserChoice) -> Iterator[C2CModel]:
+        """Load a pair where it is not loaded, and hold it; raise C2CError where it can't be, until the next use.
+
+        Others wait: Gradio runs one event at a time, but gives way to the next before a cancelled one has ended.
+        """
+        with self._lock:
+            if choice.source not in self._pairs:
+                began = time.perf_counter()
+                try:
+                    model = self._load(choice)
+                except C2CError:
+                    raise
+                except Exception as error:  # whatever it is, the page must show it and go on
+                    raise ModelLoadError(f"{type(error).__name__}: {error}") from error
+                self._pairs[choice.source] = model, time.perf_counter() - began
+            yield self._pairs[choice.source][0]
+
+    def seconds(self, choice: FuserChoice) -> float | None:
+        """Return how long a pair took to load; None where it is not loaded."""
+        return self._pairs[choice.source][1] if choice.source in self._pairs else None
+
+    def _load(self, choice: FuserChoice) -> C2CModel:
+        from c2c.language_model import Receiver, Sharer
+        from c2c.model import C2CModel
+
+        kinds = {("receiver", choice.receiver): Receiver, ("sharer", choice.sharer): Sharer}
+        if self._models.keys() - kinds:  # two pairs may not fit into memory
+            self._models = {key: model for key, model in self._models.items() if key in kinds}
+            self._pairs.clear()
+        for key, kind in kinds.items():
+            if key not in self._models:
+                self._models[key] = kind.from_pretrained(key[1], **self._load_options)
+        models = {role: self._models[role, name] for role, name in kinds}
+        return C2CModel.from_pretrained(choice.source, **models, allow_mismatch=self._allow_mismatch)
 
 
 @dataclass
@@ -57,16 +105,14 @@ class Session:
                 panes[name] = replace(panes[name], state="failed", error=str(error))
                 yield panes[name]
 
-    def ask_again(
-        self, models: ModelCache, choice: FuserChoice | None, *, blend: float, wrong_message: bool
-    ) -> Generator[Pane]:
-        """Answer the last question with cache-to-cache once more with one thing changed, and finish other panes.
+    def ask_again(self, models: ModelCache, choice: FuserChoice | None, changed: Question) -> Generator[Pane]:
+        """Answer the last question with cache-to-cache and another blend or message, and finish other panes.
 
         Nothing is done before a first question.
         """
         if self.question is None:
             return
-        question = replace(self.question, blend=blend, wrong_message=wrong_message)
+        question = replace(self.question, blend=changed.blend, wrong_message=changed.wrong_message)
         fused = self.panes["c2c"]
         previous = fused.text if fused.state == "done" else fused.previous
         unfinished = [name for name in RUN_ORDER if name != "c2c" and self.panes[name].state != "done"]
@@ -92,7 +138,7 @@ def answer(model: C2CModel, pane: Pane) -> Generator[Pane]:
     from c2c.prompting import RenderOptions
     from c2c.systems import SystemOptions, make_system
 
-    question, began = pane.question or Question(""), time.perf_counter()
+    question, began = pane.question, time.perf_counter()
     system = "deranged" if pane.name == "c2c" and question.wrong_message else pane.name
     options = SystemOptions(message_tokens=question.message_tokens, blend=question.blend, other=question.other_messages)
     pane = replace(pane, state="running", seconds=0.0)

@@ -1,12 +1,16 @@
-"""Answers of one system to a batch of items: what it reads, and one record per item."""
+"""Answers of one system: a record for each item of a batch, or the cost of one item from text to text."""
 
 from __future__ import annotations
 
+import re
+import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from c2c.data.formats import Row
@@ -25,15 +29,13 @@ from c2c.systems import System, SystemOptions, make_system
 _HANDED_OVER = {"draft": "matched", "draft_deranged": "deranged"}
 _WITH_TEXT = ("reader", "summary", "draft_text")  # the receiver's own prompt holds the passage, or a text in its place
 
+# seconds (all), first_token (seconds until the answer's first token), seconds of each stage, tokens (generated, by both
+# models), bytes (that cross from one model to the other), memory (bytes on top of the weights)
+Cost = dict[str, float]
+
 
 class Answerer:
-    """One system under evaluation.
-
-    Args:
-        name: of the system, or of a further fuser.
-        pair: the models.
-        config: of the evaluation.
-    """
+    """One system under evaluation; ``name`` is that of the system, or of a further fuser."""
 
     def __init__(self, name: str, pair: Pair, config: EvalConfig) -> None:
         self.name, self.kind, self.pair, self.config = name, system_kind(name), pair, config
@@ -43,22 +45,51 @@ class Answerer:
         system = "matched" if name in config.fusers else _HANDED_OVER.get(name, name)
         self.system: System = make_system(system, model, options)
         self.private = bool(pair.model.private)
+        self._decoding = {"max_new_tokens": config.max_new_tokens, "do_sample": False}
 
     @torch.no_grad()
     def answer(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
         """Answer items; returns a record for each, without its id."""
         # prompts that hold a generated text are not worth keeping
         keeps = self.kind not in ("text", "text_published", "summary", "draft_text")
-        with self.pair.stores(prefills=keeps, texts=True):
-            arguments: dict[str, Any] = {"options": RenderOptions(answer_prefix=rows[0].answer_prefix)}
-            messages, context = [self.messages(row) for row in rows], self._context(rows)
+        with self.pair.stores(prefills=keeps):
+            options = RenderOptions(answer_prefix=rows[0].answer_prefix)
+            messages, context = [self._messages(row) for row in rows], self._context(rows)
             if self.config.mode in ("generate", "answers"):
-                results = self.system.generate(messages, context, **arguments, **decoding(self.config))
-                return [_written(result, row, self.config) for result, row in zip(results, rows, strict=True)]
-            prompt = self.system.prefill(messages, context, **arguments)
+                results = self.system.generate(messages, context, options=options, **self._decoding)
+                return [_score(result, row, self.config.mode) for result, row in zip(results, rows, strict=True)]
+            prompt = self.system.prefill(messages, context, options=options)
             return _losses(prompt, rows) if self.config.mode == "nll" else _choices(prompt, rows)
 
-    def messages(self, row: Row) -> Conversation:
+    @torch.no_grad()
+    def measure(self, row: Row) -> Cost:
+        """Answer one item without any store, and return its cost, with the peak of memory where it is reported."""
+        device = self.pair.receiver.device
+        before = _memory(device)
+        cost = self._draft_cost(row) if self.name == "draft" else self._cost(row, self._context([row]))
+        peak = _memory(device, peak=True)
+        return cost if before is None or peak is None else cost | {"memory": max(0, peak - before)}
+
+    def _cost(self, row: Row, context: Any) -> Cost:
+        options = RenderOptions(answer_prefix=row.answer_prefix)
+        (result,) = self.system.generate([self._messages(row)], context, options=options, **self._decoding)
+        return _cost(result, "sharer_prefill" if self.name == "sharer" else "receiver_prefill")
+
+    def _draft_cost(self, row: Row) -> Cost:
+        """Measure the sharer's reading and drafting apart, and add them to the answer from its handoff."""
+        sharer, asked = self.pair.sharer, passage_with_question(row)
+        began = time.perf_counter()
+        read = sharer.read(asked)
+        prefilled = time.perf_counter()
+        draft = sharer.read(asked, draft_tokens=self.config.draft_tokens, reuse=read)
+        drafted = time.perf_counter()
+        cost = self._cost(row, [draft])
+        cost["tokens"] += len(draft.ids) - len(read.ids)
+        cost["sharer_prefill"] += prefilled - began
+        cost["sharer_decode"] = drafted - prefilled
+        return cost | {name: cost[name] + drafted - began for name in ("seconds", "first_token")}
+
+    def _messages(self, row: Row) -> Conversation:
         """Return what the system's answering model is asked.
 
         With private context the question is the bare one for a sharer, and for a receiver whose prompt holds a text,
@@ -86,34 +117,25 @@ class Answerer:
         return [row.sharer_messages or [] for row in rows]
 
 
-def decoding(config: EvalConfig) -> dict[str, Any]:
-    """Return the arguments of ``generate``."""
-    return {"max_new_tokens": config.max_new_tokens, "do_sample": False}
-
-
-def _written(result: GenerationResult, row: Row, config: EvalConfig) -> dict[str, Any]:
+def _score(result: GenerationResult, row: Row, mode: str) -> dict[str, Any]:
     """Score a generated answer: the letter of an option, or how close it is to the references."""
-    record: dict[str, Any] = {"text": result.text}
-    if result.message is not None:
-        record["message"] = result.message.text
-    if config.mode == "generate":
-        return {"chosen": read_letter(row.answer_prefix + result.text, len(row.choices))} | record
-    return record | {"f1": f1(result.text, row.references), "exact": exact(result.text, row.references)}
+    text, message = result.text, result.message
+    record = {"text": text} | ({} if message is None else {"message": message.text})
+    if mode == "generate":
+        return {"chosen": read_letter(row.answer_prefix + text, len(row.choices))} | record
+    return record | {"f1": f1(text, row.references), "exact": exact(text, row.references)}
 
 
 def _choices(prompt: PrefilledPrompt, rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Compare the options' tokens at the place where the answer names one."""
     tokenizer = prompt.model.tokenizer
     named = [choice_tokens(tokenizer, row.lead, row.choices) for row in rows]
-    leads = [
-        tokenizer.encode(row.lead + row.choices[0], add_special_tokens=False)[:at]
-        for row, (at, _) in zip(rows, named, strict=True)
+    spelled = [tokenizer.encode(row.lead + row.choices[0], add_special_tokens=False) for row in rows]
+    logits = _continued(prompt, [ids[:at] for ids, (at, _) in zip(spelled, named, strict=True)])
+    scores = [logits[index, at, ids].float().log_softmax(-1).tolist() for index, (at, ids) in enumerate(named)]
+    records: list[dict[str, Any]] = [
+        {"chosen": int(np.argmax(one)), "scores": [round(value, 4) for value in one]} for one in scores
     ]
-    logits = _continued(prompt, leads)
-    records = []
-    for index, (at, ids) in enumerate(named):
-        scores = logits[index, at, ids].float().log_softmax(-1)
-        records.append({"chosen": int(scores.argmax()), "scores": [round(value, 4) for value in scores.tolist()]})
     for record, message in zip(records, prompt.messages, strict=False):
         record["message"] = message.text
     return records
@@ -122,11 +144,24 @@ def _choices(prompt: PrefilledPrompt, rows: Sequence[Row]) -> list[dict[str, Any
 def _losses(prompt: PrefilledPrompt, rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Measure the mean loss of the reference's tokens, in nats."""
     responses = [response_tokens(prompt.model.tokenizer, row) for row in rows]
-    targets = _right_pad(responses, -100).to(prompt.model.device)
-    logits = _continued(prompt, [response[:-1] for response in responses])
-    losses = nn.functional.cross_entropy(logits.transpose(1, 2).float(), targets, ignore_index=-100, reduction="none")
-    means = losses.sum(-1) / (targets != -100).sum(-1)
-    return [{"nll": value} for value in means.tolist()]
+    likelihoods, _ = score_tokens(prompt, responses)
+    return [{"nll": -total / len(ids)} for total, ids in zip(likelihoods.tolist(), responses, strict=True)]
+
+
+def score_tokens(prompt: PrefilledPrompt, texts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Score a text after each prompt, whose cache is used up.
+
+    Args:
+        prompt: prefilled to the last token or before.
+        texts: token ids for each row, at least one.
+
+    Returns:
+        The log-likelihood of each text, ``[rows]``, and whether all its tokens are the likeliest, ``[rows]``.
+    """
+    targets = _right_pad(texts, -1).to(prompt.model.device)
+    logits, real = _continued(prompt, [text[:-1] for text in texts]).float(), targets >= 0
+    tokens = logits.log_softmax(-1).gather(2, targets.clamp_min(0).unsqueeze(2)).squeeze(2)
+    return (tokens * real).sum(1), ((logits.argmax(-1) == targets) | ~real).all(1)
 
 
 def _continued(prompt: PrefilledPrompt, continuations: Sequence[Sequence[int]]) -> Tensor:
@@ -140,3 +175,40 @@ def _continued(prompt: PrefilledPrompt, continuations: Sequence[Sequence[int]]) 
 
 def _right_pad(rows: Sequence[Sequence[int]], filler: int) -> Tensor:
     return pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], batch_first=True, padding_value=filler)
+
+
+def _cost(result: GenerationResult, prefill: str) -> Cost:
+    """Return the cost of one answer; ``prefill`` is the stage that the prefill of a model alone counts as."""
+    first, total, message = result.seconds_to_first_token, result.seconds_total, result.message
+    cost: Cost = {"seconds": total, "first_token": first, "tokens": result.new_tokens}
+    if message is not None:
+        return cost | {
+            "sharer_prefill": message.seconds_to_first_token,
+            "sharer_decode": message.seconds_total - message.seconds_to_first_token,
+            "receiver_prefill": first - message.seconds_total,
+            "decode": total - first,
+            "tokens": result.new_tokens + message.new_tokens,
+            "bytes": len(message.text.encode()),
+        }
+    if result.report is None:
+        return cost | {prefill: first, "decode": total - first, "bytes": 0}
+    seconds = {"sharer_prefill": 0.0, "receiver_prefill": 0.0, "fuse": 0.0} | result.report.seconds
+    seconds["receiver_prefill"] += seconds.pop("first_token")  # reads the last prompt token
+    return cost | seconds | {"bytes": result.report.sharer_bytes}
+
+
+def _memory(device: torch.device, *, peak: bool = False) -> int | None:
+    """Return the bytes in use, or their peak since the last call without ``peak``; None where it is not reported."""
+    if device.type == "cuda":
+        if peak:
+            return torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    try:
+        if not peak:
+            Path("/proc/self/clear_refs").write_text("5")  # Linux: resets the highest resident size
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return None
+    found = re.search(rf"^{'VmHWM' if peak else 'VmRSS'}:\s+(\d+) kB", status, re.MULTILINE)
+    return int(found[1]) * 1024 if found else None

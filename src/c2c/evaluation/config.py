@@ -3,9 +3,7 @@
 # ruff: noqa: RUF009 - option() returns a dataclass field
 from __future__ import annotations
 
-import dataclasses
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -22,6 +20,18 @@ ROUTER = "router"  # picks one of two systems' answers, and so is no system of i
 SHARED_SYSTEMS = ("text", "text_published", "adapter", "untrained", ROUTER)
 PRIVATE_SYSTEMS = ("reader", "draft", "draft_deranged", "draft_text", "summary")
 _WITH_LOSS = ("receiver", "matched", "deranged", "zero", "untrained")  # a loss over the receiver's own tokens
+# Differences between two systems, by their letter.
+DIFFERENCES = {
+    "G": ("matched", "receiver"),
+    "P": ("matched", "deranged"),
+    "S": ("matched", "sharer"),
+    "T": ("matched", "text"),
+    "A": ("matched", "adapter"),
+    "Z": ("matched", "zero"),
+    "D": ("deranged", "receiver"),
+}
+# Parts of the seconds of an answer, in the order in which they pass.
+STAGES = ("sharer_prefill", "sharer_decode", "receiver_prefill", "fuse", "decode")
 
 
 class EvaluationError(C2CError, ValueError):
@@ -70,7 +80,15 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         """Refuse what can't be run."""
-        modes = get_args(Mode)
+        from c2c.systems import systems  # imports torch
+
+        modes, known = get_args(Mode), {*systems(), ROUTER, *self.fusers}
+        unknown = [name for name in self.systems if system_kind(name) not in known]
+        hints = "".join(did_you_mean(name, known - set(self.systems)) for name in unknown)
+        removed = " abstain is no longer there." if "abstain" in unknown else ""
+        taken = [name for name in self.fusers if name in (*systems(), ROUTER)]
+        without_loss = [name for name in self.systems if name not in (*_WITH_LOSS, *self.fusers)]
+        missing = [name for name in ("receiver", "sharer") if name not in self.systems] + ["dev data"] * (not self.dev)
         problems = {
             "no data to evaluate on: give at least one file or task": not self.data,
             f"unknown mode {self.mode!r}.{did_you_mean(self.mode, modes)} Known: {', '.join(modes)}": (
@@ -85,50 +103,20 @@ class EvalConfig:
             f"routed is {self.routed} (a share, 0 to 1) and timed {self.timed} (0 or more)": (
                 not 0 <= self.routed <= 1 or self.timed < 0
             ),
+            f"{f'unknown systems {unknown}.' if unknown else 'no system was given.'}{hints}{removed} Known: "
+            f"{', '.join(sorted(known))}; others are named by a fuser: NAME=FOLDER": bool(unknown) or not self.systems,
+            f"{', '.join(taken)}: a further fuser can't have the name of a system": bool(taken),
+            "the system 'adapter' needs the folder of an adapter: see `c2c train --family`": (
+                "adapter" in self.systems and self.adapter is None
+            ),
+            "mode 'nll' compares losses over the receiver's tokens, which these do not share or do not have: leave "
+            f"{', '.join(without_loss)} out of the systems": self.mode == "nll" and bool(without_loss),
+            "the router picks between receiver and sharer with a rule fitted on dev items: add "
+            f"{', '.join(missing)}": ROUTER in self.systems and bool(missing),
         }
         for problem, found in problems.items():
             if found:
                 raise EvaluationError(f"{problem}.")
-        self._check_names()
-        self._check_needs()
-
-    def _check_names(self) -> None:
-        """Refuse systems that are not known, and fusers named like one that is."""
-        from c2c.systems import systems  # imports torch
-
-        known = {*systems(), ROUTER, *self.fusers}
-        unknown = [name for name in self.systems if system_kind(name) not in known]
-        if unknown or not self.systems:
-            hints = "".join(did_you_mean(name, known - set(self.systems)) for name in unknown)
-            removed = " abstain is no longer there." if "abstain" in unknown else ""
-            raise EvaluationError(
-                f"{f'unknown systems {unknown}.' if unknown else 'no system was given.'}{hints}{removed} Known: "
-                f"{', '.join(sorted(known))}; others are named by a fuser: NAME=FOLDER."
-            )
-        taken = [name for name in self.fusers if name in (*systems(), ROUTER)]
-        if taken:
-            raise EvaluationError(f"{', '.join(taken)}: a further fuser can't have the name of a system.")
-
-    def _check_needs(self) -> None:
-        """Refuse systems that lack what they need."""
-        if "adapter" in self.systems and self.adapter is None:
-            raise EvaluationError("the system 'adapter' needs the folder of an adapter: see `c2c train --family`.")
-        without = [name for name in self.systems if name not in (*_WITH_LOSS, *self.fusers)]
-        if self.mode == "nll" and without:
-            raise EvaluationError(
-                "mode 'nll' compares losses over the receiver's tokens, which these do not share or do not have: "
-                f"leave {', '.join(without)} out of the systems."
-            )
-        missing = [name for name in ("receiver", "sharer") if name not in self.systems]
-        if ROUTER in self.systems and (missing or not self.dev):
-            raise EvaluationError(
-                "the router picks between receiver and sharer with a rule fitted on dev items: add "
-                f"{', '.join([*missing, *['dev data'] * (not self.dev)])}."
-            )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data, for result files."""
-        return dataclasses.asdict(self)
 
 
 @dataclass(frozen=True)
@@ -161,8 +149,8 @@ def system_kind(name: str) -> str:
     return re.sub(r"_\d+$", "", name)
 
 
-def load_eval_config(path: str | Path, **overrides: Any) -> EvalConfig:
-    """Read an evaluation from a YAML file.
+def load_eval_config(path: str | Path | None, **overrides: Any) -> EvalConfig:
+    """Read an evaluation from a YAML file, or make one of the overrides alone.
 
     Args:
         path: the file; keys are those of :class:`EvalConfig`. Entries of ``data`` and ``dev`` are sources, or name a
@@ -172,18 +160,9 @@ def load_eval_config(path: str | Path, **overrides: Any) -> EvalConfig:
     Raises:
         ConfigError: not a mapping, an unknown key or task, or a missing key. EvaluationError: impossible values.
     """
-    return make_eval_config(read_yaml(Path(path)), str(path), **overrides)
-
-
-def make_eval_config(values: Mapping[str, Any], where: str, /, **overrides: Any) -> EvalConfig:
-    """Make an evaluation from plain data, see :func:`load_eval_config`.
-
-    Args:
-        values: keys of :class:`EvalConfig`.
-        where: name of the data in an error.
-        **overrides: values that replace those of the data; None is ignored.
-    """
-    data = dict(values) | {key: value for key, value in overrides.items() if value is not None}
+    where = "options" if path is None else str(path)
+    data = {} if path is None else read_yaml(Path(path))
+    data |= {key: value for key, value in overrides.items() if value is not None}
     folder = Path(data.get("data_dir") or ".")
     for name in ("data", "dev"):
         data[name] = [source(entry, folder, f"{where}: {name}") for entry in data.get(name) or []]

@@ -11,24 +11,22 @@ import json
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from c2c import kv_cache
 from c2c.alignment import Prompt
 from c2c.alignment.base import derange, truncate
 from c2c.errors import PromptError
+from c2c.evaluation.answers import score_tokens
 from c2c.generation import PrefilledPrompt
 from c2c.integrations import IntegrationError, MissingExtraError
 from c2c.language_model import LanguageModel
 from c2c.messages import Conversation
 from c2c.model import C2CModel
-from c2c.prefill import continued_logits
 from c2c.prompting import RenderOptions, render_text, require_tokenizer
 from c2c.tokens import left_pad
 from c2c.utils import install_command
@@ -43,35 +41,32 @@ except ModuleNotFoundError as error:
 
 System = Literal["receiver", "sharer", "matched", "deranged"]
 SYSTEMS: tuple[str, ...] = get_args(System)
-_CHAT = '{"c2c_chat": '
-
 Likelihood = tuple[float, bool]
 Tokens = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Chat:
-    """A conversation as a string, which the harness passes on; each model renders it with its own template.
+    """A conversation and the beginning of its answer, as a string that the harness passes on to all models.
 
     Attributes:
-        messages: the conversation.
-        answer_prefix: beginning of the answer (``gen_prefix`` of a task).
+        raw: the only message is the whole prompt, which no template renders.
     """
 
     messages: Conversation
     answer_prefix: str = ""
+    raw: bool = False
 
     def dump(self) -> str:
         """Return JSON, which the harness also logs."""
         return json.dumps({"c2c_chat": self.messages, "answer_prefix": self.answer_prefix}, ensure_ascii=False)
 
     @classmethod
-    def load(cls, text: str) -> Chat | None:
-        """Read the conversation in a context, or None if that is raw text."""
-        if not text.startswith(_CHAT):
-            return None
-        data = json.loads(text)
-        return cls(data["c2c_chat"], data["answer_prefix"])
+    def load(cls, text: str) -> Chat:
+        """Read a context."""
+        if text.startswith('{"c2c_chat": '):
+            return cls(*json.loads(text).values())
+        return cls([{"role": "user", "content": text}], raw=True)
 
 
 class Context(NamedTuple):
@@ -133,11 +128,9 @@ class C2CLM(HFLM):  # type: ignore[misc]
         self.counts: Counter[str] = Counter()
         self._others: dict[str, str] = {}  # per text of a call, whose sharer cache it gets
         self._batch: list[Context] = []  # the prompts of the generation under way
-        self._limit, self._thinking = max_length, enable_thinking
+        self._thinking = enable_thinking
         tokenizer = copy.deepcopy(self.language_model.tokenizer)  # the harness gives it a pad token
         super().__init__(self.language_model.model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length)
-
-    # -- models and templates ------------------------------------------------------------------------------------------
 
     @property
     def tokenizer_name(self) -> str:
@@ -167,13 +160,13 @@ class C2CLM(HFLM):  # type: ignore[misc]
             chat = Chat(kept, prefix)
             try:
                 for reader in self.readers:
-                    render_text(reader.tokenizer, chat.messages, self._options(chat))
+                    render_text(reader.tokenizer, kept, self._options(chat))
             except PromptError:
                 if kept == without:
                     raise
             else:
-                self.counts["system messages dropped"] += len(kept) < len(messages)
                 break
+        self.counts["system messages dropped"] += kept != messages
         return chat.dump()
 
     def get_model_info(self) -> dict[str, Any]:
@@ -186,11 +179,9 @@ class C2CLM(HFLM):  # type: ignore[misc]
             "fuser_trained": self.pair.trained,
         }
 
-    # -- requests ------------------------------------------------------------------------------------------------------
-
     @torch.no_grad()
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[Likelihood]:
-        """Score continuations of contexts: log-likelihood, and whether greedy decoding would give them.
+        """Score continuations: log-likelihood, and whether greedy decoding would give them.
 
         Raises:
             PromptError: an empty continuation, or one longer than the model.
@@ -229,8 +220,6 @@ class C2CLM(HFLM):  # type: ignore[misc]
             )
         texts: list[str] = super().generate_until(requests, disable_tqdm=disable_tqdm)
         return texts
-
-    # -- what the harness calls for a batch ----------------------------------------------------------------------------
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Encode a context and its continuation, to which trailing whitespace of the context is moved."""
@@ -276,14 +265,18 @@ class C2CLM(HFLM):  # type: ignore[misc]
         """Score continuations, given as ((context, continuation), context ids, continuation ids)."""
         pairs = [self._context(*request) for request in requests]
         self._count({context for context, _ in pairs})
-        fusable = [self.fused and len(context.tokens) > 1 for context, _ in pairs]
-        rest = [request for request, fuse in zip(requests, fusable, strict=True) if not fuse]
-        alone = iter(super()._loglikelihood_tokens(rest, disable_tqdm, override_bs))
-        fused = self._score_fused([pair for pair, fuse in zip(pairs, fusable, strict=True) if fuse], disable_tqdm)
+        alone = {
+            pair: request
+            for pair, request in zip(pairs, requests, strict=True)
+            if not self.fused or len(pair[0].tokens) < 2
+        }
+        answers = super()._loglikelihood_tokens([*alone.values()], disable_tqdm, override_bs)
+        scores = self._score_fused([pair for pair in pairs if pair not in alone], disable_tqdm)
         for pair, (strings, _, _) in zip(pairs, requests, strict=True):
-            if pair in fused:
-                self.cache_hook.add_partial("loglikelihood", strings, fused[pair])
-        return [fused[pair] if pair in fused else next(alone) for pair in pairs]
+            if pair in scores:
+                self.cache_hook.add_partial("loglikelihood", strings, scores[pair])
+        scores |= zip(alone, answers, strict=True)
+        return [scores[pair] for pair in pairs]
 
     def _context(
         self, strings: tuple[str, str] | None, ids: list[int], continuation: list[int]
@@ -298,8 +291,6 @@ class C2CLM(HFLM):  # type: ignore[misc]
         cut = max(0, len(ids) + len(continuation) - self.max_length - 1)
         return Context(text, tuple(ids), cut), tuple(continuation)
 
-    # -- fusion --------------------------------------------------------------------------------------------------------
-
     def _score_fused(
         self, pairs: Sequence[tuple[Context, Tokens]], quiet: bool
     ) -> dict[tuple[Context, Tokens], Likelihood]:
@@ -312,25 +303,15 @@ class C2CLM(HFLM):  # type: ignore[misc]
         with tqdm(total=len(groups), disable=quiet, desc="loglikelihood of fused contexts") as bar:
             for part in Collator.get_chunks(order, n=self.batch_size):
                 prompt = self._fuse(part)
-                asked = [(row, text) for row, context in enumerate(part) for text in groups[context]]
-                for some in Collator.get_chunks(sorted(asked, key=lambda item: len(item[1])), n=self.batch_size):
-                    for (row, text), score in zip(some, self._score(prompt, some), strict=True):
-                        scores[part[row], text] = score
+                found = [(row, text) for row, context in enumerate(part) for text in groups[context]]
+                for some in Collator.get_chunks(sorted(found, key=lambda item: len(item[1])), n=self.batch_size):
+                    rows, texts = zip(*some, strict=True)
+                    cache = kv_cache.select_rows(prompt.cache, torch.tensor(rows))
+                    copies = PrefilledPrompt(prompt.model, prompt.tokens.select(rows), cache)
+                    likelihoods, greedy = (column.tolist() for column in score_tokens(copies, texts))
+                    keys = [(part[row], text) for row, text in some]
+                    scores |= zip(keys, zip(likelihoods, greedy, strict=True), strict=True)
                 bar.update(len(part))
-        return scores
-
-    def _score(self, prompt: PrefilledPrompt, asked: Sequence[tuple[int, Tokens]]) -> list[Likelihood]:
-        """Score continuations of rows of a prompt: log-likelihood, and whether each token is the likeliest."""
-        rows, tokens = [row for row, _ in asked], prompt.tokens
-        targets = [torch.tensor(text, device=tokens.ids.device) for _, text in asked]
-        ids = pad_sequence([target[:-1] for target in targets], batch_first=True, padding_value=-1)
-        cache = kv_cache.select_rows(prompt.cache, torch.tensor(rows))
-        logits = continued_logits(self._model, tokens.select(rows), ids.clamp_min(0), ids >= 0, cache)
-        scores = []
-        for target, row in zip(targets, logits.float().log_softmax(-1), strict=True):
-            found = row[: len(target)]
-            total = float(found.gather(1, target.unsqueeze(1)).sum())
-            scores.append((total, bool((found.argmax(-1) == target).all())))
         return scores
 
     def _fuse(self, contexts: Sequence[Context]) -> PrefilledPrompt:
@@ -354,10 +335,9 @@ class C2CLM(HFLM):  # type: ignore[misc]
     def _align(self, context: Context) -> Prompt:
         """Align a context for all models, cut to their lengths."""
         chat = Chat.load(context.text)
-        options = RenderOptions(chat_template=False) if chat is None else self._options(chat)
-        messages = [{"role": "user", "content": context.text}] if chat is None else chat.messages
-        (prompt,) = self.pair.align([messages], options)
-        limits = [self._length(sharer) for sharer in self.pair.sharers]
+        (prompt,) = self.pair.align([chat.messages], self._options(chat))
+        lengths = (resolve_max_length(one.model.config, one.tokenizer) for one in self.pair.sharers)
+        limits = [min(length, self._max_length or length) for length in lengths]
         too_long = any(theirs.length > limit for theirs, limit in zip(prompt.sharers, limits, strict=True))
         self.counts["sharer contexts truncated"] += too_long
         return truncate(prompt, context.ids, context.cut, limits)
@@ -370,16 +350,12 @@ class C2CLM(HFLM):  # type: ignore[misc]
     def _render(self, context: str) -> tuple[str, bool | None]:
         """Return the text that the answering model reads, and whether its tokenizer adds special tokens."""
         chat = Chat.load(context)
-        if chat is None:
-            return context, None  # as the harness decides
-        return render_text(self.tokenizer, chat.messages, self._options(chat)), False
+        text = render_text(self.tokenizer, chat.messages, self._options(chat))
+        return text, None if chat.raw else False  # None: as the harness decides
 
     def _options(self, chat: Chat) -> RenderOptions:
-        return RenderOptions(answer_prefix=chat.answer_prefix, enable_thinking=self._thinking)
-
-    def _length(self, reader: LanguageModel) -> int:
-        own = int(resolve_max_length(reader.model.config, reader.tokenizer))
-        return own if self._limit is None else min(own, self._limit)
+        prefix, thinking = chat.answer_prefix, self._thinking
+        return RenderOptions(chat_template=not chat.raw, answer_prefix=prefix, enable_thinking=thinking)
 
     def _count(self, contexts: Collection[Context]) -> None:
         self.counts["contexts"] += len(contexts)
@@ -398,14 +374,13 @@ def _derangement(requests: Sequence[Any]) -> dict[str, str]:
     for request in requests:
         text, number = request.args[0], getattr(request, "doc_id", None)
         if text.strip():
-            document = (getattr(request, "task_name", None), text if number is None else number)
-            documents.setdefault(text, document)
+            documents.setdefault(text, (getattr(request, "task_name", None), text if number is None else number))
     if len(set(documents.values())) < 2:
         raise IntegrationError("system 'deranged' needs the prompts of at least two documents: raise the limit.")
     texts, chosen = list(documents), {}
     for index, text in enumerate(texts):
-        own = documents[text]
-        following = (texts[(index + step) % len(texts)] for step in range(1, len(texts)))
-        same_task = (other for other in following if documents[other][0] == own[0] and documents[other] != own)
-        chosen[text] = next(chain(same_task, (other for other in texts if documents[other] != own)))
+        following = [*texts[index + 1 :], *texts[:index]]
+        others = [other for other in following if documents[other] != documents[text]]
+        same_task = (other for other in others if documents[other][0] == documents[text][0])
+        chosen[text] = next(same_task, others[0])
     return chosen

@@ -60,43 +60,46 @@ def read_letter(text: str, options: int) -> int | None:
 
 def f1(text: str, references: Sequence[str]) -> float:
     """Return the best overlap of words with a reference, 0 to 1: harmonic mean of precision and recall."""
-    return max(_overlap(words(text), words(reference)) for reference in references)
+
+    def overlap(theirs: list[str]) -> float:
+        if not ours or not theirs:
+            return float(ours == theirs)
+        return 2 * sum((Counter(ours) & Counter(theirs)).values()) / (len(ours) + len(theirs))
+
+    ours = _words(text)
+    return max(overlap(_words(reference)) for reference in references)
 
 
 def exact(text: str, references: Sequence[str]) -> float:
     """Return 1 if the answer is a reference but for case, punctuation and articles; a number if it is the last one."""
-    if all(_NUMBER.fullmatch(reference.strip()) for reference in references):
-        found = _NUMBER.findall(text)
-        return float(bool(found) and any(_value(found[-1]) == _value(reference) for reference in references))
-    return float(any(words(text) == words(reference) for reference in references))
+    numbers = _values(references)
+    if numbers:
+        return float(any(value in numbers for value in _values(_NUMBER.findall(text)[-1:])))
+    return float(any(_words(text) == _words(reference) for reference in references))
 
 
 def contains(text: str, references: Sequence[str]) -> float:
     """Return 1 if the words of a reference stand in a row in the answer; of numbers, if any in the answer is one."""
-    if all(_NUMBER.fullmatch(reference.strip()) for reference in references):
-        found = {_value(number) for number in _NUMBER.findall(text)}
-        return float(any(_value(reference) in found for reference in references))
-    answer = f" {' '.join(words(text))} "
-    return float(any(f" {' '.join(words(reference))} " in answer for reference in references))
+    numbers = _values(references)
+    if numbers:
+        return float(any(value in numbers for value in _values(_NUMBER.findall(text))))
+    answer = f" {' '.join(_words(text))} "
+    return float(any(f" {' '.join(_words(reference))} " in answer for reference in references))
 
 
-def words(text: str) -> list[str]:
+def _words(text: str) -> list[str]:
     """Return lower-case words without punctuation and articles."""
     bare = "".join(" " if character in string.punctuation else character for character in text.lower())
     return [word for word in bare.split() if word not in ("a", "an", "the")]
 
 
+def _values(texts: Sequence[str]) -> list[float]:
+    """Return the numbers that texts are; none unless all are."""
+    if not all(_NUMBER.fullmatch(text.strip()) for text in texts):
+        return []
+    return [float(text.replace(",", "")) for text in texts]
+
+
 def _is_article(text: str, match: re.Match[str]) -> bool:
     """Whether an A opens a phrase ("A lamp")."""
     return match.group(1) == "A" and re.match(r"\s+[a-z]", text[match.end() :]) is not None
-
-
-def _overlap(ours: Sequence[str], theirs: Sequence[str]) -> float:
-    if not ours or not theirs:
-        return float(ours == theirs)
-    common = sum((Counter(ours) & Counter(theirs)).values())
-    return 2 * common / (len(ours) + len(theirs))
-
-
-def _value(number: str) -> float:
-    return float(number.replace(",", ""))

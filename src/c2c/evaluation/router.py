@@ -6,7 +6,7 @@ RouteLLM (Ong et al. 2024, arXiv:2406.18665), which the published evaluation use
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,18 +17,13 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from c2c.data.formats import Row
-from c2c.evaluation.journal import Record
 from c2c.language_model import LanguageModel
 
 Values = NDArray[np.float64]
-# System to its records, the same items in the same order.
-Answered = Mapping[str, Sequence[Record]]
 _STRENGTHS = 10.0 ** np.arange(-2, 6)
 
 
-def route(
-    dev: Answered, dev_features: Values, items: Answered, features: Values, share: float
-) -> tuple[list[Record], dict[str, Any]]:
+def route(better: Values, dev_features: Values, features: Values, share: float) -> tuple[list[str], dict[str, Any]]:
     """Send each question to the sharer or the receiver.
 
     A ridge regression on the questions' features predicts by how much the sharer is better; its strength is chosen by
@@ -36,23 +31,20 @@ def route(
     threshold from dev would send another share, since the fitted values spread more than the predicted ones.
 
     Args:
-        dev: records of ``receiver`` and ``sharer`` on the dev items.
+        better: ``[dev items]``, score of the sharer - score of the receiver.
         dev_features: ``[dev items, features]``, see :func:`embed`.
-        items: their records on the items in question.
-        features: ``[items, features]``.
+        features: ``[items, features]``, of the items in question.
         share: of the questions, for the sharer.
 
     Returns:
-        One record per item, as of the system that was chosen, whose name is in ``used``; and facts about the rule.
+        ``sharer`` or ``receiver`` for each item; and facts about the rule.
     """
-    better = _right(dev["sharer"]) - _right(dev["receiver"])
     rule = make_pipeline(StandardScaler(), RidgeCV(alphas=_STRENGTHS)).fit(dev_features, better)
     predicted = rule.predict(features)
     threshold = float(np.quantile(predicted, 1 - share)) if share > 0 else np.inf
     chosen = ["sharer" if value >= threshold else "receiver" for value in predicted]
-    records = [dict(items[name][index]) | {"used": name} for index, name in enumerate(chosen)]
     sent = round(chosen.count("sharer") / len(chosen), 4)
-    return records, {"share_asked": share, "share_routed": sent, "ridge": float(rule[-1].alpha_)}
+    return chosen, {"share_asked": share, "share_routed": sent, "ridge": float(rule[-1].alpha_)}
 
 
 @torch.no_grad()
@@ -65,7 +57,3 @@ def embed(model: LanguageModel, rows: Sequence[Row]) -> Values:
         means.append(table[torch.tensor(ids, device=table.device)].float().mean(0).cpu())
     embeddings: Values = torch.stack(means).double().numpy()
     return embeddings
-
-
-def _right(records: Sequence[Record]) -> Values:
-    return np.array([float(record["chosen"] == record["answer"]) for record in records])

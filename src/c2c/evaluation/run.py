@@ -3,47 +3,36 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from c2c.data.config import DataSource
 from c2c.data.formats import Row
 from c2c.data.sources import load_rows
 from c2c.evaluation.answers import Answerer
-from c2c.evaluation.config import (
-    PRIVATE_SYSTEMS,
-    ROUTER,
-    SHARED_SYSTEMS,
-    EvalConfig,
-    EvaluationError,
-    system_kind,
-)
-from c2c.evaluation.journal import TIMED, Journal, Record
+from c2c.evaluation.config import PRIVATE_SYSTEMS, ROUTER, SHARED_SYSTEMS, EvalConfig, EvaluationError, system_kind
+from c2c.evaluation.journal import TIMED, Journal, Record, provenance, read_earlier, source_name
 from c2c.evaluation.metrics import contains
 from c2c.evaluation.pair import Pair
-from c2c.evaluation.profiling import measure
-from c2c.evaluation.provenance import provenance, source_name
-from c2c.evaluation.reuse import WITHOUT_FUSER, EarlierEvaluation
 from c2c.evaluation.router import embed, route
 from c2c.evaluation.statistics import mean_costs, speed, summarise
 from c2c.fusers.base import fuser_hash
 from c2c.utils import OnProgress, check_writable, file_hash, write_json
 
-_DEV = "dev: "
+# System to the scores of each item, the same items in the same order; the first score is the one that is compared.
+Scores = dict[str, list[dict[str, float]]]
 _CONTROLS = ("deranged", "zero", "untrained", "draft_deranged", ROUTER)  # their cost is that of matched or draft
+# Further fusers, which are distinguished by their hash, can be reused as well.
+_WITHOUT_FUSER = ("receiver", "sharer", "text", "text_published", "adapter", "reader", "draft_text", "summary")
 
 
-@dataclass(frozen=True)
-class Items:
-    """The items of one source.
-
-    Attributes:
-        name: of the source; dev sources begin with ``dev:``.
-        rows: the items that both models can read.
-        systems: the systems that answer them.
-    """
+class Items(NamedTuple):
+    """The items of one source that both models can read, and the systems that answer them."""
 
     name: str
     rows: list[Row]
@@ -72,7 +61,7 @@ def evaluate(config: EvalConfig, progress: OnProgress | None = None) -> dict[str
     if config.output_dir is not None:
         check_writable(config.output_dir, "output_dir", EvaluationError)
     dropped: Counter[str] = Counter()
-    sources = _load(config.data, config, dropped), _load(config.dev, config, dropped, prefix=_DEV)
+    sources = _load(config.data, config, dropped), _load(config.dev, config, dropped, prefix="dev: ")
     pair = Pair(config)
     _check_context(config, private=bool(pair.model.private))
     systems = [name for name in config.systems if name != ROUTER]
@@ -97,38 +86,53 @@ class _Evaluation:
 
     def __init__(self, config: EvalConfig, pair: Pair) -> None:
         self.config, self.pair = config, pair
-        self._answerers: dict[str, Answerer] = {}
+        self._answerer = cache(partial(Answerer, pair=pair, config=config))
         # weights are part of a name in the journal: others under the same name are another system
         self._labels = {name: f"{name}@{fuser_hash(folder)[:12]}" for name, folder in config.fusers.items()}
         if config.adapter is not None:
-            self._labels["adapter"] = f"adapter@{_adapter_hash(config.adapter)[:12]}"
+            path = Path(config.adapter) / "adapter_model.safetensors"
+            if not path.is_file():
+                raise EvaluationError(f"{config.adapter} holds no adapter ({path.name} is missing).")
+            self._labels["adapter"] = f"adapter@{file_hash(path)[:12]}"
+        timed = config.timed and config.mode != "nll"
+        self._timed = [name for name in config.systems if timed and name not in _CONTROLS]
         self.provenance = provenance(config, pair)
         size = config.batch_size
-        self.earlier = None if config.reuse is None else EarlierEvaluation(config.reuse, self.provenance, size)
+        self._earlier = None if config.reuse is None else read_earlier(config.reuse, self.provenance, size)
         self.journal = Journal(config.output_dir, self.provenance["key"], size)
 
     def reuse(self, items: Items) -> None:
         """Take over what an earlier evaluation holds and this fuser has no influence on."""
-        total = len(items.rows)
-        for name in items.systems if self.earlier is not None else ():
-            label = self._label(name)
-            independent = system_kind(name) in WITHOUT_FUSER or name in self.config.fusers
-            if self.earlier is not None and independent and not self.journal.done(items.name, label, total):
-                self.journal.add(items.name, label, self.earlier.records(items.name, label, items.rows))
+        if self._earlier is None:
+            return
+        earlier, fuser = self._earlier
+        for name in items.systems:
+            label, total = self._label(name), len(items.rows)
+            independent = system_kind(name) in _WITHOUT_FUSER or name in self.config.fusers
+            if not independent or self.journal.done(items.name, label, total):
+                continue
+            records = earlier.records(items.name, label)
+            if records and [record["id"] for record in records] != [row.id for row in items.rows]:
+                raise EvaluationError(
+                    f"reuse: the items of {items.name} in {self.config.reuse} are others than those that this fuser "
+                    "can read."
+                )
+            self.journal.add(items.name, label, [record | {"reused": fuser[:12]} for record in records])
 
     def answer(self, items: Items, progress: OnProgress | None) -> None:
         """Let all systems answer all items of a source, batch by batch."""
         total, size = len(items.rows), self.config.batch_size
-        done = {name: self.journal.done(items.name, self._label(name), total) for name in items.systems}
+        labels = {name: self._label(name) for name in items.systems}
+        done = {name: self.journal.done(items.name, label, total) for name, label in labels.items()}
         for start in range(min(done.values(), default=total), total, size):
             part = items.rows[start : start + size]
             # a derangement needs two items; only the first is counted
             batch = part if len(part) > 1 else [*part, items.rows[start - 1]]
-            for name in items.systems:
+            for name, label in labels.items():
                 if done[name] <= start:
                     answers = self._answerer(name).answer(batch)
                     records = [{"id": r.id, "answer": r.answer} | a for r, a in zip(part, answers, strict=False)]
-                    self.journal.add(items.name, self._label(name), records)
+                    self.journal.add(items.name, label, records)
             if progress is not None:
                 progress(items.name, min(start + size, total), total)
 
@@ -136,92 +140,70 @@ class _Evaluation:
         """Answer some items one by one, all systems in turn, and record the cost of each answer."""
         rows, source = items.rows[: self.config.timed], TIMED + items.name
         for index, row in enumerate(rows):
-            for name in self._timed():
-                label = self._label(name)
-                if len(self.journal.records(source, label)) > index:
+            for name in self._timed:
+                if len(self._records(source, name)) > index:
                     continue
                 if index == 0:
-                    measure(self._answerer(name), row)  # to warm up
-                cost = measure(self._answerer(name), row)
-                self.journal.add(source, label, [{"id": row.id} | {key: round(v, 5) for key, v in cost.items()}])
+                    self._answerer(name).measure(row)  # to warm up
+                cost = {key: round(value, 5) for key, value in self._answerer(name).measure(row).items()}
+                self.journal.add(source, self._label(name), [{"id": row.id} | cost])
             if progress is not None:
                 progress(source, index + 1, len(rows))
 
     def result(self, items: Sequence[Items], dev: Sequence[Items]) -> dict[str, Any]:
         """Compute all numbers, over all items and per source."""
-        records = [self._records(part) for part in items]
-        facts = {}
-        if ROUTER in self.config.systems:
-            known, receiver = [self._records(part) for part in dev], self.pair.receiver
-            features = [embed(receiver, [row for part in some for row in part.rows]) for some in (dev, items)]
-            routed, facts[ROUTER] = route(
-                _joined(known), features[0], _joined(records), features[1], self.config.routed
-            )
-            rest = iter(routed)
-            for part in records:
-                part[ROUTER] = [next(rest) for _ in part["receiver"]]
-        result = self._numbers(_joined(records), items)
+        scores = [self._scores(part) for part in items]
+        facts = {ROUTER: self._route(scores, items, dev)} if ROUTER in self.config.systems else {}
+        result = self._numbers(_joined(scores), items)
         if len(items) > 1:
-            parts = zip(items, records, strict=True)
+            parts = zip(items, scores, strict=True)
             result["sources"] = {part.name: self._numbers(found, [part]) for part, found in parts}
         return result | facts
 
     def reused(self, items: Sequence[Items]) -> dict[str, str]:
         """Return the systems whose answers were taken over, with the fuser of that evaluation."""
-        firsts = {
-            name: self.journal.records(part.name, self._label(name))[0] for part in items for name in part.systems
-        }
+        firsts = {name: self._records(part.name, name)[0] for part in items for name in part.systems}
         return {name: record["reused"] for name, record in firsts.items() if "reused" in record}
 
-    def _records(self, items: Items) -> dict[str, list[Record]]:
-        records = {name: self.journal.records(items.name, self._label(name)) for name in items.systems}
-        if self.config.mode != "answers":
-            return records
-        return {  # from the texts, since a journal may be older than this score
+    def _scores(self, items: Items) -> Scores:
+        return {
             name: [
-                record | {"holds": contains(record["text"], row.references)}
-                for record, row in zip(part, items.rows, strict=True)
+                _scores_of(record, row, self.config.mode)
+                for record, row in zip(self._records(items.name, name), items.rows, strict=True)
             ]
-            for name, part in records.items()
+            for name in items.systems
         }
 
-    def _numbers(self, records: Mapping[str, list[Record]], items: Sequence[Items]) -> dict[str, Any]:
-        result = self._scores(records)
+    def _route(self, scores: Sequence[Scores], items: Sequence[Items], dev: Sequence[Items]) -> dict[str, Any]:
+        """Add the router's scores to those of each source, and return facts about its rule."""
+        known = _joined([self._scores(part) for part in dev])
+        receiver, sharer = ([next(iter(one.values())) for one in known[name]] for name in ("receiver", "sharer"))
+        asked, rows = ([row for part in some for row in part.rows] for some in (dev, items))
+        features = embed(self.pair.receiver, asked), embed(self.pair.receiver, rows)
+        chosen, facts = route(np.subtract(sharer, receiver), *features, self.config.routed)
+        names = iter(chosen)
+        for part in scores:
+            part[ROUTER] = [part[next(names)][index] for index in range(len(part["receiver"]))]
+        return facts
+
+    def _numbers(self, scores: Scores, items: Sequence[Items]) -> dict[str, Any]:
+        seed, compared = self.config.seed, {name: scores[name] for name in self.config.systems}
+        key, *further = compared[self.config.systems[0]][0]
+        columns = {name: [one[key] for one in part] for name, part in compared.items()}
+        result = summarise(columns, seed, percent=self.config.mode != "nll", key=key)
         costs = {
-            name: [cost for part in items for cost in self.journal.records(TIMED + part.name, self._label(name))]
-            for name in self._timed()
+            name: [cost for part in items for cost in self._records(TIMED + part.name, name)] for name in self._timed
         }
-        for name, measured in costs.items():
-            result["systems"][name] |= mean_costs(measured) if measured else {}
-        return result | speed(costs, self.config.seed)
-
-    def _scores(self, records: Mapping[str, list[Record]]) -> dict[str, Any]:
-        config = self.config
-
-        def column(score: Callable[[Record], float]) -> dict[str, list[float]]:
-            return {name: [score(record) for record in records[name]] for name in config.systems}
-
-        if config.mode == "nll":
-            return summarise(column(lambda record: record["nll"]), config.seed, percent=False)
-        if config.mode != "answers":
-            return summarise(column(lambda record: float(record["chosen"] == record["answer"])), config.seed)
-        result = summarise(column(lambda record: record["f1"]), config.seed, key="f1")
-        for key in ("exact", "holds"):
-            for name, part in records.items():
-                result["systems"][name][key] = round(100 * sum(record[key] for record in part) / len(part), 3)
-        return result
-
-    def _timed(self) -> list[str]:
-        wanted = [name for name in self.config.systems if name not in _CONTROLS]
-        return wanted if self.config.timed and self.config.mode != "nll" else []
-
-    def _answerer(self, name: str) -> Answerer:
-        if name not in self._answerers:
-            self._answerers[name] = Answerer(name, self.pair, self.config)
-        return self._answerers[name]
+        for name, system in result["systems"].items():
+            system |= {key: round(100 * sum(one[key] for one in scores[name]) / result["n"], 3) for key in further}
+            system |= mean_costs(costs[name]) if costs.get(name) else {}
+        return result | speed(costs, seed)
 
     def _label(self, name: str) -> str:
         return self._labels.get(name, name)
+
+    def _records(self, source: str, name: str) -> list[Record]:
+        return self.journal.records(source, self._label(name))
 
 
 def _load(
@@ -281,13 +263,14 @@ def _check_context(config: EvalConfig, private: bool) -> None:
         )
 
 
-def _joined(parts: Sequence[Mapping[str, list[Record]]]) -> dict[str, list[Record]]:
-    """Join each system's records over several sources."""
-    return {name: [record for part in parts for record in part[name]] for name in (parts[0] if parts else {})}
+def _scores_of(record: Record, row: Row, mode: str) -> dict[str, float]:
+    if mode == "nll":
+        return {"mean": record["nll"]}
+    if mode == "answers":  # containment from the text, since a journal may be older than this score
+        return {"f1": record["f1"], "exact": record["exact"], "holds": contains(record["text"], row.references)}
+    return {"accuracy": float(record["chosen"] == record["answer"])}
 
 
-def _adapter_hash(folder: str) -> str:
-    path = Path(folder) / "adapter_model.safetensors"
-    if not path.is_file():
-        raise EvaluationError(f"{folder} holds no adapter ({path.name} is missing).")
-    return file_hash(path)
+def _joined(parts: Sequence[Scores]) -> Scores:
+    """Join each system's scores over several sources."""
+    return {name: [score for part in parts for score in part[name]] for name in parts[0]}

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import binomtest, bootstrap
 
+from c2c.evaluation.config import DIFFERENCES
+
 Values = NDArray[np.float64]
-DRAWS = 10_000
-# Differences to matched, by their letter.
-GAINS = {"G": "receiver", "P": "deranged", "Z": "zero", "S": "sharer", "T": "text", "A": "adapter"}
 
 
 def summarise(
@@ -28,10 +28,9 @@ def summarise(
 
     Returns:
         ``n``; ``systems`` with the accuracy (or mean) of each and its 95 % interval; ``G`` = matched - receiver,
-        ``P`` = matched - deranged and the other :data:`GAINS` with intervals from a paired bootstrap over items, as
-        far as these systems are there; ``D`` = deranged - receiver, the effect of a wrong message; for accuracies also
-        the share of answers mended and spoiled, McNemar's test, and the part of the gap between receiver and sharer
-        that is recovered.
+        ``P`` = matched - deranged and the other :data:`~c2c.evaluation.config.DIFFERENCES` with intervals from a paired
+        bootstrap over items, as far as these systems are there; for accuracies also the share of answers mended and
+        spoiled, McNemar's test, and the part of the gap between receiver and sharer that is recovered.
     """
     arrays = {name: np.asarray(values, dtype=np.float64) for name, values in scores.items()}
     scale, key = (100.0, key) if percent else (1.0, "mean")
@@ -39,21 +38,24 @@ def summarise(
         "n": len(next(iter(arrays.values()))),
         "unit": {"accuracy": "percent", "mean": "nats per token"}.get(key, f"percent {key}"),
         "systems": {
-            name: {key: _round(scale * values.mean()), "ci95": _interval(scale * values, seed)}
+            name: {key: _round(scale * values.mean()), "ci95": _interval((scale * values,), np.mean, seed)}
             for name, values in arrays.items()
         },
     }
-    differences = {name: ("matched", other) for name, other in GAINS.items()} | {"D": ("deranged", "receiver")}
-    for name, (first, other) in differences.items():
+    for letter, (first, other) in DIFFERENCES.items():
         if first in arrays and other in arrays:
             difference = scale * (arrays[first] - arrays[other])
-            result |= {name: _round(difference.mean()), f"{name}_ci95": _interval(difference, seed)}
+            interval = _interval((difference,), np.mean, seed)
+            result |= {letter: _round(difference.mean()), f"{letter}_ci95": interval}
     if percent and "matched" in arrays and "receiver" in arrays:
-        result |= _changes(arrays["receiver"], arrays["matched"]) if key != "f1" else {}
+        gain = arrays["matched"] - arrays["receiver"]
+        if key != "f1":
+            mended, spoiled = int((gain == 1).sum()), int((gain == -1).sum())
+            result |= {name: _round(100 * n / len(gain)) for name, n in (("mended", mended), ("spoiled", spoiled))}
+            result["mcnemar_p"] = mcnemar(mended, spoiled)
         if "sharer" in arrays:
             gap = float(arrays["sharer"].mean() - arrays["receiver"].mean())
-            gain = float(arrays["matched"].mean() - arrays["receiver"].mean())
-            result["gap_recovered"] = _round(100 * gain / gap) if gap > 0 else None
+            result["gap_recovered"] = _round(100 * float(gain.mean()) / gap) if gap > 0 else None
     return result
 
 
@@ -82,12 +84,11 @@ def speed(costs: Mapping[str, Sequence[Mapping[str, Any]]], seed: int) -> dict[s
     def ratio(theirs: Values, ours: Values, axis: int = -1) -> Any:
         return theirs.sum(axis) / ours.sum(axis)
 
-    return {
-        "speed": {
-            name: {"ratio": _round(ratio(theirs, ours)), "ci95": _percentiles((theirs, ours), ratio, seed)}
-            for name, theirs in seconds.items()
-        }
+    ratios = {
+        name: {"ratio": _round(ratio(theirs, ours)), "ci95": _interval((theirs, ours), ratio, seed)}
+        for name, theirs in seconds.items()
     }
+    return {"speed": ratios}
 
 
 def mcnemar(first_only: int, second_only: int) -> float:
@@ -96,29 +97,13 @@ def mcnemar(first_only: int, second_only: int) -> float:
     return float(binomtest(first_only, n).pvalue) if n else 1.0
 
 
-def _changes(before: Values, after: Values) -> dict[str, Any]:
-    mended, spoiled = int(((after == 1) & (before == 0)).sum()), int(((after == 0) & (before == 1)).sum())
-    shares = {"mended": _round(100 * mended / len(before)), "spoiled": _round(100 * spoiled / len(before))}
-    return shares | {"mcnemar_p": mcnemar(mended, spoiled)}
-
-
-def _interval(values: Values, seed: int) -> list[float]:
-    return _percentiles((values,), np.mean, seed)
-
-
-def _percentiles(samples: tuple[Values, ...], statistic: Callable[..., Any], seed: int) -> list[float]:
+def _interval(samples: tuple[Values, ...], statistic: Callable[..., Any], seed: int) -> list[float]:
     """Return the 95 % percentile interval of a statistic, by a paired bootstrap over items."""
     if len(samples[0]) < 2:  # which the bootstrap refuses
         return [_round(statistic(*samples))] * 2
-    found = bootstrap(
-        samples,
-        statistic,
-        paired=len(samples) > 1,
-        n_resamples=DRAWS,
-        batch=1000,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
+    rng = np.random.default_rng(seed)
+    draw = partial(bootstrap, n_resamples=10_000, batch=1000, method="percentile", rng=rng)
+    found = draw(samples, statistic, paired=len(samples) > 1).confidence_interval
     return [_round(found.low), _round(found.high)]
 
 

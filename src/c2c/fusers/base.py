@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -25,6 +26,7 @@ from c2c.utils import file_hash, read_json_object, save_atomically
 from c2c.version import __version__
 
 _EXPECTED = "Expected a fuser's folder, as `c2c train` and `c2c convert` write it, or a hub id like 'owner/name'."
+_CONVERT = "run `c2c convert`, or C2CModel.from_published."
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,10 @@ class AlignedEntries:
     sharer: Entries
     receiver: Entries
     weight: Tensor | None = None
+
+    def channels(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return what a map of channels is fitted to; see :meth:`Entries.channels`."""
+        return self.sharer.channels(), self.receiver.channels(), self.weight
 
 
 @strict
@@ -252,35 +258,30 @@ def load_fuser(source: str | Path, **kwargs: Any) -> Fuser:
 
     folder = resolve(source)
     path = folder / "config.json"
-    several = sorted(part.parent.name for part in folder.glob("fuser_*/config.json"))
-    if several and not path.exists():
-        raise FuserError(
-            f"{source} holds {len(several)} fusers: name one of them, {', '.join(several)}; or load them all with "
-            "C2CModel.from_pretrained."
-        )
     if not path.exists():
-        hint = ""
-        if (folder / "final").is_dir() or list(folder.glob("projector_*.pt")):
-            hint = " It looks like a published checkpoint: run `c2c convert`, or C2CModel.from_published."
+        several = sorted(part.parent.name for part in folder.glob("fuser_*/config.json"))
+        if several:
+            raise FuserError(
+                f"{source} holds {len(several)} fusers: name one of them, {', '.join(several)}; or load them all with "
+                "C2CModel.from_pretrained."
+            )
+        published = (folder / "final").is_dir() or list(folder.glob("projector_*.pt"))
+        hint = f" It looks like a published checkpoint: {_CONVERT}" if published else ""
         raise FuserError(f"{source} holds no fuser: config.json is missing.{hint} {_EXPECTED}")
-    config = read_json_object(path, FuserError)
-    kind = str(config.get("model_type", ""))
-    if not kind.startswith("c2c_fuser_"):
+    kind = read_json_object(path, FuserError).get("model_type")
+    if not str(kind).startswith("c2c_fuser_"):
         raise FuserError(
-            f"{source} is not a fuser: model_type is {config.get('model_type')!r}, expected 'c2c_fuser_<family>'. "
-            "A model goes to --receiver or --sharer; for a published checkpoint run `c2c convert`, or use "
-            "C2CModel.from_published."
+            f"{source} is not a fuser: model_type is {kind!r}, expected 'c2c_fuser_<family>'. A model goes to "
+            f"--receiver or --sharer; for a published checkpoint {_CONVERT}"
         )
-    return _load_weights(family(kind.removeprefix("c2c_fuser_")), folder, kwargs)
-
-
-def _load_weights(kind: type[Fuser], folder: Path, kwargs: dict[str, Any]) -> Fuser:
-    """Load, and refuse what transformers would only warn about: missing, foreign or misshapen tensors."""
+    cls: Any = family(str(kind).removeprefix("c2c_fuser_"))
     try:
-        loaded: Any = kind.from_pretrained(str(folder), output_loading_info=True, **kwargs)
+        fuser, info = cls.from_pretrained(str(folder), output_loading_info=True, **kwargs)
+    except FuserError:
+        raise
     except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
         raise FuserError(f"{folder} holds no whole fuser (config.json and model.safetensors): {error}") from error
-    fuser, info = loaded
+    # refuse what transformers would only warn about: missing, foreign or misshapen tensors
     wrong = {what: sorted(map(str, info[what])) for what in ("missing_keys", "unexpected_keys", "mismatched_keys")}
     if any(wrong.values()):
         raise FuserError(f"{folder / 'model.safetensors'} does not fit its config.json: {wrong}")
@@ -289,27 +290,29 @@ def _load_weights(kind: type[Fuser], folder: Path, kwargs: dict[str, Any]) -> Fu
 
 
 def resolve(source: str | Path) -> Path:
-    """Return the local folder of a fuser, downloaded first if ``source`` is a hub id."""
+    """Return the local folder of a fuser, downloaded first if ``source`` is a hub id.
+
+    Raises:
+        ModelLoadError: a file; no such folder or hub id.
+    """
     path = Path(source).expanduser()
     if path.is_dir():
         return path
     if path.is_file():
-        try:
-            with safe_open(path, framework="pt") as file:
-                handoff = "manifest" in (file.metadata() or {})
-        except (SafetensorError, OSError):
-            handoff = False
-        hint = " of a handoff, which goes to sharer_messages as Handoff.load(FILE)" if handoff else ""
-        raise ModelLoadError(f"{source} is a file{hint or f', perhaps of the fuser in {path.parent}'}. {_EXPECTED}")
+        hint = f", perhaps of the fuser in {path.parent}"
+        with suppress(SafetensorError, OSError), safe_open(path, framework="pt") as file:
+            if "manifest" in (file.metadata() or {}):
+                hint = " of a handoff, which goes to sharer_messages as Handoff.load(FILE)"
+        raise ModelLoadError(f"{source} is a file{hint}. {_EXPECTED}")
     beside = [other.name for other in path.parent.iterdir() if other.is_dir()] if path.parent.is_dir() else []
+    meant = did_you_mean(path.name, beside)
     if str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
-        raise ModelLoadError(f"no such folder: {source}.{did_you_mean(path.name, beside)} {_EXPECTED}")
+        raise ModelLoadError(f"no such folder: {source}.{meant} {_EXPECTED}")
     try:
         return Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors", "*.md"]))
-    except Exception as error:
+    except Exception as error:  # the client raises what its transport raises
         raise ModelLoadError(
-            f"could not get fuser {source!s}: not a local folder, and the hub said: {error}."
-            f"{did_you_mean(path.name, beside)} {_EXPECTED}"
+            f"could not get fuser {source!s}: not a local folder, and the hub said: {error}.{meant} {_EXPECTED}"
         ) from error
 
 
@@ -322,7 +325,6 @@ def training_facts(fuser: Any) -> dict[str, Any]:
     """Return what distinguishes one trained fuser from another, without its lists of data."""
     record = fuser.config.training or {}
     config = record.get("config")
-    settings = dict(config) if isinstance(config, dict) else {}
-    for data in ("train", "dev", "exclude"):
-        settings.pop(data, None)
-    return {"family": fuser.family, "step": record.get("step"), "config": settings}
+    settings = config.items() if isinstance(config, dict) else ()
+    facts = {key: value for key, value in settings if key not in ("train", "dev", "exclude")}
+    return {"family": fuser.family, "step": record.get("step"), "config": facts}

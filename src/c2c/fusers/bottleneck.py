@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from c2c.errors import FuserError
 from c2c.fusers.base import AlignedEntries, Entries, Fuser, FuserConfig, split_channels
-from c2c.fusers.ridge import float64
+from c2c.fusers.linear import float64
 from c2c.kv_cache import KeyValue
 
 

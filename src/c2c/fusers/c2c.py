@@ -69,45 +69,45 @@ class ResidualBlock(nn.Module):
         return x + nn.functional.dropout(out, self.dropout, self.training)
 
 
-def _residual_blocks(count: int, width: int, inner: int, dropout: float) -> nn.Module:
-    """Chain blocks, under the attribute name of the published state dict."""
-    blocks = nn.Sequential(*(ResidualBlock(width, inner, dropout) for _ in range(count)))
-    return nn.Sequential(OrderedDict(blocks=blocks))
-
-
 class Projector(nn.Module):
     """Projector of one receiver layer. Parameter names are those of the published ``projector_*.pt``."""
 
     def __init__(self, config: C2CFuserConfig) -> None:
         super().__init__()
         sharer, receiver = config.geometries
-        width, inner, dropout = config.hidden_dim, config.intermediate_dim, config.dropout
+        width = config.hidden_dim
+
+        def blocks(count: int, inner: int) -> nn.Module:
+            chain = (ResidualBlock(width, inner, config.dropout) for _ in range(count))
+            return nn.Sequential(OrderedDict(blocks=nn.Sequential(*chain)))  # as the published state dict names it
+
         for kind in KINDS:
             self.register_parameter(f"{kind}_gate_logit", nn.Parameter(torch.zeros(())))
         for kind in KINDS:
             self.add_module(f"{kind}_in", nn.Linear(sharer.width + receiver.width, width))
-            self.add_module(f"{kind}_mlp1", _residual_blocks(1, width, inner, dropout))
-            self.add_module(f"{kind}_scalar_mlp2", _residual_blocks(1, width, width, dropout))
+            self.add_module(f"{kind}_mlp1", blocks(1, config.intermediate_dim))
+            self.add_module(f"{kind}_scalar_mlp2", blocks(1, width))
             self.add_module(f"{kind}_scalar_head", nn.Linear(width, receiver.kv_heads))
-            self.add_module(f"{kind}_proj_mlp2", _residual_blocks(config.num_layers - 2, width, inner, dropout))
+            self.add_module(f"{kind}_proj_mlp2", blocks(config.num_layers - 2, config.intermediate_dim))
             self.add_module(f"{kind}_proj_out", nn.Linear(width, receiver.width))
             if config.zero_init:
-                nn.init.zeros_(self.get_parameter(f"{kind}_proj_out.weight"))
-                nn.init.zeros_(self.get_parameter(f"{kind}_proj_out.bias"))
+                for parameter in self.get_submodule(f"{kind}_proj_out").parameters():
+                    nn.init.zeros_(parameter)
 
     def fuse(self, kind: str, sharer: Tensor, receiver: Tensor, gate: Tensor) -> Tensor:
         """Return ``receiver + gate * weight * projection``; all ``[batch, kv_heads, tokens, head_dim]``."""
         batch, heads, tokens, dim = receiver.shape
-        weight_dtype = self.get_parameter(f"{kind}_in.weight").dtype
+
+        def run(name: str, x: Tensor) -> Tensor:
+            out: Tensor = self.get_submodule(f"{kind}_{name}")(x)
+            return out
+
         # to [batch, tokens, kv_heads * head_dim], head 0 first
-        x = torch.cat([side.transpose(1, 2).flatten(2) for side in (sharer, receiver)], dim=-1).to(weight_dtype)
-        hidden = self.get_submodule(f"{kind}_mlp1")(self.get_submodule(f"{kind}_in")(x))
-        feature = self.get_submodule(f"{kind}_proj_out")(self.get_submodule(f"{kind}_proj_mlp2")(hidden))
-        feature = feature.view(batch, tokens, heads, dim).transpose(1, 2)
-        scalar = self.get_submodule(f"{kind}_scalar_head")(self.get_submodule(f"{kind}_scalar_mlp2")(hidden))
-        weight = torch.sigmoid(scalar).permute(0, 2, 1).unsqueeze(-1)
-        fused: Tensor = receiver + gate * weight * feature
-        return fused
+        x = torch.cat([side.transpose(1, 2).flatten(2) for side in (sharer, receiver)], dim=-1)
+        hidden = run("mlp1", run("in", x.to(self.get_parameter(f"{kind}_in.weight").dtype)))
+        feature = run("proj_out", run("proj_mlp2", hidden)).view(batch, tokens, heads, dim).transpose(1, 2)
+        scalar = run("scalar_head", run("scalar_mlp2", hidden))
+        return receiver + gate * torch.sigmoid(scalar).permute(0, 2, 1).unsqueeze(-1) * feature
 
 
 class C2CFuser(Fuser):
@@ -146,22 +146,19 @@ class C2CFuser(Fuser):
         """See :meth:`Fuser.forward`."""
         projectors: Iterable[Any] = self.layers
         fused = []
-        for index, projector in enumerate(projectors):
+        for index, layer in enumerate(projectors):
+            pairs = zip(KINDS, sharer.layer(index), receiver.layer(index), strict=True)
             keys, values = (
-                projector.fuse(kind, theirs, ours, self._gate(projector.get_parameter(f"{kind}_gate_logit"), ours))
-                for kind, theirs, ours in zip(KINDS, sharer.layer(index), receiver.layer(index), strict=True)
+                layer.fuse(kind, theirs, ours, self._gate(layer.get_parameter(f"{kind}_gate_logit"), ours))
+                for kind, theirs, ours in pairs
             )
             fused.append((keys, values))
         return fused
 
     def gates(self) -> Tensor:
         """Return 0 or 1 for every layer, ``[layers, 2]``."""
-        return hard_gate(self.gate_logits())
-
-    def gate_logits(self) -> Tensor:
-        """Return the raw gate parameters, ``[layers, 2]``."""
-        rows = [torch.stack([p.get_parameter(f"{kind}_gate_logit") for kind in KINDS]) for p in self.layers]
-        return torch.stack(rows).detach()
+        logits = (layer.get_parameter(f"{kind}_gate_logit") for layer in self.layers for kind in KINDS)
+        return hard_gate(torch.stack(tuple(logits)).detach().view(-1, 2))
 
     def _gate(self, logit: Tensor, receiver: Tensor) -> Tensor:
         if not self.training:

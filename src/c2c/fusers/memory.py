@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from c2c.errors import FuserError
 from c2c.fusers.base import AlignedEntries, Entries, Fuser, FuserConfig, split_channels
-from c2c.fusers.ridge import RidgeRegression
+from c2c.fusers.linear import ridge_regression
 from c2c.kv_cache import KeyValue
 
 
@@ -99,10 +99,7 @@ class MemoryFuser(Fuser):
         Raises:
             FuserError: fewer than two aligned pairs.
         """
-        regression = RidgeRegression()
-        for batch in data:
-            regression.add(batch.sharer.channels(), batch.receiver.channels(), batch.weight)
-        found = regression.solve(_RIDGE)
+        found = ridge_regression((batch.channels() for batch in data), _RIDGE)
         self.mean.copy_(found.mean)
         self.scale.copy_(found.deviation)
         self.weight.copy_(found.weight * found.deviation.transpose(1, 2))

@@ -5,36 +5,84 @@ from __future__ import annotations
 import copy
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from operator import itemgetter
 from pathlib import Path
-from typing import Any, Literal, Never, Self, TypeVar, cast
+from typing import Any, Literal, Never, Self, cast
 
 import httpx
 import torch
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 from transformers import Cache
 
 from c2c import kv_cache
-from c2c.errors import CacheError, MismatchError, RemoteError, SharerLost
+from c2c.errors import CacheError, HandoffError, MismatchError, RemoteError, SharerLost
 from c2c.fusers import Fuser
 from c2c.handoff import PRECISIONS, Handoff, Precision, QuantizedTensor, SharerPrompt
-from c2c.identity import ModelIdentity, differences, identify
-from c2c.kv_cache import KVGeometry
+from c2c.identity import differences, identify
+from c2c.kv_cache import KeyValue, KVGeometry
 from c2c.language_model import EntrySelection, Sharer
-from c2c.remote.connection import Connection, Loss, check_unchanged, read_json, ssl_context
-from c2c.remote.handoff import PartialHandoff
-from c2c.remote.model_stub import build_model, load_tokenizer, load_tokenizer_files
-from c2c.remote.protocol import HANDSHAKE_PATH, PREFILL_PATH, Handshake, PrefillRequest, fuser_hash, slots_of
-from c2c.remote.wire import OVERHEAD, Record, WireError, native, packed_bytes, read_records, spread, unpack
-from c2c.serving.http_config import is_loopback, read_keys
-from c2c.tokens import TokenBatch
+from c2c.loading import load
+from c2c.private_context import project
+from c2c.remote import protocol
+from c2c.remote.connection import Connection, Loss, check_unchanged, read_all, ssl_context
+from c2c.remote.handshake import Handshake
+from c2c.remote.protocol import Number, PrefillRequest, Record, Rows, WireError, fuser_hash, packed_bytes, spread
+from c2c.serving.config import is_loopback, read_keys
+from c2c.tokens import TokenBatch, natural_positions
 
-T = TypeVar("T")
-Rows = list[tuple[QuantizedTensor, QuantizedTensor]]  # keys and values of each row of a layer
+_NUMBERS = TypeAdapter(list[Number])
 _LARGEST_HANDSHAKE = 1 << 28
+_ADVICE = "Read with sharer.read(...), which sends everything."
+
+
+@dataclass(frozen=True)
+class ProjectedHandoff(Handoff):
+    """Hold what one fuser made of a prompt that was read on another machine, and not the sharer's cache.
+
+    Its ``layers`` are entries for the receiver's cache, keys without rotation.
+
+    Attributes:
+        fuser: hash of the fuser.
+        wire_bytes: of the entries that crossed, the sharer's or projected ones, whichever were fewer.
+    """
+
+    fuser: str = ""
+    wire_bytes: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the entries as they crossed."""
+        return self.wire_bytes
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes that it takes here."""
+        return super().nbytes
+
+    def projected(self, fuser: Fuser) -> list[KeyValue]:
+        """Return the entries, on the fuser's device.
+
+        Raises:
+            HandoffError: it was read for another fuser.
+        """
+        if fuser_hash(fuser) != self.fuser:
+            raise HandoffError(f"this handoff was read for another fuser, whose entries it holds. {_ADVICE}")
+        return [
+            (keys.dequantize(fuser.dtype).to(fuser.device), values.dequantize(fuser.dtype).to(fuser.device))
+            for keys, values in self.layers
+        ]
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> Never:
+        # zeros for a control would be made of entries rather than of what was read, and so be no control
+        raise HandoffError(
+            f"this handoff holds only what one fuser made: no whole cache, and is neither converted, zeroed nor saved. "
+            f"{_ADVICE}"
+        )
+
+    cache = to = save = zeros_like = _refuse
 
 
 class RemoteSharer(Sharer):
@@ -67,6 +115,7 @@ class RemoteSharer(Sharer):
         RemoteError: the server can't be reached, refuses, or is no such server; later ``SharerLost`` in its place with
             ``on_failure="receiver_only"``.
         MismatchError: the tokenizer is not the model's; later another model is served.
+        ModelLoadError: the tokenizer can't be loaded.
     """
 
     generates = False
@@ -94,18 +143,26 @@ class RemoteSharer(Sharer):
         self.url, self.on_failure, self._wanted = self._connection.url, on_failure, precision
         self.traffic = self._connection.traffic
         self._fuser: Fuser | None = None
-        path = HANDSHAKE_PATH + ("?tokenizer=true" if tokenizer is None else "")
-        read = partial(read_json, largest=_LARGEST_HANDSHAKE)
-        made = self._handshake = Handshake.from_dict(self._connection.call(path, read), self.url)
-        if tokenizer is not None:
-            tokenizer = load_tokenizer(tokenizer)
-        elif made.tokenizer is not None:
-            tokenizer = load_tokenizer_files(made.tokenizer, self.url)
-        model = build_model(made.config, made.torch_dtype, made.rotary, self.url)
-        _check_claims(made.identity, identify(model, tokenizer, made.identity.name, made.geometry))
-        super().__init__(model, tokenizer, f"{made.identity.name} at {self.url}")
-        self.identity, self.geometry = made.identity, made.geometry
-        self.precision = self._precision_for(made.torch_dtype)
+        path = protocol.HANDSHAKE_PATH + ("?tokenizer=true" if tokenizer is None else "")
+        data = self._connection.call(path, partial(read_all, largest=_LARGEST_HANDSHAKE))
+        self._handshake = Handshake.parse(data, self.url)
+        self.identity, self.geometry = self._handshake.sharer, self._handshake.geometry
+        self.rope_scheme, self.left_out = self._handshake.rope, {}  # whatever is left out is left there
+        model = self._handshake.build_model(self.url)
+        given = tokenizer is not None
+        tokenizer = load(model, tokenizer=tokenizer)[1] if given else self._handshake.load_tokenizer(self.url)
+        self._check_parts(model, tokenizer)
+        super().__init__(model, tokenizer, f"{self.identity.name} at {self.url}")
+        self.precision = self._precision_for(model.dtype)
+
+    def _check_parts(self, model: Any, tokenizer: Any) -> None:
+        """Check that config, tokenizer and template that came are those of the identity that came."""
+        ours = identify(model, tokenizer, self.identity.name, self.geometry)
+        ours = replace(ours, architecture=self.identity.architecture)
+        hard, soft = differences("sharer", self.identity, ours, "connection")
+        if hard or soft:
+            advice = "Pass the tokenizer of that model, or none; bring both sides to the same version of transformers."
+            raise MismatchError(hard + soft, advice, "connection")
 
     @property
     def device(self) -> torch.device:
@@ -162,7 +219,7 @@ class RemoteSharer(Sharer):
         return self._cache(batch, [torch.arange(stop)] * batch.rows, list(range(self.geometry.layers)), stop)
 
     def for_fuser(self, fuser: Any) -> Self:
-        """Return the same sharer, whose ``read`` sends what this fuser reads, or what the server makes of it."""
+        """Return the same sharer, whose ``read`` gives what this fuser makes of a prompt."""
         bound = copy.copy(self)
         bound._fuser = fuser
         return bound
@@ -180,98 +237,110 @@ class RemoteSharer(Sharer):
     # -- handoffs ----------------------------------------------------------------------------------------------------
 
     def _read_prompt(self, plan: SharerPrompt, tokens: TokenBatch, cache: Cache, draft_tokens: int) -> Handoff:
+        draft_tokens = max(0, draft_tokens)
         if self._fuser is not None:
-            layers, kept = sorted(set(self._fuser.config.source_layers)), torch.tensor(plan.kept)
-            return self._read_for(self._fuser, self._request(tokens, [kept], layers, draft_tokens=draft_tokens), plan)
+            return self._read_for(self._fuser, plan, tokens, draft_tokens)
         known = kv_cache.length(cache) if cache.layers else 0
         columns, layers = torch.arange(known, tokens.length), list(range(self.geometry.layers))
-        request = self._request(tokens, [columns], layers, draft_tokens=draft_tokens)
-        drafted, found = self._prefilled(request, itemgetter(0))
+        request = self._request(tokens, [columns], layers, tokens.length, draft_tokens)
+        drafted, found = self._prefilled(request)
         ids, kept = plan.followed_by(drafted).tensors()
         if not known:
-            return Handoff(self.identity, ids, kept, list(found.values()), cast(Precision, self.precision))
-        new = [(keys.dequantize(self.dtype), values.dequantize(self.dtype)) for keys, values in found.values()]
+            return Handoff(self.identity, ids, kept, [rows[0] for rows in found.values()], self.precision)
+        new = [(keys.dequantize(self.dtype), values.dequantize(self.dtype)) for ((keys, values),) in found.values()]
         return Handoff.from_cache(self.identity, ids, kept, kv_cache.layers(kv_cache.append(cache, new)))
 
-    def _read_for(self, fuser: Fuser, request: PrefillRequest, plan: SharerPrompt) -> PartialHandoff:
-        """Read what a fuser needs, whichever is less: entries of its layers, or what it makes of them."""
-        projected = self._projected(request, fuser)
-        drafted, found = self._prefilled(projected or request, itemgetter(0))
+    def _read_for(self, fuser: Fuser, plan: SharerPrompt, tokens: TokenBatch, draft_tokens: int) -> Handoff:
+        """Read what a fuser needs or what the server makes of it, whichever is less, and project the former here."""
+        columns, layers = torch.tensor(plan.kept), sorted(set(fuser.config.source_layers))
+        request = self._request(tokens, [columns], layers, tokens.length, draft_tokens)
+        name = fuser_hash(fuser)
+        if name in self._handshake.fusers:
+            projected = request.model_copy(update={"fuser": name, "precision": self._precision_for(fuser.dtype)})
+            request = min(request, projected, key=self._size)
+        drafted, found = self._prefilled(request)
         ids, kept = plan.followed_by(drafted).tensors()
-        size = sum(keys.nbytes + values.nbytes for keys, values in found.values())
-        if projected is not None:
-            entries = [
-                (keys.dequantize(fuser.dtype).to(fuser.device), values.dequantize(fuser.dtype).to(fuser.device))
-                for keys, values in found.values()
-            ]
-            made: dict[str, Any] = {"fuser": projected.fuser, "entries": entries, "wire_bytes": size}
-            return PartialHandoff(self.identity, ids, kept, [], cast(Precision, projected.precision), **made)
-        like, none = self._zeros(1, len(ids)), self._zeros(1, 0)
-        placed = {index: spread([pair], [kept], like) for index, pair in found.items()}
-        pairs = [placed.get(index, (none, none)) for index in range(self.geometry.layers)]
-        layers = [(QuantizedTensor(keys), QuantizedTensor(values)) for keys, values in pairs]
-        precision = cast(Precision, native(self.dtype))
-        return PartialHandoff(self.identity, ids, kept, layers, precision, wire_bytes=size)
-
-    def _projected(self, request: PrefillRequest, fuser: Fuser) -> PrefillRequest | None:
-        """Return the request for projected entries, where the server has this fuser and they are fewer bytes."""
-        if not self._handshake.fusers or (name := fuser_hash(fuser)) not in self._handshake.fusers:
-            return None
-        receiver, precision = KVGeometry(**fuser.config.receiver_kv), self._precision_for(fuser.dtype)
-        columns, slots = len(request.columns[0]) + request.draft_tokens, slots_of(fuser)
-        raw = packed_bytes(self.geometry, len(request.layers), columns, request.precision)
-        made = packed_bytes(receiver, receiver.layers, columns if slots is None else slots, precision)
-        return request.model_copy(update={"fuser": name, "precision": precision}) if made < raw else None
+        entries = [rows[0] for rows in found.values()]
+        size = sum(keys.nbytes + values.nbytes for keys, values in entries)
+        if request.fuser is None:
+            placed = self._placed(found, [kept], layers, len(ids))
+            made = project(Handoff.from_cache(self.identity, ids, kept, placed), self, fuser).layers
+            entries = [(QuantizedTensor(keys), QuantizedTensor(values)) for keys, values in made]
+        precision = cast(Precision, request.precision)
+        return ProjectedHandoff(self.identity, ids, kept, entries, precision, name, size)
 
     # -- requests ----------------------------------------------------------------------------------------------------
 
     def _request(
-        self, batch: TokenBatch, columns: Sequence[Tensor], layers: list[int], stop: int | None = None, **more: Any
+        self, batch: TokenBatch, columns: Sequence[Tensor], layers: list[int], stop: int, draft_tokens: int = 0
     ) -> PrefillRequest:
-        more |= {"stop": batch.length if stop is None else stop, "precision": self.precision}
-        return PrefillRequest.from_batch(self.identity, batch, columns, layers, **more)
+        """Make a request; mask and positions are left out where they follow from the rest."""
+        mask, positions = batch.mask.cpu(), batch.positions.cpu()
+        return PrefillRequest(
+            sharer=self.identity,
+            ids=batch.ids.tolist(),
+            stop=stop,
+            layers=layers,
+            columns=[chosen.tolist() for chosen in columns],
+            precision=self.precision,
+            mask=None if bool(mask.all()) else mask.tolist(),
+            positions=None if torch.equal(positions, natural_positions(mask)) else positions.tolist(),
+            padded=batch.padded,
+            draft_tokens=draft_tokens,
+        )
+
+    def _expected(self, request: PrefillRequest) -> tuple[KVGeometry, list[int], int]:
+        """Return the shape of the cache whose entries a request brings, their layers, and their columns at most."""
+        columns = sum(map(len, request.columns)) + request.draft_tokens
+        if request.fuser is None or self._fuser is None:
+            return self.geometry, request.layers, columns
+        geometry, slots = KVGeometry(**self._fuser.config.receiver_kv), getattr(self._fuser.config, "slots", None)
+        return geometry, list(range(geometry.layers)), columns if slots is None else slots
+
+    def _size(self, request: PrefillRequest) -> int:
+        geometry, layers, columns = self._expected(request)
+        return packed_bytes(geometry, len(layers), columns, request.precision)
 
     def _cache(self, batch: TokenBatch, columns: Sequence[Tensor], layers: list[int], stop: int) -> Cache:
         """Return the entries of a shared prompt in a cache of ``stop`` columns."""
         self.check_tokens(batch)
-        like, none = self._zeros(batch.rows, stop), self._zeros(batch.rows, 0)
-        found = dict.fromkeys(layers, (like, like))  # rows of which nothing is read
+        found: dict[int, Rows] = {}
         if any(map(len, columns)):
-            request = self._request(batch, columns, layers, stop)
-            found = self._prefilled(request, lambda rows: spread(rows, columns, like))[1]
-        return kv_cache.from_layers(found.get(index, (none, none)) for index in range(self.geometry.layers))
+            found = self._prefilled(self._request(batch, columns, layers, stop))[1]
+        return kv_cache.from_layers(self._placed(found, columns, layers, stop))
 
-    def _prefilled(self, request: PrefillRequest, use: Callable[[Rows], T]) -> tuple[list[int], dict[int, T]]:
-        """Post a request, and call ``use`` with the rows of each layer as it arrives, while the next one is made.
+    def _placed(
+        self, found: dict[int, Rows], columns: Sequence[Tensor], layers: list[int], length: int
+    ) -> list[KeyValue]:
+        """Scatter entries to their columns of so many, zero elsewhere; layers other than ``layers`` are empty."""
+        zeros, none = (
+            torch.zeros(len(columns), self.geometry.kv_heads, count, self.geometry.head_dim, dtype=self.dtype)
+            for count in (length, 0)
+        )
+        return [
+            spread(found.get(index), columns, zeros) if index in layers else (none, none)
+            for index in range(self.geometry.layers)
+        ]
 
-        Returns:
-            What was drafted, and what ``use`` returned for each layer.
-        """
-        geometry, layers = self.geometry, request.layers
-        columns = sum(map(len, request.columns)) + request.draft_tokens
-        if request.fuser is not None and self._fuser is not None:
-            geometry = KVGeometry(**self._fuser.config.receiver_kv)
-            layers, columns = list(range(geometry.layers)), max(columns, slots_of(self._fuser) or 0)
-        largest = packed_bytes(geometry, 1, columns, request.precision) + len(request.ids) * OVERHEAD
+    def _prefilled(self, request: PrefillRequest) -> tuple[list[int], dict[int, Rows]]:
+        """Post a request; return what was drafted, and the rows of each layer."""
+        geometry, layers, columns = self._expected(request)
+        largest = packed_bytes(geometry, 1, columns, request.precision) + len(request.ids) * protocol.OVERHEAD
 
-        def read(pieces: Iterator[bytes]) -> tuple[list[int], dict[int, T]]:
-            records, found = read_records(pieces, largest), cast(dict[int, T], {})
+        def read(pieces: Iterator[bytes]) -> tuple[list[int], dict[int, Rows]]:
+            records, found = protocol.read_records(pieces, largest), dict[int, Rows]()
             drafted, counts = self._begun(next(records), request)
             while (record := next(records)).kind != "end":
                 index = self._manifest(record, "layer").get("layer")
                 if index not in layers or index in found:
                     raise WireError(f"layer {index!r} was not asked for.")
-                found[index] = use(unpack(record.tensors, geometry, counts, request.precision))
+                found[index] = protocol.unpack(record.tensors, geometry, counts, request.precision)
             if missing := sorted(set(layers) - set(found)):
                 raise WireError(f"layers {missing} did not come.")
             return drafted, {index: found[index] for index in layers}
 
         try:
-            if missing := sorted(set(request.layers) - set(self._handshake.layers)):
-                advice = "Use a fuser that reads these, or start it with other --layers."
-                message = f"the sharer at {self.url} does not share layers {missing}, only {self._handshake.layers}."
-                raise RemoteError(f"{message} {advice}", "layer")
-            return self._connection.call(PREFILL_PATH, read, request.model_dump_json().encode(), self.identity)
+            return self._connection.call(protocol.PREFILL_PATH, read, request.model_dump_json().encode(), self.identity)
         except RemoteError as error:
             if self.on_failure == "receiver_only":
                 raise SharerLost(str(error), error.code, error.status) from error
@@ -281,12 +350,16 @@ class RemoteSharer(Sharer):
         """Check who answers what, before any entry is read: the drafted tokens, and the columns of each row."""
         manifest = self._manifest(record, "begin")
         check_unchanged(self.identity, manifest.get("sharer"), self.url)
-        drafted, counts = cast("list[int]", manifest.get("drafted")), cast("list[int]", manifest.get("columns"))
-        if not _whole_numbers(drafted, request.draft_tokens, self._handshake.vocabulary):
+        try:
+            drafted = _NUMBERS.validate_python(manifest.get("drafted"))
+            counts = _NUMBERS.validate_python(manifest.get("columns"))
+        except ValidationError as error:
+            raise WireError(f"its first record can't be read: {error}") from error
+        if len(drafted) > request.draft_tokens or max(drafted, default=0) >= self._handshake.vocabulary:
             raise WireError("a draft was sent that was not asked for, or with token ids that the model does not have.")
         wanted = [len(chosen) for chosen in request.columns]
         wanted[0] += len(drafted)
-        projected = request.fuser is not None and _whole_numbers(counts, 1, 1 << 30) and counts
+        projected = request.fuser is not None and len(counts) == 1  # a fuser with slots makes as many, or none at all
         if counts != wanted and not projected:
             raise WireError(f"{counts!r} columns came, expected {wanted}.")
         return drafted, counts
@@ -300,18 +373,15 @@ class RemoteSharer(Sharer):
             raise WireError(f"a record {record.kind!r} came where {kind!r} was expected.")
         return record.manifest
 
-    def _precision_for(self, dtype: torch.dtype) -> str:
+    def _precision_for(self, dtype: torch.dtype) -> Precision:
         """Return the precision for entries of this type: the chosen one, else unchanged, else the finest given."""
-        given = [name for name in self._handshake.precisions if name in PRECISIONS]
-        own = native(dtype)  # more bytes than these would say no more
-        wanted = min(self._wanted or own, own, key=lambda name: PRECISIONS[name].itemsize)
+        given = self._handshake.precisions
+        own = next((name for name, known in PRECISIONS.items() if known == dtype), "float32")
+        wanted: Any = min(self._wanted or own, own, key=lambda name: PRECISIONS[name].itemsize)  # more says no more
         if wanted not in given and self._wanted is not None:
             message = f"the sharer at {self.url} does not give {self._wanted}, only {', '.join(given)}."
             raise RemoteError(f"{message} Ask for one of these.", "precision")
         return wanted if wanted in given else given[0]
-
-    def _zeros(self, rows: int, columns: int) -> Tensor:
-        return torch.zeros(rows, self.geometry.kv_heads, columns, self.geometry.head_dim, dtype=self.dtype)
 
 
 def _check_options(url: str, token: str | None, precision: str | None, on_failure: str) -> None:
@@ -331,17 +401,3 @@ def _check_options(url: str, token: str | None, precision: str | None, on_failur
     if parsed.scheme == "http" and not is_loopback(parsed.host):
         message = f"{parsed.host} is called without TLS: whoever is on the way can read prompts, caches and the token."
         warnings.warn(f"{message} Use https.", stacklevel=3)
-
-
-def _check_claims(claimed: ModelIdentity, ours: ModelIdentity) -> None:
-    """Whether config, tokenizer and template that came are those of the identity that came."""
-    hard, soft = differences("sharer", claimed, replace(ours, architecture=claimed.architecture), "connection")
-    if hard or soft:
-        advice = "Pass the tokenizer of that model, or none; bring both sides to the same version of transformers."
-        raise MismatchError(hard + soft, advice, "connection")
-
-
-def _whole_numbers(value: Any, most: int, limit: int) -> bool:
-    """Whether ``value`` is a list of at most ``most`` numbers from 0 to below ``limit``."""
-    fits = isinstance(value, list) and len(value) <= most
-    return fits and all(type(number) is int and 0 <= number < limit for number in value)

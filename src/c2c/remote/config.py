@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Literal
 
 from c2c.config import option
+from c2c.serving.config import HTTPConfig
 from c2c.serving.errors import ServerError
-from c2c.serving.http_config import HTTPConfig
 
 Finest = Literal["float32", "bfloat16", "int8", "float8"]
 

@@ -15,9 +15,9 @@ import httpx
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_attempt, stop_before_delay
 from tenacity.wait import wait_random_exponential
 
-from c2c.errors import RemoteError, SharerChanged
+from c2c.errors import C2CError, RemoteError, SharerChanged
 from c2c.identity import ModelIdentity, differences
-from c2c.remote.wire import CutOffError, WireError
+from c2c.remote.protocol import CutOffError, WireError
 from c2c.version import __version__
 
 T = TypeVar("T")
@@ -86,21 +86,11 @@ class Connection:
         Raises:
             RemoteError: refused, lost, too slow or damaged. SharerChanged: another model is served.
         """
-        headers = {"X-Request-Id": secrets.token_hex(16)}  # the same for all attempts
-        method = "GET" if body is None else "POST"
+        method, headers = (
+            "POST" if body else "GET",
+            {"X-Request-Id": secrets.token_hex(16)},
+        )  # the same for all attempts
         request = self._client.build_request(method, self.url + path, content=body, headers=headers)
-        try:
-            result = self._retried(request, read, model)
-        except RemoteError as error:
-            self.lost = None if error.about_request else Loss(error.code, str(error), error.status, time.time())
-            raise
-        except SharerChanged as error:
-            self.lost = Loss("mismatch", str(error), None, time.time())
-            raise
-        self.lost = None
-        return result
-
-    def _retried(self, request: httpx.Request, read: Read[T], model: ModelIdentity | None) -> T:
         retrying = Retrying(
             stop=stop_after_attempt(self._retries + 1) | stop_before_delay(self.timeout),
             wait=_pause,
@@ -109,24 +99,39 @@ class Connection:
         )
         try:
             result: T = retrying(self._attempt, request, read, time.monotonic() + self.timeout, model)
-            return result
-        except TransientError as error:
-            attempts = int(retrying.statistics["attempt_number"])
-            code, advice = {
-                429: ("rate", "Wait, or start it with a larger --rate."),
-                None: ("unreachable", "Is `c2c share` running there, and is the address right?"),
-            }.get(error.status, ("busy", "Try again later."))
-            count = f"{attempts} attempt{'s' if attempts > 1 else ''}"
-            message = f"the sharer at {self.url} gave no answer in {count}: {str(error).rstrip('.')}. {advice}"
-            raise RemoteError(message, code, error.status) from error
-        except WireError as error:
-            raise RemoteError(f"the answer of the sharer at {self.url} was refused: {error}", error.code) from error
-        except (httpx.TimeoutException, TimeoutError) as error:
-            advice = "Pass a larger timeout=..., or ask for fewer bytes: precision='int8'."
-            message = f"the sharer at {self.url} took longer than {self.timeout:g} seconds. {advice}"
-            raise RemoteError(message, "timeout") from error
+        except C2CError as error:
+            self._record(error)
+            raise
+        except (TransientError, WireError, httpx.TimeoutException, TimeoutError) as error:
+            lost = self._explain(error, int(retrying.statistics["attempt_number"]))
+            self._record(lost)
+            raise lost from error
         finally:
             self.traffic.retries += int(retrying.statistics["attempt_number"]) - 1
+        self.lost = None
+        return result
+
+    def _record(self, error: C2CError) -> None:
+        if not isinstance(error, RemoteError):
+            self.lost = Loss("mismatch", str(error), None, time.time())
+        else:
+            self.lost = None if error.about_request else Loss(error.code, str(error), error.status, time.time())
+
+    def _explain(self, error: Exception, attempts: int) -> RemoteError:
+        if isinstance(error, WireError):
+            return RemoteError(f"the answer of the sharer at {self.url} was refused: {error}", error.code)
+        if not isinstance(error, TransientError):
+            advice = "Pass a larger timeout=..., or ask for fewer bytes: precision='int8'."
+            return RemoteError(
+                f"the sharer at {self.url} took longer than {self.timeout:g} seconds. {advice}", "timeout"
+            )
+        code, advice = {
+            429: ("rate", "Wait, or start it with a larger --rate."),
+            None: ("unreachable", "Is `c2c share` running there, and is the address right?"),
+        }.get(error.status, ("busy", "Try again later."))
+        count = f"{attempts} attempt{'s' if attempts > 1 else ''}"
+        message = f"the sharer at {self.url} gave no answer in {count}: {str(error).rstrip('.')}. {advice}"
+        return RemoteError(message, code, error.status)
 
     def _attempt(self, request: httpx.Request, read: Read[T], deadline: float, model: ModelIdentity | None) -> T:
         left = max(0.001, deadline - time.monotonic())
@@ -152,11 +157,10 @@ class Connection:
             raise RemoteError(message, "certificate") from error
 
     def _refuse(self, response: httpx.Response, pieces: Iterator[bytes], model: ModelIdentity | None) -> Never:
-        """Turn a status other than 200 into an error."""
         status = response.status_code
         try:
-            error = dict(read_json(pieces, _LONGEST_ERROR)["error"])
-        except (WireError, KeyError, TypeError, ValueError):
+            error = dict(json.loads(read_all(pieces, _LONGEST_ERROR))["error"])
+        except (ValueError, KeyError, TypeError):
             error = {}
         code, message = str(error.get("code") or "status"), str(error.get("message") or response.reason_phrase)
         if status in _RETRIED:
@@ -169,21 +173,14 @@ class Connection:
         raise RemoteError(f"the sharer at {self.url} answered {status}: {message}", code, status)
 
 
-def read_json(pieces: Iterable[bytes], largest: int) -> Any:
-    """Read a JSON document that arrives in pieces.
-
-    Raises:
-        WireError: longer than ``largest`` bytes, or no JSON.
-    """
+def read_all(pieces: Iterable[bytes], largest: int) -> bytes:
+    """Join pieces; raise WireError where they are longer than ``largest`` bytes."""
     held = bytearray()
     for piece in pieces:
         held += piece
         if len(held) > largest:
             raise WireError(f"the answer is longer than {largest} bytes.")
-    try:
-        return json.loads(held)
-    except (ValueError, RecursionError) as error:
-        raise WireError("the answer is not JSON: is that `c2c share`?") from error
+    return bytes(held)
 
 
 def _until(deadline: float, pieces: Iterable[bytes]) -> Iterator[bytes]:
@@ -224,12 +221,9 @@ def ssl_context(verify: Any, client_cert: str | Path | None) -> Any:
         if client_cert is not None:
             context.load_cert_chain(str(client_cert))
     except OSError as error:
-        given = " or ".join(f"{k}={str(v)!r}" for k, v in (("verify", trusted), ("client_cert", client_cert)) if v)
-        raise RemoteError(
-            f"{given} holds no certificates: {error}. Pass files in PEM form: verify=... (c2c serve: --sharer-ca) with "
-            "those to trust, client_cert=... with your own and its key.",
-            "certificate",
-        ) from error
+        message = f"verify={trusted!r} or client_cert={str(client_cert)!r} holds no certificates: {error}. Pass files "
+        advice = "in PEM form: verify=... (c2c serve: --sharer-ca) with those to trust, client_cert=... with your own."
+        raise RemoteError(message + advice, "certificate") from error
     return context
 
 

@@ -1,29 +1,22 @@
-"""Name systems, differences and data in a report, and shorten paths of the machine that measured them."""
+"""Names in a report: of systems, data and settings, without the folders of the machine that measured them."""
 
 from __future__ import annotations
 
 import json
 import re
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 POOLED = "all questions"
-
 _NAMES = json.loads(Path(__file__).with_name("names.json").read_text(encoding="utf-8"))
 # Systems in the order of the tables, each with what it is; a system that is not here comes after these.
 SYSTEMS: dict[str, str] = _NAMES["systems"]
 _TASKS: dict[str, str] = _NAMES["tasks"]
-# Differences between two systems, by their letter.
-DIFFERENCES: dict[str, list[str]] = _NAMES["differences"]
 # Titles of measures that say more than their name, the most important first.
 MEASURES: dict[str, str] = _NAMES["measures"]
 LEGEND: str = _NAMES["legend"]
-# Changes of single answers from the receiver alone to matched.
-CHANGES = ("mended", "spoiled", "gap_recovered")
-# Parts of the seconds, in the order in which they pass.
-STAGES = ("sharer_prefill", "sharer_decode", "receiver_prefill", "fuse", "decode")
-COSTS = ("seconds", "first_token", *STAGES, "tokens", "bytes", "memory")
 
 
 def in_order(names: Iterable[str], known: Iterable[str]) -> list[str]:
@@ -39,12 +32,12 @@ def spaced(name: str) -> str:
 
 def task_titles(sources: Iterable[str]) -> dict[str, str]:
     """Map data files to short titles; a title that several files share stays the whole name."""
-    short = {source: task_title(source) for source in sources}
+    short = {source: _task_title(source) for source in sources}
     titles = list(short.values())
     return {source: title if titles.count(title) == 1 else source for source, title in short.items()}
 
 
-def task_title(source: str) -> str:
+def _task_title(source: str) -> str:
     """Shorten the name of a data file: ``arc_easy/test.jsonl (8 options)`` is ``ARC-Easy (8 options)``."""
     match = re.fullmatch(r"(?P<path>.+?)\.jsonl?(?P<options> \(.*\))?", source, flags=re.DOTALL)
     if match is None:
@@ -62,10 +55,8 @@ def short_path(path: str, parts: int = 1) -> str:
     """Shorten a path that starts at a machine's root or home to its last ``parts`` names; others stay as they are."""
     if not re.match(r"[/~]|[A-Za-z]:[/\\]", path):
         return path
-    inside = re.sub(
-        r"^(~[^/\\]*|/root|/home/[^/]+|/Users/[^/]+|[A-Za-z]:([/\\]Users[/\\][^/\\]+)?)(?=[/\\]|$)", "", path
-    )
-    return "/".join([name for name in re.split(r"[/\\]", inside) if name][-parts:]) or "home"
+    home = r"^(~[^/\\]*|/root|/home/[^/]+|/Users/[^/]+|[A-Za-z]:([/\\]Users[/\\][^/\\]+)?)(?=[/\\]|$)"
+    return "/".join([name for name in re.split(r"[/\\]", re.sub(home, "", path)) if name][-parts:]) or "home"
 
 
 def short_command(command: str) -> str:
@@ -74,9 +65,39 @@ def short_command(command: str) -> str:
         words = shlex.split(command)
     except ValueError:  # an open quote
         words = command.split()
-    shortened = []
-    for word in words:
-        option, equals, path = word.rpartition("=")
-        short = short_path(path, 2)
-        shortened.append(option + equals + (path if short == path else f".../{short}"))
-    return shlex.join(shortened)
+    options = (word.rpartition("=") for word in words)
+    shortened = ((option, equals, path, short_path(path, 2)) for option, equals, path in options)
+    return shlex.join(
+        option + equals + (path if short == path else f".../{short}") for option, equals, path, short in shortened
+    )
+
+
+def provenance_lines(data: Mapping[str, Any]) -> dict[str, str]:
+    """Return what a report shows of where the numbers of a result file come from, label to text."""
+    provenance = mapping(data, "provenance")
+    lines = {
+        "command": short_command(str(provenance.get("command", ""))),
+        "seed": mapping(provenance, "config").get("seed"),
+        "versions": ", ".join(f"{name} {version}" for name, version in mapping(provenance, "versions").items()),
+        "fuser": provenance.get("fuser") or "not recorded",
+    }
+    labels = {"fusers": "fuser", "reused": "fuser of the reused answers of", "data": "data"}
+    for key, label in labels.items():
+        lines |= {f"{label} {short_path(name, 2)}": value for name, value in mapping(provenance, key).items()}
+    for role in ("receiver", "sharer"):
+        lines[f"{role} weights"] = mapping(provenance, role).get("weights")
+    for rule in ("router", "abstain"):
+        numbers = mapping(data, rule).items()
+        lines[rule] = ", ".join(f"{key} {value:g}" for key, value in numbers if isinstance(value, int | float))
+    for reason, count in mapping(data, "dropped").items():
+        lines[f"not evaluated, {short_path(reason, 2)}"] = count
+    lines["evaluation"] = provenance.get("key")
+    return {label: str(text) for label, text in lines.items() if text not in (None, "")}
+
+
+def mapping(data: Mapping[str, Any], *keys: str) -> dict[str, Any]:
+    """Return the object under nested keys, empty where there is none."""
+    value: Any = data
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value if isinstance(value, dict) else {}

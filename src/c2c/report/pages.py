@@ -9,17 +9,15 @@ from difflib import unified_diff
 from itertools import islice
 from os.path import relpath
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
-from c2c.report.evaluations import Evaluation
-from c2c.report.load import ReportError
+from c2c.report.load import Evaluation, ReportError
 from c2c.report.names import LEGEND, SYSTEMS, in_order, spaced
 from c2c.report.plots import draw_plots
-from c2c.report.tables import readme_table, result_tables, summary_table
-from c2c.utils import write_text
+from c2c.report.tables import Table, readme_table, result_tables, run_tables, summary_table
+from c2c.utils import read_text, write_text
 
 _BEGIN, _END = "<!-- results -->", "<!-- /results -->"
 
@@ -45,31 +43,57 @@ def make_files(
     files: dict[Path, str] = {}
     drawn = draw_plots(evaluations) if html is not None or plots is not None else {}
     if readme is not None:
-        files[readme] = _fill_readme(readme, _render("summary.md", summary=readme_table(evaluations)))
+        files[readme] = _fill_readme(readme, render("summary.md", evaluations, summary=readme_table(evaluations)))
     if html is not None:
-        images = {
-            f"data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}": caption
-            for caption, svg in drawn.values()
-        }
-        files[html] = _report("report.html", evaluations, title, images)
+        data = {name: base64.b64encode(svg.encode()).decode() for name, (_, svg) in drawn.items()}
+        images = {f"data:image/svg+xml;base64,{data[name]}": caption for name, (caption, _) in drawn.items()}
+        files[html] = render("report.html", evaluations, title, images=images)
     images = {}
     if plots is not None:
         files |= {plots / f"{name}.svg": svg for name, (_, svg) in drawn.items()}
         folder = quote(Path(relpath(plots, (markdown or plots).parent)).as_posix())
         images = {f"{folder}/{name}.svg": caption for name, (caption, _) in drawn.items()}
     if markdown is not None:
-        files[markdown] = _report("report.md", evaluations, title, images)
+        files[markdown] = render("report.md", evaluations, title, images=images)
     return files
 
 
-def report_markdown(evaluations: Sequence[Evaluation], title: str) -> str:
-    """Render the whole report without plots."""
-    return _report("report.md", evaluations, title, {})
+def render(
+    template: str,
+    evaluations: Sequence[Evaluation],
+    title: str = "",
+    *,
+    images: Mapping[str, str] | None = None,
+    summary: Table | None = None,
+) -> str:
+    """Fill a template; values are escaped for HTML by the environment, for Markdown by the filter ``md``.
 
-
-def summary_markdown(evaluations: Sequence[Evaluation]) -> str:
-    """Render the table with a row for each evaluation, and its legend."""
-    return _render("summary.md", summary=summary_table(evaluations))
+    Args:
+        template: ``report.html``, ``report.md``, or ``summary.md`` for the table with a row per evaluation.
+        evaluations: at least one.
+        title: heading.
+        images: address of each plot to its caption.
+        summary: a table in place of that row per evaluation.
+    """
+    environment = Environment(
+        loader=PackageLoader("c2c.report"),
+        autoescape=select_autoescape(["html"]),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["md"] = _escape_markdown
+    systems = in_order({name for one in evaluations for name in one.systems}, SYSTEMS)
+    return environment.get_template(template).render(
+        title=title,
+        systems={spaced(name): SYSTEMS[name] for name in systems if name in SYSTEMS},
+        summary=summary or summary_table(evaluations),
+        images=images or {},
+        evaluations=evaluations,
+        result_tables=result_tables,
+        run_tables=run_tables,
+        legend=LEGEND,
+    )
 
 
 def write_files(files: Mapping[Path, str]) -> None:
@@ -100,43 +124,14 @@ def check_files(files: Mapping[Path, str], command: str) -> None:
         raise ReportError(f"{', '.join(map(str, stale))}: not what the results say. Run: {command}{difference}")
 
 
-def _report(template: str, evaluations: Sequence[Evaluation], title: str, images: Mapping[str, str]) -> str:
-    systems = in_order({name for one in evaluations for name in one.systems}, SYSTEMS)
-    return _render(
-        template,
-        title=title,
-        systems={spaced(name): SYSTEMS[name] for name in systems if name in SYSTEMS},
-        summary=summary_table(evaluations),
-        images=images,
-        evaluations=evaluations,
-        result_tables=result_tables,
-    )
-
-
-def _render(template: str, **values: Any) -> str:
-    """Fill a template; values are escaped for HTML by the environment, for Markdown by the filter ``md``."""
-    environment = Environment(
-        loader=PackageLoader("c2c.report"),
-        autoescape=select_autoescape(["html"]),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["md"] = escape_markdown
-    return environment.get_template(template).render(values, legend=LEGEND)
-
-
-def escape_markdown(text: str) -> str:
-    """Escape a text so that Markdown shows it as it is, on one line and inside a table."""
+def _escape_markdown(text: str) -> str:
+    """Show a text as it is, on one line and inside a table."""
     text = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;")
     return re.sub(r"[\\`*|~$\[\]]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", text)
 
 
 def _fill_readme(path: Path, table: str) -> str:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ReportError(f"{path} can't be read: {error}.") from error
+    text = read_text(path, str(path), ReportError)
     before, _, rest = text.partition(_BEGIN)
     _, end, after = rest.partition(_END)
     if not end or text.count(_BEGIN) != 1 or text.count(_END) != 1:

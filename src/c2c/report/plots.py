@@ -11,8 +11,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from c2c.report.evaluations import Evaluation
-from c2c.report.names import POOLED, STAGES, SYSTEMS, in_order, spaced
+from c2c.evaluation.config import STAGES
+from c2c.report.load import Evaluation
+from c2c.report.names import POOLED, SYSTEMS, in_order, spaced
 
 # Colour and marker of the systems that are plotted, the least important first, since later ones cover them.
 _STYLES = {
@@ -42,15 +43,16 @@ def draw_plots(evaluations: Sequence[Evaluation]) -> dict[str, tuple[str, str]]:
     Returns:
         The caption and the SVG of each plot, by its name.
     """
-    scores = pd.concat([_run_values(one, "score") for one in evaluations], ignore_index=True)
-    differences = pd.concat([_run_values(one, "difference") for one in evaluations], ignore_index=True)
-    scores = scores[(scores["task"] != POOLED) & scores["name"].isin(list(_STYLES))]
+    values = pd.concat(
+        [_run_values(one, number) for one in evaluations for number in range(len(one.runs))], ignore_index=True
+    )
+    scores = values[(values["measure"] == "score") & (values["task"] != POOLED) & values["name"].isin(list(_STYLES))]
     # for each system on each task the evaluation with the most questions
     scores = scores[scores["n"] == scores.groupby(["panel", "task", "name"])["n"].transform("max")]
-    choice = scores["unit"] == "percent"
+    scores, choice = scores.assign(row=scores["task"]), scores["unit"] == "percent"
+    content = values[(values["measure"] == "difference") & (values["name"] == "P") & values["whole"]]
+    content = content.assign(row=content["title"], name="matched")
     intervals = "Bars: 95 % intervals, a mark for each run."
-    content = differences[(differences["name"] == "P") & differences["whole"]]
-    content = content.assign(row=content["data"] + content["run"], name="matched")
     with mpl.rc_context():
         mpl.rcdefaults()
         mpl.rcParams.update(_RC)
@@ -69,16 +71,16 @@ def draw_plots(evaluations: Sequence[Evaluation]) -> dict[str, tuple[str, str]]:
         return drawn
 
 
-def _run_values(evaluation: Evaluation, measure: str) -> pd.DataFrame:
-    frames = []
-    for number, run in enumerate(evaluation.runs, 1):
-        values = run.values[run.values.index.get_level_values("measure") == measure].reset_index()
-        n = values["task"].map(run.values.xs(("n", ""), level=["measure", "name"])["value"])
-        several = f", run {number}" if len(evaluation.runs) > 1 else ""
-        frames.append(values.assign(n=n, run=several, row=values["task"], whole=values["task"] == evaluation.tasks[-1]))
-    panel = f"{evaluation.pair}: {evaluation.metric}"
-    return pd.concat(frames).assign(
-        unit=evaluation.runs[0].unit, panel=panel, data=evaluation.title, evaluation=evaluation.anchor
+def _run_values(evaluation: Evaluation, number: int) -> pd.DataFrame:
+    """Return the values of one run, each with its number of questions, its panel, and the title of its run."""
+    run, several = evaluation.runs[number], len(evaluation.runs) > 1
+    values = run.values.reset_index()
+    return values.assign(
+        n=values["task"].map(run.values["value"].xs(("n", ""), level=["measure", "name"])),
+        unit=evaluation.unit,
+        panel=f"{evaluation.pair}: {evaluation.metric}",
+        title=evaluation.title + f", run {number + 1}" * several,
+        whole=values["task"] == evaluation.tasks[-1],
     )
 
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from matplotlib.ticker import EngFormatter
 
-from c2c.report.evaluations import Evaluation, flag_losses
-from c2c.report.load import Run
-from c2c.report.names import CHANGES, COSTS, DIFFERENCES, MEASURES, SYSTEMS, in_order, spaced
+from c2c.evaluation.config import DIFFERENCES, STAGES
+from c2c.report.load import CHANGES, Evaluation
+from c2c.report.names import MEASURES, SYSTEMS, in_order, spaced
 
 MISSING, AHEAD, LOSS = "\u2013", "\u25b2", "\u2717"
 _SUMMARY = ("receiver", "sharer", "matched", "deranged", "text")
+_COSTS = ("seconds", "first_token", *STAGES, "tokens", "bytes", "memory")
 _DIGITS = {"exact": 1, "holds": 1, "change": 1, "ratio": 2}
 
 
@@ -36,16 +38,12 @@ class Table(NamedTuple):
 
 
 class _Numbers:
-    """Format the numbers of an evaluation, or of one of its runs, as cells."""
+    """Format the numbers of an evaluation as cells."""
 
-    def __init__(self, evaluation: Evaluation, run: Run | None = None) -> None:
-        values = evaluation.values if run is None else flag_losses(run).assign(runs=1)
+    def __init__(self, evaluation: Evaluation) -> None:
+        values = evaluation.values
         self.rows: dict[Any, Any] = dict(zip(values.index, values.itertuples(index=False), strict=True))
-        self.sign, self.runs = evaluation.runs[0].sign, 1 if run else len(evaluation.runs)
-
-    def names(self, measure: str) -> list[str]:
-        names = (name for _, other, name in self.rows if other == measure)
-        return in_order(names, {"difference": DIFFERENCES, "change": CHANGES}.get(measure, SYSTEMS))
+        self.sign, self.runs = evaluation.sign, len(evaluation.runs)
 
     def size(self, task: str) -> str:
         row = self.rows.get((task, "n", ""))
@@ -57,15 +55,17 @@ class _Numbers:
         if row is None:
             return Cell(MISSING)
         text = "+" * (measure == "difference" and row.value >= 0) + self._text(measure, row.value)
-        detail = "" if math.isnan(row.low) else self._bounds(measure, row)
+        detail = self._bounds(measure, row)
         if measure not in ("score", "exact", "holds"):
             return Cell(text, detail, mark=LOSS if row.loss else "")
-        found = (self.rows.get((task, measure, other)) for other in ("matched", *among))
-        matched, *others = (row if other is None else other for other in found)
-        best = all(row.value * self.sign >= other.value * self.sign for other in others)
-        return Cell(text, detail, best, AHEAD if row.value * self.sign > matched.value * self.sign else "")
+        found = (self.rows.get((task, measure, other), row) for other in ("matched", *among))
+        matched, *others = (other.value * self.sign for other in found)
+        value = row.value * self.sign
+        return Cell(text, detail, value >= max(others, default=value), AHEAD if value > matched else "")
 
     def _bounds(self, measure: str, row: Any) -> str:
+        if math.isnan(row.low):
+            return ""
         low, high = (self._text(measure, value) for value in (row.low, row.high))
         if self.runs == 1:
             return f"[{low}, {high}]"
@@ -94,13 +94,13 @@ def readme_table(evaluations: Sequence[Evaluation]) -> Table:
     """
     families: dict[Any, list[Evaluation]] = {}
     for one in sorted(evaluations, key=lambda one: (-one.n, -len(one.tasks))):
-        run, task = one.runs[0], one.tasks[0].partition(" (")[0]
-        families.setdefault((one.pair, run.unit, run.mode, run.kind, task), []).append(one)
-    rows = []
-    for family in sorted(families.values(), key=lambda family: evaluations.index(family[0])):
-        text = next((one for one in family if "text" in one.systems), family[0])
-        rows.append((family[0].data, family[0], text))
-    return _summary(rows, ("P",))
+        family = (one.pair, one.unit, one.mode, one.kind, one.tasks[0].partition(" (")[0])
+        families.setdefault(family, []).append(one)
+    rows = [
+        (first.data, first, next((one for one in (first, *others) if "text" in one.systems), first))
+        for first, *others in families.values()
+    ]
+    return _summary(sorted(rows, key=lambda row: evaluations.index(row[1])), ("P",))
 
 
 def _summary(rows: Iterable[tuple[str, Evaluation, Evaluation]], letters: Sequence[str]) -> Table:
@@ -108,7 +108,7 @@ def _summary(rows: Iterable[tuple[str, Evaluation, Evaluation]], letters: Sequen
     groups: dict[str, list[list[Cell]]] = {}
     for title, shown, other in rows:
         numbers, texts, task, text_task = _Numbers(shown), _Numbers(other), shown.tasks[-1], other.tasks[-1]
-        unit = "" if shown.runs[0].unit == "percent" else f" ({shown.metric})"
+        unit = "" if shown.unit == "percent" else f" ({shown.metric})"
         text = texts.cell(text_task, "score", "text", _SUMMARY)
         seconds = [texts.cell(text_task, "seconds", system).text for system in ("text", "matched")]
         ratio = texts.cell(text_task, "ratio", "text")
@@ -125,20 +125,20 @@ def _summary(rows: Iterable[tuple[str, Evaluation, Evaluation]], letters: Sequen
     )
 
 
-def result_tables(evaluation: Evaluation, run: Run | None = None) -> list[Table]:
-    """Make a table of all numbers and one of further costs, with a column for each task; of one run if given."""
-    numbers, runs = _Numbers(evaluation, run), len(evaluation.runs)
+def result_tables(evaluation: Evaluation) -> list[Table]:
+    """Make a table of all numbers and one of further costs, with a column for each task."""
+    numbers, runs, tasks = _Numbers(evaluation), evaluation.runs, evaluation.tasks
     titles = {letter: f"{letter} = {' - '.join(pair)}" for letter, pair in DIFFERENCES.items()} | {"": "p"}
-    caption = run.title if run else f"Mean of {runs} runs" if runs > 1 else evaluation.runs[0].title
-    further = in_order({measure for _, measure, _ in numbers.rows} - {"n", *MEASURES}, COSTS)
+    known = {"difference": DIFFERENCES, "change": CHANGES}
+    caption = f"Mean of {len(runs)} runs" if len(runs) > 1 else runs[0].title
+    further = in_order({measure for _, measure, _ in numbers.rows} - {"n", *MEASURES}, _COSTS)
     parts = {caption: list(MEASURES), "Costs of an answer, of those that were answered one by one (timed)": further}
-    tasks = evaluation.tasks
     columns = [evaluation.metric, *(f"{task}, n {numbers.size(task)}" for task in tasks)]
     tables = []
     for title, measures in parts.items():
         groups = []
         for measure in measures:
-            names = numbers.names(measure)
+            names = in_order((name for _, other, name in numbers.rows if other == measure), known.get(measure, SYSTEMS))
             rows = [
                 [Cell(titles.get(name, spaced(name))), *(numbers.cell(task, measure, name, names) for task in tasks)]
                 for name in names
@@ -146,3 +146,9 @@ def result_tables(evaluation: Evaluation, run: Run | None = None) -> list[Table]
             groups += [(MEASURES.get(measure, spaced(measure)), rows)] if rows else []
         tables += [Table(title, columns, groups)] if measures else []
     return tables
+
+
+def run_tables(evaluation: Evaluation) -> list[Table]:
+    """Make the tables of each run, where there are several."""
+    runs = evaluation.runs if len(evaluation.runs) > 1 else []
+    return [table for run in runs for table in result_tables(replace(evaluation, runs=[run]))]

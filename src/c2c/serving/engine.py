@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -16,158 +16,111 @@ from c2c.errors import C2CError
 from c2c.messages import Conversation
 from c2c.prompting import RenderOptions
 from c2c.serving.errors import ApiError, client_gone, timed_out, to_api_error
-from c2c.serving.sampling import SamplingParams
 
 FinishReason = Literal["stop", "length"]
+_GREEDY_BELOW = 1e-5  # a smaller temperature would overflow the logits; the likeliest token is all that is left
 
-# -- requests ----------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """Decoding parameters of a request."""
+
+    max_tokens: int | None = None  # new tokens at most; None for the server's default
+    temperature: float = 1.0  # 0 is greedy
+    top_p: float = 1.0  # sample from the fewest tokens that have this probability together
+    seed: int | None = None  # of the first answer; the next ones take the numbers after it; None draws one
+    stop: Sequence[str] = ()  # strings before which an answer ends
+    logprobs: int | None = None  # how many of the likeliest tokens are reported beside each one; None reports nothing
+    presence_penalty: float = 0.0  # subtracted from the logits of tokens that the answer has already
+    frequency_penalty: float = 0.0  # the same, times how often
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is taken."""
+        return self.temperature < _GREEDY_BELOW
+
+    @property
+    def penalised(self) -> bool:
+        """Whether tokens that the answer has already become less likely."""
+        return bool(self.presence_penalty or self.frequency_penalty)
 
 
 @dataclass(frozen=True, eq=False)
 class GenerateRequest:
-    """Request for one or several answers to one prompt.
+    """Request one or several answers to one prompt."""
 
-    Attributes:
-        system: name of the system that answers, see :func:`c2c.systems.systems`.
-        prompt: the conversation; for raw text its only message.
-        render: how the prompt is rendered.
-        sampling: how the answers are decoded.
-        n: number of answers.
-        private: what the sharers alone have read, one entry for each sharer of private context: a conversation, or the
-            handoff of an earlier :class:`HandoffCreated`.
-        stream: send a :class:`Delta` for every piece of text.
-    """
-
-    system: str
-    prompt: Conversation
+    system: str  # that answers, one of the engine's
+    prompt: Conversation  # for raw text its only message
     render: RenderOptions = field(default_factory=RenderOptions)
     sampling: SamplingParams = field(default_factory=SamplingParams)
-    n: int = 1
-    private: tuple[Any, ...] | None = None
-    stream: bool = False
+    n: int = 1  # answers
+    private: tuple[Any, ...] | None = None  # what the sharers alone have read: a conversation or handoff for each
+    stream: bool = False  # send text as soon as it is there, else each answer at once
 
 
 @dataclass(frozen=True, eq=False)
 class HandoffRequest:
-    """Request that a sharer prefills messages, to be handed over later.
-
-    Attributes:
-        messages: what it reads.
-        sharer: index of the sharer; None for the first that hands over private context.
-        draft_tokens: tokens of an answer that it generates first.
-        precision: how the entries are kept, such as ``bfloat16`` or ``int8``; None for the model's own.
-    """
+    """Request that a sharer prefills messages, to be handed over later."""
 
     messages: Conversation
-    sharer: int | None = None
-    draft_tokens: int = 0
-    precision: str | None = None
+    sharer: int | None = None  # its index; None for the first that hands over private context
+    draft_tokens: int = 0  # tokens of an answer that it generates first
+    precision: str | None = None  # how the entries are kept, such as bfloat16 or int8; None for the model's own
 
 
 Request = GenerateRequest | HandoffRequest
 
-# -- events ------------------------------------------------------------------------------------------------------------
-
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """Log-probability of one token of an answer.
-
-    Attributes:
-        token: its text.
-        logprob: natural logarithm of its probability, before temperature, ``top_p`` and penalties.
-        offset: where it begins in the answer, in characters.
-        top: the likeliest tokens at this position with theirs.
-    """
+    """Log-probability of one token of an answer."""
 
     token: str
-    logprob: float
-    offset: int
-    top: list[tuple[str, float]]
+    logprob: float  # natural logarithm of its probability, before temperature, top_p and penalties
+    offset: int  # where it begins in the answer, in characters
+    top: list[tuple[str, float]]  # the likeliest tokens at this position with theirs
 
 
 @dataclass(frozen=True)
 class Prefilled:
-    """The prompt is prefilled; decoding begins.
+    """The prompt is prefilled; decoding begins."""
 
-    Attributes:
-        fallback: why the receiver answers alone although a sharer should have been read; None where it does not.
-    """
-
-    fallback: str | None = None
+    fallback: str | None = None  # why the receiver answers alone although a sharer should have been read
 
 
 @dataclass(frozen=True)
 class Delta:
-    """More text of one answer of a stream."""
+    """More text of one answer; all of it where the request is no stream."""
 
-    index: int
+    index: int  # which of the request's answers
     text: str
-    logprobs: list[TokenLogprob] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Answer:
-    """One whole answer.
-
-    Attributes:
-        index: which of the request's answers.
-        text: all of it.
-        reason: ``stop`` at an end token or stop string, ``length`` at the limit.
-        tokens: number of generated tokens, an end token included.
-        logprobs: of its tokens without the end token; empty if not requested.
-    """
-
-    index: int
-    text: str
-    reason: FinishReason
-    tokens: int
-    logprobs: list[TokenLogprob] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)  # of its tokens without the end token, if requested
+    reason: FinishReason | None = None  # of the last one: ``stop`` at an end token or stop string, ``length`` at limit
 
 
 @dataclass(frozen=True)
 class Finished:
-    """All answers of a request are there.
+    """All answers of a request are there."""
 
-    Attributes:
-        prompt_tokens: tokens that the answering model has read.
-        completion_tokens: tokens of all answers.
-        first_token: ``time.monotonic()`` at the first one.
-        rows: answers in the batch that it was part of.
-        sharer_bytes: bytes that went from sharer to receiver: cache entries, or text.
-        report: the fusion report; None where nothing was fused.
-        message: the sharer's text, in text-to-text.
-        fallback: as in :class:`Prefilled`.
-    """
-
-    prompt_tokens: int
-    completion_tokens: int
-    first_token: float
-    rows: int
-    sharer_bytes: int = 0
-    report: dict[str, Any] | None = None
-    message: str | None = None
-    fallback: str | None = None
+    prompt_tokens: int  # that the answering model has read
+    completion_tokens: int  # of all answers, end tokens included
+    first_token: float  # ``time.monotonic()``
+    rows: int  # answers in the batch that it was part of
+    sharer_bytes: int = 0  # from sharer to receiver: cache entries, or text
+    report: dict[str, Any] | None = None  # the fusion report; None where nothing was fused
+    message: str | None = None  # the sharer's text, in text-to-text
+    fallback: str | None = None  # as in :class:`Prefilled`
 
 
 @dataclass(frozen=True)
 class HandoffCreated:
-    """A sharer has prefilled what it is to hand over.
+    """A sharer has prefilled what it is to hand over."""
 
-    Attributes:
-        handoff: what a later request passes as private context.
-        nbytes: memory that keeping it takes.
-        tokens: tokens read.
-        sharer: name of the sharer.
-        index: index of the sharer.
-        precision: how its numbers are kept.
-    """
-
-    handoff: Any
-    nbytes: int
+    handoff: Any  # what a later request passes as private context
+    nbytes: int  # memory that keeping it takes
     tokens: int
-    sharer: str
-    index: int
+    sharer: str  # its name
+    index: int  # its index
     precision: str
 
 
@@ -178,7 +131,7 @@ class Failed:
     error: ApiError
 
 
-Event = Prefilled | Delta | Answer | Finished | HandoffCreated | Failed
+Event = Prefilled | Delta | Finished | HandoffCreated | Failed
 
 
 class RequestHandle:
@@ -227,20 +180,16 @@ class RequestHandle:
         """
         try:
             while not self.ended:
-                event = await self._next(seconds)
+                async with asyncio.timeout(max(self.created + seconds - time.monotonic(), 0)):
+                    event = await self._events.get()
                 if isinstance(event, Failed):
                     raise event.error
                 self.ended = isinstance(event, Finished | HandoffCreated)
                 yield event
-        finally:
-            self.cancel()
-
-    async def _next(self, seconds: float) -> Event:
-        try:
-            async with asyncio.timeout(max(self.created + seconds - time.monotonic(), 0)):
-                return await self._events.get()
         except TimeoutError:
             raise timed_out(seconds) from None
+        finally:
+            self.cancel()
 
     def cancel(self) -> None:
         """Give the request up, unless it has ended; whoever waits for it gets an error."""
@@ -251,41 +200,6 @@ class RequestHandle:
         if callback is not None:
             callback()
         self._events.put_nowait(Failed(client_gone()))
-
-
-# -- engines -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class EngineInfo:
-    """Describe what an engine serves.
-
-    Attributes:
-        systems: names of the systems that can answer.
-        receiver: its name.
-        sharers: their names.
-        trained: whether the fusers are trained; untrained ones leave the receiver as it is.
-        context: ``private`` where sharers hand over what the receiver has not read, else ``shared``.
-    """
-
-    systems: tuple[str, ...]
-    receiver: str
-    sharers: tuple[str, ...]
-    trained: bool
-    context: Literal["shared", "private"]
-
-
-@dataclass(frozen=True)
-class SharerHealth:
-    """State whether a sharer is reachable.
-
-    Attributes:
-        lost: why not, in one word, as the last request to it showed; None if it answered, or is in this process.
-        since: seconds since 1970 of that request.
-    """
-
-    lost: str | None = None
-    since: float | None = None
 
 
 class Engine(Protocol):
@@ -299,12 +213,16 @@ class Engine(Protocol):
     on_batch: Callable[[str, int], object]
 
     @property
-    def info(self) -> EngineInfo:
-        """What it serves."""
+    def systems(self) -> Iterable[str]:
+        """Names of the systems that can answer."""
 
     @property
-    def sharers(self) -> tuple[SharerHealth, ...]:
-        """Health of the sharers, in the order of :attr:`info`."""
+    def info(self) -> dict[str, Any]:
+        """Facts for clients: names of ``receiver`` and ``sharers``, ``context``, and whether fusers are ``trained``."""
+
+    @property
+    def sharers(self) -> Sequence[dict[str, Any]]:
+        """Health of each sharer: its ``state``, ``ok`` or ``lost``; of a lost one ``code`` and time (``since``) too."""
 
     @property
     def alive(self) -> bool:
@@ -320,9 +238,9 @@ class Engine(Protocol):
     async def submit(self, request: Request) -> RequestHandle:
         """Accept a request. Each that was accepted is answered, failed or cancelled on its handle.
 
-        A :class:`GenerateRequest` yields :class:`Prefilled`, :class:`Delta` (streams), an :class:`Answer` for each
-        answer and :class:`Finished`; a :class:`HandoffRequest` yields :class:`HandoffCreated`; both
-        :class:`Failed` in place of these if they can't be answered.
+        A :class:`GenerateRequest` yields :class:`Prefilled`, at least one :class:`Delta` for each answer and
+        :class:`Finished`; a :class:`HandoffRequest` yields :class:`HandoffCreated`; both :class:`Failed` in place of
+        these if they can't be answered.
 
         Raises:
             ApiError: too many requests wait, or the engine can't do what is requested.

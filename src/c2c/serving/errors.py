@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -44,10 +44,6 @@ class ApiError(C2CError):
         error = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
         return {"error": error | self.details}
 
-    def to_json(self) -> str:
-        """Return the same as text, for the last event of a stream."""
-        return json.dumps(self.to_dict(), ensure_ascii=False)
-
 
 def to_api_error(error: C2CError, param: str | None = None) -> ApiError:
     """Convert an error of the library by its class; ``param`` is the field of the request that is wrong, if it is."""
@@ -86,8 +82,9 @@ def validation_error(first: Mapping[str, Any]) -> ApiError:
     return invalid(f"{param or 'the body'}: {message}.", param or None)
 
 
-def queue_full(waiting: int, retry_after: int) -> ApiError:
-    """Return the error of a full queue: 429."""
+def queue_full(waiting: int, seconds: float) -> ApiError:
+    """Return the error of a full queue, whose next place is free after about so many seconds: 429."""
+    retry_after = min(max(math.ceil(seconds), 1), 60)
     message = f"{waiting} requests wait already, which is the limit (--max-queue). Try again in {retry_after} s."
     return ApiError(429, message, code="queue_full", headers={"Retry-After": str(retry_after)})
 

@@ -1,4 +1,4 @@
-"""What all engines share that answer with a C2CModel: systems by name, checks, prefill, handoffs."""
+"""Base of engines that answer with a C2CModel: systems by name, checks, prefill, handoffs."""
 
 from __future__ import annotations
 
@@ -14,23 +14,13 @@ from c2c.generation import PrefilledPrompt
 from c2c.handoff import Handoff
 from c2c.language_model import Sharer
 from c2c.model import C2CModel
-from c2c.serving.engine import (
-    EngineInfo,
-    GenerateRequest,
-    HandoffCreated,
-    HandoffRequest,
-    Request,
-    RequestHandle,
-    SharerHealth,
-)
+from c2c.serving.config import ServeConfig
+from c2c.serving.engine import GenerateRequest, HandoffCreated, HandoffRequest, Request, RequestHandle
 from c2c.serving.errors import internal, invalid, to_api_error
 from c2c.serving.logs import log_failure, warn
 from c2c.serving.outputs import new_tokens
 from c2c.serving.scheduler import Job
-from c2c.serving.serve_config import ServeConfig
 from c2c.systems import System, SystemOptions, make_system
-
-Batch = tuple[list[Job], PrefilledPrompt]  # jobs, each with the row of its place
 
 
 class ModelEngine:
@@ -46,21 +36,32 @@ class ModelEngine:
 
     def __init__(self, model: C2CModel, config: ServeConfig) -> None:
         self.model, self.config = model, config
-        self.systems = _systems(model, config)
+        self.systems: dict[str, System] = {}
         self.on_batch: Callable[[str, int], object] = lambda system, rows: None
+        for name in config.systems or config.default_systems:
+            try:
+                self.systems[name] = make_system(name, model, SystemOptions(message_tokens=config.message_tokens))
+            except SystemUnavailableError:
+                if config.systems:
+                    raise
 
     @property
-    def info(self) -> EngineInfo:
-        """What is served."""
-        model, names = self.model, tuple(sharer.name for sharer in self.model.sharers)
-        context: Any = "private" if model.private else "shared"
-        return EngineInfo(tuple(self.systems), model.receiver.name, names, model.trained, context)
+    def info(self) -> dict[str, Any]:
+        """Facts for clients."""
+        return {
+            "receiver": self.model.receiver.name,
+            "sharers": [sharer.name for sharer in self.model.sharers],
+            "context": "private" if self.model.private else "shared",
+            "trained": self.model.trained,
+        }
 
     @property
-    def sharers(self) -> tuple[SharerHealth, ...]:
+    def sharers(self) -> list[dict[str, Any]]:
         """Health of the sharers; one in this process is always there."""
         losses = [getattr(sharer, "lost", None) for sharer in self.model.sharers]
-        return tuple(SharerHealth(loss.code, loss.since) if loss else SharerHealth() for loss in losses)
+        return [
+            {"state": "lost", "code": loss.code, "since": loss.since} if loss else {"state": "ok"} for loss in losses
+        ]
 
     # -- before a request waits ----------------------------------------------------------------------------------------
 
@@ -79,13 +80,9 @@ class ModelEngine:
         if isinstance(request, HandoffRequest):
             self.check_handoff(request)
             return Job(request, handle, key=object())
-        system = self.systems.get(request.system)
-        if system is None:
-            raise invalid(f"system {request.system!r} is not served; expected one of {', '.join(self.systems)}.")
-        if not 1 <= request.n <= self.config.max_batch:
-            raise invalid(f"n is {request.n}; this server decodes 1 to {self.config.max_batch} answers at once.", "n")
+        system = self.systems[request.system]
         self._check_private(system, request.private)
-        prompt = system.check(request.prompt, self._context(system, [request]), options=request.render)
+        prompt = system.check(request.prompt, _context([request]), options=request.render)
         new = new_tokens(system.language_model, prompt, request.sampling.max_tokens, self.config.max_tokens)
         entries, most = request.n * (prompt + new), self.config.kv_tokens
         if entries > most:
@@ -94,10 +91,10 @@ class ModelEngine:
                 f"cache, and this server has {most} (--kv-tokens). Shorten the prompt, or lower max_tokens or n."
             )
         private = tuple(isinstance(part, Handoff) for part in request.private or ())
-        key = (request.system, request.render, request.private is not None, private)
-        return Job(request, handle, key, request.n, prompt, new)
+        return Job(request, handle, (request.system, request.render, private), request.n, prompt, new)
 
     def _check_private(self, system: System, private: tuple[Any, ...] | None) -> None:
+        expected = len(self.model.private) if system.needs_context else 1
         if private is None:
             if system.needs_context and self.model.private:
                 raise invalid(
@@ -106,57 +103,50 @@ class ModelEngine:
                     "c2c.sharer_messages",
                     "missing_private_context",
                 )
-            return
-        if not self.model.private or not system.reads_context:
+        elif not self.model.private or not system.reads_context:
             raise invalid(
                 "private context was given, and nothing here takes it: the receiver alone reads none, nor do fusers of "
                 "prompts that both models read. Leave sharer_messages and handoff out, or serve a 'memory' fuser.",
                 "c2c",
             )
-        expected = len(self.model.private) if system.needs_context else 1
-        if len(private) != expected:
+        elif len(private) != expected:
             raise invalid(
                 f"got private context for {len(private)} sharers; expected a list with one entry for each of "
                 f"{expected}.",
                 "c2c",
             )
 
-    def _context(self, system: System, requests: Sequence[GenerateRequest]) -> Any:
-        """Return the private context of requests as systems take it: per sharer one list, a tuple of several."""
-        if requests[0].private is None:
-            return None
-        columns = [list(column) for column in zip(*(request.private or () for request in requests), strict=True)]
-        return tuple(columns) if len(columns) > 1 else columns[0]
-
     # -- prefill -------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def prefill(self, jobs: Sequence[Job]) -> list[Batch]:
+    def prefill(self, jobs: Sequence[Job]) -> list[tuple[list[Job], PrefilledPrompt]]:
         """Prefill the prompts of jobs with equal keys, all together.
 
         Where that fails because of one of them, or a remote sharer does not take so many, each is prefilled by itself;
         what fails then fails alone.
+
+        Returns:
+            Batches of jobs, each with the prompts of its jobs in order.
         """
         jobs = [job for job in jobs if not job.handle.cancelled]
-        if not jobs:
-            return []
         requests = [job.request for job in jobs if isinstance(job.request, GenerateRequest)]
-        system = self.systems[requests[0].system]
-        prompts, context = [request.prompt for request in requests], self._context(system, requests)
+        if not requests:
+            return []
+        prompts, render = [request.prompt for request in requests], requests[0].render
         try:
-            prompt = system.prefill(prompts, context, options=requests[0].render)
+            prompt = self.systems[requests[0].system].prefill(prompts, _context(requests), options=render)
         except C2CError as error:
             if len(jobs) > 1 and _concerns_one(error):
                 return [batch for job in jobs for batch in self.prefill([job])]
             for job in jobs:
-                fail(job, error)
+                _fail(job, error)
             return []
         lost = prompt.report.lost if prompt.report else None
         if lost is not None:
             if len(jobs) > 1 and lost.about_request:
                 return [batch for job in jobs for batch in self.prefill([job])]
             _log_lost(lost)
-        return [(list(jobs), prompt)]
+        return [(jobs, prompt)]
 
     # -- handoffs ------------------------------------------------------------------------------------------------------
 
@@ -207,16 +197,23 @@ def failing(job: Job) -> Iterator[None]:
     try:
         yield
     except C2CError as error:
-        fail(job, error)
+        _fail(job, error)
     except Exception as error:
         log_failure("request_failed", error)
         job.handle.fail(internal())
 
 
-def fail(job: Job, error: C2CError) -> None:
-    """End a request with an error of the library."""
+def _fail(job: Job, error: C2CError) -> None:
     _log_lost(error)
     job.handle.fail(error, _prompt_param(job.request))
+
+
+def _context(requests: Sequence[GenerateRequest]) -> Any:
+    """Return the private context of requests as systems take it: per sharer one list, a tuple of several."""
+    if requests[0].private is None:
+        return None
+    columns = [list(column) for column in zip(*(request.private or () for request in requests), strict=True)]
+    return tuple(columns) if len(columns) > 1 else columns[0]
 
 
 def _prompt_param(request: Request) -> str:
@@ -234,15 +231,3 @@ def _log_lost(error: C2CError) -> None:
         warn("sharer_lost", code=error.code, status=error.status)
     elif isinstance(error, SharerChanged):
         warn("sharer_lost", code="mismatch")
-
-
-def _systems(model: C2CModel, config: ServeConfig) -> dict[str, System]:
-    """Make the systems of a server; those of the default list that these models don't have are left out."""
-    options, made = SystemOptions(message_tokens=config.message_tokens), {}
-    for name in config.systems or ServeConfig.default_systems:
-        try:
-            made[name] = make_system(name, model, options)
-        except SystemUnavailableError:
-            if config.systems:
-                raise
-    return made

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Collection, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from tokenizers.decoders import DecodeStream
@@ -12,25 +14,20 @@ from tokenizers.decoders import DecodeStream
 from c2c.errors import ContextLengthError
 from c2c.generation import PrefilledPrompt
 from c2c.language_model import LanguageModel
-from c2c.serving.engine import (
-    Answer,
-    Delta,
-    Finished,
-    FinishReason,
-    GenerateRequest,
-    Prefilled,
-    TokenLogprob,
-)
-from c2c.serving.sampling import Sampler, SamplingParams, Scored
+from c2c.serving.engine import Delta, Finished, FinishReason, GenerateRequest, Prefilled, SamplingParams, TokenLogprob
 from c2c.serving.scheduler import Job
 
 
-class Detokenizer:
-    """Turn tokens into text, one at a time; a character that is split over tokens comes when it is complete.
+@dataclass(frozen=True)
+class Scored:
+    """Log-probabilities at one position, before temperature, ``top_p`` and penalties."""
 
-    Args:
-        tokenizer: of the answering model.
-    """
+    chosen: float  # of the token that was taken
+    top: list[tuple[int, float]]  # the likeliest tokens with theirs, best first
+
+
+class Detokenizer:
+    """Turn tokens into text, one at a time; a character that is split over tokens comes when it is complete."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
@@ -38,17 +35,15 @@ class Detokenizer:
 
     def step(self, token: int) -> str:
         """Return the text that one more token completes; often empty. Special tokens have none."""
+        backend = self._tokenizer.backend_tokenizer
         try:
-            piece = self._decode(token)
+            piece = self._stream.step(backend, token) or ""
         except Exception:  # tokenizers' own: with byte fallback an invalid byte changes text before it, which was sent
             self._restart()
-            piece = self._decode(token)
+            piece = self._stream.step(backend, token) or ""
         self._ids.append(token)
         self._length += len(piece)
         return piece
-
-    def _decode(self, token: int) -> str:
-        return self._stream.step(self._tokenizer.backend_tokenizer, token) or ""
 
     def flush(self) -> str:
         """Return the text of an incomplete character at the end."""
@@ -66,9 +61,6 @@ class Detokenizer:
 
 class StopMatcher:
     """Find the first stop string in a text that grows, looking at no more than the end of it.
-
-    Args:
-        stops: the stop strings.
 
     Attributes:
         found: one was found; nothing may follow.
@@ -100,52 +92,35 @@ def _partial(text: str, stop: str) -> int:
 
 
 class AnswerOutput:
-    """Take the tokens of one answer.
+    """Take the tokens of one answer, and send its text.
 
     Args:
-        tokenizer: of the answering model.
-        params: how it is decoded; ``max_tokens`` must be set.
-        index: which answer of its request it is.
-        ends: the model's end tokens.
         owner: the output of its request, which gets its events.
+        model: the answering model.
+        params: how it is decoded.
+        limit: new tokens at most.
+        index: which answer of its request it is.
 
     Attributes:
-        sampler: chooses the tokens.
         first: ``time.monotonic()`` at the first token.
         tokens: number of tokens so far, an end token included.
         done: the answer has ended, or was given up.
-        text: the answer so far, without what may be part of a stop string.
     """
 
     def __init__(
-        self, tokenizer: Any, params: SamplingParams, index: int, ends: Collection[int], owner: RequestOutput
+        self, owner: RequestOutput, model: LanguageModel, params: SamplingParams, limit: int, index: int
     ) -> None:
-        if params.max_tokens is None:
-            raise ValueError("max_tokens is None; expected a number.")
-        self.limit, self._index, self._ends, self._owner = params.max_tokens, index, ends, owner
-        self.sampler = Sampler(params, index)
-        self._detokenizer, self._stop = Detokenizer(tokenizer), StopMatcher(params.stop)
-        self._parts: list[str] = []
-        self._length = self._read = 0  # characters: certain to be in the answer, of all tokens
-        self._unsent = ""
-        self._logprobs: list[TokenLogprob] = []
-        self._sent_logprobs = 0
+        self.params, self.limit, self.index, self._owner, self._ends = params, limit, index, owner, model.ends
+        self._detokenizer, self._stop = Detokenizer(model.tokenizer), StopMatcher(params.stop)
+        self._read = self._certain = 0  # characters: of all tokens, certain to be in the answer
+        self._unsent, self._logprobs = "", list[TokenLogprob]()  # not sent yet
         self.first: float | None = None
         self.tokens = 0
         self.done = False
 
-    @property
-    def text(self) -> str:
-        """The answer so far."""
-        return "".join(self._parts)
-
-    def append(self, token: int) -> None:
-        """Append one token, chosen by :attr:`sampler`."""
-        self.append_scored(token, self.sampler.record(token))
-
-    def append_scored(self, token: int, scored: Scored | None) -> None:
-        """Append one token with its log-probability, where that is requested."""
-        self.done = self.done or self._owner.cancelled
+    def append(self, token: int, scored: Scored | None = None) -> None:
+        """Append one token, with its log-probability where that is requested."""
+        self.done = self.done or self._owner.handle.cancelled
         if self.done:
             return
         self.first = self.first or time.monotonic()
@@ -156,35 +131,28 @@ class AnswerOutput:
             self._logprobs.append(TokenLogprob(self._detokenizer.name(token), scored.chosen, self._read, top))
         piece = self._detokenizer.step(token)
         self._read += len(piece)
-        self._settle(self._stop.feed(piece))
+        text = self._stop.feed(piece)
+        reason: FinishReason | None = None
         if self._stop.found:
-            self._logprobs = [entry for entry in self._logprobs if entry.offset < self._length]
-            self._finish("stop")
+            reason = "stop"
         elif ended or self.tokens >= self.limit:
-            self._settle(self._stop.pending + self._detokenizer.flush())
-            self._finish("stop" if ended else "length")
-        else:
-            self._send()
+            text += self._stop.pending + self._detokenizer.flush()
+            reason = "stop" if ended else "length"
+        self._unsent += text
+        self._certain += len(text)
+        self._send(reason)
 
-    def _settle(self, text: str) -> None:
-        self._parts.append(text)
-        self._length += len(text)
-        self._unsent += text if self._owner.stream else ""
-
-    def _finish(self, reason: FinishReason) -> None:
-        self.done = True
-        self._send(last=True)
-        self._owner.finish(Answer(self._index, self.text, reason, self.tokens, self._logprobs))
-
-    def _send(self, last: bool = False) -> None:
-        """Send the settled text of a stream, with the log-probabilities of the tokens that begin in it."""
-        if not self._owner.stream or not (self._unsent or last):
+    def _send(self, reason: FinishReason | None) -> None:
+        """Send the text that is certain, with the log-probabilities of the tokens that begin in it."""
+        if reason is None and not (self._owner.stream and self._unsent):
             return
-        new = self._logprobs[self._sent_logprobs :]
-        due = [entry for entry in new if last or entry.offset < self._length]
-        if self._unsent or due:
-            self._owner.handle.push(Delta(self._index, self._unsent, due))
-        self._unsent, self._sent_logprobs = "", self._sent_logprobs + len(due)
+        whole = reason is not None and not self._stop.found
+        due = [entry for entry in self._logprobs if whole or entry.offset < self._certain]
+        self._owner.handle.push(Delta(self.index, self._unsent, due, reason))
+        self._unsent, self._logprobs = "", self._logprobs[len(due) :]
+        if reason is not None:
+            self.done = True
+            self._owner.check_finished()
 
 
 class RequestOutput:
@@ -205,55 +173,36 @@ class RequestOutput:
     """
 
     def __init__(self, job: Job, prompt: PrefilledPrompt, row: int, rows: int, default_tokens: int) -> None:
-        request = job.request
+        request, model = job.request, prompt.model
         if not isinstance(request, GenerateRequest):
             raise TypeError("a handoff has no answers")
-        self.handle, self.stream, self._rows, self._began = job.handle, request.stream, rows, time.monotonic()
-        slots = prompt.slots[row] if prompt.slots else 0
-        self._prompt_tokens = int(prompt.tokens.mask[row].sum()) - slots
-        self._report = prompt.report.row(row) if prompt.report else None
-        self._message = prompt.messages[row].text if prompt.messages else None
-        self.fallback = f"receiver only: {self._report.lost}" if self._report and self._report.lost else None
-        columns = int(prompt.tokens.positions[row, -1]) + 1
-        limit = new_tokens(prompt.model, columns, request.sampling.max_tokens, default_tokens)
-        params = replace(request.sampling, max_tokens=limit)
-        model = prompt.model
-        self.answers = [AnswerOutput(model.tokenizer, params, index, model.ends, self) for index in range(request.n)]
-        self._left = request.n
-        job.handle.push(Prefilled(self.fallback))
-
-    @property
-    def cancelled(self) -> bool:
-        """Whether nobody waits for the answers any more."""
-        return self.handle.cancelled
-
-    def finish(self, answer: Answer) -> None:
-        """Send a whole answer; after the last one that all are there."""
-        self.handle.push(answer)
-        self._left -= 1
-        if self._left:
-            return
-        first = min(one.first for one in self.answers if one.first is not None)
-        self.handle.push(
-            Finished(
-                prompt_tokens=self._prompt_tokens,
-                completion_tokens=sum(one.tokens for one in self.answers),
-                first_token=first,
-                rows=self._rows,
-                sharer_bytes=self._report.sharer_bytes if self._report else len((self._message or "").encode()),
-                report=self._report_data(first),
-                message=self._message,
-                fallback=self.fallback,
-            )
+        self.handle, self.stream, self._began = job.handle, request.stream, time.monotonic()
+        self._report = report = prompt.report.row(row) if prompt.report else None
+        message = prompt.messages[row].text if prompt.messages else None
+        fallback = f"receiver only: {report.lost}" if report and report.lost else None
+        self._finished = partial(
+            Finished,
+            prompt_tokens=int(prompt.tokens.mask[row].sum()) - (prompt.slots[row] if prompt.slots else 0),
+            rows=rows,
+            sharer_bytes=report.sharer_bytes if report else len((message or "").encode()),
+            message=message,
+            fallback=fallback,
         )
+        columns = int(prompt.tokens.positions[row, -1]) + 1
+        limit = new_tokens(model, columns, request.sampling.max_tokens, default_tokens)
+        self.answers = [AnswerOutput(self, model, request.sampling, limit, index) for index in range(request.n)]
+        self.handle.push(Prefilled(fallback))
 
-    def _report_data(self, first: float) -> dict[str, Any] | None:
-        """Return the fusion report; its seconds are those of the batch, up to where this request is done."""
-        if self._report is None:
-            return None
-        data = self._report.to_dict()
-        stages = {"first_token": first - self._began, "decode": time.monotonic() - first}
-        return data | {"seconds": data["seconds"] | stages}
+    def check_finished(self) -> None:
+        """Report that all answers are there, once they are."""
+        if not all(answer.done for answer in self.answers):
+            return
+        first, report = min(answer.first or math.inf for answer in self.answers), None
+        if self._report is not None:  # its seconds are those of the batch, up to where this request is done
+            report = self._report.to_dict()
+            report["seconds"] |= {"first_token": first - self._began, "decode": time.monotonic() - first}
+        tokens = sum(answer.tokens for answer in self.answers)
+        self.handle.push(self._finished(completion_tokens=tokens, first_token=first, report=report))
 
 
 def new_tokens(model: LanguageModel, prompt_tokens: int, requested: int | None, default: int) -> int:

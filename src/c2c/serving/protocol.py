@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from c2c.messages import Conversation
+from c2c.serving.engine import SamplingParams
 from c2c.serving.errors import invalid
-from c2c.serving.sampling import SamplingParams
 
 MAX_STOPS, MAX_STOP_LENGTH = 16, 256  # each is looked for after every token
 _ANY = object()  # stands for all values
@@ -50,7 +51,7 @@ def _with_text(messages: list[Message]) -> list[Message]:
     return messages
 
 
-class _Body(BaseModel):
+class Body(BaseModel):
     """Base of all bodies: strict types, no unknown fields, null as if left out.
 
     Attributes:
@@ -78,7 +79,7 @@ class _Body(BaseModel):
         return kept
 
 
-class Message(_Body):
+class Message(Body):
     """One message of a conversation; what the API adds to its own answers may be sent back."""
 
     neutral = {"annotations": ([],), "audio": (), "function_call": (), "refusal": (), "tool_calls": ([],)}
@@ -88,38 +89,29 @@ class Message(_Body):
 
 
 Text = Annotated[str, BeforeValidator(_text)]
-Texts = Annotated[
-    list[Annotated[Text, Field(min_length=1)]],
-    BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
-]
+_one_or_many = BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
+Texts = Annotated[list[Annotated[Text, Field(min_length=1)]], _one_or_many]
 Stop = Annotated[Text, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
-Stops = Annotated[
-    list[Stop], BeforeValidator(lambda value: [value] if isinstance(value, str) else value), Field(max_length=MAX_STOPS)
-]
-Messages = Annotated[list[Message], BeforeValidator(_messages), Field(min_length=1), AfterValidator(_with_text)]
+Stops = Annotated[list[Stop], _one_or_many, Field(max_length=MAX_STOPS)]
+SomeMessages = Annotated[list[Message], Field(min_length=1), AfterValidator(_with_text)]
+Messages = Annotated[SomeMessages, BeforeValidator(_messages)]  # or a text
 
 
-class StreamOptions(_Body):
+class StreamOptions(Body):
     """How to stream."""
 
     include_usage: bool = False
     include_obfuscation: Literal[False] = False
 
 
-class C2COptions(_Body):
-    """The field ``c2c``: what the OpenAI API does not have.
+class C2COptions(Body):
+    """The field ``c2c``: what the OpenAI API does not have."""
 
-    Attributes:
-        sharer_messages: what the sharers alone read, one conversation for each of them; a text or the messages of one.
-        handoff: ids of what the sharers have read already, in place of it.
-        report: whether the answer has the fusion report.
-        answer_prefix: text that the answer continues.
-    """
-
+    # what the sharers alone read, one conversation for each of them; a text or the messages of one
     sharer_messages: Annotated[list[Messages], BeforeValidator(_context)] | None = None
-    handoff: Texts | None = None
-    report: bool = False
-    answer_prefix: Text = ""
+    handoff: Texts | None = None  # ids of what the sharers have read already, in place of it
+    report: bool = False  # whether the answer has the fusion report
+    answer_prefix: Text = ""  # that the answer continues
 
     @model_validator(mode="after")
     def _check(self) -> C2COptions:
@@ -128,7 +120,7 @@ class C2COptions(_Body):
         return self
 
 
-class GenerateBody(_Body, ABC):
+class GenerateBody(Body, ABC):
     """Fields that chat completions and completions have in common."""
 
     neutral = {
@@ -185,22 +177,14 @@ class GenerateBody(_Body, ABC):
 
     def sampling(self) -> SamplingParams:
         """Return how to decode."""
-        return SamplingParams(
-            max_tokens=self.max_tokens,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            seed=self.seed,
-            stop=tuple(self.stop),
-            logprobs=self.top_count,
-            presence_penalty=self.presence_penalty,
-            frequency_penalty=self.frequency_penalty,
-        )
+        same = {one.name: getattr(self, one.name) for one in fields(SamplingParams) if one.name != "logprobs"}
+        return SamplingParams(**same, logprobs=self.top_count)
 
 
 class ChatCompletionBody(GenerateBody):
     """Body of ``POST /v1/chat/completions``."""
 
-    messages: Annotated[list[Message], Field(min_length=1), AfterValidator(_with_text)]
+    messages: SomeMessages
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
@@ -241,24 +225,6 @@ class CompletionBody(GenerateBody):
     def top_count(self) -> int | None:
         """See :class:`GenerateBody`."""
         return self.logprobs
-
-
-class HandoffBody(_Body):
-    """Body of ``POST /v1/c2c/handoffs``.
-
-    Attributes:
-        messages: what the sharer reads: a text, or messages.
-        sharer: index of the sharer, where several hand over private context.
-        draft_tokens: tokens of an answer that it generates, which are handed over as well.
-        precision: how the entries are kept.
-        ttl_seconds: how long; at most as long as the server keeps any.
-    """
-
-    messages: Messages
-    sharer: int | None = Field(None, ge=0)
-    draft_tokens: int = Field(0, ge=0, le=1024)
-    precision: Literal["float32", "bfloat16", "float16", "int8", "float8"] | None = None
-    ttl_seconds: float | None = Field(None, gt=0)
 
 
 def conversation(messages: list[Message]) -> Conversation:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Hashable
 from dataclasses import dataclass
@@ -11,28 +10,17 @@ from threading import Condition
 from c2c.serving.engine import HandoffRequest, Request, RequestHandle
 from c2c.serving.errors import queue_full, shutting_down
 
-_MAX_RETRY = 60  # seconds
-
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """An accepted request with what it takes of a batch.
-
-    Attributes:
-        request: the request.
-        handle: where its events go.
-        key: jobs with equal keys can share a batch.
-        rows: rows of the batch, one for each answer.
-        prompt_tokens: KV-cache entries of the prompt, at most.
-        new_tokens: tokens to generate, at most.
-    """
+    """An accepted request with what it takes of a batch."""
 
     request: Request
-    handle: RequestHandle
-    key: Hashable = None
-    rows: int = 1
-    prompt_tokens: int = 0
-    new_tokens: int = 0
+    handle: RequestHandle  # where its events go
+    key: Hashable = None  # jobs with equal keys can share a batch
+    rows: int = 1  # of the batch, one for each answer
+    prompt_tokens: int = 0  # KV-cache entries of the prompt, at most
+    new_tokens: int = 0  # to generate, at most
 
 
 class Scheduler:
@@ -66,7 +54,7 @@ class Scheduler:
             if self._closed:
                 raise shutting_down()
             if len(self._jobs) >= self._max_queue:
-                raise queue_full(len(self._jobs), min(max(math.ceil(self.last_batch), 1), _MAX_RETRY))
+                raise queue_full(len(self._jobs), self.last_batch)
             self._jobs.append(job)
             self._changed.notify_all()
 
@@ -104,14 +92,14 @@ class Scheduler:
             self._changed.wait(left)
 
     def _full(self) -> bool:
-        first = self._jobs[0]
-        return isinstance(first.request, HandoffRequest) or sum(job.rows for job in self._batch()) >= self._max_rows
+        alone = isinstance(self._jobs[0].request, HandoffRequest)
+        return alone or sum(job.rows for job in self._batch()) >= self._max_rows
 
     def _batch(self) -> list[Job]:
         """Return the first job and those after it that can run with it, in order, as long as there is room."""
-        batch: list[Job] = []
-        for job in self._jobs:
-            if job.key == self._jobs[0].key and (not batch or self._fits([*batch, job])):
+        batch = self._jobs[:1]
+        for job in self._jobs[1:]:
+            if job.key == batch[0].key and self._fits([*batch, job]):
                 batch.append(job)
         return batch
 

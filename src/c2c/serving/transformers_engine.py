@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import secrets
 import time
+from collections import Counter
 from collections.abc import Sequence
 from threading import Thread
 from typing import Any
@@ -15,13 +17,13 @@ from c2c import kv_cache
 from c2c.batch_probe import rows_alone
 from c2c.generation import PrefilledPrompt
 from c2c.model import C2CModel
-from c2c.serving.engine import GenerateRequest, HandoffRequest, Request, RequestHandle
+from c2c.serving.config import ServeConfig
+from c2c.serving.engine import HandoffRequest, Request, RequestHandle, SamplingParams
 from c2c.serving.errors import internal
 from c2c.serving.logs import log_failure
 from c2c.serving.model_engine import ModelEngine, failing
-from c2c.serving.outputs import AnswerOutput, RequestOutput
+from c2c.serving.outputs import AnswerOutput, RequestOutput, Scored
 from c2c.serving.scheduler import Job, Scheduler
-from c2c.serving.serve_config import ServeConfig
 from c2c.tokens import concatenate
 
 
@@ -91,14 +93,14 @@ class TransformersEngine(ModelEngine):
         return bool(jobs)
 
     def _run(self, jobs: list[Job]) -> None:
-        if isinstance(jobs[0].request, HandoffRequest):
+        request, rows = jobs[0].request, sum(job.rows for job in jobs)
+        if isinstance(request, HandoffRequest):
             self.create_handoff(jobs[0])
             return
-        batches, rows = self.prefill(jobs), sum(job.rows for job in jobs)
-        parts = [(prompt, self._outputs(part, prompt, rows)) for part, prompt in batches]
+        parts = [(prompt, self._outputs(part, prompt, rows)) for part, prompt in self.prefill(jobs)]
         answers = [answer for _, outputs in parts for output in outputs if output for answer in output.answers]
-        if answers and isinstance(jobs[0].request, GenerateRequest):
-            self.on_batch(jobs[0].request.system, len(answers))
+        if answers:
+            self.on_batch(request.system, len(answers))
             decode(_join([repeat_rows(prompt, outputs) for prompt, outputs in parts if any(outputs)]), answers)
 
     def _outputs(self, jobs: Sequence[Job], prompt: PrefilledPrompt, rows: int) -> list[RequestOutput | None]:
@@ -120,9 +122,10 @@ def decode(prompt: PrefilledPrompt, answers: Sequence[AnswerOutput]) -> None:
         answers: take the tokens of their rows.
     """
     if prompt.model.separates(prompt.tokens, max(answer.limit for answer in answers)):
-        for (tokens, cache, _), answer in zip(rows_alone(prompt.tokens, prompt.cache), answers, strict=True):
-            decode(PrefilledPrompt(prompt.model, tokens, cache or kv_cache.empty_cache()), [answer])
+        for (tokens, cache), answer in zip(rows_alone(prompt.tokens, prompt.cache), answers, strict=True):
+            decode(PrefilledPrompt(prompt.model, tokens, cache or prompt.model.empty_cache()), [answer])
         return
+    rows = [(answer, Sampler(answer.params, answer.index)) for answer in answers]
     prompt.model.generate(
         prompt.tokens,
         prompt.cache,
@@ -130,36 +133,92 @@ def decode(prompt: PrefilledPrompt, answers: Sequence[AnswerOutput]) -> None:
         do_sample=False,
         num_beams=1,
         num_return_sequences=1,
-        logits_processor=LogitsProcessorList([_SampleRows(answers)]),
-        stopping_criteria=StoppingCriteriaList([_AppendTokens(answers)]),
+        logits_processor=LogitsProcessorList([_SampleRows(rows)]),
+        stopping_criteria=StoppingCriteriaList([_AppendTokens(rows)]),
         fused=True,
     )
+
+
+class Sampler:
+    """Choose the tokens of one answer, with parameters and a random number generator of its own.
+
+    Requests with different temperatures, seeds and penalties run in one batch; a sampled answer is the same whatever
+    it shares a batch with.
+
+    Args:
+        params: the parameters.
+        index: which answer of its request it is.
+    """
+
+    def __init__(self, params: SamplingParams, index: int = 0) -> None:
+        self.params = params
+        self._seed = (secrets.randbits(63) if params.seed is None else params.seed + index) % 2**63
+        self._generator: torch.Generator | None = None
+        self._counts: Counter[int] = Counter()
+        self._logprobs: Tensor | None = None
+        # plain greedy decoding does, and no log-probability is reported
+        self.passive = params.greedy and params.logprobs is None and not params.penalised
+
+    def choose(self, scores: Tensor) -> Tensor:
+        """Return scores, ``[vocab]``, whose largest is the chosen token."""
+        if self.params.logprobs is not None:
+            self._logprobs = torch.log_softmax(scores.float(), dim=-1)
+        scores = self._penalise(scores)
+        return scores if self.params.greedy else self._sample(scores)
+
+    def record(self, token: int) -> Scored | None:
+        """Record the token that was taken; return its log-probability if that is requested."""
+        if self.params.penalised:
+            self._counts[token] += 1
+        if self._logprobs is None or self.params.logprobs is None:
+            return None
+        best = torch.topk(self._logprobs, min(self.params.logprobs, self._logprobs.numel()))
+        return Scored(float(self._logprobs[token]), list(zip(best.indices.tolist(), best.values.tolist(), strict=True)))
+
+    def _penalise(self, scores: Tensor) -> Tensor:
+        if not self._counts:
+            return scores
+        tokens = torch.tensor(list(self._counts), device=scores.device)
+        counts = torch.tensor(list(self._counts.values()), device=scores.device, dtype=scores.dtype)
+        return scores.index_add(0, tokens, -(self.params.presence_penalty + self.params.frequency_penalty * counts))
+
+    def _sample(self, scores: Tensor) -> Tensor:
+        probabilities = torch.softmax(scores.float() / self.params.temperature, dim=-1)
+        if self.params.top_p < 1:
+            ordered, order = probabilities.sort(descending=True)
+            before = ordered.cumsum(-1) - ordered
+            probabilities = torch.zeros_like(probabilities).scatter(0, order, ordered * (before < self.params.top_p))
+        if self._generator is None:
+            self._generator = torch.Generator(scores.device).manual_seed(self._seed)
+        token = torch.multinomial(probabilities, 1, generator=self._generator)
+        return torch.full_like(scores, -torch.inf).scatter(0, token, 0.0)
 
 
 class _SampleRows(LogitsProcessor):
     """Let every row's sampler choose its next token; ``generate`` then takes the largest score."""
 
-    def __init__(self, answers: Sequence[AnswerOutput]) -> None:
-        self._active = [(row, answer) for row, answer in enumerate(answers) if not answer.sampler.passive]
+    def __init__(self, rows: Sequence[tuple[AnswerOutput, Sampler]]) -> None:
+        self._active = [(row, *pair) for row, pair in enumerate(rows) if not pair[1].passive]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         scores = scores.clone() if self._active else scores
-        for row, answer in self._active:
+        for row, answer, sampler in self._active:
             if not answer.done:
-                scores[row] = answer.sampler.choose(scores[row])
+                scores[row] = sampler.choose(scores[row])
         return scores
 
 
 class _AppendTokens(StoppingCriteria):
     """Append every row's token to its answer, and end the rows that are done."""
 
-    def __init__(self, answers: Sequence[AnswerOutput]) -> None:
-        self._answers = answers
+    def __init__(self, rows: Sequence[tuple[AnswerOutput, Sampler]]) -> None:
+        self._rows = rows
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
-        for answer, token in zip(self._answers, input_ids[:, -1].tolist(), strict=True):
-            answer.append(token)
-        return torch.tensor([answer.done for answer in self._answers], device=input_ids.device)
+        for (answer, sampler), token in zip(self._rows, input_ids[:, -1].tolist(), strict=True):
+            if not answer.done:
+                answer.append(token, sampler.record(token))
+        return torch.tensor([answer.done for answer, _ in self._rows], device=input_ids.device)
 
 
 def _join(prompts: Sequence[PrefilledPrompt]) -> PrefilledPrompt:

@@ -6,28 +6,24 @@ A third party adds one with the entry point group ``c2c.systems``: ``name = "mod
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from functools import cache
-from importlib import import_module
-from importlib.metadata import entry_points
-from pkgutil import iter_modules
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from c2c.errors import SystemUnavailableError, did_you_mean
 from c2c.systems.base import System, SystemOptions
+from c2c.utils import plugins
 
 if TYPE_CHECKING:
     from c2c.model import C2CModel
+
+__all__ = ["System", "SystemOptions", "make_system", "systems"]
 
 
 @cache
 def systems() -> dict[str, type[System]]:
     """Return all system classes by name, those of other packages included."""
-    for module in iter_modules(__path__):
-        import_module(f"{__name__}.{module.name}")
-    found = {kind.name: kind for kind in _subclasses(System) if "name" in vars(kind)}
-    for entry in entry_points(group="c2c.systems"):
-        found.setdefault(entry.name, entry.load())
-    return found
+    return plugins(System, __name__, "name")
 
 
 def make_system(name: str, model: C2CModel, options: SystemOptions | None = None) -> System:
@@ -44,7 +40,7 @@ def make_system(name: str, model: C2CModel, options: SystemOptions | None = None
     """
     options = options or SystemOptions()
     if match := re.fullmatch(r"(\w+?)_(\d+)", name):
-        name, options = match[1], options.replace(message_tokens=int(match[2]))
+        name, options = match[1], replace(options, message_tokens=int(match[2]))
     known = systems()
     if name not in known:
         raise SystemUnavailableError(
@@ -54,10 +50,3 @@ def make_system(name: str, model: C2CModel, options: SystemOptions | None = None
     if reason is not None:
         raise SystemUnavailableError(f"system {name!r} can't answer here: {reason}")
     return known[name](model, options)
-
-
-def _subclasses(kind: Any) -> list[type[System]]:
-    return [found for child in kind.__subclasses__() for found in (child, *_subclasses(child))]
-
-
-__all__ = ["System", "SystemOptions", "make_system", "systems"]

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from c2c.errors import PromptError
 from c2c.generation import Chat, FirstTokenTimer, PrefilledPrompt, TextStream, unbatch
@@ -38,15 +36,12 @@ class SystemOptions:
     other: Any = None
     seed: int = 0
 
-    def replace(self, **changes: Any) -> Self:
-        """Return the same options with some changed."""
-        return dataclasses.replace(self, **changes)
 
-
-class System(ABC):
+class System:
     """A way of answering with a receiver and a sharer.
 
-    A subclass sets ``name``, ``title`` and implements :meth:`prefill`; everything else follows.
+    A subclass sets ``name`` and ``title``, and overrides :meth:`prefill` (and :meth:`check`) or less: by default one
+    language model reads :meth:`prompts`.
 
     Args:
         model: the receiver with its sharers and fusers.
@@ -57,12 +52,14 @@ class System(ABC):
         title: for people.
         reads_context: whether private context is read.
         needs_context: whether it must be given to models with fusers of private context.
+        generates_sharer: whether the sharer generates text.
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
     reads_context: ClassVar[bool] = True
     needs_context: ClassVar[bool] = False
+    generates_sharer: ClassVar[bool] = False
 
     def __init__(self, model: C2CModel, options: SystemOptions | None = None) -> None:
         self.model, self.options = model, options or SystemOptions()
@@ -70,9 +67,18 @@ class System(ABC):
     @classmethod
     def unavailable(cls, model: C2CModel, options: SystemOptions) -> str | None:
         """Return why these models can't answer in this way; None where they can."""
+        if cls.generates_sharer and not model.sharers[0].generates:
+            return "the sharer is on another machine and only shares its cache."
         return None
 
-    @abstractmethod
+    def prompts(self, messages: Any, sharer_messages: Any = None) -> list[Conversation]:
+        """Return what one language model reads: the conversations, with private context as passages in them."""
+        batch, _ = conversations(messages)
+        if sharer_messages is None or not self.reads_context:
+            return batch
+        texts = context_texts(sharer_messages, len(batch))
+        return [with_passage(*pair) for pair in zip(batch, texts, strict=True)]
+
     def prefill(
         self, messages: Any, sharer_messages: Any = None, *, options: RenderOptions | None = None
     ) -> PrefilledPrompt:
@@ -87,14 +93,12 @@ class System(ABC):
         Raises:
             PromptError: can't be read by these models.
         """
+        return self.language_model.prefill_messages(self.prompts(messages, sharer_messages), options)
 
     def check(self, messages: Any, sharer_messages: Any = None, *, options: RenderOptions | None = None) -> int:
         """Check one conversation as far as that takes no model, as a server does before a request waits.
 
-        Args:
-            messages: as in :meth:`prefill`.
-            sharer_messages: as in :meth:`prefill`.
-            options: as in :meth:`prefill`.
+        Arguments as in :meth:`prefill`.
 
         Returns:
             Entries that the prompt takes in the KV cache of the answering model, at most.
@@ -102,18 +106,12 @@ class System(ABC):
         Raises:
             PromptError: can't be read by these models.
         """
-        return count_tokens(self.language_model, messages, options)
+        return count_tokens(self.language_model, self.prompts(messages, sharer_messages), options)
 
     def generate(
         self, messages: Any, sharer_messages: Any = None, *, options: RenderOptions | None = None, **kwargs: Any
     ) -> Any:
-        """Answer.
-
-        Args:
-            messages: a text, a conversation, or a list of several of either.
-            sharer_messages: what only the sharer has read, see :meth:`prefill`.
-            options: how to render the prompts.
-            **kwargs: whatever the answering model's ``generate`` takes.
+        """Answer; arguments as in :meth:`prefill`, and whatever the answering model's ``generate`` takes.
 
         Returns:
             A :class:`~c2c.generation.GenerationResult`, or a list for a batch or several return sequences.

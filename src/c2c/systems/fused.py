@@ -33,10 +33,25 @@ class CacheToCache(System):
         self, messages: Any, sharer_messages: Any = None, *, options: RenderOptions | None = None
     ) -> PrefilledPrompt:
         """Prefill all models and fuse; see :meth:`System.prefill`."""
+        batch, _ = conversations(messages)
+        options = options or RenderOptions()
         self.model.check_context(sharer_messages)
-        if self.drafts and self.options.draft_tokens and sharer_messages is not None:
-            sharer_messages = self._draft(messages, sharer_messages)
-        return self.model.prefill(messages, sharer_messages=sharer_messages, options=options, blend=self.options.blend)
+        if not self.model.private:
+            return self.fuse(batch, options)
+        given = self.handoffs(batch, sharer_messages, options)
+        return self.model.prefill(batch, sharer_messages=given, options=options, blend=self.options.blend)
+
+    def fuse(self, batch: list[Conversation], options: RenderOptions) -> PrefilledPrompt:
+        """Fuse prompts that both models read."""
+        return self.model.prefill(batch, options=options, blend=self.options.blend)
+
+    def handoffs(self, batch: list[Conversation], given: Any, options: RenderOptions) -> Any:
+        """Return what is handed over: what is given, or else what the sharer reads, with the question, and drafts."""
+        tokens = self.options.draft_tokens
+        if not (self.drafts and tokens):
+            return given
+        sharer, texts = self.model.sharers[self.model.private[0]], context_texts(given, len(batch))
+        return [sharer.read(with_passage(*pair), draft_tokens=tokens) for pair in zip(batch, texts, strict=True)]
 
     def check(self, messages: Any, sharer_messages: Any = None, *, options: RenderOptions | None = None) -> int:
         """Check the prompt for all models that read it, and private context; see :meth:`System.check`."""
@@ -53,13 +68,6 @@ class CacheToCache(System):
             part = part[0] if isinstance(part, list) and part and isinstance(part[0], Handoff) else part
             entries += len(part.ids) if isinstance(part, Handoff) else count_tokens(sharer, part, options)
         return entries
-
-    def _draft(self, messages: Any, sharer_messages: Any) -> list[Handoff]:
-        """Let the sharer read context and question and draft an answer; all of that is handed over."""
-        batch, _ = conversations(messages)
-        sharer, tokens = self.model.sharers[self.model.private[0]], self.options.draft_tokens
-        texts = context_texts(sharer_messages, len(batch))
-        return [sharer.read(with_passage(*pair), draft_tokens=tokens) for pair in zip(batch, texts, strict=True)]
 
 
 class Matched(CacheToCache):
@@ -81,28 +89,17 @@ class Control(CacheToCache):
 
     drafts: ClassVar[bool] = False
 
-    def prefill(
-        self, messages: Any, sharer_messages: Any = None, *, options: RenderOptions | None = None
-    ) -> PrefilledPrompt:
-        """Prefill all models, exchange the sharers' caches and fuse; see :meth:`System.prefill`."""
-        batch, _ = conversations(messages)
-        options = options or RenderOptions()
-        self.model.check_context(sharer_messages)
-        if not self.model.private:
-            return self.fuse(batch, options)
-        if self.drafts and self.options.draft_tokens:
-            sharer_messages = self._draft(messages, sharer_messages)
-        sharers = [self.model.sharers[index] for index in self.model.private]
-        rows = self.exchange_handoffs(read_handoffs(sharer_messages, sharers, len(batch), options), options)
-        columns = tuple(list(column) for column in zip(*rows, strict=True))
-        return self.model.prefill(batch, sharer_messages=columns, options=options, blend=self.options.blend)
+    def handoffs(self, batch: list[Conversation], given: Any, options: RenderOptions) -> Any:
+        """Return handoffs in place of what is given; see :meth:`CacheToCache.handoffs`."""
+        rows = self.read(super().handoffs(batch, given, options), len(batch), options)
+        return tuple(list(column) for column in zip(*self.exchange(rows, options), strict=True))
+
+    def read(self, given: Any, rows: int, options: RenderOptions) -> list[list[Handoff]]:
+        """Read private context, or take handoffs: per conversation one for each sharer."""
+        return read_handoffs(given, [self.model.sharers[index] for index in self.model.private], rows, options)
 
     @abstractmethod
-    def fuse(self, batch: list[Conversation], options: RenderOptions) -> PrefilledPrompt:
-        """Fuse prompts that both models read with other caches than their own."""
-
-    @abstractmethod
-    def exchange_handoffs(self, rows: list[list[Handoff]], options: RenderOptions) -> list[list[Handoff]]:
+    def exchange(self, rows: list[list[Handoff]], options: RenderOptions) -> list[list[Handoff]]:
         """Return other handoffs than their own, per conversation one for each sharer."""
 
 
@@ -125,12 +122,9 @@ class Deranged(Control):
         prompts = [derange(*pair) for pair in zip(own, others, strict=True)]
         return self.model.fuse_prompts(prompts, blend=self.options.blend)
 
-    def exchange_handoffs(self, rows: list[list[Handoff]], options: RenderOptions) -> list[list[Handoff]]:
+    def exchange(self, rows: list[list[Handoff]], options: RenderOptions) -> list[list[Handoff]]:
         """Return the handoffs of other conversations."""
-        if self.options.other is None:
-            return _rotate(rows)
-        sharers = [self.model.sharers[index] for index in self.model.private]
-        return read_handoffs(self.options.other, sharers, 1, options) * len(rows)
+        return _rotate(rows) if self.options.other is None else self.read(self.options.other, 1, options) * len(rows)
 
 
 class DraftDeranged(Deranged):
@@ -152,30 +146,26 @@ class Zero(Control):
         prompts = self.model.align(batch, options)
         return self.model.fuse_prompts(prompts, blend=self.options.blend, edit=kv_cache.zeros_like)
 
-    def exchange_handoffs(self, rows: list[list[Handoff]], options: RenderOptions) -> list[list[Handoff]]:
+    def exchange(self, rows: list[list[Handoff]], options: RenderOptions) -> list[list[Handoff]]:
         """Return handoffs of zeros."""
         return [[handoff.zeros_like() for handoff in row] for row in rows]
 
 
 class Untrained(CacheToCache):
-    """Control: a new fuser of the same shape, which leaves the receiver as it is."""
+    """Control: new fusers of the same shapes, which leave the receiver as it is."""
 
     name: ClassVar[str] = "untrained"
     title: ClassVar[str] = "untrained fuser"
 
     def __init__(self, model: C2CModel, options: SystemOptions | None = None) -> None:
-        super().__init__(untrained(model, (options or SystemOptions()).seed), options)
-
-
-def untrained(model: C2CModel, seed: int = 0) -> C2CModel:
-    """Return the same models with new fusers of the same shapes."""
-    fusers: list[Fuser] = []
-    for fuser in model.fusers:
-        config = copy.deepcopy(fuser.config)
-        config.training = None  # type: ignore[union-attr]
-        torch.manual_seed(seed)
-        fusers.append(type(fuser)(config).to(model.receiver.device).eval())  # type: ignore[arg-type]
-    return C2CModel(model.receiver, model.sharers, fusers, aligner=model.aligner, mode=model.mode)
+        fusers: list[Fuser] = []
+        for fuser in model.fusers:
+            config = copy.deepcopy(fuser.config)
+            config.training = None  # type: ignore[union-attr]
+            torch.manual_seed((options or SystemOptions()).seed)
+            fusers.append(type(fuser)(config).to(model.receiver.device).eval())  # type: ignore[arg-type]
+        new = C2CModel(model.receiver, model.sharers, fusers, aligner=model.aligner, mode=model.mode)
+        super().__init__(new, options)
 
 
 def _rotate(items: list[Any]) -> list[Any]:

@@ -25,8 +25,7 @@ from c2c.errors import C2CError
 from c2c.identity import ModelIdentity
 from c2c.language_model import LanguageModel, Receiver
 from c2c.model import C2CModel
-from c2c.systems.alone import ReceiverAlone
-from c2c.systems.base import SystemOptions
+from c2c.systems.base import System, SystemOptions
 from c2c.utils import file_hash, install_command, read_json_object, save_atomically
 from c2c.version import __version__
 
@@ -150,8 +149,7 @@ def describe(folder: str | Path) -> dict[str, Any]:
     """
     folder = Path(folder).expanduser()
     manifest = read_json_object(folder / MANIFEST, AdapterError)
-    missing = {"receiver", "rank", "parameters", "weights"} - set(manifest)
-    if missing:
+    if missing := {"receiver", "rank", "parameters", "weights"} - set(manifest):
         raise AdapterError(f"{folder / MANIFEST} lacks {sorted(missing)}.")
     weights = folder / _WEIGHTS
     if not weights.is_file() or file_hash(weights) != manifest["weights"]:
@@ -185,7 +183,12 @@ def load_adapter(
     manifest = describe(folder)
     peft = _peft()
     expected = ModelIdentity.from_dict(manifest["receiver"])
-    ours = _load_receiver(expected.name if receiver is None else receiver, dtype, device_map)
+    if isinstance(receiver, LanguageModel | PreTrainedModel):
+        given = receiver if isinstance(receiver, LanguageModel) else Receiver(receiver)
+        model = copy.deepcopy(given.model)
+        ours = Receiver(model if dtype is None else model.to(dtype), given.tokenizer, given.name)
+    else:
+        ours = Receiver.from_pretrained(receiver or expected.name, dtype=dtype, device_map=device_map)
     identity.check([("receiver", expected, ours.identity)], allow_mismatch, what="adapter")
     config = peft.LoraConfig.from_pretrained(str(folder))
     config.base_model_name_or_path = None  # informative; peft warns where the model now lies elsewhere
@@ -195,14 +198,6 @@ def load_adapter(
     # a fingerprint samples the weights and could miss a small change; stored prefills must not be mixed up
     merged.identity = replace(ours.identity, name=merged.name, weights=f"{ours.identity.weights}+{manifest['weights']}")
     return merged
-
-
-def _load_receiver(source: Any, dtype: Any, device_map: Any) -> Receiver:
-    if not isinstance(source, LanguageModel | PreTrainedModel):
-        return Receiver.from_pretrained(source, dtype=dtype, device_map=device_map)
-    whole = source if isinstance(source, LanguageModel) else Receiver(source)
-    model = copy.deepcopy(whole.model)
-    return Receiver(model if dtype is None else model.to(dtype), whole.tokenizer, whole.name)
 
 
 def _wrap(model: PreTrainedModel, config: Any) -> Any:
@@ -225,11 +220,12 @@ def _peft() -> Any:
     return peft
 
 
-class Lora(ReceiverAlone):
+class Lora(System):
     """Answer with the receiver that carries a LoRA adapter: what training gains without any sharer."""
 
     name: ClassVar[str] = "adapter"
     title: ClassVar[str] = "receiver with a LoRA adapter"
+    reads_context: ClassVar[bool] = False
 
     def __init__(self, model: C2CModel, options: SystemOptions | None = None) -> None:
         super().__init__(model, options)

@@ -8,9 +8,8 @@ from typing import Any, ClassVar
 from c2c.errors import PromptError
 from c2c.generation import Cancellation, FirstTokenTimer, GenerationResult, PrefilledPrompt, unbatch
 from c2c.messages import Conversation, conversations
-from c2c.model import C2CModel
 from c2c.prompting import RenderOptions
-from c2c.systems.base import System, SystemOptions, context_texts, count_tokens, with_passage
+from c2c.systems.base import System, context_texts, count_tokens, with_passage
 
 
 class TextToText(System):
@@ -23,22 +22,33 @@ class TextToText(System):
 
     name: ClassVar[str] = "text"
     title: ClassVar[str] = "text-to-text"
+    generates_sharer: ClassVar[bool] = True
     request: ClassVar[str] = "Answer the question briefly, and say why in one sentence: {question}"
 
-    @classmethod
-    def unavailable(cls, model: C2CModel, options: SystemOptions) -> str | None:
-        """A sharer on another machine hands over its cache and does not generate."""
-        return None if model.sharers[0].generates else "the sharer is on another machine and only shares its cache."
-
     def prefill(
-        self, messages: Any, sharer_messages: Any = None, *, options: RenderOptions | None = None
+        self,
+        messages: Any,
+        sharer_messages: Any = None,
+        *,
+        options: RenderOptions | None = None,
+        stops: Sequence[Cancellation] = (),
     ) -> PrefilledPrompt:
-        """Let the sharer write and prefill the receiver on the result; see :meth:`System.prefill`.
+        """Let the sharer write, until one of ``stops``, and prefill the receiver on the result.
+
+        Other arguments as in :meth:`System.prefill`.
 
         Raises:
             PromptError: a conversation that does not end with a user message.
         """
-        return self._prefill(messages, sharer_messages, options, ())
+        batch, passages = self._inputs(messages, sharer_messages, options)
+        requests, tokens = self.requests(batch, passages), self.options.message_tokens
+        written: list[GenerationResult] = self.model.sharers[0].answer(
+            requests, max_new_tokens=tokens, do_sample=False, stopping_criteria=list(stops)
+        )
+        replies = self.replies(batch, passages, [result.text for result in written])
+        prompt = self.model.receiver.prefill_messages(replies, options)
+        prompt.messages = tuple(written)
+        return prompt
 
     def generate(
         self, messages: Any, sharer_messages: Any = None, *, options: RenderOptions | None = None, **kwargs: Any
@@ -46,18 +56,8 @@ class TextToText(System):
         """Answer; a closed stream ends the sharer's writing as well. See :meth:`System.generate`."""
         timer = FirstTokenTimer()
         stops = [stop for stop in kwargs.get("stopping_criteria") or () if isinstance(stop, Cancellation)]
-        prompt = self._prefill(messages, sharer_messages, options, stops)
+        prompt = self.prefill(messages, sharer_messages, options=options, stops=stops)
         return unbatch(prompt.generate(timer, **kwargs), messages)
-
-    def _prefill(
-        self, messages: Any, sharer_messages: Any, options: RenderOptions | None, stops: Sequence[Cancellation]
-    ) -> PrefilledPrompt:
-        batch, passages = self._inputs(messages, sharer_messages, options)
-        written = self.write(self.requests(batch, passages), stops)
-        texts = [result.text for result in written]
-        prompt = self.model.receiver.prefill_messages(self.replies(batch, passages, texts), options)
-        prompt.messages = tuple(written)
-        return prompt
 
     def check(self, messages: Any, sharer_messages: Any = None, *, options: RenderOptions | None = None) -> int:
         """Check the sharer's prompt, and the receiver's with room for the sharer's text; see :meth:`System.check`."""
@@ -76,14 +76,6 @@ class TextToText(System):
         if any(conversation[-1]["role"] != "user" for conversation in batch):
             raise PromptError("text-to-text needs conversations that end with a user message.")
         return batch, None if sharer_messages is None else context_texts(sharer_messages, len(batch))
-
-    def write(self, requests: Sequence[Conversation], stops: Sequence[Cancellation] = ()) -> list[GenerationResult]:
-        """Generate the sharer's texts, greedily, until one of ``stops``."""
-        longest = self.options.message_tokens
-        results: list[GenerationResult] = self.model.sharers[0].answer(
-            list(requests), max_new_tokens=longest, do_sample=False, stopping_criteria=list(stops)
-        )
-        return results
 
     def requests(self, batch: Sequence[Conversation], passages: Sequence[str] | None) -> list[Conversation]:
         """Return the sharer's prompts."""

@@ -14,8 +14,6 @@ from c2c.data.config import DataSource
 ADAPTER = "adapter"  # in place of a fuser family
 Precision = Literal["float32", "bfloat16"]
 
-__all__ = ["ADAPTER", "ConfigError", "DataSource", "Precision", "TrainConfig", "load_config"]
-
 
 @dataclass(frozen=True)
 class TrainConfig:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Self
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from c2c.alignment import Alignment
 from c2c.data.formats import Row
@@ -18,7 +18,7 @@ from c2c.prompting import RenderOptions, encode, render
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """One row, ready to train on.
+    """One row, ready to train on: its messages are shared, or its passage is private to the sharer.
 
     Attributes:
         row: the row.
@@ -33,6 +33,8 @@ class Example:
         message_ids: the receiver's tokens of the message, cut to the longest response allowed; the response while the
             receiver learns to reconstruct it.
         soft_target: the sharer's probability of each choice, where that is part of the target.
+        alignment: shared context: the token pairs that are fused, of one row.
+        kept: private context: the sharer's columns that are handed over.
     """
 
     row: Row
@@ -45,44 +47,24 @@ class Example:
     choice_ids: list[int]
     message_ids: list[int]
     soft_target: tuple[float, ...] | None = None
+    alignment: Alignment = field(default_factory=lambda: Alignment.from_pairs([]))
+    kept: list[int] = field(default_factory=list)
 
     @property
     def receiver_prefix(self) -> list[int]:
         """The part of the receiver's prompt that is prefilled and stored."""
         return self.receiver_ids[: self.prefix]
 
-    def reconstructing(self) -> Self:
+    def reconstructing(self) -> Example:
         """Return the same prompt with its message as the response."""
-        weights = [1 / len(self.message_ids)] * len(self.message_ids)
-        response: dict[str, Any] = {"response_ids": self.message_ids, "weights": weights}
-        return replace(self, **response, decisive=0, choice_ids=[], soft_target=None)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SharedExample(Example):
-    """A row whose messages both models read.
-
-    Attributes:
-        alignment: the token pairs that are fused, of one row.
-    """
-
-    alignment: Alignment
-
-
-@dataclass(frozen=True, kw_only=True)
-class PrivateExample(Example):
-    """A row whose passage only the sharer reads.
-
-    Attributes:
-        kept: the sharer's columns that are handed over.
-    """
-
-    kept: list[int]
+        ids = self.message_ids
+        weights = [1 / len(ids)] * len(ids)
+        return replace(self, response_ids=ids, weights=weights, decisive=0, choice_ids=[], soft_target=None)
 
 
 def build_examples(
     pair: Any, rows: Sequence[Row], max_prompt: int, max_response: int
-) -> tuple[list[Any], Counter[str]]:
+) -> tuple[list[Example], Counter[str]]:
     """Encode rows; those that do not fit are dropped and counted by reason.
 
     Args:
@@ -90,16 +72,16 @@ def build_examples(
         rows: the rows.
         max_prompt: in tokens, of either model.
         max_response: in tokens.
-
-    Returns:
-        :class:`PrivateExample` where the pair's fuser is of private context, else :class:`SharedExample`.
     """
-    encode_row = _private_example if pair.private else _shared_example
+    prompts = _private_prompts if pair.private else _shared_prompts
     dropped: Counter[str] = Counter()
     examples = []
     for row in rows:
         try:
-            example = encode_row(pair, row, max_response)
+            encoded = prompts(pair, row)
+            message = row.sharer_messages if pair.private and row.sharer_messages else row.messages
+            target = _target(pair.receiver.tokenizer, row, message[-1]["content"], max_response)
+            example = Example(row=row, **encoded, **target)
         except PromptError as error:
             dropped[type(error).__name__] += 1
             continue
@@ -112,36 +94,33 @@ def build_examples(
     return examples, dropped
 
 
-def _shared_example(pair: Any, row: Row, max_response: int) -> SharedExample:
-    options, tokenizer = RenderOptions(answer_prefix=row.answer_prefix), pair.receiver.tokenizer
-    prompt = pair.aligner.align(tokenizer, [s.tokenizer for s in pair.sharers], [row.messages], options)[0]
+def _shared_prompts(pair: Any, row: Row) -> dict[str, Any]:
+    options = RenderOptions(answer_prefix=row.answer_prefix)
+    tokenizers = [sharer.tokenizer for sharer in pair.sharers]
+    prompt = pair.aligner.align(pair.receiver.tokenizer, tokenizers, [row.messages], options)[0]
     alignment = prompt.chunks[0].alignments[0]
     if len(prompt.chunks) != 1 or alignment is None:
         raise PromptError("training needs an aligner with a single chunk, such as 'spans'")
-    return SharedExample(
-        row=row,
-        receiver_ids=prompt.receiver.ids[0].tolist(),
-        prefix=prompt.receiver.length - 1,
-        sharer_ids=prompt.sharers[0].ids[0, : int(alignment.sharer.max()) + 1].tolist(),
-        alignment=alignment,
-        **_target(tokenizer, row, row.messages[-1]["content"], max_response),
-    )
+    return {
+        "receiver_ids": prompt.receiver.ids[0].tolist(),
+        "prefix": prompt.receiver.length - 1,
+        "sharer_ids": prompt.sharers[0].ids[0, : int(alignment.sharer.max()) + 1].tolist(),
+        "alignment": alignment,
+    }
 
 
-def _private_example(pair: Any, row: Row, max_response: int) -> PrivateExample:
+def _private_prompts(pair: Any, row: Row) -> dict[str, Any]:
     if row.sharer_messages is None:
         raise PromptError(f"row {row.id} has no private context")
     options, tokenizer = RenderOptions(answer_prefix=row.answer_prefix), pair.receiver.tokenizer
     messages = passage_with_question(row) if row.draft else row.sharer_messages
     theirs = sharer_prompt(pair.sharers[0].tokenizer, messages, RenderOptions())
-    return PrivateExample(
-        row=row,
-        receiver_ids=encode(tokenizer, render(tokenizer, row.messages, options)).ids,
-        prefix=first_user_column(tokenizer, row.messages, options),
-        sharer_ids=theirs.ids,
-        kept=theirs.kept,
-        **_target(tokenizer, row, row.sharer_messages[-1]["content"], max_response),
-    )
+    return {
+        "receiver_ids": encode(tokenizer, render(tokenizer, row.messages, options)).ids,
+        "prefix": first_user_column(tokenizer, row.messages, options),
+        "sharer_ids": theirs.ids,
+        "kept": theirs.kept,
+    }
 
 
 def _target(tokenizer: Any, row: Row, message: str, max_response: int) -> dict[str, Any]:

@@ -9,44 +9,25 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import set_seed
 
-from c2c.alignment import Aligner, SpanAligner
+from c2c.alignment import SpanAligner
 from c2c.config import ConfigError
 from c2c.fusers import family
 from c2c.language_model import LanguageModel, Receiver, Sharer
 from c2c.layer_map import layer_map
-from c2c.prefill import logits_after
 from c2c.systems.lora import nearest_rank, new_adapter, restore_adapter, save_adapter, trainable
-from c2c.tokens import TokenBatch, left_pad
 from c2c.training.config import TrainConfig
 from c2c.training.examples import Example
 from c2c.training.objective import Batch, Message, Objective, targets
 
 log = logging.getLogger("c2c.training")
-
-
-@dataclass(frozen=True)
-class TokenizerPair:
-    """A pair of which only the receiver runs, to build the fuser's examples with."""
-
-    receiver: LanguageModel
-    sharers: Sequence[LanguageModel]
-    aligner: Aligner
-    private: Sequence[int] = ()
-
-
-@dataclass(frozen=True)
-class AdapterBatch(Batch):
-    """Examples with the receiver's prompts, left-padded."""
-
-    prompt: TokenBatch
 
 
 class AdapterObjective(Objective):
@@ -57,34 +38,25 @@ class AdapterObjective(Objective):
 
     def __init__(self, adapter: Any, receiver: LanguageModel, matched: dict[str, Any] | None = None) -> None:
         super().__init__()
-        self.adapter, self.matched = adapter.eval(), matched or {}
-        self.receiver = receiver
+        self.adapter, self.receiver, self.matched = adapter.eval(), receiver, matched or {}
 
     def train(self, mode: bool = True) -> AdapterObjective:
         """Record the mode; the receiver stays in ``eval()`` as it does beside a fuser."""
         self.training = mode
         return self
 
-    def collate(self, examples: Sequence[Example]) -> AdapterBatch:
-        """Pad."""
-        prompt = left_pad([example.receiver_ids for example in examples], 0)
-        return AdapterBatch(**targets(examples, self.device), prompt=prompt.to(self.device))
+    def collate(self, examples: Sequence[Example]) -> Batch:
+        """Pad; the question is the whole prompt."""
+        return Batch(**targets(examples, self.device, [0] * len(examples)))
 
-    def logits(self, batch: AdapterBatch, message: Message = "matched", width: int | None = None) -> Tensor:
+    def prompt_cache(self, batch: Batch, message: Message) -> tuple[None, Tensor]:
+        """Return no cache; see :meth:`Objective.prompt_cache`."""
+        return None, batch.question.mask[:, :0]
+
+    def logits(self, batch: Batch, message: Message = "matched") -> Tensor:
         """Compute logits of the response tokens, ``[batch, response, vocab]``; ``none`` turns the adapter off."""
-        responses = batch.responses[:, :width]
-        prompt, read = batch.prompt, responses[:, :-1]
-        padded = prompt.padded or bool((read == -100).any())
-        after = prompt.positions[:, -1:] + 1 + torch.arange(read.shape[1], device=read.device)
         with self.adapter.disable_adapter() if message == "none" else contextlib.nullcontext():
-            return logits_after(
-                self.adapter.get_base_model(),
-                torch.cat([prompt.ids, read.clamp_min(0)], dim=1),
-                torch.cat([prompt.mask, read != -100], dim=1) if padded else None,
-                torch.cat([prompt.positions, after], dim=1),
-                None,
-                keep=responses.shape[1],
-            )
+            return super().logits(batch, message)
 
     def micro_batches(self, examples: Sequence[Example]) -> list[Sequence[Example]]:
         """Split a batch by length; on a CPU into small parts, which need little padding and memory."""
@@ -110,18 +82,22 @@ class AdapterObjective(Objective):
         restore_adapter(self.adapter, folder)
 
 
-def load_adapter_pair(config: TrainConfig) -> TokenizerPair:
-    """Load the receiver, and of the sharer the tokenizer and geometry, without its weights in memory."""
+def load_adapter_pair(config: TrainConfig) -> SimpleNamespace:
+    """Load the receiver, and of the sharer the tokenizer and geometry, without its weights in memory.
+
+    What is returned has the attributes that :func:`~c2c.training.examples.build_examples` takes.
+    """
     receiver = Receiver.from_pretrained(config.receiver, dtype=config.dtype, device_map=config.device_map)
     if config.sharer.endswith(".gguf"):
         sharer = Sharer.from_pretrained(config.sharer)
         sharer.release()
     else:
         sharer = Sharer.from_pretrained(config.sharer, device_map="meta")
-    return TokenizerPair(receiver, [sharer], SpanAligner(cue=config.sharer_cue))
+    aligner = SpanAligner(cue=config.sharer_cue)
+    return SimpleNamespace(receiver=receiver, sharers=[sharer], aligner=aligner, private=())
 
 
-def make_adapter_objective(config: TrainConfig, pair: TokenizerPair) -> AdapterObjective:
+def make_adapter_objective(config: TrainConfig, pair: Any) -> AdapterObjective:
     """Add an adapter of the fuser's size to the receiver.
 
     Raises:

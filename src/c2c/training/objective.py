@@ -1,4 +1,4 @@
-"""The training objective: next-token loss on the responses, and the guard against another example's message."""
+"""Training objectives: next-token loss on the responses, and the guard against another example's message."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from c2c.fusers import Fuser
 from c2c.fusers.base import AlignedEntries, load_fuser
 from c2c.language_model import LanguageModel
 from c2c.model import C2CModel
+from c2c.prefill import logits_after
 from c2c.tokens import TokenBatch, left_pad
 from c2c.training.config import Precision
 from c2c.training.examples import Example
@@ -33,11 +34,13 @@ class Batch:
         examples: the examples, in order.
         responses: ids to learn, ``[batch, response]``, right-padded with -100.
         weights: their loss weights, ``[batch, response]``, 0 on padding.
+        question: the end of the receiver's prompt, which a step runs before the response, left-padded.
     """
 
-    examples: Sequence[Any]
+    examples: Sequence[Example]
     responses: Tensor
     weights: Tensor
+    question: TokenBatch
 
 
 @dataclass(frozen=True)
@@ -45,11 +48,13 @@ class FuserBatch(Batch):
     """Examples with their stored caches, left-padded.
 
     Attributes:
-        receiver_cache: the receiver's cache of the prefixes of its prompts.
+        prefix: the receiver's tokens before the question, which are stored.
+        receiver_cache: the receiver's cache of these.
         sharer: the sharer's prompts.
         sharer_cache: their cache; layers that the fuser does not read are empty.
     """
 
+    prefix: TokenBatch
     receiver_cache: DynamicCache
     sharer: TokenBatch
     sharer_cache: DynamicCache
@@ -79,12 +84,12 @@ class Objective(nn.Module, ABC):
         return self.receiver.device
 
     @abstractmethod
-    def collate(self, examples: Sequence[Any]) -> Any:
+    def collate(self, examples: Sequence[Example]) -> Any:
         """Pad examples to a :class:`Batch`, with whatever ``logits`` needs."""
 
     @abstractmethod
-    def logits(self, batch: Any, message: Message, width: int | None = None) -> Tensor:
-        """Compute the receiver's logits of the first ``width`` response tokens, ``[batch, response, vocab]``."""
+    def prompt_cache(self, batch: Any, message: Message) -> tuple[DynamicCache | None, Tensor]:
+        """Return the receiver's cache before the question, with a message, and its mask; ``batch`` is not changed."""
 
     @abstractmethod
     def summary(self) -> dict[str, Any]:
@@ -98,7 +103,7 @@ class Objective(nn.Module, ABC):
     def load(self, folder: Path) -> None:
         """Read what :meth:`save` wrote."""
 
-    def forward(self, examples: Sequence[Any], share: float = 1.0) -> dict[str, Tensor]:
+    def forward(self, examples: Sequence[Example], share: float = 1.0) -> dict[str, Tensor]:
         """Compute the mean loss of examples, times their ``share`` of a batch."""
         batch = self.collate(examples)
         # not the Trainer's own bf16, which would round the prefills of a step too, and those are stored
@@ -109,6 +114,15 @@ class Objective(nn.Module, ABC):
         """Compute the loss of a batch, a scalar."""
         return self.losses(batch, "matched").mean()
 
+    def logits(self, batch: Any, message: Message = "matched") -> Tensor:
+        """Compute the receiver's logits of the response tokens, ``[batch, response, vocab]``."""
+        responses, read = batch.responses, batch.responses[:, :-1]
+        cache, mask = self.prompt_cache(batch, message)
+        ids = torch.cat([batch.question.ids, read.clamp_min(0)], dim=1)
+        new = torch.cat([batch.question.mask, read != -100], dim=1)
+        whole = torch.cat([mask, new], dim=1)
+        return logits_after(self.receiver.model, ids, whole, positions_after(mask, new), cache, keep=responses.shape[1])
+
     def losses(self, batch: Any, message: Message) -> Tensor:
         """Compute the weighted loss of each example's response, with soft targets; ``[batch]``."""
         logits = self.logits(batch, message)
@@ -118,7 +132,7 @@ class Objective(nn.Module, ABC):
         weighted: Tensor = (losses * batch.weights).sum(-1)
         return weighted
 
-    def micro_batches(self, examples: Sequence[Any]) -> list[Sequence[Any]]:
+    def micro_batches(self, examples: Sequence[Example]) -> list[Sequence[Example]]:
         """Split the examples of a step into parts that run at once; by default there is one part."""
         return [examples]
 
@@ -132,13 +146,14 @@ class Objective(nn.Module, ABC):
 class FuserObjective(Objective):
     """A fuser with its two frozen models, of which only the fuser is a submodule.
 
-    The guard: with another example's message the loss must not be lower than the receiver's alone.
+    A step puts the fuser's message into the receiver's stored cache, and runs the receiver over the question and the
+    response on top. The guard: with another example's message the loss must not be lower than the receiver's alone.
 
     Numbers are those of :class:`~c2c.training.config.TrainConfig`; the stores hold the prefills of each model.
     """
 
     kind = "fuser"
-
+    model: C2CModel
     guard_weight: float = 0.0
     reconstruction_steps: int = 0
     reconstructing = False
@@ -147,35 +162,36 @@ class FuserObjective(Objective):
         super().__init__()
         self.fuser: Fuser = model.fusers[0]  # type: ignore[assignment]
         self.receiver = model.receiver
-        self._model = (model,)  # in a tuple, so that the frozen models are neither parameters nor saved
+        self.__dict__["model"] = model  # not as a submodule: the frozen models are neither parameters nor saved
         self.receiver_store, self.sharer_store = receiver_store, sharer_store
 
-    @property
-    def model(self) -> C2CModel:
-        """The frozen pair with its fuser."""
-        return self._model[0]
-
     @abstractmethod
-    def observe(self, examples: Sequence[Any], weighting: str = "none") -> Iterator[AlignedEntries]:
+    def observe(self, examples: Sequence[Example], weighting: str = "none") -> Iterator[AlignedEntries]:
         """Yield entries of both models at corresponding tokens, which a new fuser is initialised from.
 
         With the weighting ``attention`` token pairs are weighted by the attention that they receive.
         """
 
     def stored(self, examples: Sequence[Example]) -> dict[str, Any]:
-        """Pad targets and fetch stored caches, as arguments of a :class:`FuserBatch`."""
-        layers, dtype = self.model.sharers[0].geometry.layers, self.receiver.dtype
-        own = self.receiver_store.get([example.receiver_prefix for example in examples])
-        prompts = [example.sharer_ids for example in examples]
-        theirs = self.sharer_store.get(prompts)
+        """Pad targets and tokens, and fetch stored caches, as arguments of a :class:`FuserBatch`."""
+        device, dtype, sharer = self.device, self.receiver.dtype, self.model.sharers[0]
+        ours, theirs = [example.receiver_prefix for example in examples], [example.sharer_ids for example in examples]
         return {
-            **targets(examples, self.device),
-            "receiver_cache": stack(own, self.receiver.geometry.layers, dtype, self.device),
-            "sharer": left_pad(prompts, 0).to(self.device),
-            "sharer_cache": stack(theirs, layers, dtype, self.device),
+            **targets(examples, device, [example.prefix for example in examples]),
+            "prefix": left_pad(ours, 0).to(device),
+            "receiver_cache": self._receiver_cache(ours),
+            "sharer": left_pad(theirs, 0).to(device),
+            "sharer_cache": stack(self.sharer_store.get(theirs), sharer.geometry.layers, dtype, device),
         }
 
-    def forward(self, examples: Sequence[Any], share: float = 1.0) -> dict[str, Tensor]:
+    def _receiver_cache(self, prompts: Sequence[list[int]]) -> DynamicCache:
+        """Fetch stored prefills; a receiver that has not only KV layers runs: stores hold no more than these."""
+        if self.receiver.left_out:
+            return cast(DynamicCache, self.receiver.prefill(left_pad(prompts, 0)))
+        layers = self.receiver.geometry.layers
+        return stack(self.receiver_store.get(prompts), layers, self.receiver.dtype, self.device)
+
+    def forward(self, examples: Sequence[Example], share: float = 1.0) -> dict[str, Tensor]:
         """Compute the loss of examples; in the first steps that of reconstructing their messages."""
         if self.reconstructing:
             examples = [example.reconstructing() for example in examples]
@@ -183,12 +199,11 @@ class FuserObjective(Objective):
 
     def loss(self, batch: Any) -> Tensor:
         """Compute the next-token loss plus the guard."""
-        loss = self.losses(batch, "matched").mean()
+        loss = super().loss(batch)
         if self.guard_weight > 0 and len(batch.examples) > 1:
             with torch.no_grad():
                 alone = self.losses(batch, "none")
-            guard = torch.relu(alone - self.losses(batch, "deranged")).mean()
-            loss = loss + self.guard_weight * guard
+            loss = loss + self.guard_weight * torch.relu(alone - self.losses(batch, "deranged")).mean()
         return loss
 
     def summary(self) -> dict[str, Any]:
@@ -215,15 +230,25 @@ class FuserObjective(Objective):
         self.reconstructing = step < self.reconstruction_steps
 
 
-def targets(examples: Sequence[Example], device: torch.device) -> dict[str, Any]:
-    """Pad responses and weights on the right, as arguments of a :class:`Batch`."""
+def positions_after(mask: Tensor, new: Tensor) -> Tensor:
+    """Count the positions of new tokens after those of a cache: only what is no padding, ``[batch, new]``."""
+    return (mask.sum(-1, keepdim=True) + new.long().cumsum(-1) - 1).clamp_min(0)
+
+
+def targets(examples: Sequence[Example], device: torch.device, starts: Sequence[int]) -> dict[str, Any]:
+    """Pad responses and weights, and prompts from ``starts`` on, as arguments of a :class:`Batch`."""
 
     def pad(rows: Sequence[Sequence[float]], filler: float) -> Tensor:
         tensors = [torch.tensor(row) for row in rows]
         return nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=filler).to(device)
 
-    responses, weights = [example.response_ids for example in examples], [example.weights for example in examples]
-    return {"examples": examples, "responses": pad(responses, -100), "weights": pad(weights, 0.0)}
+    question = left_pad([example.receiver_ids[start:] for example, start in zip(examples, starts, strict=True)], 0)
+    return {
+        "examples": examples,
+        "responses": pad([example.response_ids for example in examples], -100),
+        "weights": pad([example.weights for example in examples], 0.0),
+        "question": question.to(device),
+    }
 
 
 def cross_entropy(logits: Tensor, responses: Tensor) -> Tensor:

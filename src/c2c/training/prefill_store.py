@@ -130,15 +130,17 @@ class PrefillStore:
             if part[-1] not in self:  # nor would the longer ones that follow fit
                 return
 
-    def put(self, prompts: Sequence[Sequence[int]], cache: Cache, first: Sequence[int]) -> None:
-        """Store entries that were computed elsewhere, such as by ``generate``: one row of ``cache`` for each prompt.
+    def put(self, prompts: Sequence[Sequence[int]], cache: Cache, first: Sequence[int]) -> list[PromptCache]:
+        """Store one row of ``cache`` for each prompt, as far as they fit, and return them.
 
-        ``first`` are the columns of their first tokens; a prompt that the cache does not cover to its end is skipped.
+        ``first`` are the columns of the prompts' first tokens; the cache covers each prompt to its end.
         """
-        length = kv_cache.length(cache)
+        entries = []
         for row, (ids, start) in enumerate(zip(prompts, first, strict=True)):
-            if start + len(ids) <= length and ids not in self:
-                self._write(self.key(ids), self._extract(cache, row, start, start + len(ids)))
+            entries.append(self._extract(cache, row, start, start + len(ids)))
+            if ids not in self:
+                self._write(self.key(ids), entries[-1])
+        return entries
 
     def _compute(self, prompts: Sequence[Sequence[int]]) -> list[PromptCache]:
         if self.model.released:
@@ -149,11 +151,7 @@ class PrefillStore:
         self.computed += len(prompts)
         tokens = left_pad(prompts, 0)
         cache = prefill(self.model.model, tokens.to(self.model.device), tokens.length)
-        entries = []
-        for row, ids in enumerate(prompts):
-            entries.append(self._extract(cache, row, tokens.length - len(ids), tokens.length))
-            self._write(self.key(ids), entries[-1])
-        return entries
+        return self.put(prompts, cache, [tokens.length - len(ids) for ids in prompts])
 
     def _extract(self, cache: Cache, row: int, start: int, stop: int) -> PromptCache:
         """Copy the stored layers of one row's columns to the host, in bfloat16."""

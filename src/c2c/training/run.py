@@ -18,18 +18,16 @@ from c2c.config import ConfigError
 from c2c.data.sources import load_rows, questions
 from c2c.fusers.base import AlignedEntries, fuser_hash
 from c2c.model import C2CModel
-from c2c.training.checkpoints import find_checkpoint, record_run
 from c2c.training.config import ADAPTER, TrainConfig
-from c2c.training.dev_set import DevScore, DevSet
-from c2c.training.drafts import with_drafts
-from c2c.training.examples import build_examples
+from c2c.training.dev_set import DevSet, Selection
+from c2c.training.examples import Example, build_examples
 from c2c.training.lora import load_adapter_pair, make_adapter_objective
 from c2c.training.objective import FuserObjective, Objective
 from c2c.training.prefill_store import PrefillStore
 from c2c.training.private_context import PrivateContextObjective
 from c2c.training.shared_context import SharedContextObjective
-from c2c.training.soft_targets import with_soft_targets
-from c2c.training.trainer import Selection, make_arguments, make_trainer
+from c2c.training.sharer_outputs import with_drafts, with_soft_targets
+from c2c.training.trainer import find_checkpoint, make_arguments, make_trainer, record_run
 from c2c.utils import OnProgress, write_json
 
 # paths of this machine, which do not belong in a fuser's record
@@ -50,8 +48,8 @@ class Run:
 
     config: TrainConfig
     objective: Any
-    train: list[Any]
-    dev: list[Any]
+    train: list[Example]
+    dev: list[Example]
     dropped: Counter[str]
     processes: PartialState
     started_from: str | None = None
@@ -158,6 +156,8 @@ def fill(run: Run, progress: OnProgress | None = None) -> None:
             "receiver prefill": (objective.receiver_store, [example.receiver_prefix for example in examples]),
             "sharer prefill": (store, [example.sharer_ids for example in examples]),
         }
+        if objective.receiver.left_out:  # runs in each step, see FuserObjective
+            del stores["receiver prefill"]
         for stage, (target, prompts) in stores.items():
             ordered = sorted(prompts, key=len)  # so that all processes get as much
             report = None if first is None else partial(first, f"{stage} (tokens)")
@@ -202,15 +202,15 @@ def fit(run: Run, progress: OnProgress | None = None) -> dict[str, Any]:
     began = time.perf_counter()
     initialise(run, progress)
     seconds = time.perf_counter() - began
-    dev, scores = DevSet(run.dev, run.config.batch_size), list[DevScore]()
+    dev, scores = DevSet(run.dev, run.config.batch_size), list[dict[str, float]]()
 
     def score() -> float:
         scores.append(dev.score(run.objective))
-        return scores[-1].value
+        return scores[-1]["value"]
 
     tuned = run.objective.fuser.tune(score)
-    best = max(scores or [dev.score(run.objective)], key=lambda entry: entry.value)
-    facts = {**tuned, "dev": best.to_dict()}
+    best = max(scores or [dev.score(run.objective)], key=lambda entry: entry["value"])
+    facts = {**tuned, "dev": best}
     run.keep(facts)
     return run.summarise(seconds, facts)
 
@@ -257,7 +257,7 @@ def _fuser_objective(config: TrainConfig, model: C2CModel, writers: int) -> Fuse
     return objective
 
 
-def _read_examples(config: TrainConfig, pair: Any) -> tuple[list[Any], list[Any], Counter[str]]:
+def _read_examples(config: TrainConfig, pair: Any) -> tuple[list[Example], list[Example], Counter[str]]:
     """Return the examples to train and to select on, and how many rows were left out, by reason.
 
     Raises:

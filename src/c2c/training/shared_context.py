@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,9 +16,8 @@ from c2c.errors import FuserError
 from c2c.fusers.base import AlignedEntries
 from c2c.fusion import AlignedIndex, Source, aligned_entries, fuse
 from c2c.language_model import LanguageModel
-from c2c.prefill import continued_logits
 from c2c.tokens import TokenBatch, left_pad
-from c2c.training.examples import SharedExample
+from c2c.training.examples import Example
 from c2c.training.objective import FuserBatch, FuserObjective, Message
 
 
@@ -28,71 +26,67 @@ class SharedBatch(FuserBatch):
     """Examples with their stored caches; that of the receiver is clean, and of all tokens but the last of a prompt.
 
     Attributes:
-        receiver: the receiver's prompts.
+        receiver: the receiver's prompts, left-padded.
         matched: alignment with each row's own sharer cache.
-        deranged: alignment with another row's.
     """
 
     receiver: TokenBatch
     matched: Alignment
-    deranged: Alignment
+
+    def deranged(self) -> SharedBatch:
+        """Return the batch with the next row's message in each row."""
+        rows = torch.arange(len(self.examples)).roll(-1)
+        cache, sharer = kv_cache.select_rows(self.sharer_cache, rows), self.sharer.select(rows.tolist())
+        alignment = _align(self.examples, self.receiver.length, self.sharer.length, shift=1)
+        return replace(self, sharer_cache=cache, sharer=sharer, matched=alignment)
 
 
 class SharedContextObjective(FuserObjective):
     """Objective for fusers that merge the entries of a prompt that both models read."""
 
-    def collate(self, examples: Sequence[SharedExample]) -> SharedBatch:
+    def collate(self, examples: Sequence[Example]) -> SharedBatch:
         """Fetch the caches and pad."""
-        receiver = left_pad([example.receiver_ids for example in examples], 0)
-        stored = self.stored(examples)
-        widths = receiver.length, stored["sharer"].length
-        return SharedBatch(
-            **stored,
-            receiver=receiver.to(self.device),
-            matched=_align(examples, *widths, shift=0),
-            deranged=_align(examples, *widths, shift=1),
-        )
+        receiver, stored = left_pad([example.receiver_ids for example in examples], 0), self.stored(examples)
+        matched = _align(examples, receiver.length, stored["sharer"].length)
+        return SharedBatch(**stored, receiver=receiver.to(self.device), matched=matched)
 
-    def logits(self, batch: SharedBatch, message: Message, width: int | None = None) -> Tensor:
-        """Compute the receiver's logits of the response tokens, ``[batch, response, vocab]``."""
-        read = batch.responses[:, :width][:, :-1]
-        receiver, cache = self.model.receiver, self.fused(batch, message)
-        return continued_logits(receiver.model, batch.receiver, read.clamp_min(0), read != -100, cache)
+    def prompt_cache(self, batch: SharedBatch, message: Message) -> tuple[DynamicCache, Tensor]:
+        """Return the fused cache and its mask; see :meth:`FuserObjective.prompt_cache`."""
+        return self.fused(batch, message), batch.prefix.mask
 
     def fused(self, batch: SharedBatch, message: Message) -> DynamicCache:
         """Fuse the receiver's cache of all but the last prompt token with a message; ``batch`` is not changed."""
-        cache = kv_cache.from_layers(kv_cache.layers(batch.receiver_cache))  # fusion replaces or overwrites these
+        cache = kv_cache.view(batch.receiver_cache)  # fusion replaces or overwrites these
         if message == "none":
             return cache
         if not (torch.is_grad_enabled() and any(p.requires_grad for p in self.fuser.parameters())):
             cache = kv_cache.copy(cache)  # without gradients fusion writes in place
-        shared, alignment, sharer = batch.sharer_cache, batch.matched, batch.sharer
         if message == "zero":
-            shared = kv_cache.zeros_like(shared)
-        if message == "deranged":
-            rows = torch.arange(len(batch.examples)).roll(-1)
-            alignment = batch.deranged
-            shared, sharer = kv_cache.select_rows(shared, rows), sharer.select(rows.tolist())
-        source = Source(self.model.sharers[0], sharer, shared, self.fuser)
-        chunk = Chunk(batch.receiver.length - 1, (alignment,))
-        fuse(cache, self.model.receiver, batch.receiver, [source], chunk)
+            batch = replace(batch, sharer_cache=kv_cache.zeros_like(batch.sharer_cache))
+        elif message == "deranged":
+            batch = batch.deranged()
+        chunk = Chunk(batch.receiver.length - 1, (batch.matched,))
+        fuse(cache, self.receiver, batch.receiver, [self._source(batch)], chunk)
         return cache
 
-    def observe(self, examples: Sequence[SharedExample], weighting: str = "none") -> Iterator[AlignedEntries]:
+    def observe(self, examples: Sequence[Example], weighting: str = "none") -> Iterator[AlignedEntries]:
         """Yield the aligned entries of the prompts, see :meth:`FuserObjective.observe`."""
-        model, batch = self.model, self.collate(examples)
-        source = Source(model.sharers[0], batch.sharer, batch.sharer_cache, self.fuser)
-        theirs, ours = aligned_entries(batch.receiver_cache, model.receiver, batch.receiver, source, batch.matched)
-        weight = None
+        batch, weight = self.collate(examples), None
+        theirs, ours = aligned_entries(
+            batch.receiver_cache, self.receiver, batch.receiver, self._source(batch), batch.matched
+        )
         if weighting == "attention":
             aligned = AlignedIndex(batch.matched, "receiver")
-            received = attention_received(model.receiver, batch.receiver, batch.receiver_cache, batch.responses)
+            received = attention_received(self.receiver, batch.receiver, batch.receiver_cache, batch.responses)
             layers = self.fuser.config.fused_layers
             weight = torch.stack([aligned.gather_positions(received[layer]).flatten() for layer in layers])
         yield AlignedEntries(theirs, ours, weight)
 
+    def _source(self, batch: SharedBatch) -> Source:
+        return Source(self.model.sharers[0], batch.sharer, batch.sharer_cache, self.fuser)
 
-def _align(examples: Sequence[SharedExample], width: int, sharer_width: int, shift: int) -> Alignment:
+
+def _align(examples: Sequence[Example], width: int, sharer_width: int, shift: int = 0) -> Alignment:
     """Align a left-padded batch, each row with the sharer cache ``shift`` rows further on."""
     pairs: list[tuple[int, int, int]] = []
     for row, example in enumerate(examples):
@@ -126,7 +120,7 @@ def attention_received(receiver: LanguageModel, prompt: TokenBatch, cache: Cache
     """
     ids = torch.cat([prompt.ids[:, -1:], responses[:, :-1].clamp_min(0)], dim=1)
     mask = torch.cat([prompt.mask, responses[:, :-1] != -100], dim=1)
-    decoder: Any = receiver.model.get_decoder()
+    decoder = receiver.model.get_decoder()
     implementation = decoder.config._attn_implementation
     decoder.set_attn_implementation("eager")
     try:
@@ -134,7 +128,7 @@ def attention_received(receiver: LanguageModel, prompt: TokenBatch, cache: Cache
             input_ids=ids,
             attention_mask=mask.long(),
             position_ids=prompt.positions[:, -1:] + torch.arange(ids.shape[1], device=ids.device),
-            past_key_values=kv_cache.from_layers(kv_cache.layers(cache)),  # a copy: it grows
+            past_key_values=kv_cache.view(cache),  # a copy: it grows
             use_cache=True,
             output_attentions=True,
         )

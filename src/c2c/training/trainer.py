@@ -1,10 +1,12 @@
-"""The Trainer of transformers for an :class:`Objective`: what it saves, its order of examples, and its selection."""
+"""The Trainer of transformers for an :class:`Objective`: its order of examples, and its checkpoints."""
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+import re
+import shutil
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,14 +17,67 @@ from torch.utils.data import Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from c2c.config import ConfigError
-from c2c.training.checkpoints import COMPLETE
 from c2c.training.config import ADAPTER, TrainConfig
-from c2c.training.dev_set import DevSet
+from c2c.training.dev_set import Selection
+from c2c.training.examples import Example
 from c2c.training.objective import Objective
-from c2c.utils import OnProgress, install_command, write_json
+from c2c.utils import OnProgress, check_writable, install_command, read_json_object, write_json
 
 log = logging.getLogger("c2c.training")
+_COMPLETE, _RUN = "complete", "run.json"
 _POOL = 16  # batches that are sorted among themselves
+# fields that may change when a run is resumed: paths, lengths, and how often it reports
+_FREE = {"data_dir", "output_dir", "store_dir", "store_budget_gb", "report_to", "epochs", "max_steps"}
+_FREE |= {"eval_steps", "save_steps", "logging_steps", "fill", "prefill_batch", "device_map"}
+
+
+# -- checkpoints: each counts only when it was written whole, and only for its own run ---------------------------------
+
+
+def last_complete(folder: Path) -> str | None:
+    """Return the last whole checkpoint of a run, None if there is none; half-written ones are removed."""
+    found: dict[int, Path] = {}
+    for path in folder.glob("checkpoint-*"):
+        step = re.fullmatch(r"checkpoint-(\d+)", path.name)
+        if step and (path / _COMPLETE).exists():
+            found[int(step[1])] = path
+        elif step:
+            shutil.rmtree(path, ignore_errors=True)
+    return str(found[max(found)]) if found else None
+
+
+def find_checkpoint(config: TrainConfig, resume: bool) -> str | None:
+    """Return the checkpoint to resume from, None for a fresh start; called before anything is loaded.
+
+    Raises:
+        ConfigError: ``output_dir`` can't be written to, or holds the run of another configuration.
+    """
+    check_writable(config.output_dir, "output_dir", ConfigError)
+    last = last_complete(Path(config.output_dir)) if resume else None
+    recorded = Path(config.output_dir) / _RUN
+    if last is not None and recorded.is_file():
+        before, now = read_json_object(recorded, ConfigError), _fixed_fields(config)
+        other = [f"{key} was {before[key]!r}, is {now[key]!r}" for key in now if before.get(key, now[key]) != now[key]]
+        if other:
+            raise ConfigError(
+                f"{config.output_dir} holds the run of another configuration: {'; '.join(other)}. Choose another "
+                "output_dir (--output-dir), take the old values, or start afresh with --no-resume."
+            )
+    return last
+
+
+def record_run(config: TrainConfig) -> None:
+    """Write the configuration that the checkpoints to come belong to."""
+    write_json(Path(config.output_dir) / _RUN, _fixed_fields(config))
+
+
+def _fixed_fields(config: TrainConfig) -> dict[str, Any]:
+    fields = {key: value for key, value in config.to_dict().items() if key not in _FREE}
+    plain: dict[str, Any] = json.loads(json.dumps(fields, default=str))  # as it will be read again
+    return plain
+
+
+# -- the Trainer -------------------------------------------------------------------------------------------------------
 
 
 class LengthGroupedSampler(Sampler[int]):
@@ -49,11 +104,10 @@ class LengthGroupedSampler(Sampler[int]):
         for start in range(0, len(order), _POOL * self.batch):
             pool = sorted(order[start : start + _POOL * self.batch], key=lambda index: self.lengths[index])
             batches += [pool[i : i + self.batch] for i in range(0, len(pool), self.batch)]
-        last = [batches.pop()] if batches and len(batches[-1]) < self.batch else []  # dropped by the loader
+        last = batches.pop() if batches and len(batches[-1]) < self.batch else []  # dropped by the loader
         for index in torch.randperm(len(batches), generator=draw).tolist():
             yield from batches[index]
-        for batch in last:
-            yield from batch
+        yield from last
 
 
 class InPlaceArguments(TrainingArguments):
@@ -128,59 +182,12 @@ class RunCallback(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Mark a checkpoint as complete after its last file was written."""
         if state.is_world_process_zero:
-            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
-
-
-class Selection(TrainerCallback):
-    """Scores the dev set every so many steps, and passes the record of a new best to ``keep``.
-
-    Scores are in ``dev.json`` in the folder; those from before a resume are read back.
-
-    Attributes:
-        scores: scores by step.
-        log: logger of the Trainer, once there is one.
-    """
-
-    def __init__(
-        self, objective: Objective, dev: DevSet, every: int, folder: Path, keep: Callable[[dict[str, Any]], None]
-    ) -> None:
-        self.objective, self.dev, self.every, self.keep = objective, dev, every, keep
-        self.path = folder / "dev.json"
-        self.scores: dict[str, dict[str, float]] = json.loads(self.path.read_text()) if self.path.exists() else {}
-        dev.receiver = next((entry["receiver"] for entry in self.scores.values()), None)
-        self.log: Callable[[dict[str, float]], None] | None = None
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Score, where it is due."""
-        due = state.global_step % self.every == 0 or state.global_step == state.max_steps
-        if due and state.is_world_process_zero:
-            due_to_log = control.should_log
-            self.score(state.global_step)
-            control.should_log = due_to_log  # writing the scores to the log cleared it, in this process alone
-
-    def score(self, step: int) -> None:
-        """Score the parameters as they are after ``step``, and keep them if they are the best so far."""
-        result = self.dev.score(self.objective)
-        entry = result.to_dict()
-        log.info("step %d: dev %s", step, {name: round(value, 2) for name, value in entry.items()})
-        earlier = {at: score for at, score in self.scores.items() if int(at) < step}
-        self.scores = earlier | {str(step): entry}
-        if all(result.value > score["value"] for score in earlier.values()):
-            self.keep({"step": step, "dev": entry})
-        write_json(self.path, self.scores)
-        if self.log is not None:
-            self.log({f"dev_{name}": value for name, value in entry.items()})
-
-    @property
-    def best(self) -> dict[str, Any]:
-        """Step and score of the best parameters."""
-        step, entry = max(self.scores.items(), key=lambda item: item[1]["value"])
-        return {"step": int(step), "dev": entry}
+            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / _COMPLETE).touch()
 
 
 def make_trainer(
     objective: Objective,
-    examples: list[Any],
+    examples: Sequence[Example],
     arguments: TrainingArguments,
     selection: Selection,
     progress: OnProgress | None = None,
@@ -190,7 +197,7 @@ def make_trainer(
     trainer = ObjectiveTrainer(
         model=objective,
         args=arguments,
-        train_dataset=examples,
+        train_dataset=list(examples),
         data_collator=lambda examples: {"examples": examples},
         callbacks=[selection, RunCallback(objective, progress)],
     )
@@ -208,17 +215,10 @@ def make_arguments(config: TrainConfig) -> TrainingArguments:
     """
     if config.report_to == "tensorboard" and find_spec("tensorboard") is None:
         raise ConfigError(f"report_to is 'tensorboard', which is not installed: {install_command('tensorboard')}.")
+    same = ("output_dir", "max_steps", "weight_decay", "warmup_steps", "max_grad_norm", "logging_steps", "save_steps")
     try:
         arguments = InPlaceArguments(
-            output_dir=config.output_dir,
-            max_steps=config.max_steps,
-            weight_decay=config.weight_decay,
-            warmup_steps=config.warmup_steps,
-            max_grad_norm=config.max_grad_norm,
-            logging_steps=config.logging_steps,
-            save_steps=config.save_steps,
-            report_to=config.report_to,
-            seed=config.seed,
+            **{name: getattr(config, name) for name in (*same, "report_to", "seed")},
             num_train_epochs=config.epochs,
             gradient_accumulation_steps=config.gradient_accumulation,
             learning_rate=config.adapter_learning_rate if config.family == ADAPTER else config.learning_rate,

@@ -6,19 +6,17 @@ import asyncio
 import os
 from collections.abc import AsyncGenerator, Coroutine, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from itertools import zip_longest
 from threading import Thread
 from typing import Any, TypeVar
 
-from c2c.integrations.vllm.errors import EngineError, LoadError, SnapshotError
-from c2c.integrations.vllm.snapshot import Snapshot, token_hash
-from c2c.integrations.vllm.store import SnapshotStore, new_name
-from c2c.integrations.vllm.transfers import TransferParams
-from c2c.integrations.vllm.versions import check_version, installed
-from c2c.serving.sampling import Scored
+from c2c.integrations.vllm.errors import EngineError, LoadError, SnapshotError, check_version, installed
+from c2c.integrations.vllm.scheduler import TransferParams
+from c2c.integrations.vllm.snapshot import Snapshot, SnapshotStore, new_name, token_hash
+from c2c.serving.outputs import Scored
 
 T = TypeVar("T")
-CONNECTOR, CONNECTOR_MODULE = "C2CConnector", "c2c.integrations.vllm.connector"
+Tokens = list[tuple[int, Scored | None]]
 _TOP_LOGPROBS = 20
 _GREEDY = {"max_tokens": 1, "temperature": 0.0}
 _ENVIRONMENT = {
@@ -57,21 +55,6 @@ class EventLoopThread:
             self.loop.close()
 
 
-@dataclass(frozen=True)
-class StepOutput:
-    """New tokens of one request.
-
-    Attributes:
-        tokens: their ids.
-        scored: their log-probabilities; empty if not requested.
-        reason: why the request has ended, None while it has not.
-    """
-
-    tokens: list[int]
-    scored: list[Scored]
-    reason: str | None = None
-
-
 class EngineClient:
     """Start a vLLM engine with one model, and send requests to it.
 
@@ -102,7 +85,7 @@ class EngineClient:
         for name, value in (_ENVIRONMENT | (_EAGER if options.get("enforce_eager") else {})).items():
             os.environ.setdefault(name, value)
         try:
-            self._llm: Any = loop.run(_start(_arguments(model, key, store) | options))
+            self._llm: Any = loop.run(_start(model, key, store, options))
         except Exception as error:
             raise EngineError(
                 f"vLLM did not start with {model}: {error} The log above says more; docs/serving.md says what it needs."
@@ -120,8 +103,10 @@ class EngineClient:
 
     async def stream(
         self, ids: Sequence[int], params: dict[str, Any], transfer: TransferParams | None = None
-    ) -> AsyncGenerator[StepOutput, None]:
+    ) -> AsyncGenerator[Tokens, None]:
         """Decode token by token, on the client's loop. Closing the iterator aborts the request.
+
+        Yields new tokens as they come, each with its log-probabilities where ``params`` request them.
 
         Args:
             ids: the prompt.
@@ -135,8 +120,6 @@ class EngineClient:
         from vllm.sampling_params import RequestOutputKind
 
         transfer = transfer or TransferParams()
-        if transfer != TransferParams() and params.get("prompt_logprobs") is not None:
-            raise LoadError("prompt_logprobs can't be had with a fused cache: vLLM would read the prompt itself.")
         prompt: dict[str, Any] = {"prompt_token_ids": list(ids)}
         if transfer.load is not None:  # no other request may find its blocks, not even another load of the snapshot
             prompt["cache_salt"] = new_name()
@@ -150,13 +133,13 @@ class EngineClient:
         proven = transfer.load is None
         async with aclosing(self._generate(prompt, sampling)) as outputs:
             async for output in outputs:
-                step = _step(output)
-                if step.reason == "error":
+                new = output.outputs[0]
+                if new.finish_reason == "error":
                     raise LoadError("vLLM could not load the fused cache; the engine's log says why.")
                 if not proven and not self._store.acknowledged(transfer.receipt or ""):
                     raise LoadError("vLLM answered without loading the fused cache.")
                 proven = True
-                yield step
+                yield [(token, _score(token, entry)) for token, entry in zip_longest(new.token_ids, new.logprobs or [])]
 
     async def prefill(self, ids: Sequence[int], begin: Snapshot | None = None) -> Snapshot:
         """Prefill a prompt and return its entries, on the client's loop.
@@ -168,18 +151,18 @@ class EngineClient:
         Raises:
             LoadError: ``begin`` was not loaded. SnapshotError: nothing was saved. EngineError: vLLM broke.
         """
-        transfer = TransferParams(save=new_name())
-        if begin is not None:
-            transfer = TransferParams(save=transfer.save, load=new_name(), receipt=new_name())
-        names = [name for name in vars(transfer).values() if name is not None]
+        load, save, receipt = new_name(), new_name(), new_name()
         try:
-            if begin is not None:
-                await asyncio.to_thread(self._store.put, str(transfer.load), begin)
+            if begin is None:
+                transfer = TransferParams(save=save)
+            else:
+                transfer = TransferParams(load, save, receipt)
+                await asyncio.to_thread(self._store.put, load, begin)
             async for _ in self.stream(ids, _GREEDY, transfer):
                 pass
-            snapshot = await asyncio.to_thread(self._store.get, str(transfer.save))
+            snapshot = await asyncio.to_thread(self._store.get, save)
         finally:
-            for name in names:
+            for name in (load, save, receipt):
                 self._store.delete(name)
         if snapshot.info.model != self._key or snapshot.info.tokens != token_hash(ids):
             raise SnapshotError("vLLM saved entries of other tokens than those requested.")
@@ -187,7 +170,7 @@ class EngineClient:
 
     async def generate(self, ids: Sequence[int], params: dict[str, Any]) -> list[int]:
         """Decode a whole answer, on the client's loop."""
-        return [token async for step in self.stream(ids, params) for token in step.tokens]
+        return [token async for new in self.stream(ids, params) for token, _ in new]
 
     def close(self) -> None:
         """End the engine."""
@@ -204,46 +187,38 @@ class EngineClient:
             raise EngineError(f"vLLM broke: {type(error).__name__}.") from error
 
 
-def _arguments(model: str, key: str, store: SnapshotStore) -> dict[str, Any]:
-    """Return what c2c needs of an engine; tokenizer and decoding parameters are its own."""
+async def _start(model: str, key: str, store: SnapshotStore, options: dict[str, Any]) -> Any:
+    """Start an engine with what c2c needs of it; tokenizer and decoding parameters are c2c's own."""
+    from vllm.config import KVTransferConfig
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
     limits = {"max_bytes": store.max_bytes, "max_seconds": store.max_seconds}
-    return {
+    transfer = KVTransferConfig(
+        kv_connector="C2CConnector",
+        kv_connector_module_path="c2c.integrations.vllm.connector",
+        kv_role="kv_both",
+        kv_connector_extra_config={"folder": str(store.folder), "model": key, **limits},
+        kv_load_failure_policy="fail",  # with "recompute" the answer would silently be the receiver's own
+    )
+    needed = {
         "model": model,
         "skip_tokenizer_init": True,
         "generation_config": "vllm",
         "max_logprobs": _TOP_LOGPROBS,
         "disable_log_stats": True,
-        "kv_transfer_config": {
-            "kv_connector": CONNECTOR,
-            "kv_connector_module_path": CONNECTOR_MODULE,
-            "kv_role": "kv_both",
-            "kv_connector_extra_config": {"folder": str(store.folder), "model": key, **limits},
-            "kv_load_failure_policy": "fail",  # with "recompute" the answer would silently be the receiver's own
-        },
+        "kv_transfer_config": transfer,
     }
-
-
-async def _start(arguments: dict[str, Any]) -> Any:
-    from vllm.config import KVTransferConfig
-    from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.v1.engine.async_llm import AsyncLLM
-
-    arguments["kv_transfer_config"] = KVTransferConfig(**arguments["kv_transfer_config"])
-    return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
+    return AsyncLLM.from_engine_args(AsyncEngineArgs(**needed | options))
 
 
 async def _shut_down(llm: Any, seconds: float) -> None:
     llm.shutdown(timeout=seconds)
 
 
-def _step(output: Any) -> StepOutput:
-    new = output.outputs[0]
-    tokens = list(new.token_ids)
-    scored = [_score(token, entries) for token, entries in zip(tokens, new.logprobs or [], strict=False)]
-    return StepOutput(tokens, scored, new.finish_reason)
-
-
-def _score(token: int, entries: dict[int, Any]) -> Scored:
+def _score(token: int, entries: dict[int, Any] | None) -> Scored | None:
     """Convert log-probabilities; the chosen token is among them, whether or not it is one of the likeliest."""
+    if entries is None:
+        return None
     ranked = sorted(entries.items(), key=lambda pair: pair[1].rank)
     return Scored(float(entries[token].logprob), [(other, float(entry.logprob)) for other, entry in ranked])

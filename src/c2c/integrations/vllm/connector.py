@@ -17,11 +17,9 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     SupportsHMA,
 )
 
-from c2c.integrations.vllm.errors import UnsupportedError
-from c2c.integrations.vllm.scheduler import TransferScheduler
-from c2c.integrations.vllm.store import SnapshotStore
-from c2c.integrations.vllm.transfers import StepTransfers
-from c2c.integrations.vllm.versions import check_version, installed
+from c2c.integrations.vllm.errors import UnsupportedError, check_version, installed
+from c2c.integrations.vllm.scheduler import Transfer, TransferScheduler
+from c2c.integrations.vllm.snapshot import SnapshotStore
 from c2c.integrations.vllm.worker import TransferWorker
 
 _WAIT = 10.0
@@ -31,7 +29,8 @@ _WAIT = 10.0
 class StepMetadata(KVConnectorMetadata):  # type: ignore[misc]
     """Transfers of a step as vLLM carries them."""
 
-    transfers: StepTransfers = field(default_factory=StepTransfers)
+    loads: list[Transfer] = field(default_factory=list)
+    saves: list[Transfer] = field(default_factory=list)
 
 
 class C2CConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
@@ -75,7 +74,7 @@ class C2CConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     def build_connector_meta(self, scheduler_output: Any) -> StepMetadata:
         """Return the transfers of a step."""
-        return StepMetadata(self._scheduler.step(scheduler_output))
+        return StepMetadata(*self._scheduler.step(scheduler_output))
 
     def update_connector_output(self, connector_output: Any) -> None:
         """Record which loads failed."""
@@ -100,7 +99,7 @@ class C2CConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """Load, before the forward pass of the step; newer model runners pass more, which is not needed."""
-        self._worker.load(self._get_connector_metadata().transfers.loads)
+        self._worker.load(self._get_connector_metadata().loads)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Do nothing: loads are done before the forward pass."""
@@ -110,7 +109,7 @@ class C2CConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     def wait_for_save(self) -> None:
         """Save, after the forward pass."""
-        self._worker.save(self._get_connector_metadata().transfers.saves)
+        self._worker.save(self._get_connector_metadata().saves)
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         """Return the blocks whose load failed."""

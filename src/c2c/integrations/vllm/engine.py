@@ -8,9 +8,9 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Coroutine
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import aclosing, nullcontext
+from contextlib import aclosing, nullcontext, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -20,22 +20,36 @@ import torch
 from c2c import kv_cache
 from c2c.errors import C2CError, SharerLost
 from c2c.generation import PrefilledPrompt
-from c2c.integrations.vllm.client import EngineClient, EventLoopThread
-from c2c.integrations.vllm.errors import EngineError, LoadError, SnapshotError, UnsupportedError, as_api_error
-from c2c.integrations.vllm.models import VLLMModel, VLLMReceiver, VLLMSharer, model_key, row_ids
-from c2c.integrations.vllm.sampling import check_generation_config, vllm_params
-from c2c.integrations.vllm.store import SnapshotStore, new_name
-from c2c.integrations.vllm.transfers import TransferParams
-from c2c.integrations.vllm.versions import check_version, installed
+from c2c.integrations.vllm.client import EngineClient, EventLoopThread, Tokens
+from c2c.integrations.vllm.errors import (
+    EngineError,
+    LoadError,
+    SnapshotError,
+    UnsupportedError,
+    as_api_error,
+    check_version,
+    installed,
+)
+from c2c.integrations.vllm.models import (
+    VLLMModel,
+    VLLMReceiver,
+    VLLMSharer,
+    check_generation_config,
+    model_key,
+    row_ids,
+    vllm_params,
+)
+from c2c.integrations.vllm.scheduler import TransferParams
+from c2c.integrations.vllm.snapshot import SnapshotStore, new_name
 from c2c.language_model import LanguageModel
 from c2c.model import C2CModel
+from c2c.serving.config import ServeConfig
 from c2c.serving.engine import GenerateRequest, HandoffRequest, Request, RequestHandle
 from c2c.serving.errors import invalid, queue_full, shutting_down
 from c2c.serving.logs import log_failure, warn
 from c2c.serving.model_engine import ModelEngine
-from c2c.serving.outputs import RequestOutput, new_tokens
+from c2c.serving.outputs import RequestOutput, Scored, new_tokens
 from c2c.serving.scheduler import Job
-from c2c.serving.serve_config import ServeConfig
 from c2c.serving.transformers_engine import decode, repeat_rows
 
 _PREFILLS = 4  # prompts that are prefilled and fused at a time
@@ -123,10 +137,8 @@ class VLLMEngine(ModelEngine):
         with self._lock:
             self._closed = True
         for future in list(self._futures):
-            try:
+            with suppress(BaseException):  # cancelled: its client has left
                 future.exception()
-            except BaseException:  # cancelled: its client has left
-                continue
         self._prefills.shutdown()
         self._clean_up()
 
@@ -177,22 +189,19 @@ class VLLMEngine(ModelEngine):
             self._running -= request.n
 
     async def _decode_or_fall_back(self, job: Job, prompt: PrefilledPrompt, model: VLLMModel) -> None:
-        decoding = _Decoding(job, prompt, self._running, self.config.max_tokens)
+        decoding = _Decoding(job, prompt, model, self.store, self._running, self.config.max_tokens)
         try:
-            await decoding.run(model, self.store)
+            await decoding.run()
         except (LoadError, SnapshotError) as error:
             warn("fused_cache_not_loaded", reason=str(error))
             if self.config.on_failure != "receiver_only" or decoding.output is not None:
                 raise
             lost = SharerLost("the fused cache could not be loaded into vLLM", code="load_failed")
-            alone = self.model.prefill_receiver(prompt.tokens, lost)
-            await _Decoding(job, alone, self._running, self.config.max_tokens).run(model, self.store)
+            decoding.prompt = self.model.prefill_receiver(prompt.tokens, lost)
+            await decoding.run()
 
-    def _in_thread(self, work: Any, *arguments: Any) -> Coroutine[Any, Any, Any]:
-        async def run() -> Any:
-            return await asyncio.get_running_loop().run_in_executor(self._prefills, work, *arguments)
-
-        return run()
+    def _in_thread(self, work: Any, *arguments: Any) -> asyncio.Future[Any]:
+        return self._loop.loop.run_in_executor(self._prefills, work, *arguments)
 
     def _prefill(self, job: Job) -> Any:
         here = not isinstance(self.model.sharers[0], VLLMModel)
@@ -254,6 +263,7 @@ class VLLMEngine(ModelEngine):
             self._waiting += change
 
 
+@dataclass
 class _Decoding:
     """Decode one request in an engine, from its prompt or a fused cache. Nothing is sent before a load is proven.
 
@@ -261,67 +271,58 @@ class _Decoding:
         output: its output; None as long as nothing was sent.
     """
 
-    def __init__(self, job: Job, prompt: PrefilledPrompt, rows: int, default_tokens: int) -> None:
-        self._job, self._prompt, self._rows, self._default = job, prompt, rows, default_tokens
-        self.output: RequestOutput | None = None
+    job: Job
+    prompt: PrefilledPrompt
+    model: VLLMModel
+    store: SnapshotStore
+    rows: int
+    default_tokens: int
+    output: RequestOutput | None = None
 
-    async def run(self, model: VLLMModel, store: SnapshotStore) -> None:
+    async def run(self) -> None:
         """Decode all answers.
 
         Raises:
             LoadError: the engine did not load the fused cache. SnapshotError: no room for it. EngineError: it broke.
         """
-        ids, cache, name = row_ids(self._prompt.tokens), self._prompt.cache, None
+        ids, cache, name = row_ids(self.prompt.tokens), self.prompt.cache, None
         try:
             if cache.layers and kv_cache.length(cache):
                 name = new_name()
-                await asyncio.to_thread(store.put, name, model.snapshot(ids, cache))
+                await asyncio.to_thread(self.store.put, name, self.model.snapshot(ids, cache))
             async with asyncio.TaskGroup() as group:
-                for index in range(self._job.rows):
-                    group.create_task(self._decode(model, store, ids, index, name))
+                for index in range(self.job.rows):
+                    group.create_task(self._decode(ids, index, name))
         except* Exception as failures:
-            raise _first(failures) from failures
+            raise failures.exceptions[0] from failures  # the others have the same cause
         finally:
             if name is not None:  # not before: a pre-empted request loads it again
-                store.delete(name)
+                self.store.delete(name)
 
-    async def _decode(
-        self, model: VLLMModel, store: SnapshotStore, ids: list[int], index: int, name: str | None
-    ) -> None:
-        request = self._job.request
+    async def _decode(self, ids: list[int], index: int, name: str | None) -> None:
+        request = self.job.request
         if not isinstance(request, GenerateRequest):
             raise TypeError("a handoff has no answers")
         transfer = None if name is None else TransferParams(load=name, receipt=new_name())
-        limit = new_tokens(model, len(ids), request.sampling.max_tokens, self._default)
-        params = vllm_params(model, request.sampling, limit, index)
+        limit = new_tokens(self.model, len(ids), request.sampling.max_tokens, self.default_tokens)
+        params = vllm_params(self.model, request.sampling, limit, index)
         try:
-            async with aclosing(model.client.stream(ids, params, transfer)) as steps:
-                async for step in steps:
-                    if not step.tokens:
-                        continue
-                    self.output = self.output or RequestOutput(self._job, self._prompt, 0, self._rows, self._default)
-                    answer = self.output.answers[index]
-                    for at, token in enumerate(step.tokens):
-                        answer.append_scored(token, _top(step.scored[at], params["logprobs"]) if step.scored else None)
-                        if answer.done:
-                            return
+            async with aclosing(self.model.client.stream(ids, params, transfer)) as steps:
+                async for tokens in steps:
+                    if tokens and self._append(tokens, index, params["logprobs"]):
+                        return
             raise EngineError("vLLM ended an answer before it was whole.")
         finally:
             if transfer is not None:
-                store.delete(str(transfer.receipt))
+                self.store.delete(str(transfer.receipt))
 
-
-def _top(scored: Any, count: int) -> Any:
-    """Cut to the requested number of likeliest tokens; vLLM adds the chosen one."""
-    return type(scored)(scored.chosen, scored.top[:count])
-
-
-def _first(failures: BaseExceptionGroup) -> BaseException:
-    """Return the first failure of a group; the others have the same cause."""
-    found: BaseException = failures
-    while isinstance(found, BaseExceptionGroup):
-        found = found.exceptions[0]
-    return found
+    def _append(self, tokens: Tokens, index: int, top: int | None) -> bool:
+        """Append tokens to an answer, with the ``top`` likeliest: vLLM adds the chosen one. Return whether it ended."""
+        self.output = self.output or RequestOutput(self.job, self.prompt, 0, self.rows, self.default_tokens)
+        answer = self.output.answers[index]
+        for token, scored in tokens:
+            answer.append(token, scored and Scored(scored.chosen, scored.top[:top]))
+        return answer.done
 
 
 def patience(model: LanguageModel) -> float:

@@ -18,14 +18,29 @@ from c2c.generation import FirstTokenTimer
 from c2c.identity import ModelIdentity
 from c2c.integrations.vllm.client import EngineClient
 from c2c.integrations.vllm.errors import EngineError, LoadError, SnapshotError, UnsupportedError, as_api_error
-from c2c.integrations.vllm.sampling import vllm_params
 from c2c.integrations.vllm.snapshot import Snapshot
 from c2c.language_model import EntrySelection, LanguageModel, Receiver, Sharer
+from c2c.serving.engine import SamplingParams
 from c2c.serving.logs import log_failure
-from c2c.serving.sampling import SamplingParams
 from c2c.tokens import TokenBatch
 
 T = TypeVar("T")
+# parameters of a model that change its greedy answers, with the value that changes nothing
+_UNSUPPORTED: dict[str, Any] = {
+    "no_repeat_ngram_size": 0,
+    "encoder_repetition_penalty": 1.0,
+    "bad_words_ids": None,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "sequence_bias": None,
+    "exponential_decay_length_penalty": None,
+    "min_length": 0,
+    "min_new_tokens": None,
+    "guidance_scale": None,
+    "watermarking_config": None,
+}
 
 
 class VLLMModel(LanguageModel):
@@ -38,7 +53,7 @@ class VLLMModel(LanguageModel):
 
     def __init__(self, model: LanguageModel, client: EngineClient) -> None:
         super().__init__(model.model, model.tokenizer, model.name)
-        self.__dict__.update(identity=model.identity, geometry=model.geometry)  # read from weights that will be gone
+        self.__dict__.update(model.probed())  # from weights that will be gone
         self.client, self._key = client, model_key(model.identity)
 
     @property
@@ -166,3 +181,41 @@ def row_ids(batch: TokenBatch) -> list[int]:
         )
     ids: list[int] = batch.ids[0].tolist()
     return ids
+
+
+def check_generation_config(model: LanguageModel) -> None:
+    """Refuse a model with decoding parameters of its own that vLLM would not follow.
+
+    Raises:
+        UnsupportedError: there are such.
+    """
+    config = model.model.generation_config
+    given = {name: getattr(config, name, None) for name in _UNSUPPORTED}
+    bad = [f"{name}={value}" for name, value in given.items() if value not in (None, _UNSUPPORTED[name])]
+    if bad:
+        raise UnsupportedError(
+            f"{model.name} sets {', '.join(bad)} in its generation_config, which has no equal in this integration. Use "
+            "c2c serve without --engine vllm."
+        )
+
+
+def vllm_params(model: LanguageModel, params: SamplingParams, limit: int, index: int = 0) -> dict[str, Any]:
+    """Convert sampling parameters to fields of vLLM's ``SamplingParams``.
+
+    Args:
+        model: who answers; its repetition penalty holds, as it does in ``generate``.
+        params: of the request. Stop strings are left to the output, which sees every token.
+        limit: new tokens at most.
+        index: which answer of its request it is.
+    """
+    return {
+        "max_tokens": limit,
+        "temperature": 0.0 if params.greedy else params.temperature,
+        "top_p": params.top_p,
+        "seed": None if params.seed is None else (params.seed + index) % 2**63,
+        "logprobs": params.logprobs,
+        "presence_penalty": params.presence_penalty,
+        "frequency_penalty": params.frequency_penalty,
+        "repetition_penalty": getattr(model.model.generation_config, "repetition_penalty", None) or 1.0,
+        "stop_token_ids": model.ends,
+    }

@@ -3,15 +3,80 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from c2c.integrations.vllm.errors import SnapshotError
-from c2c.integrations.vllm.store import SnapshotStore
-from c2c.integrations.vllm.transfers import FIELD, Load, Save, Span, StepTransfers, TransferParams
+from c2c.integrations.vllm.snapshot import SnapshotStore, check_name
 
+FIELD = "c2c"  # ours, in the parameters that vLLM hands through to connectors
+_KEYS = {"load", "save", "receipt"}
 _NO_SNAPSHOT = "0" * 32
+
+
+@dataclass(frozen=True)
+class TransferParams:
+    """Parameters of one request for the connector.
+
+    Attributes:
+        load: snapshot from which it begins.
+        save: snapshot that its prompt's entries become.
+        receipt: file that the worker writes when the load is done.
+    """
+
+    load: str | None = None
+    save: str | None = None
+    receipt: str | None = None
+
+    def to_params(self) -> dict[str, Any]:
+        """Return them as ``kv_transfer_params`` of a request."""
+        return {FIELD: {key: value for key, value in vars(self).items() if value is not None}}
+
+    @classmethod
+    def from_params(cls, params: Any) -> TransferParams:
+        """Read ``kv_transfer_params``, which a client may have written. Empty where they are not for us.
+
+        Raises:
+            SnapshotError: something else than names.
+        """
+        given = params.get(FIELD) if isinstance(params, dict) else None
+        if given is None:
+            return cls()
+        if not isinstance(given, dict) or not set(given) <= _KEYS:
+            raise SnapshotError(f"kv_transfer_params.{FIELD} takes {', '.join(sorted(_KEYS))} and nothing else.")
+        return cls(**{key: check_name(value) for key, value in given.items()})
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """A copy between a snapshot and a range of a prompt's tokens in the paged cache.
+
+    Attributes:
+        name: of the snapshot.
+        ids: the prompt.
+        blocks: block table of the request.
+        start: first position.
+        stop: position after the last.
+        receipt: file to write when a load is done.
+        refusal: why a load must not be done; the request then fails as a damaged snapshot makes it fail.
+    """
+
+    name: str
+    ids: Sequence[int]
+    blocks: Sequence[int]
+    start: int
+    stop: int
+    receipt: str | None = None
+    refusal: str | None = None
+
+    def slots(self, block_size: int) -> list[int]:
+        """Return the slots of these positions."""
+        return [self.blocks[at // block_size] * block_size + at % block_size for at in range(self.start, self.stop)]
+
+    def block_ids(self, block_size: int) -> set[int]:
+        """Return the blocks that hold these positions."""
+        return {self.blocks[at // block_size] for at in range(self.start, self.stop)}
 
 
 @dataclass
@@ -23,7 +88,7 @@ class _Tracked:
     since: float
     refusal: str | None = None
     count: int = 0
-    load: Load | None = None
+    load: Transfer | None = None
     loaded: int = 0
     saved: bool = False
 
@@ -48,7 +113,7 @@ class TransferScheduler:
     def __init__(self, store: SnapshotStore, model: str, wait: float) -> None:
         self._store, self._model, self._wait = store, model, wait
         self._tracked: dict[str, _Tracked] = {}
-        self._due: list[_Tracked] = []
+        self._due: list[Transfer] = []
 
     def add(self, request: Any) -> None:
         """Add a new request; nothing may be raised here, since that would end the engine."""
@@ -58,11 +123,10 @@ class TransferScheduler:
             params, refusal = TransferParams(load=_NO_SNAPSHOT), str(error)
         if params == TransferParams():
             return
-        tracked = _Tracked(request, params, time.monotonic(), refusal)
-        self._tracked[request.request_id] = tracked
         if params.load is not None and refusal is None:
-            tracked.refusal = _refusal(request)
-        if tracked.refusal is not None:
+            refusal = _refusal(request)
+        self._tracked[request.request_id] = _Tracked(request, params, time.monotonic(), refusal)
+        if refusal is not None:
             # with it vLLM drops the load that is to fail, and answers plainly
             request.skip_reading_prefix_cache = False
 
@@ -71,19 +135,19 @@ class TransferScheduler:
         tracked = self._tracked.get(request.request_id)
         if tracked is None or tracked.params.load is None:
             return 0
+        tracked.count = len(tracked.prompt) - 1  # of a load that fails
         if tracked.refusal is None:
             try:
                 info = self._store.info(tracked.params.load)
                 if info is not None:
                     info.check(self._model, tracked.prompt)
                     tracked.count = info.count
-                    return max(info.count - local, 0)
-                if time.monotonic() - tracked.since < self._wait:
+                elif time.monotonic() - tracked.since < self._wait:
                     return None
-                tracked.refusal = f"the snapshot did not arrive within {self._wait:g} s."
+                else:
+                    tracked.refusal = f"the snapshot did not arrive within {self._wait:g} s."
             except SnapshotError as error:
                 tracked.refusal = str(error)
-        tracked.count = len(tracked.prompt) - 1
         return max(tracked.count - local, 0)
 
     def allocate(self, request: Any, blocks: list[int], external: int) -> None:
@@ -91,15 +155,17 @@ class TransferScheduler:
         tracked = self._tracked.get(request.request_id)
         if tracked is None or tracked.params.load is None or external == 0:
             return
-        span = Span(blocks, tracked.count - external, tracked.count)
-        tracked.load = Load(tracked.params.load, tracked.prompt, span, tracked.params.receipt, tracked.refusal)
-        tracked.loaded = 0 if tracked.refusal else tracked.count
-        self._due.append(tracked)
+        params, stop = tracked.params, tracked.count
+        tracked.load = Transfer(
+            tracked.params.load, tracked.prompt, blocks, stop - external, stop, params.receipt, tracked.refusal
+        )
+        tracked.loaded = 0 if tracked.refusal else stop
+        self._due.append(tracked.load)
 
-    def step(self, scheduled: Any) -> StepTransfers:
-        """Return the transfers of the step that vLLM has scheduled."""
-        due, self._due = self._due, []
-        step = StepTransfers(loads=[tracked.load for tracked in due if tracked.load is not None])
+    def step(self, scheduled: Any) -> tuple[list[Transfer], list[Transfer]]:
+        """Return the loads and the saves of the step that vLLM has scheduled."""
+        loads, self._due = self._due, []
+        saves = []
         for name, tokens in scheduled.num_scheduled_tokens.items():
             tracked = self._tracked.get(name)
             if tracked is None or tracked.params.save is None or tracked.saved or tracked.refusal is not None:
@@ -107,14 +173,14 @@ class TransferScheduler:
             length = len(tracked.prompt)
             if tracked.request.num_computed_tokens + tokens >= length:
                 groups = scheduled.kv_connector_block_state.get_block_ids(name)
-                step.saves.append(Save(tracked.params.save, tracked.prompt, Span(list(groups[0]), 0, length)))
+                saves.append(Transfer(tracked.params.save, tracked.prompt, list(groups[0]), 0, length))
                 tracked.saved = True
-        return step
+        return loads, saves
 
     def fail(self, blocks: Collection[int]) -> None:
         """Record that loads into these blocks did not succeed."""
         for tracked in self._tracked.values():
-            if tracked.load is not None and not set(tracked.load.span.blocks).isdisjoint(blocks):
+            if tracked.load is not None and not set(tracked.load.blocks).isdisjoint(blocks):
                 tracked.loaded = 0
                 tracked.refusal = tracked.refusal or "the snapshot could not be loaded; the engine's log says why."
 

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from c2c.integrations.vllm.errors import SnapshotError, UnsupportedError
-from c2c.integrations.vllm.kv_layout import KVLayout, layout_of, self_test
-from c2c.integrations.vllm.snapshot import Snapshot
-from c2c.integrations.vllm.store import SnapshotStore
-from c2c.integrations.vllm.transfers import Load, Save
+from c2c.integrations.vllm.kv_layout import CPULayout
+from c2c.integrations.vllm.scheduler import Transfer
+from c2c.integrations.vllm.snapshot import Snapshot, SnapshotStore
 
 _LOG = logging.getLogger("c2c.vllm")
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
@@ -29,7 +28,7 @@ class TransferWorker:
 
     def __init__(self, store: SnapshotStore, model: str) -> None:
         self._store, self._model = store, model
-        self._layouts: list[KVLayout] = []
+        self._layouts: list[CPULayout] = []
         self._failed: set[int] = set()
 
     def register(self, caches: Mapping[str, Any], layers: Mapping[str, Any], groups: Sequence[Any]) -> None:
@@ -48,12 +47,12 @@ class TransferWorker:
                 f"this model has {len(groups)} kinds of KV cache (sliding windows, or layers without a cache per "
                 "token); c2c was tested with one. Use c2c serve without --engine vllm for this model."
             )
-        names = _in_order(caches)
-        self._layouts = [layout_of(name, layers[name], caches[name], groups[0].kv_cache_spec) for name in names]
-        for name, layout in zip(names, self._layouts, strict=True):
-            self_test(name, layout)
+        spec = groups[0].kv_cache_spec
+        self._layouts = [CPULayout(name, layers[name], caches[name], spec) for name in _in_order(caches)]
+        for layout in self._layouts:
+            layout.self_test()
 
-    def load(self, loads: Sequence[Load]) -> None:
+    def load(self, loads: Sequence[Transfer]) -> None:
         """Copy snapshots into the cache, and write receipts."""
         for load in loads:
             try:
@@ -62,13 +61,13 @@ class TransferWorker:
                     self._store.acknowledge(load.receipt)
             except Exception as error:
                 _warn("a snapshot could not be loaded", error)
-                self._failed |= load.span.block_ids(self._layouts[0].block_size)
+                self._failed |= load.block_ids(self._layouts[0].block_size)
 
-    def save(self, saves: Sequence[Save]) -> None:
+    def save(self, saves: Sequence[Transfer]) -> None:
         """Copy the cache into snapshots."""
         for save in saves:
             try:
-                self._store.put(save.name, self._snapshot(save))
+                self._save(save)
             except Exception as error:
                 _warn("a snapshot could not be saved", error)
                 self._store.fail(save.name, str(error) if isinstance(error, SnapshotError) else "it was not saved.")
@@ -78,7 +77,7 @@ class TransferWorker:
         failed, self._failed = self._failed, set()
         return failed
 
-    def _load(self, load: Load) -> None:
+    def _load(self, load: Transfer) -> None:
         if load.refusal is not None:
             raise SnapshotError(load.refusal)
         snapshot = self._store.get(load.name)
@@ -89,18 +88,18 @@ class TransferWorker:
                 f"the snapshot has {layers} layers, {heads} heads and {dim} channels; the cache {len(self._layouts)}, "
                 f"{layout.heads} and {layout.dim}."
             )
-        slots, wanted = torch.tensor(load.span.slots(layout.block_size)), slice(load.span.start, load.span.stop)
+        slots, wanted = torch.tensor(load.slots(layout.block_size)), slice(load.start, load.stop)
         for layer, keys, values in zip(self._layouts, snapshot.keys, snapshot.values, strict=True):
             layer.write(slots, keys[:, wanted].transpose(0, 1), values[:, wanted].transpose(0, 1))
 
-    def _snapshot(self, save: Save) -> Snapshot:
-        slots = torch.tensor(save.span.slots(self._layouts[0].block_size))
+    def _save(self, save: Transfer) -> None:
+        slots = torch.tensor(save.slots(self._layouts[0].block_size))
         read = [layout.read(slots) for layout in self._layouts]
         keys, values = (torch.stack([pair[side].transpose(0, 1) for pair in read]) for side in (0, 1))
-        return Snapshot.of(keys, values, save.ids, self._model)
+        self._store.put(save.name, Snapshot.of(keys, values, save.ids, self._model))
 
 
-def _in_order(names: Mapping[str, Any]) -> list[str]:
+def _in_order(names: Iterable[str]) -> list[str]:
     """Sort layer names by their numbers, which are those of the layers of ``transformers``."""
     found = {}
     for name in names:

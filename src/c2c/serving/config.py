@@ -1,4 +1,4 @@
-"""Options and keys of an HTTP server. Imports neither torch nor a web framework, so that ``--help`` stays fast."""
+"""Options of the servers, and their keys. Imports neither torch nor a web framework, so that ``--help`` stays fast."""
 
 # ruff: noqa: RUF009 - option() returns a dataclass field
 
@@ -11,9 +11,13 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from c2c.config import option
 from c2c.serving.errors import ApiError, ServerError
+
+EngineName = Literal["transformers", "vllm"]
+OnFailure = Literal["raise", "receiver_only"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +65,54 @@ class HTTPConfig:
                 f"{self.key_variable}, or pass --insecure if that is what you want."
             )
         return ring
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeConfig(HTTPConfig):
+    """Configure ``c2c serve``: the models, the engine, and its limits."""
+
+    receiver: str | None = option(None, "Alias, hub id, folder or GGUF; by default the fuser's.")
+    sharer: str | None = option(None, "Alias, hub id, folder, GGUF, or URL of c2c share; by default the fuser's.")
+    on_failure: OnFailure | None = option(
+        None,
+        "When the sharer at a URL is lost, or vLLM does not take a fused cache: an error, or the receiver alone; raise "
+        "by default.",
+    )
+    sharer_timeout: float | None = option(None, "Seconds for a request to the sharer at a URL; 60 by default.", min=0.1)
+    sharer_precision: str | None = option(
+        None, "In which its entries are sent, such as int8; the model's own by default."
+    )
+    sharer_ca: Path | None = option(None, "Certificates to trust for it; those of the system by default.")
+    engine: EngineName = option(
+        "transformers", "What runs the receiver; vllm needs an environment of its own, see the docs."
+    )
+    sharer_engine: EngineName = option("transformers", "The same for the sharer; vllm only beside --engine vllm.")
+    engine_option: list[str] | None = option(
+        None, "An argument of vLLM, such as max_model_len=4096; may be repeated.", metavar="NAME=VALUE"
+    )
+    name: str | None = option(None, "What clients call the model; by default the fuser's folder, else 'c2c'.")
+    systems: list[str] | None = option(
+        None,
+        "A system that answers, such as summary_64; may be repeated. Default: c2c, receiver, sharer, text.",
+        flag="--system",
+    )
+    max_queue: int = option(64, "Requests that may wait; more get 429.", min=1)
+    max_batch: int = option(16, "Answers that are decoded at once.", min=1)
+    kv_tokens: int = option(
+        65_536, "KV-cache entries of a batch at most: answers times the longest prompt with its new tokens.", min=1
+    )
+    batch_window_ms: float = option(10.0, "Milliseconds that a request waits for others to run with it.", min=0)
+    max_tokens: int = option(256, "New tokens for requests that do not say how many.", min=1)
+    message_tokens: int = option(128, "Tokens of the sharer's text, in text-to-text.", min=1)
+    handoffs: int = option(64, "Handoffs kept at a time.", min=0)
+    handoff_mb: float = option(1000.0, "Megabytes of all handoffs together.", min=0)
+    handoff_seconds: float = option(3600.0, "How long a handoff is kept.", min=1)
+    dtype: str | None = option(None, "float32, bfloat16, float16 or auto.")
+    sharer_dtype: str | None = option(None, "The same for the sharer; --dtype by default.")
+    device: str | None = option(None, "Device map: cpu, cuda, auto.")
+    allow_mismatch: bool = option(False, "Accept models with other weights than the fuser's.")
+
+    default_systems = ("c2c", "receiver", "sharer", "text")  # as far as the models have them
 
 
 class KeyRing:

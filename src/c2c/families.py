@@ -1,0 +1,246 @@
+"""Families: which causal language models of the installed transformers can be fused, tried on tiny random models.
+
+For each family a model of four layers is built from its config class, without any download, and used as the receiver
+and as the sharer of the default fuser. What is checked are the invariants of the package, not only that nothing fails.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import resources
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    GenerationConfig,
+    PreTrainedModel,
+    TokenizersBackend,
+)
+
+from c2c.errors import C2CError
+from c2c.fusers import families as family_names
+from c2c.language_model import Receiver, Sharer
+from c2c.model import C2CModel
+from c2c.prompting import PLAIN_TEMPLATE
+
+TEXTS = ("Name three rivers.", "Hi", "Who built the boat house?")
+_NEW = 4  # tokens decoded in each check
+_LARGEST = 30_000_000  # parameters; a config that stays larger has no fields for its size
+_SIZES = json.loads(resources.files("c2c").joinpath("families.json").read_text(encoding="utf-8"))
+
+
+@dataclass
+class FamilyReport:
+    """Report what was found about one family.
+
+    Attributes:
+        family: its ``model_type``.
+        receiver: ``yes``, or why not.
+        sharer: ``yes``, or why not.
+        private: whether a receiver takes private context: ``yes``, or why not.
+        batch: ``together``, or ``one by one`` where rows of a batch disturb each other.
+        fusers: fuser families whose untrained model gives the receiver's own answer.
+        layers: KV layers of how many.
+        left_out: the other layers, by reason.
+        rotation: how keys are rotated, over the layers.
+        wrong: invariants that do not hold; must be empty.
+    """
+
+    family: str
+    receiver: str = ""
+    sharer: str = ""
+    private: str = ""
+    batch: str = ""
+    fusers: list[str] = field(default_factory=list)
+    layers: str = ""
+    left_out: dict[str, list[int]] = field(default_factory=dict)
+    rotation: list[str] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
+
+    @property
+    def taken(self) -> bool:
+        """Whether the default fuser takes the family in both roles, with every invariant."""
+        return self.receiver == self.sharer == "yes" and not self.wrong
+
+
+def causal_families() -> list[str]:
+    """Return the model types with a causal language model in the installed transformers."""
+    return sorted(config.model_type for config in MODEL_FOR_CAUSAL_LM_MAPPING)
+
+
+def build_tiny(family: str, seed: int = 0, **options: Any) -> PreTrainedModel:
+    """Build a random model of a few layers.
+
+    Args:
+        family: a ``model_type``.
+        seed: of the weights.
+        **options: fields of its config.
+
+    Raises:
+        ValueError: the config stays large, or can't be made small by its usual fields.
+    """
+    kind = CONFIG_MAPPING[family]
+    known = {entry.name for entry in dataclasses.fields(kind)} - set(kind.attribute_map)
+    sizes = {name: value for name, value in _SIZES["all"].items() if name in known}
+    config = kind(**sizes | _SIZES["families"].get(family, {}) | options)
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[kind]
+    with torch.device("meta"):
+        size = sum(weight.numel() for weight in model_class(config).parameters())
+    if size > _LARGEST:
+        raise ValueError(f"its config makes {size / 1e6:.0f} million parameters")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model: PreTrainedModel = model_class(config).eval()
+    model.generation_config = GenerationConfig()  # without what a family decodes with by default
+    return model
+
+
+@cache
+def byte_tokenizer() -> TokenizersBackend:
+    """Make a tokenizer of bytes with a plain chat template."""
+    words = {piece: index for index, piece in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    backend = Tokenizer(models.BPE(vocab=words, merges=[]))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer = TokenizersBackend(tokenizer_object=backend)
+    tokenizer.chat_template = PLAIN_TEMPLATE
+    return tokenizer
+
+
+def check_families(names: Sequence[str] | None = None) -> Iterator[FamilyReport]:
+    """Check families one after the other; all that can be built by default."""
+    for name in names or causal_families():
+        yield check_family(name)
+
+
+def check_family(name: str) -> FamilyReport:
+    """Build a tiny model of a family and check it in both roles."""
+    report = FamilyReport(name)
+    try:
+        model = build_tiny(name)
+    except Exception as error:  # config classes raise whatever they like
+        report.receiver = report.sharer = f"not built: {_line(error)}"
+        return report
+    try:
+        receiver = Receiver(model, byte_tokenizer(), name)
+        report.layers = f"{receiver.geometry.layers} of {receiver.geometry.layers + len(receiver.left_out)}"
+        for layer, reason in receiver.left_out.items():
+            report.left_out.setdefault(reason, []).append(layer)
+    except C2CError as error:
+        report.receiver = report.sharer = f"refused: {_line(error)}"
+        return report
+    report.receiver = _refusal(report, lambda: _check_receiver(receiver, report))
+    report.sharer = _refusal(report, lambda: _check_sharer(Sharer(model, byte_tokenizer(), name), report))
+    if report.receiver == "yes":
+        report.private = _refusal(report, lambda: _check_private(receiver, report))
+        report.fusers = [kind for kind in family_names() if _untrained_is_alone(receiver, kind)]
+    return report
+
+
+def _refusal(report: FamilyReport, check: Callable[[], None]) -> str:
+    try:
+        check()
+    except C2CError as error:
+        return f"refused: {_line(error)}"
+    except Exception as error:  # what a user would see as a traceback
+        report.wrong.append(f"{type(error).__name__}: {_line(error)}")
+        return "failed"
+    return "yes"
+
+
+def _line(error: Exception) -> str:
+    return f"{error}".strip().split("\n")[0][:160]
+
+
+def _partner(role: type[Receiver] | type[Sharer]) -> Any:
+    return role(build_tiny("llama", seed=7), byte_tokenizer(), "llama")
+
+
+def _answers(model: Any, texts: Any, **kwargs: Any) -> list[list[int]]:
+    found = model(texts, max_new_tokens=_NEW, do_sample=False, **kwargs)
+    return [result.ids.tolist() for result in (found if isinstance(found, list) else [found])]
+
+
+def _one_by_one(model: Any, **kwargs: Any) -> list[list[int]]:
+    return [_answers(model, text, **kwargs)[0] for text in TEXTS]
+
+
+def _check(report: FamilyReport, what: str, got: Any, expected: Any) -> None:
+    if got != expected:
+        report.wrong.append(what)
+
+
+def _check_receiver(receiver: Receiver, report: FamilyReport) -> None:
+    report.batch = "together" if getattr(receiver, "batches", True) else "one by one"
+    model = C2CModel.from_models(receiver, _partner(Sharer))
+    kinds = [
+        "none" if entry is None else "neighbours" if entry.interleaved else "halves" for entry in receiver.rope_scheme
+    ]
+    report.rotation = sorted(set(kinds))
+    alone = _one_by_one(receiver.answer)
+    _check(report, "alone is not transformers' own answer", alone, [_plain(receiver, text) for text in TEXTS])
+    _check(report, "untrained is not alone", _one_by_one(model.generate), alone)
+    _open(model)
+    singles = _one_by_one(model.generate)
+    _check(report, "a batch is not its singles", _answers(model.generate, list(TEXTS)), singles)
+
+
+def _check_sharer(sharer: Sharer, report: FamilyReport) -> None:
+    model = _open(C2CModel.from_models(_partner(Receiver), sharer))
+    batch, singles = _answers(model.generate, list(TEXTS)), _one_by_one(model.generate)
+    _check(report, "a batch of the sharer is not its singles", batch, singles)
+
+
+def _check_private(receiver: Receiver, report: FamilyReport) -> None:
+    model = _open(C2CModel.from_models(receiver, _partner(Sharer), fuser="memory"))
+    model.fusers[0].config.training = {"config": "random"}  # type: ignore[union-attr]
+    given = {"sharer_messages": "The code is 8264."}
+    batch, singles = _answers(model.generate, list(TEXTS), **given), _one_by_one(model.generate, **given)
+    _check(report, "a batch with private context is not its singles", batch, singles)
+
+
+def _untrained_is_alone(receiver: Receiver, kind: str) -> bool:
+    try:
+        model = C2CModel.from_models(receiver, _partner(Sharer), fuser=kind)
+        given = {"sharer_messages": "The code is 8264."} if model.private else {}
+        return _answers(model.generate, TEXTS[0], **given) == _answers(receiver.answer, TEXTS[0])
+    except C2CError:
+        return False
+
+
+def _plain(receiver: Receiver, text: str) -> list[int]:
+    """Decode with transformers alone, without any cache: what is always right."""
+    batch = receiver.encode(text)
+    ids = batch.ids
+    with torch.no_grad():
+        for _ in range(_NEW):
+            logits = receiver.model(input_ids=ids, use_cache=False).logits
+            ids = torch.cat([ids, logits[:, -1:].argmax(-1)], dim=1)
+    new: list[int] = ids[0, batch.length :].tolist()
+    return new
+
+
+def _open(model: C2CModel) -> C2CModel:
+    """Give the fuser random weights, so that fusing changes the answer."""
+    generator = torch.Generator().manual_seed(3)
+    for parameter in model.fusers.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.3, generator=generator)
+    return model
+
+
+def summary(reports: Sequence[FamilyReport]) -> str:
+    """Return one line of counts."""
+    taken = sum(report.taken for report in reports)
+    built = sum(not report.receiver.startswith("not built") for report in reports)
+    return (
+        f"{taken} families are taken in both roles, of {built} built and {len(reports)} in transformers "
+        f"{transformers.__version__}"
+    )
