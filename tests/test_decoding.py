@@ -81,6 +81,8 @@ SAME = {
     "cold": {"do_sample": True, "temperature": 1e-10},
     "hot": {"do_sample": True, "temperature": 1e10},
     "no top_k": {"do_sample": True, "top_k": 0},
+    "top_k switched off": {"do_sample": True, "top_k": None},
+    "usual top_k": {"do_sample": True},
     "no top_p": {"do_sample": True, "top_p": 0.0},
     "whole top_p": {"do_sample": True, "top_p": 1},
     "repetition penalty": {"repetition_penalty": 1.5},

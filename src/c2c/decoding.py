@@ -166,6 +166,8 @@ class Decoding:
         held = model.generation_config  # what is equal to it need not be said, and would be warned about
         options = {name: value for name, value in vars(self.config).items() if name in _OPTIONS}
         options = {name: value for name, value in options.items() if getattr(held, name, None) != value}
+        if self.config.do_sample:
+            options["top_k"] = self.config.top_k  # None too, which would be filled in
         generate: Callable[..., Any] = model.generate
         try:
             out = generate(**prompt, **self.arguments, **options)
@@ -324,6 +326,7 @@ def _merge(model: PreTrainedModel, kwargs: dict[str, Any]) -> tuple[GenerationCo
     def update() -> dict[str, Any]:
         config.update(watermarking_config=config.watermarking_config)  # which makes an object of a dict
         config.update(**held, defaults_only=True, allow_custom_entries=True)
+        config.update(top_k=50, defaults_only=True)  # as generate has it; a keyword None switches it off
         rest: dict[str, Any] = config.update(**keywords)
         return rest
 
@@ -406,7 +409,6 @@ def _check_mode(config: GenerationConfig, arguments: dict[str, Any]) -> None:
         "dola_layers": GenerationMode.DOLA_GENERATION,
         "num_beam_groups": GenerationMode.GROUP_BEAM_SEARCH,
     }
-    config.top_k = 50 if config.top_k is None else config.top_k  # the default, on which contrastive search depends
     mode = config.get_generation_mode()
     for name, reason in _REFUSED.items():
         if getattr(config, name, None) in (None, False) or modes.get(name, mode) != mode:
