@@ -21,8 +21,8 @@ from c2c.decoding import Decoding, as_list, cache_limit, prepare, table_limit
 from c2c.errors import CacheError, ContextLengthError, MismatchError, PromptError
 from c2c.generation import FirstTokenTimer, PrefilledPrompt, unbatch
 from c2c.handoff import Handoff, SharerPrompt, sharer_prompt
-from c2c.identity import ModelIdentity, differences, identify
-from c2c.loading import load
+from c2c.identity import IdentityReader, ModelIdentity, differences
+from c2c.loading import load, unwrap
 from c2c.messages import conversations
 from c2c.prefill import next_logits, prefill
 from c2c.prompting import RenderOptions, encode, render, require_tokenizer
@@ -63,15 +63,18 @@ class LanguageModel:
     """
 
     role = "model"
+    _identity: ModelIdentity | None = None  # where the weights are not here
     generates = True  # whether it can write text here; a sharer on another machine only shares its cache
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any = None, name: str | None = None) -> None:
+        model = unwrap(model)
         kv_cache.check_model_layers(model.config)
         self.model = model.eval().requires_grad_(False)
         _keep_head_whole(self.model)
         self.tokenizer = tokenizer
         self.name = name or str(model.config._name_or_path or type(model).__name__)
         self.released = False
+        self._reader = IdentityReader()
         self.stored: StoredPrefills | None = None  # where prefills are taken from, if they are kept
 
     @classmethod
@@ -82,7 +85,12 @@ class LanguageModel:
     @property
     def device(self) -> torch.device:
         """Where token ids go."""
-        return torch.device(self.model.device)
+        device = torch.device(self.model.device)
+        if device.type != "meta":
+            return device
+        hooks = (getattr(module, "_hf_hook", None) for module in self.model.modules())  # accelerate brings weights in
+        known = (getattr(hook, "execution_device", None) for hook in hooks)
+        return torch.device(next((where for where in known if where is not None), device))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -110,10 +118,17 @@ class LanguageModel:
         """The model's own number of each KV layer."""
         return kv_cache.kv_layers(self._probe)
 
-    @cached_property
+    @property
     def identity(self) -> ModelIdentity:
-        """Who this model is, for fusers and manifests."""
-        return identify(self.model, self.tokenizer, self.name, self.geometry)
+        """Who this model is at this moment, for fusers and manifests: adapters may be switched, and weights change."""
+        if self._identity is not None:
+            return self._identity
+        return self._reader.read(self.model, self.tokenizer, self.name, self.geometry)
+
+    @identity.setter
+    def identity(self, identity: ModelIdentity) -> None:
+        """Set the identity of a model whose weights are not here."""
+        self._identity = identity
 
     @cached_property
     def _probe(self) -> Cache:
@@ -136,15 +151,15 @@ class LanguageModel:
 
     def probed(self) -> dict[str, Any]:
         """Return what is found out by running the model, for use without its weights."""
-        names = ["identity", "geometry", "_probe", "_continuation_error"]
+        names = ["geometry", "_probe", "_continuation_error"]
         with suppress(CacheError):  # of a rotation that no fuser here takes off
             _ = self.rope_scheme
             names.append("rope_scheme")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in names} | {"_identity": self.identity}
 
     def release(self) -> None:
         """Free the weights, when every prefill that is needed is stored; the model can't run any more."""
-        self.probed()
+        self.__dict__.update(self.probed())
         for parameter in self.model.parameters():
             parameter.data = parameter.data.new_empty(0)
         self.released = True
@@ -272,6 +287,8 @@ class LanguageModel:
                 f"the weights of the {self.role} {self.name} were given back after its prefills were stored, and this "
                 "prompt is not among them. Load the model again."
             )
+        if any(module.training for module in self.model.modules()):  # layers of an adapter that was added later
+            self.model.eval()
         batch = batch.to(self.device)
         if self.separates(batch):
             return prefill_rows(self._prefill, batch, stop, cache)
@@ -510,9 +527,9 @@ class Sharer(LanguageModel):
         self.check_prompt(tokens)
         cache = self.empty_cache()
         if reuse is not None:
-            hard, soft = differences("sharer", reuse.sharer, self.identity)
+            hard, soft = differences("sharer", reuse.sharer, self.identity, "handoff")
             if hard or soft:
-                raise MismatchError(hard + soft, "Extend a handoff with the model that made it.")
+                raise MismatchError(hard + soft, "Extend a handoff with the model that made it.", "handoff")
             known = min(reuse.shared_prefix(plan.ids), len(plan.ids) - 1)
             switch = switch_length(self.model)
             if switch is not None and max(len(plan.ids), len(reuse.ids)) > switch:

@@ -159,8 +159,8 @@ class VLLMSharer(VLLMModel, Sharer):
 
 def model_key(identity: ModelIdentity) -> str:
     """Return what snapshots of a model are marked with: a hash of everything that its entries depend on."""
-    facts = {
-        name: value for name, value in identity.to_dict().items() if name in ("architecture", "kv", "rope", "weights")
+    facts = {name: value for name, value in identity.to_dict().items() if name in ("architecture", "kv", "rope")} | {
+        "weights": identity.weights_key
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 
