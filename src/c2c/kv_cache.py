@@ -283,12 +283,19 @@ def append(cache: Cache, entries: Sequence[KeyValue]) -> Cache:
     return cache
 
 
-def stack(caches: Sequence[Cache]) -> DynamicCache:
-    """Join caches along the batch; shorter ones get zeros on the left, which the mask must hide.
+def drop_padding(cache: Cache, tokens: int) -> DynamicCache:
+    """Leave out the first ``tokens`` tokens, which are padding; a state has not read them."""
+    return _joined([cache], lambda tensors: tensors[0][:, :, tokens:], lambda tensors: tensors[0].clone())
+
+
+def stack(caches: Sequence[Cache], width: int = 0) -> DynamicCache:
+    """Join caches along the batch; those shorter than the longest, or ``width``, get zeros on the left.
+
+    The mask must hide these.
 
     Right for rotary models, since keys carry their position: moving a row to the right changes nothing in it.
     """
-    width = max(length(cache) for cache in caches)
+    width = max(width, *(length(cache) for cache in caches))
 
     def join(entries: Sequence[Tensor]) -> Tensor:
         return torch.cat([torch.nn.functional.pad(x, (0, 0, width - x.shape[2], 0)) for x in entries])

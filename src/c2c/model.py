@@ -190,8 +190,18 @@ class C2CModel(Pretrained, TokenIds, nn.Module):
             raise PromptError(f"blend is {blend:g}; expected a number from 0 (the receiver alone) to 1 (all is taken).")
         self._check_unchanged()
         report = self._report(prompts, blend)
-        parts = [self._fuse(prompt, report, blend, edit) for prompt in merge(prompts)]
+        parts = [self._fuse(prompt, report, blend, edit) for prompt in self._merge(prompts)]
         return self._join(parts, report)
+
+    def _merge(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        """Merge prompts to one batch, where all models compute its rows as they compute them alone."""
+        merged = merge(prompts)
+        apart = any(
+            model.separates(tokens)
+            for prompt in merged
+            for model, tokens in zip([self.receiver, *self.sharers], [prompt.receiver, *prompt.sharers], strict=True)
+        )
+        return list(prompts) if apart else merged
 
     def _fuse(
         self, prompt: Prompt, report: FusionReport, blend: float = 1.0, edit: CacheEdit | None = None
