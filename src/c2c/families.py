@@ -188,7 +188,7 @@ def _check(report: FamilyReport, what: str, got: Any, expected: Any) -> None:
 
 
 def _check_receiver(receiver: Receiver, report: FamilyReport) -> None:
-    report.batch = "together" if getattr(receiver, "batches", True) else "one by one"
+    report.batch = "one by one" if receiver.separates(receiver.encode(list(TEXTS))) else "together"
     model = C2CModel.from_models(receiver, _partner(Sharer))
     kinds = [
         "none" if entry is None else "neighbours" if entry.interleaved else "halves" for entry in receiver.rope_scheme

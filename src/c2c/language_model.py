@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -16,7 +15,6 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache, PreTrainedModel, StopStringCriteria
 
 from c2c import kv_cache, rope
-from c2c.batch_probe import prefill_rows, reads_rows_apart, rows_alone
 from c2c.decoding import Decoding, as_list, cache_limit, prepare, table_limit
 from c2c.errors import CacheError, ContextLengthError, MismatchError, PromptError
 from c2c.generation import FirstTokenTimer, PrefilledPrompt, unbatch
@@ -25,11 +23,10 @@ from c2c.identity import IdentityReader, ModelIdentity, differences
 from c2c.loading import load, unwrap
 from c2c.messages import conversations
 from c2c.prefill import next_logits, prefill
+from c2c.probe import ProbedModel, prefill_rows, reads_rows_apart, rows_alone
 from c2c.prompting import RenderOptions, encode, render, require_tokenizer
 from c2c.rope_scaling import prompt_length, switch_length
 from c2c.tokens import TokenBatch, left_pad, require_left_padding
-
-_PROBE_POSITIONS = (0, 7, 100)
 
 
 def _contiguous(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -55,7 +52,7 @@ class StoredPrefills(Protocol):
         ...
 
 
-class LanguageModel:
+class LanguageModel(ProbedModel):
     """Run a causal language model, frozen and in ``eval()`` mode.
 
     Raises:
@@ -103,21 +100,6 @@ class LanguageModel:
         """Positions that the model was made for, None where its config does not say."""
         return getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
 
-    @cached_property
-    def geometry(self) -> kv_cache.KVGeometry:
-        """Shape of the KV cache, read from a one-token prefill: configs of some families do not tell."""
-        return kv_cache.geometry(self._probe)
-
-    @cached_property
-    def left_out(self) -> dict[int, str]:
-        """Layers of the model that keep no keys and values to fuse, with the reason."""
-        return kv_cache.left_out(self._probe)
-
-    @cached_property
-    def layer_numbers(self) -> list[int]:
-        """The model's own number of each KV layer."""
-        return kv_cache.kv_layers(self._probe)
-
     @property
     def identity(self) -> ModelIdentity:
         """Who this model is at this moment, for fusers and manifests: adapters may be switched, and weights change."""
@@ -129,25 +111,6 @@ class LanguageModel:
     def identity(self, identity: ModelIdentity) -> None:
         """Set the identity of a model whose weights are not here."""
         self._identity = identity
-
-    @cached_property
-    def _probe(self) -> Cache:
-        """The cache of one token at several positions, each alone in its row."""
-        positions = self._probe_positions
-        ids = torch.ones_like(positions)
-        batch = TokenBatch(ids, ids.bool(), positions, padded=False)
-        try:
-            return prefill(self.model, batch.to(self.device), stop=1)
-        except Exception as error:  # whatever a model raises that does not take a plain cache
-            raise CacheError(
-                f"{self.name}: {type(self.model).__name__} can't be run with a transformers DynamicCache: "
-                f"{type(error).__name__}: {error}. Use a decoder-only model that can."
-            ) from error
-
-    @property
-    def _probe_positions(self) -> Tensor:
-        last = (self.context_length or max(_PROBE_POSITIONS) + 1) - 1
-        return torch.tensor([min(position, last) for position in _PROBE_POSITIONS]).unsqueeze(1)
 
     def probed(self) -> dict[str, Any]:
         """Return what is found out by running the model, for use without its weights."""
@@ -163,58 +126,6 @@ class LanguageModel:
         for parameter in self.model.parameters():
             parameter.data = parameter.data.new_empty(0)
         self.released = True
-
-    @cached_property
-    def rope_scheme(self) -> rope.Scheme:
-        """How every KV layer rotates its keys, found out by a probe.
-
-        Raises:
-            CacheError: a layer rotates in none of the known ways.
-        """
-        keys = [keys for keys, _ in kv_cache.layers(self._probe)]
-        return rope.find_scheme(self.model, keys, self._probe_positions.to(self.device), self.name)
-
-    def check_rotary(self) -> None:
-        """Make sure that the rotation can be taken off this model's keys; raises as :attr:`rope_scheme` does."""
-        _ = self.rope_scheme
-
-    def check_continuation(self) -> None:
-        """Make sure that a prompt read in two parts gives the cache of one read at once, as fusing needs it.
-
-        Raises:
-            CacheError: it does not: tokens attend to later ones, or the model loses its state between the parts.
-        """
-        if self._continuation_error is not None:
-            raise CacheError(f"{self.name} can't be a receiver: {self._continuation_error}. Use it as the sharer.")
-
-    @cached_property
-    def _continuation_error(self) -> str | None:
-        batch, kind = left_pad([[1, 2, 3, 4]], 0).to(self.device), type(self.model).__name__
-        try:
-            whole, parts = prefill(self.model, batch, 4), prefill(self.model, batch, 4, prefill(self.model, batch, 2))
-        except Exception as error:  # whatever a model raises whose cache can't be continued
-            return f"{kind} can't read a prompt in two parts ({type(error).__name__}: {error})"
-        tolerance = 1e-3 if self.dtype == torch.float32 else 0.1
-        for once, twice in zip(kv_cache.layers(whole), kv_cache.layers(parts), strict=True):
-            if not all(torch.dist(a, b) <= tolerance * a.norm() for a, b in zip(once, twice, strict=True)):
-                return (
-                    f"keys and values of a prompt read in two parts are not those of one read at once ({kind} attends "
-                    "to later tokens, or loses its state between calls of several tokens)"
-                )
-        return None
-
-    def check_private_context(self) -> None:
-        """Make sure that entries can be added to all attention layers.
-
-        Raises:
-            CacheError: some have another shape, so that they would hold fewer tokens than the others.
-        """
-        if other := kv_cache.other_attention_layers(self._probe):
-            raise CacheError(
-                f"{self.name} takes no private context: its attention layers {other} have keys and values of another "
-                "shape than the rest, and entries are made for one shape. Use a fuser of shared context, or another "
-                "receiver."
-            )
 
     def rotary(self, positions: Tensor, length: int | None = None) -> list[rope.Rotary] | None:
         """Return rotary tables of all KV layers at ``positions``, ``[batch, tokens]``, of a prompt of ``length``."""

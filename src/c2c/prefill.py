@@ -53,7 +53,7 @@ def continued_logits(model: PreTrainedModel, batch: TokenBatch, ids: Tensor, rea
     Returns:
         The logits after the last prompt token and after each of ``ids``, ``[batch, read + 1, vocab]``.
     """
-    from c2c.batch_probe import reads_rows_apart, rows_alone  # which reads tiny prompts with this module
+    from c2c.probe import reads_rows_apart, rows_alone  # which reads tiny prompts with this module
 
     if reads_rows_apart(model, batch, ids.shape[1]):
         rows = [(row, own or kv_cache.empty_cache(model.config)) for row, own in rows_alone(batch, cache)]

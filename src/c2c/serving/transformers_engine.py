@@ -14,9 +14,9 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from c2c import kv_cache
-from c2c.batch_probe import rows_alone
 from c2c.generation import PrefilledPrompt
 from c2c.model import C2CModel
+from c2c.probe import rows_alone
 from c2c.serving.config import ServeConfig
 from c2c.serving.engine import HandoffRequest, Request, RequestHandle, SamplingParams
 from c2c.serving.errors import internal
