@@ -173,6 +173,57 @@ def test_run_reads_stdin_and_answers_with_any_system(models, mode):
     assert set(data["results"]) == {mode}
 
 
+@pytest.mark.parametrize(
+    ("given", "prompt"),
+    [
+        (b"\xef\xbb\xbfHi\r\nyou \xf0\x9f\x98\x80", "Hi\nyou \U0001f600"),
+        (b"Hi\xff", "UTF-8"),
+        (b"H\0i\0", "NUL"),
+        (b"", "empty"),
+    ],
+)
+def test_a_prompt_on_stdin_is_text_in_utf8(models, given, prompt):
+    command = ["run", "-", *models, "--mode", "receiver", "--max-new-tokens", "1"]
+    if prompt.startswith("Hi"):
+        assert c2c_json(*command, input=given)["prompt"] == prompt
+    else:
+        with pytest.raises(PromptError, match=prompt):
+            c2c(*command, input=given)
+
+
+def test_contexts_in_other_encodings_are_refused(tmp_path):
+    page = tmp_path / "page.txt"
+    for content, message in (("é".encode("latin-1"), "Latin-1"), ("é".encode("utf-16"), "UTF-16"), (b"a\0b\0", "NUL")):
+        page.write_bytes(content)
+        with pytest.raises(PromptError, match=message):
+            c2c("run", "hi", "--context", page)
+
+
+ASCII = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("environment", [ASCII, {"PYTHONIOENCODING": "ascii"}, {"PYTHONIOENCODING": "latin-1"}])
+@pytest.mark.parametrize("as_json", [True, False])
+def test_terminals_without_unicode(models, environment, as_json):
+    prompt = "Hi \U0001f600 \u00e9"
+    command = [sys.executable, "-m", "c2c", "run", prompt, *models, "--mode", "receiver", "--max-new-tokens", "8"]
+    more = ["--json"] if as_json else []
+    done = subprocess.run([*command, *more], capture_output=True, env=plain_environment(**environment))
+    assert done.returncode == 0, done.stderr
+    if as_json:
+        assert json.loads(done.stdout)["prompt"] == prompt
+
+
+@pytest.mark.slow
+def test_arguments_and_file_names_that_are_no_text(models):
+    for arguments, message in ((["run", b"caf\xe9", *models], b"UTF-8"), (["inspect", b"gone\xff"], b"no such folder")):
+        done = subprocess.run([sys.executable, "-m", "c2c", *arguments], capture_output=True)
+        assert done.returncode == 1
+        assert message in done.stderr
+        assert b"Traceback" not in done.stderr
+
+
 def test_a_log_shows_progress_line_by_line(monkeypatch):
     """Bars are for terminals; in a log there is a line now and then, with what is left."""
     written = io.StringIO()

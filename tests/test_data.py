@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 from collections import Counter
@@ -48,6 +49,14 @@ def numbered(count, options=4):
         {"question": "q", "A": "x", "B": "y", "C": "z", "answer": "B", "explanation": ""},
         {"question": "q", "options": ["x", "y", "z"], "answer": 1},
         {"question": "q", "choices": ["x", "y", "z"], "answer": 1},
+        {"question": "q", "choices": [{"text": "x"}, {"text": "y"}, {"text": "z"}], "answer": 1},
+        {
+            "question": {
+                "stem": "q",
+                "choices": [{"text": text, "label": label} for text, label in zip("xyz", "123", strict=True)],
+            },
+            "answerKey": "2",
+        },
     ],
 )
 def test_layouts_of_well_known_data_sets(data):
@@ -230,9 +239,92 @@ def test_passages_in_parts_are_joined(tmp_path, context):
     assert row.question == "When?"
 
 
+ROW = {"question": "Where is the café?", "context": "c", "answer": "Paris"}
+LINE = json.dumps(ROW, ensure_ascii=False)
+ARTICLE = {"title": "t", "paragraphs": [{"context": "c", "qas": [{"question": ROW["question"], "answers": "Paris"}]}]}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        LINE.encode(),
+        LINE.encode("utf-8-sig"),
+        f"\r\n{LINE}\r\n\r\n".encode(),
+        gzip.compress(LINE.encode()),
+        json.dumps([ROW], indent=2).encode(),
+        json.dumps(ROW, indent=2).encode(),
+        json.dumps({"version": "1.1", "data": [ARTICLE]}).encode(),
+        json.dumps({"data": [ARTICLE]}, indent=1).encode(),
+        json.dumps({"Data": [ROW]}).encode(),
+        json.dumps(ARTICLE).encode(),
+    ],
+    ids=["lines", "mark", "crlf", "gzip", "list", "one object", "squad", "squad, indented", "triviaqa", "article"],
+)
+def test_files_of_rows(tmp_path, content):
+    (tmp_path / "rows.json").write_bytes(content)
+    (row,), dropped = load_rows([DataSource("rows.json", kind="private_question")], tmp_path, 0)
+    assert (row.question, row.references, row.sharer_messages[-1]["content"]) == (ROW["question"], ("Paris",), "c")
+    assert not dropped
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b"", "empty"),
+        ("a.jsonl", b"[]", "empty"),
+        ("a.csv", b"question,answer\nq,a\n", "read_csv"),
+        ("a.parquet", b"PAR1....", "read_parquet"),
+        ("a.jsonl", LINE.encode("utf-16"), "UTF-16.*iconv"),
+        ("a.jsonl", LINE.encode("utf-16-le"), "UTF-16.*iconv"),
+        ("a.jsonl", LINE.encode("latin-1"), "no text in UTF-8.*iconv"),
+        ("a.jsonl", gzip.compress(LINE.encode())[:-9], "damaged gzip"),
+        ("a.jsonl", b"PK\x03\x04....", "Unpack"),
+        ("a.jsonl", b'{"question": "q\\ud800", "answer": "a"}', "line 1.*surrogate"),
+        ("a.jsonl", b"[" * 5000, "not JSON"),
+        ("a.jsonl", b'{"question": ' + b"9" * 5000 + b"}", "not JSON"),
+        ("a.jsonl", b'{"question": "q", "answer": NaN}', "line 1.*'answer' is missing"),
+        ("a.jsonl", b'{"paragraphs": [{"qas": [{}]}]}', "line 1.*SQuAD"),
+        ("a.jsonl", b'[{"question": "q", "answer": "a"}, 1]', "item 2: expected an object"),
+    ],
+)
+def test_files_of_other_formats_are_refused_with_what_to_do(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=message):
+        load_rows([DataSource(name, kind="question")], tmp_path, 0)
+
+
+def test_columns_are_renamed_before_layouts_are_read(tmp_path):
+    data = {"q": "2 + 2?", "opts": ["3", "4"], "key": "B"}
+    row = one(tmp_path, data, columns={"question": "q", "choices": "opts", "answer": "key"})
+    assert (row.answer, row.options) == (1, ("3", "4"))
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ({"columns": {"answer": "gold"}}, "columns.*gold"),
+        ({"keep": {"subject": "law"}}, "'keep'"),
+        ({"skip": 1}, "skip is 1"),
+        ({"limit": 0}, "limit is 0"),
+        ({"limit": -3}, "limit is -3"),
+        ({"skip": -1}, "skip is -1"),
+        ({"kind": "question", "options": 4}, "multiple_choice"),
+        ({"columns": "answer"}, "columns is 'answer'; expected keys and values"),
+    ],
+)
+def test_sources_that_would_give_no_or_other_rows_are_refused(tmp_path, source, message):
+    with pytest.raises(ConfigError, match=message):
+        one(tmp_path, QUESTION, **source)
+
+
 @pytest.mark.parametrize(
     "marked",
-    [{"answers": {"text": [], "answer_start": []}}, {"answers": []}, {"is_impossible": True, "answers": ["a"]}],
+    [
+        {"answers": {"text": [], "answer_start": []}},
+        {"answers": []},
+        {"is_impossible": True, "answers": ["a"]},
+        {"answers": {"value": "<unk>", "aliases": []}},
+    ],
 )
 def test_questions_without_an_answer_are_dropped_and_counted(tmp_path, marked):
     rows = [{"question": "Who?", "context": "c", "answer": "Anna"}, {"question": "Why?", "context": "c", **marked}]
@@ -244,12 +336,26 @@ def test_questions_without_an_answer_are_dropped_and_counted(tmp_path, marked):
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=6),
     lambda inner: (
-        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["text", "value", "a"]), inner, max_size=2)
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["text", "value", "label", "title", "sentences", "a"]), inner, max_size=2)
     ),
     max_leaves=5,
 )
 columns = st.sampled_from(
-    ["question", "answer", "answers", "context", "choices", "options", "A", "B", "messages", "instruction", "output"]
+    [
+        "question",
+        "answer",
+        "answers",
+        "context",
+        "choices",
+        "options",
+        "A",
+        "B",
+        "messages",
+        "instruction",
+        "input",
+        "output",
+    ]
 )
 
 
@@ -277,6 +383,18 @@ def test_any_row_is_read_as_texts_or_is_an_error_that_names_it(tmp_path, data, k
         ({"id": "x", "question": "q", "choices": ["a", "b"], "answer": True}, {}, "'answer' is True"),
         ({"id": "x", "question": "q", "choices": ["a", "b"], "answer": 0}, {"form": "poem"}, "unknown form 'poem'"),
         ({"id": "x", "instruction": "do"}, {"kind": "instruction"}, "'output' is missing"),
+        ({"id": "x", "instruction": "do", "input": ["a"], "output": "b"}, {"kind": "instruction"}, "'input' is"),
+        ({"id": "x", "question": "q", "choices": [{"a": 1}, "b"], "answer": 0}, {}, "'choices' has"),
+        (
+            {"question": "q", "choices": {"text": ["x", "y"], "label": ["1", "2"]}, "answer": 1},
+            {},
+            "line 1.*'answer' is 1, an index or one of the labels",
+        ),
+        (
+            {"question": "q", "answer": "a", "context": {"title": ["t"], "sentences": []}},
+            {"kind": "private_question"},
+            "line 1.*'context' is",
+        ),
         ({"id": "x", "messages": [{"role": "user", "content": "hi"}]}, {"kind": "chat"}, "end with a text"),
         ({"id": "x", "messages": ["hi", "hello"]}, {"kind": "chat"}, "a turn is 'hi'"),
         ({"id": "x", "conversations": [SAID, {"from": "bard", "value": "a"}]}, {"kind": "chat"}, "role 'bard'"),

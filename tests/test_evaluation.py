@@ -116,6 +116,52 @@ def test_nll_of_open_answers(fuser, data):
     assert means["receiver"] == pytest.approx(np.mean(losses), abs=0.05)  # bfloat16
 
 
+def test_items_can_be_judged_by_a_reader(fuser, data, tmp_path):
+    systems, options = ("receiver", "matched"), {"max_new_tokens": 2}
+    evaluate(config(fuser, data, systems=systems, output_dir=str(tmp_path / "choice")))
+    for item in records(tmp_path / "choice"):
+        asked = int(item["id"])
+        assert f"Which is number {asked}?" in item["prompt"]
+        assert item["choices"] == ["fox", "dog", "sun", "sea", "sky"][: 2 + asked % 4]
+        assert item["answer"] == asked % 2
+        assert item["references"] == [item["choices"][item["answer"]]]
+        assert 0 <= item["chosen"] < len(item["choices"])
+    for mode, given in (("answers", "text"), ("nll", "nll")):
+        source = {"kind": "question"}
+        made = {"mode": mode, "source": source, "output_dir": str(tmp_path / mode), "systems": systems}
+        evaluate(config(fuser, data, "open.jsonl", **made, **options))
+        for item in records(tmp_path / mode):
+            assert (item["prompt"], item["answer"]) == (f"Say {item['id']}", f"it is {item['id']}")
+            assert item["references"] == [item["answer"]]
+            assert given in item
+
+
+@pytest.mark.parametrize("mode", ["logits", "answers"])
+def test_records_of_earlier_versions_are_completed_or_refused(fuser, data, tmp_path, mode):
+    """They have neither prompt nor references; where they were read otherwise, they are not mixed with new ones."""
+    name, source = ("a.jsonl", {}) if mode == "logits" else ("open.jsonl", {"kind": "question"})
+    systems = ("receiver", "matched")
+    made = config(
+        fuser, data, name, source=source, mode=mode, systems=systems, max_new_tokens=2, output_dir=str(tmp_path)
+    )
+    evaluate(made)
+    new = records(tmp_path)
+    items = tmp_path / "items.jsonl"
+    header = items.read_text().splitlines()[0]
+
+    def old(**changes):
+        kept = [{key: one[key] for key in one if key not in ("prompt", "references", "choices")} for one in new]
+        kept = [one | ({} if mode == "logits" else {"answer": -1}) | changes for one in kept[:6]]
+        items.write_text("".join(f"{line}\n" for line in [header, *map(json.dumps, kept)]))
+
+    old()
+    evaluate(made)
+    assert sorted(records(tmp_path), key=str) == sorted(new, key=str)
+    old(**({"answer": 7} if mode == "logits" else {"exact": 1.0}))
+    with pytest.raises(EvaluationError, match="read the data otherwise"):
+        evaluate(made)
+
+
 # -- resuming and reuse ------------------------------------------------------------------------------------------------
 
 

@@ -6,6 +6,8 @@ on stdout; no traceback; and no file written.
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -17,10 +19,15 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from c2c import C2CModel, utils
+from c2c import C2CError, C2CModel, utils
 from c2c.cli import main
+from c2c.data.config import DataSource
+from c2c.evaluation import EvalConfig, load_eval_config
+from c2c.training.config import TrainConfig, load_config
 from c2c.utils import install_command
 from tiny import build, pair_folders, tokenizer
 
@@ -197,6 +204,20 @@ CONFIG_MISTAKES = {
     "a misspelt family": ({"family": "botleneck"}, "'botleneck'", "Did you mean 'bottleneck'?", "Known:"),
     "a misspelt option": ({"fuser_options": {"rnk": 8}}, "unknown rnk", "Did you mean 'rank'?"),
     "a misspelt schedule": ({"schedule": "cosin"}, "cosin is not a valid SchedulerType", "'cosine'"),
+    "one source in place of a list": ({"train": {"path": "questions.jsonl"}}, "train is {", "expected a list"),
+    "a path in place of sources": ({"dev": "questions.jsonl"}, "dev is 'questions.jsonl'", "expected a list"),
+    "a text in place of a list": ({"exclude": "questions.jsonl"}, "exclude is", "expected a list", "[questions.jsonl]"),
+    "a layer map as a text": ({"layer_map": "0,1"}, "unknown layer map '0,1'", "a list of sharer layers"),
+    "numbers in a list of texts": ({"exclude": [1]}, "exclude is [1]", "each is a text"),
+    "no number": ({"learning_rate": float("nan")}, "learning_rate is nan", "expected a number"),
+    "an endless store": ({"store_budget_gb": float("inf")}, "store_budget_gb is inf", "expected a number"),
+    "a negative number": ({"batch_size": -1}, "batch_size is -1; expected 1 or more"),
+    "a negative limit": ({"train": [{"path": "questions.jsonl", "limit": -1}]}, "limit is -1; expected 1 or more"),
+    "a huge number": ({"seed": 10**30}, "seed is 1000", "expected a whole number"),
+    "a key that is no text": ({1: 2}, "unknown keys [1]"),
+    "an unknown reporter": ({"report_to": "paper"}, "paper is not supported", "tensorboard"),
+    "an impossible rank": ({"fuser_options": {"rank": "x"}}, "fuser_options of bottleneck", "rank"),
+    "a field that is no option": ({"fuser_options": {"receiver": {}}}, "unknown receiver", "Known: rank"),
     "a text for a number": ({"batch_size": "four"}, "batch_size is 'four'; expected a whole number"),
     "a number that YAML takes for text": ({"learning_rate": "2e-3"}, "'2e-3'; expected a number", "2.0e-3"),
 }
@@ -207,6 +228,40 @@ def test_configs(refused, workspace, mistake):
     change, *parts = CONFIG_MISTAKES[mistake]
     (workspace / "changed.yaml").write_text(yaml.safe_dump(CONFIG | change))
     refused("train changed.yaml", *parts)
+
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4) | st.sampled_from(["receiver", "\0"]),
+    lambda inner: (
+        st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(["path", "task", "limit", 1]), inner, max_size=2)
+    ),
+    max_leaves=4,
+)
+
+
+@pytest.mark.parametrize(
+    ("kind", "read", "base"),
+    [
+        (TrainConfig, load_config, CONFIG),
+        (EvalConfig, load_eval_config, {"fuser": "fuser", "data": ["questions.jsonl"]}),
+    ],
+)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_any_config_is_read_or_refused_by_an_error_of_the_package(workspace, kind, read, base, data):
+    names = st.sampled_from([field.name for field in dataclasses.fields(kind)]) | st.text(max_size=3) | st.integers()
+    changes = data.draw(st.dictionaries(names, anything, min_size=1, max_size=2))
+    (workspace / "any.yaml").write_text(yaml.safe_dump(base | changes))
+    with contextlib.suppress(C2CError):
+        read(workspace / "any.yaml")
+
+
+@pytest.mark.parametrize("value", ["receiver", ["receiver", 1], 3])
+def test_a_text_where_a_list_is_meant(value):
+    with pytest.raises(C2CError, match=r"systems is .*expected a list"):
+        EvalConfig("fuser", [DataSource("questions.jsonl")], systems=value)
+    with pytest.raises(C2CError, match=r"data is .*expected a list"):
+        EvalConfig("fuser", "questions.jsonl")
 
 
 USAGE_MISTAKES = {

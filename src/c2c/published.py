@@ -67,15 +67,15 @@ def import_published(
         theirs,
         ours,
         [mapping[i][0] if i in mapping else None for i in range(layers)],
-        alignment={
-            "name": "published",
-            "strategy": model.get("alignment_strategy", "first"),
-            "enabled": bool(model.get("is_do_alignment", False)),
-        },
-        training={"source": "published checkpoint", "config": training},
         gate_temperature=float(states[0].get("gate_temperature", 1.0)),
         **{name: value for name, value in shape.items() if name in _OPTIONS},
     )
+    fuser.config.alignment = {
+        "name": "published",
+        "strategy": model.get("alignment_strategy", "first"),
+        "enabled": bool(model.get("is_do_alignment", False)),
+    }
+    fuser.config.training = {"source": "published checkpoint", "config": training}
     for number, projector, state in zip(projectors, fuser.layers, states, strict=True):
         values = {name: value for name, value in state.items() if name != "gate_temperature"}
         try:

@@ -56,6 +56,8 @@ class DataSource:
                 f"draft is {self.draft} for rows of kind {self.kind!r}; expected a number of tokens, 0 for none, of "
                 "kind 'private_question'."
             )
+        if self.kind != "multiple_choice" and (self.vary_options or self.options is not None):
+            raise ConfigError(f"options and vary_options are for rows of kind 'multiple_choice', not {self.kind!r}.")
         low, high = self.option_range or (2, 2)
         if not 2 <= low <= high <= len(LETTERS):
             raise ConfigError(

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Self
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -209,23 +210,28 @@ class Fuser(PreTrainedModel):
 
     @classmethod
     def from_geometry(
-        cls, sharer: KVGeometry, receiver: KVGeometry, layer_map: list[int | None], **options: Any
+        cls, sharer: KVGeometry, receiver: KVGeometry, layer_map: list[int | None], /, **options: Any
     ) -> Self:
         """Make an untrained fuser for these cache shapes; ``options`` go to the family's config.
 
         Raises:
-            FuserError: an option that the family does not have.
+            FuserError: an option that the family does not have, or with an impossible value.
         """
-        known = {entry.name for entry in dataclasses.fields(cls.config_class)}
-        unknown = sorted(set(options) - known)
+        base = {entry.name for entry in dataclasses.fields(FuserConfig)}
+        own = sorted({entry.name for entry in dataclasses.fields(cls.config_class)} - base)
+        unknown = sorted(set(options) - set(own), key=str)
         if unknown:  # transformers would store and ignore it
-            own = sorted(known - {entry.name for entry in dataclasses.fields(FuserConfig)})
             raise FuserError(
                 f"fuser_options of {cls.family}: unknown {', '.join(unknown)}."
                 f"{''.join(did_you_mean(name, own) for name in unknown)} Known: {', '.join(own) or 'none'}."
             )
         shapes: dict[str, Any] = {"sharer_kv": sharer.to_dict(), "receiver_kv": receiver.to_dict()}
-        return cls(cls.config_class(layer_map=layer_map, c2c_version=__version__, **shapes, **options))
+        try:
+            return cls(cls.config_class(layer_map=layer_map, c2c_version=__version__, **shapes, **options))
+        except (ValueError, TypeError, RuntimeError, StrictDataclassError) as error:
+            if isinstance(error, FuserError) or not options:
+                raise
+            raise FuserError(f"fuser_options of {cls.family} are {options}, which can't be: {error}") from error
 
     @property
     def trained(self) -> bool:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
 from c2c.config import ConfigError
 from c2c.training.config import ADAPTER, TrainConfig
@@ -232,7 +233,9 @@ def make_arguments(config: TrainConfig) -> TrainingArguments:
             ddp_find_unused_parameters=False,
             use_cpu=config.device_map in (None, "cpu"),  # where the frozen models are then
         )
-    except ValueError as error:
+        for callback in get_reporting_integration_callbacks(arguments.report_to):
+            callback()  # raises where its package is missing
+    except (ValueError, RuntimeError, ImportError) as error:
         raise ConfigError(f"the Trainer refuses this configuration: {error}") from error
     # batch_size counts over all processes, so that a result does not depend on how many there are
     share, rest = divmod(config.batch_size, arguments.world_size)
