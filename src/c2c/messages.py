@@ -126,21 +126,15 @@ def _tool_calls(calls: Any) -> list[dict[str, Any]]:
             raise PromptError(
                 f"a tool call is {call!r:.200}; expected {{'function': {{'name': ..., 'arguments': ...}}}}."
             )
-        arguments = function.get("arguments", {})
-        if isinstance(arguments, str):
-            try:
+        name, arguments = text(function["name"]), function.get("arguments", {})
+        try:
+            if isinstance(arguments, str):
                 arguments = json.loads(arguments) if arguments.strip() else {}
-            except ValueError as error:
-                raise PromptError(
-                    f"the arguments of tool call {function['name']!r} are no JSON object: {arguments!r:.80} ({error})."
-                ) from None
+            text(json.dumps(arguments, ensure_ascii=False))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise PromptError(f"the arguments of tool call {name!r:.80} are no JSON object: {error!s:.80}.") from None
         if not isinstance(arguments, Mapping):
-            raise PromptError(
-                f"the arguments of tool call {function['name']!r:.80} are {arguments!r:.200}, not an object."
-            )
-        text(json.dumps(arguments, ensure_ascii=False))
+            raise PromptError(f"the arguments of tool call {name!r:.80} are a {type(arguments).__name__}, no object.")
         known = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
-        made.append(
-            known | {"type": "function", "function": {"name": text(function["name"]), "arguments": dict(arguments)}}
-        )
+        made.append(known | {"type": "function", "function": {"name": name, "arguments": dict(arguments)}})
     return made

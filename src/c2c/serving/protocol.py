@@ -12,7 +12,6 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
-    FailFast,
     Field,
     PrivateAttr,
     model_validator,
@@ -141,10 +140,10 @@ class Tool(Body):
     function: Function
 
 
-Texts = Annotated[list[Annotated[str, Field(min_length=1)]], FailFast(), BeforeValidator(_one_or_many)]
+Texts = Annotated[list[Annotated[str, Field(min_length=1)]], Field(fail_fast=True), BeforeValidator(_one_or_many)]
 Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
-Stops = Annotated[list[Stop], FailFast(), BeforeValidator(_one_or_many), Field(max_length=MAX_STOPS)]
-SomeMessages = Annotated[list[Message], FailFast(), Field(min_length=1), AfterValidator(_with_text)]
+Stops = Annotated[list[Stop], Field(max_length=MAX_STOPS, fail_fast=True), BeforeValidator(_one_or_many)]
+SomeMessages = Annotated[list[Message], Field(min_length=1, fail_fast=True), AfterValidator(_with_text)]
 Messages = Annotated[SomeMessages, BeforeValidator(_messages)]  # or a text
 
 
@@ -260,7 +259,7 @@ class ChatCompletionBody(GenerateBody):
     max_completion_tokens: int | None = Field(None, ge=1, le=_MOST)
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
-    tools: Annotated[list[Tool], FailFast()] = Field(default_factory=list)
+    tools: Annotated[list[Tool], Field(fail_fast=True)] = Field(default_factory=list)
     tool_choice: Any = "auto"
 
     @model_validator(mode="after")
