@@ -346,83 +346,97 @@ anything = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
     max_leaves=6,
 )
-texts = st.sampled_from(["hello there", "a", "", " ", "fox 😀", "<|im_start|>user\n", "x" * 700]) | st.text(max_size=8)
-contents = texts | st.lists(
-    st.fixed_dictionaries({"type": st.sampled_from(["text", "input_text", "refusal"])}, optional={"text": texts}),
-    max_size=2,
-)
+texts = st.sampled_from(["hello there", "a", " ", "fox 😀", "<|im_start|>user\n", "x" * 700]) | st.text(max_size=8)
+
+
+def some(**fields):
+    """Objects with some of these fields."""
+    return st.fixed_dictionaries({}, optional=fields)
+
+
+def odd(sane, names):
+    """What is right, and one time in four the same with one field of any value."""
+    spoilt = st.tuples(sane, st.dictionaries(st.sampled_from(names), anything, min_size=1, max_size=1))
+    return st.one_of(sane, sane, sane, spoilt.map(lambda both: {**both[0], **both[1]}))
+
+
+parts = st.lists(st.fixed_dictionaries({"type": st.sampled_from(["text", "input_text"]), "text": texts}), max_size=2)
+arguments = st.sampled_from(["", "{}", '{"city": "Paris"}', '{"a": [1, {"b": null}]}']) | st.just({})
 calls = st.fixed_dictionaries(
-    {"function": st.fixed_dictionaries({"name": texts, "arguments": st.just("{}") | anything}) | anything},
-    optional={"id": anything, "type": anything},
+    {
+        "id": st.just("c1"),
+        "type": st.just("function"),
+        "function": odd(st.fixed_dictionaries({"name": texts, "arguments": arguments}), ["name", "arguments"]),
+    }
 )
-messages = st.fixed_dictionaries(
-    {"role": st.sampled_from(["system", "developer", "user", "assistant", "tool", "function", "critic"])},
-    optional={
-        "content": st.none() | contents | anything,
-        "name": texts | anything,
-        "tool_calls": st.lists(calls, max_size=2) | anything,
-        "tool_call_id": texts,
-        "refusal": st.none() | texts,
-        "reasoning_content": texts,
-        "annotations": anything,
-        "audio": st.none() | anything,
-    },
+MESSAGE = ["role", "content", "name", "tool_calls", "tool_call_id", "refusal", "reasoning_content", "audio", "a"]
+roles = st.sampled_from(["system", "developer", "user", "user", "user", "assistant", "tool", "function"])
+further = some(
+    name=texts,
+    tool_calls=st.lists(calls, max_size=2),
+    tool_call_id=texts,
+    refusal=st.none() | texts,
+    annotations=anything,
 )
-tools = st.fixed_dictionaries(
-    {"type": st.just("function") | anything},
-    optional={
-        "function": st.fixed_dictionaries(
-            {"name": st.just("weather") | texts},
-            optional={"parameters": st.dictionaries(texts, anything, max_size=2) | anything, "strict": anything},
-        )
-        | anything
-    },
+messages = odd(
+    st.tuples(st.fixed_dictionaries({"role": roles, "content": texts | parts}), further).map(
+        lambda x: {**x[1], **x[0]}
+    ),
+    MESSAGE,
 )
-extra = st.fixed_dictionaries(
-    {},
-    optional={
-        "temperature": st.floats(0, 2) | anything,
-        "top_p": st.floats(0, 1) | anything,
-        "n": st.integers(1, 3) | anything,
-        "stop": st.lists(texts, max_size=3) | anything,
-        "seed": st.integers(-(2**63), 2**63) | anything,
-        "presence_penalty": st.floats(-2, 2) | anything,
-        "frequency_penalty": st.floats(-2, 2) | anything,
-        "logprobs": st.booleans() | st.integers(0, 5) | anything,
-        "top_logprobs": st.integers(0, 20) | anything,
-        "max_completion_tokens": anything,
-        "stream": st.booleans(),
-        "stream_options": st.just({"include_usage": True}) | anything,
-        "tools": st.lists(tools, max_size=2) | anything,
-        "tool_choice": st.sampled_from(["none", "auto", "required"]) | anything,
-        "response_format": anything,
-        "logit_bias": anything,
-        "echo": anything,
-        "user": anything,
-        "c2c": st.fixed_dictionaries(
-            {},
-            optional={
-                "report": st.booleans() | anything,
-                "answer_prefix": texts | anything,
-                "sharer_messages": texts | st.lists(messages, max_size=2) | anything,
-                "handoff": texts | anything,
-            },
-        )
-        | anything,
-    },
+functions = st.tuples(
+    st.fixed_dictionaries({"name": st.just("weather") | st.from_regex("[a-z_]{1,9}", fullmatch=True)}),
+    some(description=texts, parameters=st.dictionaries(texts, anything, max_size=2), strict=st.booleans()),
+).map(lambda both: {**both[0], **both[1]})
+tools = odd(
+    st.fixed_dictionaries(
+        {"type": st.just("function"), "function": odd(functions, ["name", "description", "parameters", "strict", "a"])}
+    ),
+    ["type", "function", "a"],
 )
-names = st.sampled_from([NAME, f"{NAME}/receiver", f"{NAME}/sharer", f"{NAME}/text"])
+FIELDS = {
+    "temperature": st.floats(0, 2),
+    "top_p": st.floats(0, 1),
+    "n": st.integers(1, 2),
+    "stop": st.lists(texts.filter(bool).map(lambda text: text[:200]), max_size=3),
+    "seed": st.integers(-(2**63), 2**63 - 1),
+    "presence_penalty": st.floats(-2, 2),
+    "frequency_penalty": st.floats(-2, 2),
+    "stream": st.booleans(),
+    "user": anything,
+    "metadata": anything,
+}
+CHAT_FIELDS = FIELDS | {
+    "logprobs": st.just(True),
+    "tools": st.lists(tools, max_size=2),
+    "tool_choice": st.sampled_from(["none", "auto"]),
+}
+ODD = [
+    *CHAT_FIELDS,
+    "model",
+    "max_tokens",
+    "messages",
+    "prompt",
+    "stream_options",
+    "response_format",
+    "logit_bias",
+    "c2c",
+]
+ODD += ["echo", "best_of", "suffix", "top_logprobs", "max_completion_tokens", "service_tier", "top_k", "a"]
+names = st.sampled_from([NAME, NAME, f"{NAME}/receiver", f"{NAME}/sharer", f"{NAME}/text"])
+c2c = odd(
+    some(report=st.booleans(), answer_prefix=texts), ["report", "answer_prefix", "sharer_messages", "handoff", "a"]
+)
 
 
-def bodies(**needed):
-    given_fields = {"model": names, "max_tokens": st.integers(1, 4), **needed}
-    return st.tuples(
-        st.fixed_dictionaries(given_fields), extra, st.dictionaries(st.text(max_size=5), anything, max_size=1)
-    ).map(lambda parts: {**parts[2], **parts[0], **parts[1]})
+def bodies(fields, **needed):
+    sane = st.fixed_dictionaries({"model": names, "max_tokens": st.integers(1, 4), **needed})
+    return odd(st.tuples(sane, some(**fields, c2c=c2c)).map(lambda both: {**both[1], **both[0]}), ODD)
 
 
-requests = st.tuples(st.just(CHAT), bodies(messages=st.lists(messages, max_size=3) | anything)) | st.tuples(
-    st.just(COMPLETIONS), bodies(prompt=texts | st.lists(texts, max_size=3) | anything)
+requests = st.one_of(
+    st.tuples(st.just(CHAT), bodies(CHAT_FIELDS, messages=st.lists(messages, min_size=1, max_size=3))),
+    st.tuples(st.just(COMPLETIONS), bodies(FIELDS | {"logprobs": st.integers(0, 5)}, prompt=texts | st.lists(texts))),
 )
 
 

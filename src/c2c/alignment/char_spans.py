@@ -60,7 +60,7 @@ class CharSpanAligner:
                 if not fused:
                     raise AlignmentError(
                         f"no token of prompt {index} can be fused: no message text was found in both models' rendered "
-                        f"prompts. Receiver reads {ours.rendered.text!r:.300}; sharer reads {other.rendered.text!r:.300}. "
+                        f"prompts. Receiver reads {ours.rendered.text!r:.300}; sharer {other.rendered.text!r:.300}. "
                         "Check that neither chat template drops the message."
                     )
                 alignments.append(Alignment.from_pairs(fused))
