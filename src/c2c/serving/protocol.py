@@ -178,10 +178,11 @@ class GenerateBody(Body, ABC):
         "metadata": (_ANY,),
         "prediction": (_ANY,),
         "prompt_cache_key": (_ANY,),
+        "prompt_cache_options": (_ANY,),
         "prompt_cache_retention": (_ANY,),
         "safety_identifier": (_ANY,),
         "user": (_ANY,),
-        "service_tier": ("auto", "default"),
+        "service_tier": (_ANY,),
         "store": (False,),
         # what would change an answer, with the values that don't
         "audio": (),
