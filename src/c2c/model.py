@@ -377,6 +377,6 @@ class C2CModel(Pretrained, TokenIds, nn.Module):
         )
 
 
-def weights_of(model: Receiver | Sharer) -> tuple[Any, ...]:
+def weights_of(model: Any) -> tuple[Any, ...]:
     """Return what tells a model's weights from others; a template that a caller sets afterwards is meant."""
     return model.identity.weights, model.identity.values, model.identity.variant
