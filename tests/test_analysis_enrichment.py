@@ -44,7 +44,7 @@ def folder(tmp_path_factory):
     return pair_folders(tmp_path_factory.mktemp)[0]
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen3", "gemma"])
+@pytest.fixture(scope="module", params=["llama", "qwen3", "gemma3"])
 def model(request):
     return LanguageModel(build(request.param, 1), tokenizer("chatml"))
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-from types import SimpleNamespace
-
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -218,71 +215,7 @@ def test_a_report_counts_a_position_once_for_two_sharers():
     assert report.sharer_bytes == report.fused_tokens * 3 * 2 * width * 4
 
 
-def test_a_streamer_gets_every_token(opened):
-    put = []
-    streamer = SimpleNamespace(put=lambda ids: put.extend(ids.flatten().tolist()), end=lambda: put.append("end"))
-    result = opened.generate(PROMPTS[0], max_new_tokens=5, streamer=streamer)
-    assert put == [*opened.receiver.encode(PROMPTS[0]).ids[0].tolist(), *result.ids.tolist(), "end"]
-
-
-@pytest.mark.parametrize("kwargs", [GREEDY, {"do_sample": True}], ids=["greedy", "sampling"])
-def test_the_pieces_of_a_stream_join_to_the_answer(opened, kwargs):
-    torch.manual_seed(4)
-    stream = opened.stream(PROMPTS[1:2], max_new_tokens=16, **kwargs)
-    pieces = list(stream)
-    assert list(stream) == []  # and does not wait for ever
-    torch.manual_seed(4)
-    result = opened.generate(PROMPTS[1], max_new_tokens=16, **kwargs)
-    assert "".join(pieces) == result.text == stream.result.text
-    assert len([piece for piece in pieces if piece]) > 1
-    assert token_ids(stream.result) == token_ids(result)
-    assert stream.result.report.fused_tokens == result.report.fused_tokens
-
-
-def test_closing_a_stream_stops_the_generation(opened):
-    def wait(ids, scores):
-        threading.Event().wait(0.02)
-        return scores
-
-    with opened.stream(PROMPTS[0], max_new_tokens=200, logits_processor=[wait]) as stream:
-        next(stream)
-    assert stream.result.new_tokens < 100
-
-
-def test_a_stream_keeps_other_stopping_criteria(opened):
-    length = opened.receiver.encode(PROMPTS[0]).length
-
-    def after_three(ids, scores, **kwargs):
-        return torch.full((ids.shape[0],), ids.shape[1] >= length + 3)
-
-    stream = opened.stream(PROMPTS[0], max_new_tokens=50, stopping_criteria=[after_three])
-    list(stream)
-    assert stream.result.new_tokens == 3
-
-
-def break_midway(ids, scores):
-    raise RuntimeError("broken pipe")
-
-
-@pytest.mark.parametrize(
-    ("prompt", "kwargs", "error"),
-    [
-        ("Hello", {"temprature": 1}, "temprature"),  # refused by generate
-        ("word " * 600, {}, "made for 512"),  # refused before it
-        ("Hello", {"num_beams": 2}, "streamer"),
-        ("Hello", {"logits_processor": [break_midway]}, "broken pipe"),
-    ],
-)
-def test_errors_of_the_generation_reach_the_reader_of_a_stream(opened, prompt, kwargs, error):
-    stream = opened.stream(prompt, max_new_tokens=4, **kwargs)
-    with pytest.raises((ValueError, RuntimeError), match=error):
-        list(stream)
-    assert stream.result is None
-
-
-def test_only_one_conversation_is_streamed(opened):
-    with pytest.raises(PromptError, match="only one conversation"):
-        opened.stream(PROMPTS)
+# -- chat --------------------------------------------------------------------------------------------------------------
 
 
 def test_every_turn_of_a_chat_is_a_fresh_run_of_its_messages(opened):

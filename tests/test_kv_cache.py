@@ -128,10 +128,18 @@ def test_a_layer_keeps_its_shape(shape):
     assert kv_cache.layer(cache, 1)[0].eq(1).all()
 
 
+def made(layers):
+    """A cache as a model fills it."""
+    cache = DynamicCache()
+    for index, pair in enumerate(layers):
+        cache.update(*pair, index)
+    return cache
+
+
 def test_layers_of_another_shape_are_left_out():
     """As in Gemma 4, whose full-attention layers have wider heads."""
     shapes = [(2, 4), (2, 4), (1, 8), (2, 4)]
-    uneven = kv_cache.from_layers([(torch.zeros(1, h, 5, d), torch.zeros(1, h, 5, d)) for h, d in shapes])
+    uneven = made([(torch.zeros(1, h, 5, d), torch.zeros(1, h, 5, d)) for h, d in shapes])
     assert kv_cache.geometry(uneven) == kv_cache.KVGeometry(3, 2, 4)
     assert kv_cache.kv_layers(uneven) == [0, 1, 3]
     assert list(kv_cache.left_out(uneven)) == kv_cache.other_attention_layers(uneven) == [2]
@@ -142,7 +150,7 @@ def test_layers_of_another_shape_are_left_out():
 
 
 def test_compressed_layers_have_no_geometry():
-    compressed = kv_cache.from_layers([(torch.zeros(1, 2, 4, 6), torch.zeros(1, 2, 4, 4))])
+    compressed = made([(torch.zeros(1, 2, 4, 6), torch.zeros(1, 2, 4, 4))])
     with pytest.raises(CacheError, match="same shape"):
         kv_cache.geometry(compressed)
 

@@ -8,10 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from c2c import C2CModel
 from c2c.errors import C2CError, PromptError
+from c2c.language_model import Receiver, Sharer
 from c2c.messages import conversations
 from c2c.prompting import RenderOptions, render
-from tiny import pair, tokenizer
+from tiny import build, tokenizer
 
 ASK = "Weather in Paris?"
 CALL = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Paris"}'}}
@@ -114,9 +116,8 @@ def test_a_template_that_leaves_a_message_out_is_an_error():
 
 
 def test_a_call_reaches_both_models():
-    model = pair()
-    for side in (model.receiver, model.sharers[0]):
-        side.tokenizer.chat_template = WITH_TOOLS
+    receiver, sharer = Receiver(build("llama", 1), with_tools()), Sharer(build("qwen2", 2), with_tools("llama3"))
+    model = C2CModel.from_models(receiver, sharer)
     prompts = model.align([one(TURNS)], RenderOptions(tools=(TOOL,)))
     sides = ((model.receiver, prompts[0].receiver), (model.sharers[0], prompts[0].sharers[0]))
     assert all('(weather {"city": "Paris"})' in side.tokenizer.decode(tokens.ids[0]) for side, tokens in sides)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
+import math
+from collections.abc import Sequence
 from dataclasses import field
 from pathlib import Path
 from types import NoneType, UnionType
@@ -14,6 +17,7 @@ from c2c.errors import C2CError, did_you_mean
 
 Config = TypeVar("Config")
 _WORDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", NoneType: "nothing"}
+_LARGEST = 2**53  # the largest number up to which a float is exact
 _ACCEPTED = {float: (int, float), str: (str, Path), list: (list, tuple), tuple: (list, tuple)}  # besides the type
 
 
@@ -49,7 +53,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def build(kind: type[Config], data: Any, where: str) -> Config:
-    """Make a configuration object from plain data; the items of lists and mappings are not checked.
+    """Make a configuration object from plain data.
 
     Args:
         kind: a dataclass.
@@ -62,40 +66,84 @@ def build(kind: type[Config], data: Any, where: str) -> Config:
     if not isinstance(data, dict):
         raise ConfigError(f"{where}: expected keys and values, got {data!r}.")
     fields = inspect.signature(kind).parameters
-    if unknown := sorted(set(data) - set(fields)):
+    if unknown := sorted(set(data) - set(fields), key=str):
         hints = "".join(did_you_mean(name, set(fields) - set(data)) for name in unknown)
         raise ConfigError(f"{where}: unknown keys {unknown}.{hints} Known: {', '.join(fields)}.")
     if missing := [name for name, one in fields.items() if one.default is one.empty and name not in data]:
         options = ", ".join("--" + name.replace("_", "-") for name in missing)
         raise ConfigError(f"{where}: missing keys {missing}. Give them in a config, or as {options}.")
-    types = get_type_hints(kind)
-    for name, value in data.items():
-        if not _fits(value, types[name]):
-            raise ConfigError(f"{where}: {name} is {value!r}; expected {_expected(types[name])}.{_number_hint(value)}")
     try:
         return kind(**data)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
 
 
+def check_values(config: Any, *, skip: Sequence[str] = ()) -> None:
+    """Check the fields of a configuration: their types, and the ``min`` and ``max`` of :func:`option`.
+
+    Args:
+        config: a dataclass.
+        skip: fields that are checked elsewhere.
+
+    Raises:
+        ConfigError: another type, no finite number, or out of range.
+    """
+    types = get_type_hints(type(config))
+    for one in dataclasses.fields(config):
+        value, hint = getattr(config, one.name), types[one.name]
+        if one.name in skip:
+            continue
+        if not _fits(value, hint):
+            raise ConfigError(f"{one.name} is {value!r:.300}; expected {_expected(hint)}.{_hint(value, hint)}")
+        low, high = one.metadata.get("min", -math.inf), one.metadata.get("max", math.inf)
+        if isinstance(value, int | float) and not low <= value <= high:
+            limits = f"{low} or more" if high == math.inf else f"{low} to {high}"
+            raise ConfigError(f"{one.name} is {value!r}; expected {limits}.")
+
+
+def as_list(value: Any, where: str) -> list[Any]:
+    """Return a list of a configuration, empty where there is none; raise ConfigError for anything else."""
+    if not isinstance(value, list | tuple | None):
+        raise ConfigError(f"{where} is {value!r:.300}; expected a list, such as [{{path: questions.jsonl}}].")
+    return list(value or ())
+
+
 def _fits(value: Any, hint: Any) -> bool:
-    if get_origin(hint) in (Union, UnionType):
-        return any(_fits(value, part) for part in get_args(hint))
-    if get_origin(hint) is Literal:
-        return value in get_args(hint)
-    kind = get_origin(hint) or hint
-    if isinstance(value, bool) and kind in (int, float):
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(_fits(value, part) for part in parts)
+    if origin is Literal:
+        return any(value is part or (isinstance(value, str) and value == part) for part in parts)
+    kind = origin or hint
+    if kind in (int, float):
+        number = isinstance(value, _ACCEPTED.get(kind, kind)) and not isinstance(value, bool)
+        return number and -_LARGEST <= value <= _LARGEST  # which nan is not
+    if kind is not Any and not isinstance(value, _ACCEPTED.get(kind, kind)):
         return False
-    return kind is Any or isinstance(value, _ACCEPTED.get(kind, kind))
+    if kind is str:
+        return "\0" not in str(value)  # which no path can hold
+    if kind is dict and parts:
+        return all(_fits(key, parts[0]) and _fits(item, parts[1]) for key, item in value.items())
+    return kind not in (list, tuple) or not parts or all(_fits(item, parts[0]) for item in value)
 
 
 def _expected(hint: Any) -> str:
-    if get_origin(hint) in (Union, UnionType):
-        return " or ".join(_expected(part) for part in get_args(hint))
-    if get_origin(hint) is Literal:
-        return " or ".join(map(repr, get_args(hint)))
-    kind = get_origin(hint) or hint
-    return _WORDS.get(kind, "a list" if kind in (list, tuple) else "keys and values")
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return " or ".join(_expected(part) for part in parts)
+    if origin is Literal:
+        return " or ".join(map(repr, parts))
+    kind = origin or hint
+    if kind in (list, tuple):
+        return f"a list, of which each is {_expected(parts[0])}" if parts else "a list"
+    return _WORDS.get(kind, "keys and values")
+
+
+def _hint(value: Any, hint: Any) -> str:
+    """Explain what is easily mistaken: numbers that YAML takes for text, and one value where a list is meant."""
+    if isinstance(value, str | dict) and get_origin(hint) in (list, tuple):
+        return f" Write one as [{value}]." if isinstance(value, str) else ""
+    return _number_hint(value)
 
 
 def _number_hint(value: Any) -> str:

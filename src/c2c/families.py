@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
@@ -35,6 +35,22 @@ TEXTS = ("Name three rivers.", "Hi", "Who built the boat house?")
 _NEW = 4  # tokens decoded in each check
 _LARGEST = 30_000_000  # parameters; a config that stays larger has no fields for its size
 _SIZES = json.loads(resources.files("c2c").joinpath("families.json").read_text(encoding="utf-8"))
+
+_INTRODUCTION = """# Model families
+
+Written by `c2c doctor --families --markdown docs/families.md`. For each causal family of transformers a random model
+of a few layers is the receiver and the sharer of the default fuser. A family is taken in both roles if all of this
+holds:
+
+- the receiver alone decodes what transformers decodes without any cache;
+- an untrained fuser changes nothing, token for token, for every fuser family named;
+- with a fuser that changes the cache, a batch of unequal lengths gives the answers of its single prompts, also with
+  private context where that is taken.
+
+KV layers keep keys and values per token; they are fused. Layers that are left out (by number) keep what the model puts
+there. Rotation says how channels of keys are paired: *none* is for layers without rotary embedding. That a tiny random
+model is taken says that the architecture is handled rightly; it says nothing about how well a fuser learns.
+"""
 
 
 @dataclass
@@ -114,12 +130,6 @@ def byte_tokenizer() -> TokenizersBackend:
     return tokenizer
 
 
-def check_families(names: Sequence[str] | None = None) -> Iterator[FamilyReport]:
-    """Check families one after the other; all that can be built by default."""
-    for name in names or causal_families():
-        yield check_family(name)
-
-
 def check_family(name: str) -> FamilyReport:
     """Build a tiny model of a family and check it in both roles."""
     report = FamilyReport(name)
@@ -178,7 +188,7 @@ def _check(report: FamilyReport, what: str, got: Any, expected: Any) -> None:
 
 
 def _check_receiver(receiver: Receiver, report: FamilyReport) -> None:
-    report.batch = "together" if getattr(receiver, "batches", True) else "one by one"
+    report.batch = "one by one" if receiver.separates(receiver.encode(list(TEXTS))) else "together"
     model = C2CModel.from_models(receiver, _partner(Sharer))
     kinds = [
         "none" if entry is None else "neighbours" if entry.interleaved else "halves" for entry in receiver.rope_scheme
@@ -241,6 +251,30 @@ def summary(reports: Sequence[FamilyReport]) -> str:
     taken = sum(report.taken for report in reports)
     built = sum(not report.receiver.startswith("not built") for report in reports)
     return (
-        f"{taken} families are taken in both roles, of {built} built and {len(reports)} in transformers "
-        f"{transformers.__version__}"
+        f"{taken} families are taken in both roles, of {built} that could be built and {len(reports)} causal ones in "
+        f"transformers {transformers.__version__}"
     )
+
+
+def markdown(reports: Sequence[FamilyReport]) -> str:
+    """Return a table of the families that are taken, and one of the others with the reason."""
+    taken, others = ([report for report in reports if report.taken is yes] for yes in (True, False))
+    heads = ("family", "KV layers", "rotation", "fusers", "private context", "batch", "left out")
+    lines = [_INTRODUCTION, f"{summary(reports)}.", "", *_row(*heads), f"|{'---|' * len(heads)}"]
+    for one in taken:
+        left = "; ".join(f"{', '.join(map(str, layers))}: {reason}" for reason, layers in one.left_out.items())
+        private = one.private if one.private == "yes" else "no: attention layers differ in shape"
+        lines += _row(
+            f"`{one.family}`", one.layers, ", ".join(one.rotation), ", ".join(one.fusers), private, one.batch, left
+        )
+    lines += ["", *_row("not taken", "receiver", "sharer")]
+    lines.append("|---|---|---|")
+    for one in others:
+        wrong = f" ({'; '.join(one.wrong)})" if one.wrong else ""
+        sharer = "the same" if one.sharer == one.receiver else one.sharer
+        lines += _row(f"`{one.family}`", one.receiver + wrong, sharer)
+    return "\n".join(lines) + "\n"
+
+
+def _row(*cells: str) -> list[str]:
+    return [f"| {' | '.join(cell.replace('|', ' ') for cell in cells)} |"]

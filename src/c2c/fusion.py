@@ -158,6 +158,6 @@ def _entries(
     values = [aligned.gather(values).to(fuser.device) for _, values in pairs]
     rotary: list[Rotary] | None = None
     if fuser.needs_rotary:
-        tables = model.rotary(aligned.gather_positions(tokens.positions).to(fuser.device))
+        tables = model.rotary(aligned.gather_positions(tokens.positions).to(fuser.device), tokens.length)
         rotary = None if tables is None else [tables[layer] for layer in layers]
     return Entries(keys, values, rotary)

@@ -1,8 +1,10 @@
-"""Generation: prefilled prompts, reports and results, decoding arguments, streams and chats."""
+"""Generation: prefilled prompts, reports and results, streams and chats."""
 
 from __future__ import annotations
 
+import atexit
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,8 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+from transformers import (
+    Cache,
+    MaxLengthCriteria,
+    MaxTimeCriteria,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextIteratorStreamer,
+)
 
+from c2c.decoding import as_callables, as_list
 from c2c.errors import PromptError, RemoteError
 from c2c.messages import Conversation, conversations
 from c2c.prompting import require_tokenizer
@@ -21,8 +31,6 @@ from c2c.tokens import TokenBatch
 
 if TYPE_CHECKING:
     from c2c.language_model import LanguageModel
-
-DEFAULT_NEW_TOKENS = 256
 
 
 class StageTimer:
@@ -219,8 +227,12 @@ class PrefilledPrompt:
         """
         timer = timer or FirstTokenTimer()
         began = time.perf_counter()
+        if self.report is not None:  # else the cache is the model's own, which may be made anew
+            kwargs["fused"] = True
         ids = self.model.generate(self.tokens, self.cache, timer=timer, **kwargs)
         ended = time.perf_counter()
+        if self.report is not None:
+            self.report.notes += [note for note in timer.notes if note not in self.report.notes]
         if self.report is not None and self.report.timer is not None:
             self.report.timer.add("first_token", (timer.first or ended) - began)
             self.report.timer.add("decode", ended - (timer.first or ended))
@@ -251,50 +263,72 @@ def unbatch(results: list[GenerationResult], messages: Any) -> Any:
 
 
 class FirstTokenTimer(StoppingCriteria):
-    """Measure the time of the first new token, and where rows end. Never stops anything.
+    """Measure the time of the first new token, and where rows end.
+
+    Args:
+        began: when the call began; by default now.
 
     Attributes:
         began: when the call began.
         first: when the first token was there.
+        notes: for the report.
+        lengths: of all rows, where they are known; else they are found out by :meth:`trim`.
     """
 
-    def __init__(self) -> None:
-        self.began = time.perf_counter()
+    def __init__(self, began: float | None = None) -> None:
+        self.began = time.perf_counter() if began is None else began
         self.first: float | None = None
+        self.notes: list[str] = []
+        self.lengths: list[int] | None = None
         self._ends: list[int] = []
-        self._filler: int | None = None  # what fills rows that a stop string ended
+        self._criteria = StoppingCriteriaList()
+        self._stopped: dict[int, int] = {}  # tokens of the rows that a criterion has ended
+        self._prompt: int | None = None  # columns before the first new token
+        self._beams = False
+        self._filler: int | None = None  # what fills beams that a criterion has ended
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
-        """Record the time of the first call, which ``generate`` makes after every token."""
+        """Record the time of the first call, which ``generate`` makes after every token; return which rows end."""
         if self.first is None:
-            self.first = time.perf_counter()
-        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+            self.first, self._prompt = time.perf_counter(), input_ids.shape[1] - 1
+        if not self._criteria:
+            return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+        done: Tensor = self._criteria(input_ids, scores, **kwargs)
+        if not self._beams:  # their rows change places
+            length = input_ids.shape[1] - (self._prompt or 0)
+            for row in done.nonzero().flatten().tolist():
+                self._stopped.setdefault(row, length)
+        return done
 
     def watch(self, kwargs: dict[str, Any], config: Any) -> None:
-        """Add this timer to the arguments of ``generate``, whose ``config`` holds the defaults."""
-        self._ends = as_list(kwargs.get("eos_token_id", config.eos_token_id))
-        if kwargs.get("stop_strings") or kwargs.get("stopping_criteria"):
-            filler = kwargs.get("pad_token_id", config.pad_token_id)
-            self._filler = filler if filler not in self._ends else None
-        kwargs["stopping_criteria"] = StoppingCriteriaList([self, *(kwargs.get("stopping_criteria") or [])])
+        """Take the place of the stopping criteria in the arguments of ``generate``, to see which rows they end."""
+        self._ends = as_list(config.eos_token_id)
+        self._beams = int(config.num_beams or 1) > 1
+        criteria = as_callables(kwargs.get("stopping_criteria"))
+        limits = [one for one in criteria if isinstance(one, MaxLengthCriteria | MaxTimeCriteria)]
+        self._criteria = StoppingCriteriaList(one for one in criteria if one not in limits)
+        if self._beams and criteria and config.pad_token_id not in self._ends:
+            self._filler = config.pad_token_id
+        kwargs["stopping_criteria"] = StoppingCriteriaList([self, *limits])
 
     def trim(self, ids: Tensor) -> list[Tensor]:
-        """Cut each row of new ids, ``[rows, new]``, after its first end token, or where its filling begins."""
-        rows = []
-        for row in ids.cpu():
-            tokens = row.tolist()
-            length = next((i + 1 for i, token in enumerate(tokens) if token in self._ends), len(tokens))
-            while length > 1 and tokens[length - 1] == self._filler:
-                length -= 1
-            rows.append(row[:length])
-        return rows
+        """Cut each row of new ids, ``[rows, new]``, after its first end token, or where a criterion has ended it."""
+        return [row[: self._length(row.tolist(), index)] for index, row in enumerate(ids.cpu())]
 
+    def ended(self, row: Tensor, index: int) -> bool:
+        """Whether a trimmed row has ended by itself, and was not cut off."""
+        return int(row[-1]) in self._ends or index in self._stopped
 
-def as_list(value: int | list[int] | None) -> list[int]:
-    """Return token ids of a generation config as a list."""
-    if value is None:
-        return []
-    return list(value) if isinstance(value, list | tuple) else [value]
+    def _length(self, tokens: list[int], index: int) -> int:
+        if self.lengths is not None:
+            return self.lengths[index]
+        length = min(self._stopped.get(index, len(tokens)), len(tokens))
+        # beams of a model without an end token are filled with -1
+        ends = (i + (token >= 0) for i, token in enumerate(tokens[:length]) if token in self._ends or token < 0)
+        length = next(ends, length)
+        while length > 1 and tokens[length - 1] == self._filler:
+            length -= 1
+        return length
 
 
 class Chat:
@@ -337,8 +371,60 @@ class Cancellation(StoppingCriteria):
         return torch.full((input_ids.shape[0],), self.event.is_set(), dtype=torch.bool, device=input_ids.device)
 
 
+class _StreamRun:
+    """Hold what the thread of a stream works on. It must not hold the stream, which could never be dropped then."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.result: GenerationResult | None = None
+        self.error: BaseException | None = None
+        self.cancel = Event()
+        self.pieces = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.thread: Thread | None = None
+
+    def start(self, generate: Callable[..., Any], messages: Any, kwargs: dict[str, Any]) -> None:
+        """Start to generate."""
+        stops = [Cancellation(self.cancel), *as_callables(kwargs.pop("stopping_criteria", None))]
+        kwargs |= {"streamer": self.pieces, "stopping_criteria": StoppingCriteriaList(stops)}
+        # A daemon, since others are waited for before anything can stop them; see stop_streams.
+        self.thread = Thread(target=self._work, args=(generate, messages, kwargs), name="c2c-stream", daemon=True)
+        _runs.add(self)
+        self.thread.start()
+
+    def stop(self) -> None:
+        """Stop the generation after its next token and wait for it."""
+        self.cancel.set()
+        if self.thread is not None:
+            self.thread.join()
+
+    def _work(self, generate: Callable[..., Any], messages: Any, kwargs: dict[str, Any]) -> None:
+        try:
+            result = generate(messages, **kwargs)
+            self.result = result[0] if isinstance(result, list) else result
+        except BaseException as error:
+            self.error = error
+        finally:
+            self.pieces.text_queue.put(self.pieces.stop_signal)  # once more, where generate has put one
+            _runs.discard(self)
+
+
+_runs: set[_StreamRun] = set()
+
+
+@atexit.register
+def stop_streams() -> None:
+    """Stop all streams: a thread that still computes while the interpreter goes down aborts the process."""
+    runs = list(_runs)
+    for run in runs:
+        run.cancel.set()
+    for run in runs:
+        run.stop()
+
+
 class TextStream(Iterator[str]):
-    """Iterate over an answer's text as it is made.
+    """Iterate over an answer's text as it is made, by a thread of its own.
+
+    The generation stops after its next token when the stream is closed, when nobody holds it any more (a loop that was
+    left by ``break``), and when the program ends.
 
     Attributes:
         result: the :class:`GenerationResult`, once the stream has ended.
@@ -351,24 +437,18 @@ class TextStream(Iterator[str]):
         batch, _ = conversations(messages)
         if len(batch) != 1:
             raise PromptError(f"only one conversation can be streamed, got {len(batch)}. Use generate for a batch.")
-        self.result: GenerationResult | None = None
-        self._error: BaseException | None = None
-        self._ended = False
-        self._cancel = Event()
+        if kwargs.get("streamer") is not None:
+            raise PromptError("a stream is its own streamer. Use generate to pass another.")
         require_tokenizer(tokenizer, "receiver")
-        self._pieces = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        stops = StoppingCriteriaList([Cancellation(self._cancel), *(kwargs.pop("stopping_criteria", None) or [])])
-        kwargs |= {"streamer": self._pieces, "stopping_criteria": stops}
-        self._thread = Thread(target=self._run, args=(generate, messages, kwargs), daemon=True)
-        self._thread.start()
+        self._ended = False
+        self._run = _StreamRun(tokenizer)
+        weakref.finalize(self, self._run.cancel.set).atexit = False
+        self._run.start(generate, messages, kwargs)
 
-    def _run(self, generate: Callable[..., Any], messages: Any, kwargs: dict[str, Any]) -> None:
-        try:
-            result = generate(messages, **kwargs)
-            self.result = result[0] if isinstance(result, list) else result
-        except BaseException as error:
-            self._error = error
-            self._pieces.end()
+    @property
+    def result(self) -> GenerationResult | None:
+        """The answer, once the stream has ended."""
+        return self._run.result
 
     def __iter__(self) -> Iterator[str]:
         return self
@@ -376,19 +456,19 @@ class TextStream(Iterator[str]):
     def __next__(self) -> str:
         if self._ended:
             raise StopIteration
-        try:
-            return str(next(self._pieces))
-        except StopIteration:
-            self._ended = True
-            self._thread.join()
-            if self._error is not None:
-                raise self._error from None
-            raise
+        piece = self._run.pieces.text_queue.get()
+        if piece != self._run.pieces.stop_signal:
+            return str(piece)
+        self._ended = True
+        self._run.stop()
+        if self._run.error is not None:
+            raise self._run.error from None
+        raise StopIteration
 
     def close(self) -> None:
-        """Stop the generation after its next token and wait for it."""
-        self._cancel.set()
-        self._thread.join()
+        """Stop the generation after its next token and wait for it; what was not read yet is dropped."""
+        self._ended = True
+        self._run.stop()
 
     def __enter__(self) -> TextStream:
         return self

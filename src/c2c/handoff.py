@@ -150,8 +150,9 @@ class Handoff:
     @property
     def id(self) -> str:
         """What was read and by whom: the same for the same tokens and sharer."""
-        facts = self.sharer.to_dict()
-        known = json.dumps([facts["weights"], facts["architecture"], facts["kv"], self.ids.tolist()], sort_keys=True)
+        sharer = self.sharer
+        who = sharer.weights_key or sharer.name  # weights on disk are not known
+        known = json.dumps([who, sharer.architecture, sharer.kv, self.ids.tolist()], sort_keys=True)
         return hashlib.sha256(known.encode()).hexdigest()
 
     def cache(self, dtype: torch.dtype, device: torch.device) -> Cache:

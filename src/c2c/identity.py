@@ -7,13 +7,12 @@ import json
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from c2c.errors import MismatchError
 from c2c.kv_cache import KVGeometry
+from c2c.weights_hash import WeightsReader, same_values
 
-_SAMPLES = 32
 _STRUCTURE = ("architecture", "kv", "rope")
 
 
@@ -30,6 +29,9 @@ class ModelIdentity:
         weights: fingerprint of the weights, None where they are not in memory.
         tokenizer: hash of the tokenizer's vocabulary and rules, None without a tokenizer.
         template: hash of the chat template, None without one.
+        values: checksum of every weight, with what a comparison across types needs; None in records of older versions,
+            which are compared by ``weights``.
+        variant: active adapters and quantization; informative. None in records of older versions.
     """
 
     name: str
@@ -40,6 +42,22 @@ class ModelIdentity:
     weights: str | None
     tokenizer: str | None
     template: str | None
+    values: dict[str, str] | None = None
+    variant: str | None = None
+
+    @property
+    def weights_key(self) -> str | None:
+        """Return what tells the weights of two models apart, as a key; None where it is not known."""
+        return self.weights if self.values is None else self.values["checksum"]
+
+    def same_weights(self, other: ModelIdentity) -> bool | None:
+        """Whether both have the same weights, whatever their types; None where that is not known."""
+        if self.weights is None or other.weights is None:
+            return None
+        if self.values is None or other.values is None:
+            return self.weights == other.weights
+        alike = self.weights == other.weights or self.values["dtype"] != other.values["dtype"]
+        return alike and same_values(self.values, other.values)
 
     def to_dict(self) -> dict[str, Any]:
         """Return a plain dict, for the fuser's config."""
@@ -56,37 +74,38 @@ class ModelIdentity:
 Pairs = list[tuple[str, ModelIdentity | None, ModelIdentity]]
 
 
+class IdentityReader:
+    """Read the identity of one model as it is now; what did not change since the last time is not hashed again."""
+
+    def __init__(self) -> None:
+        self._weights = WeightsReader()
+        self._rules: tuple[Any, str | None] | None = None
+
+    def read(self, model: PreTrainedModel, tokenizer: Any, name: str, geometry: KVGeometry) -> ModelIdentity:
+        """Return the identity of a loaded model."""
+        rope = getattr(model.config.get_text_config(decoder=True), "rope_parameters", None)
+        template = getattr(tokenizer, "chat_template", None)
+        rules = (id(tokenizer), None if tokenizer is None else len(tokenizer))
+        if self._rules is None or self._rules[0] != rules:
+            self._rules = (rules, tokenizer_hash(tokenizer))
+        weights = self._weights.read(model)
+        return ModelIdentity(
+            name=name,
+            revision=getattr(model.config, "_commit_hash", None),
+            architecture=type(model).__name__,
+            kv=geometry.to_dict(),
+            rope=json.dumps(rope, sort_keys=True, default=str) if rope else None,
+            weights=weights.fingerprint,
+            tokenizer=self._rules[1],
+            template=_digest(str(template).encode()) if template else None,
+            values=weights.values,
+            variant=weights.variant,
+        )
+
+
 def identify(model: PreTrainedModel, tokenizer: Any, name: str, geometry: KVGeometry) -> ModelIdentity:
     """Return the identity of a loaded model."""
-    rope = getattr(model.config.get_text_config(decoder=True), "rope_parameters", None)
-    template = getattr(tokenizer, "chat_template", None)
-    return ModelIdentity(
-        name=name,
-        revision=getattr(model.config, "_commit_hash", None),
-        architecture=type(model).__name__,
-        kv=geometry.to_dict(),
-        rope=json.dumps(rope, sort_keys=True, default=str) if rope else None,
-        weights=weights_fingerprint(model),
-        tokenizer=tokenizer_hash(tokenizer),
-        template=_digest(str(template).encode()) if template else None,
-    )
-
-
-def weights_fingerprint(model: PreTrainedModel) -> str | None:
-    """Hash names, shapes and samples of all weights: milliseconds, where a full hash takes many seconds.
-
-    Values are compared as bfloat16, so that a model loaded in float32 and in bfloat16 is the same model.
-    """
-    digest = hashlib.sha256()
-    for name, weight in sorted(model.named_parameters()):
-        if weight.is_meta:
-            return None
-        flat = weight.detach().reshape(-1)
-        step = max(1, flat.numel() // _SAMPLES)
-        sample = flat[::step][:_SAMPLES].to(device="cpu", dtype=torch.bfloat16).view(torch.int16)
-        digest.update(f"{name}{tuple(weight.shape)}".encode())
-        digest.update(sample.contiguous().numpy().tobytes())
-    return digest.hexdigest()[:32]
+    return IdentityReader().read(model, tokenizer, name, geometry)
 
 
 def tokenizer_hash(tokenizer: Any) -> str | None:
@@ -111,12 +130,24 @@ def differences(
     """
     hard: list[str] = []
     soft: list[str] = []
-    for field in fields(ModelIdentity)[2:]:  # name and revision are informative
-        want, got = getattr(expected, field.name), getattr(given, field.name)
-        if want is not None and got is not None and want != got:
-            line = f"{role} {field.name}: the {what} was made for {want} ({expected.name}), got {got} ({given.name})"
-            (hard if field.name in _STRUCTURE else soft).append(line)
+    for field in ("architecture", "kv", "rope", "weights", "tokenizer", "template"):
+        want, got = getattr(expected, field), getattr(given, field)
+        if want is None or got is None or _same(field, expected, given):
+            continue
+        if field == "weights":
+            want, got = (" ".join(filter(None, (one.weights, one.variant))) for one in (expected, given))
+        line = f"{role} {field}: the {what} was made for {want} ({expected.name}), got {got} ({given.name})"
+        (hard if field in _STRUCTURE else soft).append(line)
     return hard, soft
+
+
+def _same(field: str, expected: ModelIdentity, given: ModelIdentity) -> bool:
+    want, got = getattr(expected, field), getattr(given, field)
+    if field == "weights":
+        return expected.same_weights(given) is not False
+    if field == "rope" and want != got:  # 10000 and 10000.0 are one base
+        return bool(json.loads(want) == json.loads(got))
+    return bool(want == got)
 
 
 def check(pairs: Pairs, allow_mismatch: bool, what: str = "fuser") -> list[str]:

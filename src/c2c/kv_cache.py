@@ -18,16 +18,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache
-from transformers.cache_utils import (
-    DummyLayer,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-    LinearAttentionAndFullAttentionLayer,
-    LinearAttentionAndSlidingWindowAttentionLayer,
-    LinearAttentionCacheLayerMixin,
-    LinearAttentionLayer,
-)
+from transformers import Cache, DynamicCache, cache_utils
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from c2c.errors import CacheError
 
@@ -37,7 +29,8 @@ _ADVICE = (
     "Use a model that keeps plain keys and values per token in at least some layers, and a DynamicCache without "
     "quantisation."
 )
-_KNOWN = (DynamicLayer, LinearAttentionLayer, LinearAttentionAndFullAttentionLayer, DummyLayer)
+# by name: not every transformers that is supported has all of them
+_KNOWN = ("DynamicLayer", "LinearAttentionLayer", "LinearAttentionAndFullAttentionLayer", "DummyLayer")
 
 
 @dataclass(frozen=True)
@@ -79,13 +72,13 @@ def empty_cache(config: Any = None) -> DynamicCache:
 
 def planned_layers(config: Any) -> list[Any]:
     """Return empty cache layers for the model of ``config``, one per model layer."""
-    layers = DynamicCache(config=config.get_text_config(decoder=True)).layers
+    layers: list[Any] = DynamicCache(config=config.get_text_config(decoder=True)).layers
     for index, entry in enumerate(layers):
         if type(entry) is DynamicSlidingWindowLayer:
             layers[index] = DynamicLayer()
-        elif type(entry) is LinearAttentionAndSlidingWindowAttentionLayer:
-            layers[index] = LinearAttentionAndFullAttentionLayer(number_of_states=entry.number_of_states)
-    return list(layers)
+        elif type(entry).__name__ == "LinearAttentionAndSlidingWindowAttentionLayer":
+            layers[index] = cache_utils.LinearAttentionAndFullAttentionLayer(number_of_states=entry.number_of_states)
+    return layers
 
 
 def from_layers(layers: Iterable[KeyValue]) -> DynamicCache:
@@ -131,7 +124,9 @@ def check_model_layers(config: Any) -> None:
 
 def _unknown(layers: Sequence[Any]) -> str:
     """List the layers of unknown kinds, with their types."""
-    return ", ".join(f"{i} ({type(entry).__name__})" for i, entry in enumerate(layers) if type(entry) not in _KNOWN)
+    return ", ".join(
+        f"{i} ({type(entry).__name__})" for i, entry in enumerate(layers) if type(entry).__name__ not in _KNOWN
+    )
 
 
 def kv_layers(cache: Cache) -> list[int]:
@@ -158,10 +153,8 @@ def left_out(cache: Cache) -> dict[int, str]:
     reasons = {}
     for index in sorted(set(range(len(cache.layers))) - set(kv_layers(cache))):
         entry: Any = cache.layers[index]
-        if isinstance(entry, DummyLayer):
-            reasons[index] = "no cache of its own"
-        elif not isinstance(entry, DynamicLayer):
-            reasons[index] = "a state, no keys and values per token"
+        if not isinstance(entry, DynamicLayer):
+            reasons[index] = "a state, no keys and values per token" if _has_state(entry) else "no cache of its own"
         else:
             held: Any = entry
             shape = " and ".join(str(tuple(side.shape[1::2])) for side in (held.keys, held.values))
@@ -177,7 +170,11 @@ def other_attention_layers(cache: Cache) -> list[int]:
 
 def stateful(cache: Cache) -> bool:
     """Whether a layer keeps a state of everything read, which can't be cut back to fewer tokens."""
-    return any(isinstance(entry, LinearAttentionCacheLayerMixin) for entry in cache.layers)
+    return any(_has_state(entry) for entry in cache.layers)
+
+
+def _has_state(entry: Any) -> bool:
+    return hasattr(entry, "conv_states")
 
 
 def length(cache: Cache | None) -> int:
@@ -286,12 +283,19 @@ def append(cache: Cache, entries: Sequence[KeyValue]) -> Cache:
     return cache
 
 
-def stack(caches: Sequence[Cache]) -> DynamicCache:
-    """Join caches along the batch; shorter ones get zeros on the left, which the mask must hide.
+def drop_padding(cache: Cache, tokens: int) -> DynamicCache:
+    """Leave out the first ``tokens`` tokens, which are padding; a state has not read them."""
+    return _joined([cache], lambda tensors: tensors[0][:, :, tokens:], lambda tensors: tensors[0].clone())
+
+
+def stack(caches: Sequence[Cache], width: int = 0) -> DynamicCache:
+    """Join caches along the batch; those shorter than the longest, or ``width``, get zeros on the left.
+
+    The mask must hide these.
 
     Right for rotary models, since keys carry their position: moving a row to the right changes nothing in it.
     """
-    width = max(length(cache) for cache in caches)
+    width = max(width, *(length(cache) for cache in caches))
 
     def join(entries: Sequence[Tensor]) -> Tensor:
         return torch.cat([torch.nn.functional.pad(x, (0, 0, width - x.shape[2], 0)) for x in entries])

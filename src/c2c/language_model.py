@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, PreTrainedModel
+from torch.nn.utils.rnn import pad_sequence
+from transformers import Cache, PreTrainedModel, StopStringCriteria
 
 from c2c import kv_cache, rope
+from c2c.decoding import Decoding, as_list, cache_limit, prepare, table_limit
 from c2c.errors import CacheError, ContextLengthError, MismatchError, PromptError
-from c2c.generation import DEFAULT_NEW_TOKENS, FirstTokenTimer, PrefilledPrompt, as_list, unbatch
+from c2c.generation import FirstTokenTimer, PrefilledPrompt, unbatch
 from c2c.handoff import Handoff, SharerPrompt, sharer_prompt
-from c2c.identity import ModelIdentity, differences, identify
-from c2c.loading import load
+from c2c.identity import IdentityReader, ModelIdentity, differences
+from c2c.loading import load, unwrap
 from c2c.messages import conversations
 from c2c.prefill import next_logits, prefill
+from c2c.probe import ProbedModel, prefill_rows, reads_rows_apart, rows_alone
 from c2c.prompting import RenderOptions, encode, render, require_tokenizer
+from c2c.rope import prompt_length, switch_length
 from c2c.tokens import TokenBatch, left_pad, require_left_padding
-
-_PROBE_POSITIONS = (0, 7, 100)
 
 
 def _contiguous(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -50,7 +52,7 @@ class StoredPrefills(Protocol):
         ...
 
 
-class LanguageModel:
+class LanguageModel(ProbedModel):
     """Run a causal language model, frozen and in ``eval()`` mode.
 
     Raises:
@@ -58,15 +60,18 @@ class LanguageModel:
     """
 
     role = "model"
+    _identity: ModelIdentity | None = None  # where the weights are not here
     generates = True  # whether it can write text here; a sharer on another machine only shares its cache
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any = None, name: str | None = None) -> None:
+        model = unwrap(model)
         kv_cache.check_model_layers(model.config)
         self.model = model.eval().requires_grad_(False)
         _keep_head_whole(self.model)
         self.tokenizer = tokenizer
         self.name = name or str(model.config._name_or_path or type(model).__name__)
         self.released = False
+        self._reader = IdentityReader()
         self.stored: StoredPrefills | None = None  # where prefills are taken from, if they are kept
 
     @classmethod
@@ -77,7 +82,12 @@ class LanguageModel:
     @property
     def device(self) -> torch.device:
         """Where token ids go."""
-        return torch.device(self.model.device)
+        device = torch.device(self.model.device)
+        if device.type != "meta":
+            return device
+        hooks = (getattr(module, "_hf_hook", None) for module in self.model.modules())  # accelerate brings weights in
+        known = (getattr(hook, "execution_device", None) for hook in hooks)
+        return torch.device(next((where for where in known if where is not None), device))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -90,115 +100,41 @@ class LanguageModel:
         """Positions that the model was made for, None where its config does not say."""
         return getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
 
-    @cached_property
-    def geometry(self) -> kv_cache.KVGeometry:
-        """Shape of the KV cache, read from a one-token prefill: configs of some families do not tell."""
-        return kv_cache.geometry(self._probe)
-
-    @cached_property
-    def left_out(self) -> dict[int, str]:
-        """Layers of the model that keep no keys and values to fuse, with the reason."""
-        return kv_cache.left_out(self._probe)
-
-    @cached_property
-    def layer_numbers(self) -> list[int]:
-        """The model's own number of each KV layer."""
-        return kv_cache.kv_layers(self._probe)
-
-    @cached_property
-    def identity(self) -> ModelIdentity:
-        """Who this model is, for fusers and manifests."""
-        return identify(self.model, self.tokenizer, self.name, self.geometry)
-
-    @cached_property
-    def _probe(self) -> Cache:
-        """The cache of one token at several positions, each alone in its row."""
-        positions = self._probe_positions
-        ids = torch.ones_like(positions)
-        batch = TokenBatch(ids, ids.bool(), positions, padded=False)
-        try:
-            return prefill(self.model, batch.to(self.device), stop=1)
-        except Exception as error:  # whatever a model raises that does not take a plain cache
-            raise CacheError(
-                f"{self.name}: {type(self.model).__name__} can't be run with a transformers DynamicCache: "
-                f"{type(error).__name__}: {error}. Use a decoder-only model that can."
-            ) from error
-
     @property
-    def _probe_positions(self) -> Tensor:
-        last = (self.context_length or max(_PROBE_POSITIONS) + 1) - 1
-        return torch.tensor([min(position, last) for position in _PROBE_POSITIONS]).unsqueeze(1)
+    def identity(self) -> ModelIdentity:
+        """Who this model is at this moment, for fusers and manifests: adapters may be switched, and weights change."""
+        if self._identity is not None:
+            return self._identity
+        return self._reader.read(self.model, self.tokenizer, self.name, self.geometry)
+
+    @identity.setter
+    def identity(self, identity: ModelIdentity) -> None:
+        """Set the identity of a model whose weights are not here."""
+        self._identity = identity
 
     def probed(self) -> dict[str, Any]:
         """Return what is found out by running the model, for use without its weights."""
-        names = ["identity", "geometry", "_probe", "_continuation_error"]
+        names = ["geometry", "_probe", "_continuation_error"]
         with suppress(CacheError):  # of a rotation that no fuser here takes off
             _ = self.rope_scheme
             names.append("rope_scheme")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in names} | {"_identity": self.identity}
 
     def release(self) -> None:
         """Free the weights, when every prefill that is needed is stored; the model can't run any more."""
-        self.probed()
+        self.__dict__.update(self.probed())
         for parameter in self.model.parameters():
             parameter.data = parameter.data.new_empty(0)
         self.released = True
 
-    @cached_property
-    def rope_scheme(self) -> rope.Scheme:
-        """How every KV layer rotates its keys, found out by a probe.
+    def rotary(self, positions: Tensor, length: int | None = None) -> list[rope.Rotary] | None:
+        """Return rotary tables of all KV layers at ``positions``, ``[batch, tokens]``, of a prompt of ``length``."""
+        with prompt_length(self.model, length):
+            return rope.tables(self.model, positions, self.rope_scheme)
 
-        Raises:
-            CacheError: a layer rotates in none of the known ways.
-        """
-        keys = [keys for keys, _ in kv_cache.layers(self._probe)]
-        return rope.find_scheme(self.model, keys, self._probe_positions.to(self.device), self.name)
-
-    def check_rotary(self) -> None:
-        """Make sure that the rotation can be taken off this model's keys; raises as :attr:`rope_scheme` does."""
-        _ = self.rope_scheme
-
-    def check_continuation(self) -> None:
-        """Make sure that a prompt read in two parts gives the cache of one read at once, as fusing needs it.
-
-        Raises:
-            CacheError: it does not: tokens attend to later ones, or the model loses its state between the parts.
-        """
-        if self._continuation_error is not None:
-            raise CacheError(f"{self.name} can't be a receiver: {self._continuation_error}. Use it as the sharer.")
-
-    @cached_property
-    def _continuation_error(self) -> str | None:
-        batch, kind = left_pad([[1, 2, 3, 4]], 0).to(self.device), type(self.model).__name__
-        try:
-            whole, parts = prefill(self.model, batch, 4), prefill(self.model, batch, 4, prefill(self.model, batch, 2))
-        except Exception as error:  # whatever a model raises whose cache can't be continued
-            return f"{kind} can't read a prompt in two parts ({type(error).__name__}: {error})"
-        tolerance = 1e-3 if self.dtype == torch.float32 else 0.1
-        for once, twice in zip(kv_cache.layers(whole), kv_cache.layers(parts), strict=True):
-            if not all(torch.dist(a, b) <= tolerance * a.norm() for a, b in zip(once, twice, strict=True)):
-                return (
-                    f"keys and values of a prompt read in two parts are not those of one read at once ({kind} attends "
-                    "to later tokens, or loses its state between calls of several tokens)"
-                )
-        return None
-
-    def check_private_context(self) -> None:
-        """Make sure that entries can be added to all attention layers.
-
-        Raises:
-            CacheError: some have another shape, so that they would hold fewer tokens than the others.
-        """
-        if other := kv_cache.other_attention_layers(self._probe):
-            raise CacheError(
-                f"{self.name} takes no private context: its attention layers {other} have keys and values of another "
-                "shape than the rest, and entries are made for one shape. Use a fuser of shared context, or another "
-                "receiver."
-            )
-
-    def rotary(self, positions: Tensor) -> list[rope.Rotary] | None:
-        """Return the rotary tables of every KV layer at ``positions``, ``[batch, tokens]``."""
-        return rope.tables(self.model, positions, self.rope_scheme)
+    def separates(self, batch: TokenBatch, more: int = 0) -> bool:
+        """Whether rows of this batch, with ``more`` tokens to follow, must be read alone to be what they are alone."""
+        return self.generates and not self.released and reads_rows_apart(self.model, batch, more)
 
     def encode(self, messages: Any, options: RenderOptions | None = None) -> TokenBatch:
         """Tokenise messages to a left-padded batch of this model's own tokens."""
@@ -229,7 +165,8 @@ class LanguageModel:
         """
         words = self.model.get_input_embeddings().num_embeddings
         on_host = batch.ids.device.type == "cpu"  # a device is not asked
-        low, high = (int(batch.ids.min()), int(batch.ids.max())) if on_host else (0, 0)
+        ids = batch.ids.masked_fill(batch.slots, 0) if on_host else batch.ids
+        low, high = (int(ids.min()), int(ids.max())) if on_host else (0, 0)
         if low < 0 or high >= words:
             raise PromptError(
                 f"token ids from {low} to {high} for the {self.role} {self.name}, which "
@@ -248,7 +185,11 @@ class LanguageModel:
         return kv_cache.empty_cache(self.model.config)
 
     def prefill(self, batch: TokenBatch, stop: int | None = None, cache: Cache | None = None) -> Cache:
-        """Prefill the first ``stop`` columns (all by default), on ``cache`` where one is given; return the cache."""
+        """Prefill the first ``stop`` columns (all by default), on ``cache`` where one is given; return the cache.
+
+        Raises:
+            CacheError: the weights were given back.
+        """
         stop = batch.length if stop is None else stop
         if self.stored is not None and stop > 0 and not kv_cache.length(cache):
             return self.stored.prefill(batch, stop)
@@ -257,15 +198,25 @@ class LanguageModel:
                 f"the weights of the {self.role} {self.name} were given back after its prefills were stored, and this "
                 "prompt is not among them. Load the model again."
             )
-        return prefill(self.model, batch.to(self.device), stop, cache)
+        if any(module.training for module in self.model.modules()):  # layers of an adapter that was added later
+            self.model.eval()
+        batch = batch.to(self.device)
+        if self.separates(batch):
+            return prefill_rows(self._prefill, batch, stop, cache)
+        return self._prefill(batch, stop, cache)
+
+    def _prefill(self, batch: TokenBatch, stop: int, cache: Cache | None) -> Cache:
+        with prompt_length(self.model, None if switch_length(self.model) is None else int(batch.positions.max()) + 1):
+            return prefill(self.model, batch, stop, cache)
 
     @torch.no_grad()
     def prefill_messages(self, messages: Any, options: RenderOptions | None = None) -> PrefilledPrompt:
         """Render and prefill messages for this model alone; what :meth:`answer` decodes from.
 
         Raises:
-            PromptError: empty or too long.
+            PromptError: empty or too long. CacheError: the model can't go on from a cache.
         """
+        self.check_continuation()
         batch = self.encode(messages, options)
         self.check_prompt(batch)
         return PrefilledPrompt(self, batch, self.prefill(batch, batch.length - 1))
@@ -286,45 +237,112 @@ class LanguageModel:
         return unbatch(prompt.generate(timer, **kwargs), messages)
 
     def generate(
-        self, batch: TokenBatch, cache: Cache, *, timer: FirstTokenTimer | None = None, **kwargs: Any
+        self,
+        batch: TokenBatch,
+        cache: Cache,
+        *,
+        timer: FirstTokenTimer | None = None,
+        fused: bool = False,
+        **kwargs: Any,
     ) -> Tensor:
         """Decode with the model's own ``generate`` from a prefilled cache.
 
         Args:
             batch: the whole prompt, left-padded.
             cache: covers the first columns of ``batch``, at most all but the last. It grows while generating.
-            timer: measures the time of the first token.
-            **kwargs: whatever ``generate`` takes: sampling, beams, stop strings, streamers, logits processors.
+            timer: measures the time of the first token, where rows end, and collects notes for the report.
+            fused: the cache holds more than the model would make of the prompt, so it must not be made anew.
+            **kwargs: whatever ``generate`` takes: sampling, beams, stop strings, streamers, logits processors; what
+                does not go with a prefilled cache is in :mod:`c2c.decoding`.
 
         Returns:
             The new ids, ``[batch * num_return_sequences, new]``.
 
         Raises:
             CacheError: the cache covers the whole prompt or has other rows than ``batch``.
-            PromptError: right-padded or over the context length.
+            PromptError: right-padded or over the context length; an argument that can't be followed.
         """
         self.check_prompt(batch)
         batch = batch.to(self.device)
         self._check_cache(batch, cache)
-        kwargs = self._with_defaults(kwargs)
-        config = kwargs.get("generation_config") or self.model.generation_config
-        copies = [kwargs.get(name) or getattr(config, name) or 1 for name in ("num_beams", "num_return_sequences")]
-        kv_cache.repeat(cache, max(copies))  # generate repeats ids and mask, but not a cache given to it
-        if timer is not None:
-            timer.watch(kwargs, config)
-        if not batch.natural:
-            kwargs["position_ids"] = batch.positions
-        out = self.model.generate(
-            input_ids=batch.ids, attention_mask=batch.mask.long(), past_key_values=cache, **kwargs
-        )
-        sequences: Tensor = out if isinstance(out, Tensor) else out.sequences
-        return sequences[:, batch.length :]
+        timer = timer or FirstTokenTimer()
+        limits = [table_limit(self.model, self.context_length), cache_limit(self.model, batch) if fused else None]
+        limit = min((limit for limit in limits if limit is not None), default=None)
+        decoding = prepare(self.model, batch, kwargs, limit)
+        if self.separates(batch, decoding.config.max_new_tokens or 0):
+            return self._generate_rows(batch, cache, timer, decoding, fused, kwargs)
+        self._add_stops(decoding)
+        kv_cache.repeat(cache, decoding.copies)  # generate repeats ids and mask, but not a cache given to it
+        timer.watch(decoding.arguments, decoding.config)
+        timer.notes += decoding.notes
+        if decoding.config.max_time is not None:
+            decoding.config.max_time = max(decoding.config.max_time - (time.perf_counter() - timer.began), 0.0)
+        ids = batch.ids.masked_fill(batch.slots, 0)
+        prompt = {} if batch.natural else {"position_ids": batch.positions}
+        prompt |= {"input_ids": ids, "attention_mask": batch.mask.long()}
+        new = decoding.run(self.model, past_key_values=cache, **prompt)[:, batch.length :]
+        self._check_decoded(batch, cache, timer, decoding, new, fused)
+        return new
+
+    def _add_stops(self, decoding: Decoding) -> None:
+        """Let the timer see stop strings: ``generate`` itself does not say where a row met one."""
+        stops, decoding.config.stop_strings = decoding.config.stop_strings, None
+        tokenizer = decoding.arguments.pop("tokenizer", None)
+        if stops:
+            tokenizer = tokenizer or require_tokenizer(self.tokenizer, self.role)
+            decoding.add_criteria(StopStringCriteria(tokenizer, stops))
+
+    def _check_decoded(
+        self, batch: TokenBatch, cache: Cache, timer: FirstTokenTimer, decoding: Decoding, new: Tensor, fused: bool
+    ) -> None:
+        """Refuse an answer that was cut off, or decoded from another cache than the fused one."""
+        if fused and kv_cache.length(cache) < batch.length + new.shape[1] - 1:
+            raise CacheError(
+                f"the {self.role} {self.name} left the fused cache while it decoded, and read the prompt anew: the "
+                "answer would be its own. Generate fewer tokens, or leave custom_generate out."
+            )
+        room = decoding.room
+        if room is not None and any(
+            row.numel() == room and not timer.ended(row, index) for index, row in enumerate(timer.trim(new))
+        ):
+            raise ContextLengthError(
+                f"the prompt has {batch.length} tokens, and the {self.role} {self.name} can go on for {room} more from "
+                f"this cache; the answer had not ended there. Pass max_new_tokens={room}, or shorten the prompt."
+            )
+
+    def _generate_rows(
+        self,
+        batch: TokenBatch,
+        cache: Cache,
+        timer: FirstTokenTimer,
+        decoding: Decoding,
+        fused: bool,
+        kwargs: dict[str, Any],
+    ) -> Tensor:
+        """Decode row by row, for a model whose batch is not its single runs."""
+        if batch.rows > 1 and kwargs.get("streamer") is not None:
+            raise PromptError("a streamer can follow one conversation only. Pass one at a time.")
+        answers: list[Tensor] = []
+        for index, (row, own) in enumerate(rows_alone(batch, cache)):
+            part = FirstTokenTimer(timer.began)
+            arguments = decoding.for_row(kwargs, index)
+            new = self.generate(row, own or self.empty_cache(), timer=part, fused=fused, **arguments)
+            answers += part.trim(new)
+            timer.first = timer.first or part.first
+        timer.notes += [*part.notes, "the rows were decoded one by one: this model computes a batch otherwise"]
+        timer.lengths = [answer.numel() for answer in answers]
+        return pad_sequence(answers, batch_first=True, padding_value=decoding.config.pad_token_id).to(self.device)
 
     @torch.no_grad()
     def next_logits(self, batch: TokenBatch, cache: Cache) -> Tensor:
         """Run the rest of the prompt on ``cache``, which grows; return the logits after it, ``[batch, vocab]``."""
         self._check_cache(batch, cache)
-        return next_logits(self.model, batch.to(self.device), cache)
+        batch = batch.to(self.device)
+        if self.separates(batch):
+            rows = [(row, own or self.empty_cache()) for row, own in rows_alone(batch, cache)]
+            self.prefill(batch, cache=cache)
+            return torch.cat([next_logits(self.model, *row) for row in rows])
+        return next_logits(self.model, batch, cache)
 
     @property
     def ends(self) -> list[int]:
@@ -347,18 +365,6 @@ class LanguageModel:
         rows = kv_cache.layer(cache, 0)[0].shape[0] if held else batch.rows
         if rows != batch.rows:
             raise CacheError(f"the cache has {rows} rows, the prompt {batch.rows}.")
-
-    def _with_defaults(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        kwargs = dict(kwargs)
-        config = kwargs.get("generation_config") or self.model.generation_config
-        limits = ("max_new_tokens", "max_length", "max_time")
-        if not any(kwargs.get(limit) for limit in limits) and config.max_new_tokens is None:
-            kwargs["max_new_tokens"] = DEFAULT_NEW_TOKENS
-        if kwargs.get("stop_strings"):
-            kwargs.setdefault("tokenizer", require_tokenizer(self.tokenizer, self.role))
-        if config.pad_token_id is None:
-            kwargs.setdefault("pad_token_id", next(iter(as_list(config.eos_token_id)), 0))
-        return kwargs
 
 
 class Receiver(LanguageModel):
@@ -394,7 +400,8 @@ class Sharer(LanguageModel):
 
     def share(self, batch: TokenBatch, wanted: EntrySelection) -> Cache:
         """Return the cache of ``batch``, filled at least where ``wanted`` says; other entries must not be read."""
-        return self.prefill(batch, wanted.stop)
+        # what follows changes the entries of a model that sees it, and must not depend on the batch
+        return self.prefill(batch, wanted.stop if self._continuation_error is None else batch.length)
 
     def for_fuser(self, fuser: Any) -> Self:
         """Return the sharer to read with for this fuser; a remote one sends what the fuser needs and no more."""
@@ -418,8 +425,11 @@ class Sharer(LanguageModel):
             reuse: an earlier handoff of this sharer; what both begin with is not read again. So a document can grow.
 
         Raises:
-            PromptError: several conversations, or none that can be read. MismatchError: ``reuse`` is another model's.
+            PromptError: several conversations, or none that can be read; ``draft_tokens`` is no number from 0.
+            MismatchError: ``reuse`` is another model's.
         """
+        if isinstance(draft_tokens, bool) or not isinstance(draft_tokens, int) or draft_tokens < 0:
+            raise PromptError(f"draft_tokens is {draft_tokens!r}; expected an integer from 0 (no draft).")
         batch, single = conversations(messages)
         if not single:
             raise PromptError("a handoff holds one conversation: call read once for each.")
@@ -428,17 +438,20 @@ class Sharer(LanguageModel):
         self.check_prompt(tokens)
         cache = self.empty_cache()
         if reuse is not None:
-            hard, soft = differences("sharer", reuse.sharer, self.identity)
+            hard, soft = differences("sharer", reuse.sharer, self.identity, "handoff")
             if hard or soft:
-                raise MismatchError(hard + soft, "Extend a handoff with the model that made it.")
+                raise MismatchError(hard + soft, "Extend a handoff with the model that made it.", "handoff")
             known = min(reuse.shared_prefix(plan.ids), len(plan.ids) - 1)
+            switch = switch_length(self.model)
+            if switch is not None and max(len(plan.ids), len(reuse.ids)) > switch:
+                known = 0  # the entries are rotated for another length
             if known and not self.left_out:  # a handoff has nothing of other layers to go on from
                 cache = kv_cache.crop(reuse.cache(self.dtype, self.device), known)
         return self._read_prompt(plan, tokens, cache, draft_tokens)
 
     def _read_prompt(self, plan: SharerPrompt, tokens: TokenBatch, cache: Cache, draft_tokens: int) -> Handoff:
         """Prefill what ``cache`` does not hold yet, draft, and return all of it as a handoff."""
-        if draft_tokens <= 0:
+        if not draft_tokens:
             cache = self.prefill(tokens, cache=cache)
         else:
             ids, cache = self.draft(tokens, cache, draft_tokens)

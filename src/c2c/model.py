@@ -74,7 +74,8 @@ class C2CModel(Pretrained, TokenIds, nn.Module):
         self.receiver, self.sharers, self.mode = receiver, list(sharers), mode
         self.fusers = nn.ModuleList(fusers)
         self.aligner: Aligner = aligner or make_aligner(fusers[0].config.alignment)
-        self.notes = self._check_identities(allow_mismatch)
+        self.allow_mismatch = allow_mismatch
+        self.notes = self._check_identities()
         receiver.check_continuation()
         if self.private:
             receiver.check_private_context()
@@ -183,12 +184,24 @@ class C2CModel(Pretrained, TokenIds, nn.Module):
 
         Raises:
             PromptError: a prompt that a model can't take, or ``blend`` is not from 0 to 1.
+            MismatchError: a model was changed, such as by another adapter, and the fusers do not fit it any more.
         """
         if not 0 <= blend <= 1:
             raise PromptError(f"blend is {blend:g}; expected a number from 0 (the receiver alone) to 1 (all is taken).")
+        self._check_unchanged()
         report = self._report(prompts, blend)
-        parts = [self._fuse(prompt, report, blend, edit) for prompt in merge(prompts)]
+        parts = [self._fuse(prompt, report, blend, edit) for prompt in self._merge(prompts)]
         return self._join(parts, report)
+
+    def _merge(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        """Merge prompts to one batch, where all models compute its rows as they compute them alone."""
+        merged = merge(prompts)
+        apart = any(
+            model.separates(tokens)
+            for prompt in merged
+            for model, tokens in zip([self.receiver, *self.sharers], [prompt.receiver, *prompt.sharers], strict=True)
+        )
+        return list(prompts) if apart else merged
 
     def _fuse(
         self, prompt: Prompt, report: FusionReport, blend: float = 1.0, edit: CacheEdit | None = None
@@ -246,6 +259,7 @@ class C2CModel(Pretrained, TokenIds, nn.Module):
             )
         if blend == 0:
             return self.prefill_receiver(self.receiver.encode(batch, options), None)
+        self._check_unchanged()
         timer = StageTimer(self.receiver.device)
         with timer.stage("sharer_prefill"):
             readers = [self.sharers[index].for_fuser(self._fusers[index]) for index in self.private]
@@ -306,18 +320,25 @@ class C2CModel(Pretrained, TokenIds, nn.Module):
                 "fuser for private context."
             )
 
-    def _check_identities(self, allow_mismatch: bool) -> list[str]:
+    def _check_unchanged(self) -> None:
+        """Compare the models again where one is not what it was: an adapter was switched, weights were written to."""
+        if self._checked != [weights_of(model) for model in (self.receiver, *self.sharers)]:
+            self.notes = self._check_identities()
+
+    def _check_identities(self) -> list[str]:
         """Compare all models with those that the fusers were made for; the differences that were accepted."""
+        now = [model.identity for model in (self.receiver, *self.sharers)]
         pairs: list[tuple[str, Any, Any]] = []
         for index, (sharer, fuser) in enumerate(zip(self.sharers, self._fusers, strict=True)):
             name = "sharer" if len(self.sharers) == 1 else f"sharer {index + 1}"
-            pairs.append((name, fuser.expected_identity("sharer", sharer.identity), sharer.identity))
-            receiver = self.receiver.identity
-            pairs.append(("receiver", fuser.expected_identity("receiver", receiver), receiver))
+            for role, given in (("sharer", now[1 + index]), ("receiver", now[0])):
+                pairs.append((name if role == "sharer" else role, fuser.expected_identity(role, given), given))
             if fuser.needs_rotary:
                 self.receiver.check_rotary()
                 sharer.check_rotary()
-        return identity.check(pairs, allow_mismatch)
+        accepted = identity.check(pairs, self.allow_mismatch)
+        self._checked = [weights_of(model) for model in (self.receiver, *self.sharers)]
+        return accepted
 
     def _report(self, prompts: Sequence[Prompt], blend: float = 1.0, timer: StageTimer | None = None) -> FusionReport:
         report = FusionReport(
@@ -354,3 +375,8 @@ class C2CModel(Pretrained, TokenIds, nn.Module):
         return RowCounts(
             int(prompt.receiver.mask.sum()) - slots, prompt.fused_tokens, dict(prompt.skipped), slots, read
         )
+
+
+def weights_of(model: Receiver | Sharer) -> tuple[Any, ...]:
+    """Return what tells a model's weights from others; a template that a caller sets afterwards is meant."""
+    return model.identity.weights, model.identity.values, model.identity.variant

@@ -53,6 +53,12 @@ def continued_logits(model: PreTrainedModel, batch: TokenBatch, ids: Tensor, rea
     Returns:
         The logits after the last prompt token and after each of ``ids``, ``[batch, read + 1, vocab]``.
     """
+    from c2c.probe import reads_rows_apart, rows_alone  # which reads tiny prompts with this module
+
+    if reads_rows_apart(model, batch, ids.shape[1]):
+        rows = [(row, own or kv_cache.empty_cache(model.config)) for row, own in rows_alone(batch, cache)]
+        alone = ((row, ids[i : i + 1], real[i : i + 1], own) for i, (row, own) in enumerate(rows))
+        return torch.cat([continued_logits(model, *arguments) for arguments in alone])
     new = torch.cat([batch.ids[:, -1:], ids], dim=1)
     mask = torch.cat([batch.mask, real], dim=1)
     positions = batch.positions[:, -1:] + torch.arange(new.shape[1], device=new.device)

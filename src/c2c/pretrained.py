@@ -15,7 +15,7 @@ from c2c.fusers import Fuser, family
 from c2c.fusers.base import load_fuser, resolve
 from c2c.fusion import FusionMode
 from c2c.identity import ModelIdentity
-from c2c.language_model import Receiver, Sharer
+from c2c.language_model import LanguageModel, Receiver, Sharer
 from c2c.layer_map import layer_map as make_layer_map
 from c2c.published import import_published, published_names, read_names
 from c2c.utils import read_json_object, save_atomically, write_json
@@ -180,10 +180,16 @@ def _load_models(receiver: Any, sharer: Any, load_kwargs: dict[str, Any]) -> tup
             "tokenizer=... would go to both models; pass Receiver.from_pretrained(source, tokenizer=...) and "
             "Sharer.from_pretrained(source, tokenizer=...) as receiver and sharer."
         )
+    several = list(sharer) if isinstance(sharer, list | tuple) else [sharer]
+    useless = sorted(name for name, value in load_kwargs.items() if value is not None)
+    if useless and all(isinstance(model, LanguageModel) for model in (receiver, *several)):
+        raise PromptError(
+            f"{', '.join(useless)} can't be applied to models that are loaded already. Give it to "
+            "Receiver.from_pretrained and Sharer.from_pretrained."
+        )
     ours_kwargs = {name: value for name, value in load_kwargs.items() if name != "sharer_dtype"}
     their_kwargs = ours_kwargs | {"dtype": load_kwargs.get("sharer_dtype") or load_kwargs.get("dtype")}
     ours = receiver if isinstance(receiver, Receiver) else Receiver.from_pretrained(receiver, **ours_kwargs)
-    several = list(sharer) if isinstance(sharer, list | tuple) else [sharer]
     return ours, [one if isinstance(one, Sharer) else _load_sharer(one, their_kwargs) for one in several]
 
 

@@ -81,7 +81,7 @@ def project(handoff: Handoff, sharer: Sharer, fuser: Fuser) -> PrivateEntries:
         [handoff.layers[layer][side].dequantize(sharer.dtype)[:, :, kept].to(device) for layer in layers]
         for side in (0, 1)
     )
-    tables = sharer.rotary(handoff.tokens.positions[:, kept].to(device))
+    tables = sharer.rotary(handoff.tokens.positions[:, kept].to(device), handoff.tokens.length)
     rotary = None if tables is None else [tables[layer] for layer in layers]
     entries: list[KeyValue] = fuser(Entries(keys, values, rotary))
     if not fuser.trained:  # zeros are no entries: each would take its share of the receiver's attention
@@ -149,7 +149,7 @@ def prefill_entries(cache: Cache, receiver: LanguageModel, prompt: PrivatePrompt
         cache = receiver.prefill(tokens, column, cache)
     for entries in prompt.entries:
         stop = column + entries.slots
-        tables = receiver.rotary(tokens.positions[:, column:stop])
+        tables = receiver.rotary(tokens.positions[:, column:stop], tokens.length)
         layers = enumerate(entries.layers)
         rotated = [(keys if tables is None else tables[layer].apply(keys), values) for layer, (keys, values) in layers]
         kv_cache.append(cache, rotated)

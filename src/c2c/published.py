@@ -15,6 +15,7 @@ from torch import Tensor
 from c2c.errors import FuserError
 from c2c.fusers.c2c import C2CFuser, C2CFuserConfig
 from c2c.kv_cache import KVGeometry
+from c2c.loading import parse_dtype
 from c2c.utils import read_json_object
 
 _OPTIONS = C2CFuserConfig.__annotations__.keys() - {"gate_temperature"}  # of constructor arguments
@@ -82,7 +83,7 @@ def import_published(
         except RuntimeError as error:  # lists every difference
             raise FuserError(f"projector_{number}.pt does not fit its json: {error}") from error
     stored = next(value.dtype for name, value in states[0].items() if name.endswith(".weight"))
-    asked = None if dtype == "auto" else getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    asked = None if dtype == "auto" else parse_dtype(dtype)
     fuser.to(dtype=asked or stored)  # type: ignore[call-arg]
     fuser.eval()
     return fuser

@@ -78,7 +78,7 @@ class TokenIds:
             PromptError: shapes that do not agree, or right padding.
         """
         fused = self._fuse_ids(receiver_ids, sharer_ids, fuse_mask, receiver_mask, sharer_mask, sections)
-        return self.receiver.generate(fused.tokens, fused.cache, **kwargs)
+        return self.receiver.generate(fused.tokens, fused.cache, fused=True, **kwargs)
 
     @torch.no_grad()
     def fuse_ids(

@@ -10,13 +10,15 @@ from torch import Tensor
 
 from c2c.errors import PromptError
 
+_SLOT = -(2**31)  # stands in the ids for an entry of the cache that is no token; no vocabulary has it
+
 
 @dataclass(frozen=True)
 class TokenBatch:
     """Hold token ids of one model, with mask and positions.
 
     Attributes:
-        ids: token ids, ``[batch, tokens]``, int64.
+        ids: token ids, ``[batch, tokens]``, int64; no ids where :attr:`slots` says so.
         mask: True where a token is real and False on padding, ``[batch, tokens]``, bool.
         positions: position ids used for the rotary embedding, ``[batch, tokens]``, int64.
         padded: whether any row has padding. Known on the host, so that no device has to be asked.
@@ -39,6 +41,11 @@ class TokenBatch:
         """Batch size."""
         return self.ids.shape[0]
 
+    @property
+    def slots(self) -> Tensor:
+        """True where a column is an entry of the cache and no token, ``[batch, tokens]``, bool."""
+        return self.ids == _SLOT
+
     def to(self, device: torch.device) -> TokenBatch:
         """Move the batch to a device."""
         return self._each(lambda x: x.to(device))
@@ -58,9 +65,9 @@ class TokenBatch:
             column: where they are inserted, the same in all rows.
             slots: how many.
         """
-        filler = torch.zeros(self.rows, slots, dtype=self.ids.dtype, device=self.ids.device)
+        filler = self.ids.new_full((self.rows, slots), _SLOT)
         ids = torch.cat([self.ids[:, :column], filler, self.ids[:, column:]], dim=1)
-        mask = torch.cat([self.mask[:, :column], filler == 0, self.mask[:, column:]], dim=1)
+        mask = torch.cat([self.mask[:, :column], filler == _SLOT, self.mask[:, column:]], dim=1)
         return TokenBatch(ids, mask, natural_positions(mask), self.padded)
 
     def mask_until(self, stop: int) -> Tensor | None:

@@ -118,13 +118,55 @@ def read_text(path: Path, what: str, error: type[C2CError]) -> str:
         error: raised where it can't be read, is no text in UTF-8, or holds nothing but white space.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as cause:
-        reason = cause.strerror if isinstance(cause, OSError) else cause
-        raise error(f"{what} can't be read as text: {reason}. Expected a text file in UTF-8.") from cause
+        data = path.read_bytes()
+    except OSError as cause:
+        raise error(f"{what} can't be read as text: {cause.strerror}. Expected a text file in UTF-8.") from cause
+    return decode_text(data, what, error)
+
+
+def decode_text(data: bytes, what: str, error: type[C2CError]) -> str:
+    """Decode text in UTF-8, with or without a byte order mark; line ends become those of Python.
+
+    Args:
+        data: the bytes.
+        what: names them in errors.
+        error: raised where they are no text in UTF-8, or hold nothing but white space.
+    """
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as cause:
+        encoding = "It is UTF-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else "It may be Latin-1"
+        raise error(
+            f"{what} can't be read as text: {cause}. Expected a text file in UTF-8. {encoding}: iconv converts it."
+        ) from cause
+    if "\0" in text:
+        raise error(f"{what} holds NUL, and so is no text in UTF-8, perhaps UTF-16. Expected a text file in UTF-8.")
     if not text.strip():
         raise error(f"{what} is empty; expected some text to read.")
-    return text
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def argument_text(given: str, what: str, error: type[C2CError]) -> str:
+    """Return a text of the command line, whatever encoding the locale claims for it.
+
+    Bytes that the locale's encoding does not have are half surrogate pairs in ``sys.argv``; they are read as UTF-8.
+    """
+    if not re.search("[\ud800-\udfff]", given):
+        return given
+    try:
+        return decode_text(os.fsencode(given), what, error)
+    except UnicodeEncodeError as cause:
+        raise error(f"{what} has half a surrogate pair, which is no character: {cause}.") from cause
+
+
+def json_line(data: Any, encoding: str = "utf-8") -> str:
+    """Return data as one line of JSON; characters are escaped where an encoding lacks some of them."""
+    line = json.dumps(data, ensure_ascii=False)
+    try:
+        line.encode(encoding)
+    except UnicodeEncodeError:
+        return json.dumps(data)
+    return line
 
 
 RESULT_EXPECTED = (

@@ -10,6 +10,7 @@ import errno
 import os
 import sys
 from collections.abc import Callable
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated
 
@@ -92,6 +93,9 @@ def main() -> None:
     """Run the ``c2c`` command; with ``C2C_DEBUG`` set, errors keep their traceback."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # a terminal without some characters shows their numbers
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
     except (C2CError, OSError) as error:

@@ -7,7 +7,9 @@ import platform
 import shutil
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from importlib import import_module, metadata
+from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import typer
@@ -15,11 +17,11 @@ from packaging.requirements import Requirement
 from rich.markup import escape
 
 from c2c.cli.options import Json
-from c2c.cli.output import human_bytes, out, print_result
-from c2c.errors import ModelLoadError
+from c2c.cli.output import err, human_bytes, out, print_result, progress_bars
+from c2c.errors import C2CError, ModelLoadError, did_you_mean
 from c2c.hub_aliases import ALIASES, DEFAULT_RECEIVER, cache_dir, is_pulled
 from c2c.pip_download import run_pip
-from c2c.utils import DISTRIBUTION, folder_size
+from c2c.utils import DISTRIBUTION, folder_size, save_atomically
 from c2c.version import __version__
 
 _LOW_MEMORY = 4e9  # bytes: two small models in float32
@@ -37,9 +39,17 @@ class Check(NamedTuple):
 
 def doctor(
     offline: Annotated[bool, typer.Option("--offline", help="Do not try to reach the package index.")] = False,
+    families: Annotated[
+        bool, typer.Option("--families", help="Try tiny random models of every causal family instead (minutes).")
+    ] = False,
+    only: Annotated[list[str] | None, typer.Option(help="With --families: this family; may be repeated.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="With --families: file for the table.")] = None,
     json_: Json = False,
 ) -> None:
-    """Report versions, hardware, cache and network, with ok, warn or fail for each."""
+    """Report versions, hardware, cache and network, with ok, warn or fail for each; or what every model family can."""
+    if families:
+        _show_families(only, markdown, json_)
+        return
     checks = [
         Check("c2c", "ok", __version__),
         *_check_packages(),
@@ -53,6 +63,32 @@ def doctor(
     data = {"healthy": healthy, "checks": [check._asdict() for check in checks]}
     print_result(data, json_, lambda _: _show(checks))
     if not healthy:
+        raise typer.Exit(1)
+
+
+def _show_families(only: list[str] | None, file: Path | None, json_: bool) -> None:
+    with err.status("loading transformers ..."):
+        from c2c import families
+
+        transformers: Any = import_module("transformers")
+        transformers.logging.set_verbosity_error()
+    known = families.causal_families()
+    if unknown := sorted(set(only or ()) - set(known)):
+        raise C2CError(
+            f"no causal family of transformers {transformers.__version__}: {', '.join(unknown)}."
+            f"{did_you_mean(unknown[0], known)}"
+        )
+    reports = []
+    with progress_bars() as show:
+        for name in only or known:
+            reports.append(families.check_family(name))
+            show("families", len(reports), len(only or known))
+    table = families.markdown(reports)
+    if file is not None:
+        save_atomically(file.parent, lambda folder: (Path(folder) / file.name).write_text(table, encoding="utf-8"))
+    data = {"summary": families.summary(reports), "families": [asdict(report) for report in reports]}
+    print_result(data, json_, lambda _: out.print(table, markup=False, highlight=False, soft_wrap=True))
+    if any(report.wrong for report in reports):
         raise typer.Exit(1)
 
 

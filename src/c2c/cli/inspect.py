@@ -132,13 +132,12 @@ def convert(
     """
     from c2c.fusers.base import load_fuser
     from c2c.language_model import Receiver, Sharer
-    from c2c.loading import check_dtype
+    from c2c.loading import parse_dtype
     from c2c.published import import_published
 
     if (output / "config.json").exists() and not force:
         raise FuserError(f"{output} already holds a fuser; choose another folder or pass --force.")
-    check_dtype(dtype)
-    weights = dtype.removeprefix("torch.") if dtype else None
+    weights = parse_dtype(dtype)
     again = not _is_published(checkpoint) and (checkpoint / "config.json").is_file()
     if again and dtype is None:
         raise FuserError(

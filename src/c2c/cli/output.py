@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 
-from c2c.utils import OnProgress
+from c2c.utils import OnProgress, json_line
 
 LINE_EVERY = 30.0  # seconds between lines of progress in a log
 
@@ -26,7 +26,7 @@ err = Console(stderr=True)
 
 def print_json(data: Any) -> None:
     """Print one JSON object to stdout, and nothing else there."""
-    typer.echo(json.dumps(data, ensure_ascii=False))
+    typer.echo(json_line(data, getattr(sys.stdout, "encoding", None) or "utf-8"))
 
 
 def print_result(data: Any, as_json: bool, show: Callable[[Any], None]) -> None:

@@ -18,7 +18,7 @@ from c2c.config import option
 from c2c.errors import PromptError
 from c2c.evaluation.config import system_kind
 from c2c.hub_aliases import DEFAULT_RECEIVER, DEFAULT_SHARER
-from c2c.utils import read_text
+from c2c.utils import argument_text, decode_text, read_text
 
 if TYPE_CHECKING:
     from c2c.model import C2CModel
@@ -61,9 +61,14 @@ def run(
 ) -> None:
     """Answer one prompt with the receiver, the sharer, text-to-text and cache-to-cache, with times."""
     config = RunConfig(**options)
-    text = sys.stdin.read().strip() if prompt == "-" else prompt
+    if prompt == "-":
+        text = decode_text(sys.stdin.buffer.read(), "the prompt on stdin", PromptError).strip()
+    else:
+        text = argument_text(prompt, "the prompt", PromptError)
     if not text.strip():
-        raise PromptError(f"the prompt{' on stdin' if prompt == '-' else ''} is empty; expected some text to read.")
+        raise PromptError("the prompt is empty; expected some text to read.")
+    system_message = None if config.system is None else argument_text(config.system, "--system", PromptError)
+    prefix = argument_text(config.answer_prefix, "--answer-prefix", PromptError)
     what = f"--context {config.context}"
     context = None if config.context is None else read_text(config.context, what, PromptError)
     import torch
@@ -83,8 +88,8 @@ def run(
             _check_context(model, config.context)
     if not json_:
         _show_pair(model)
-    how: dict[str, Any] = {"options": RenderOptions(answer_prefix=config.answer_prefix), "do_sample": config.sample}
-    messages = make_messages(text, config.system)
+    how: dict[str, Any] = {"options": RenderOptions(answer_prefix=prefix), "do_sample": config.sample}
+    messages = make_messages(text, system_message)
     results: dict[str, dict[str, Any]] = {}
     for name, system in chosen.items():
         torch.manual_seed(config.seed)

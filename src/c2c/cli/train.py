@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from c2c.cli.options import Json, from_config
-from c2c.cli.output import human_bytes, log_to_stderr, out, print_result, print_table, progress_bars
+from c2c.cli.output import err, human_bytes, log_to_stderr, out, print_result, print_table, progress_bars
 from c2c.config import ConfigError
 from c2c.training.config import ADAPTER, TrainConfig, load_config
 
@@ -35,6 +35,7 @@ def train(
     if summary:  # else another process reports
         private = loaded.family != ADAPTER and family(loaded.family).context == "private"
         print_result(summary, json_, partial(_show, private=private))
+        _report_dropped(summary)
 
 
 @from_config(TrainConfig, override=True, only=["receiver", "sharer", "data_dir", "store_dir", "store_budget_gb"])
@@ -55,9 +56,16 @@ def prefill(config: ConfigPath, *, json_: Json = False, **options: Any) -> None:
         "prompts": len(prepared.train) + len(prepared.dev),
         "computed": {name: store.computed for name, store in stores.items()},
         "bytes": sum(store.used for store in stores.values()),
+        "dropped": dict(prepared.dropped),
     }
     size = f"{data['prompts']} prompts in {loaded.store_dir}, {human_bytes(data['bytes'])}"
     print_result(data, json_, lambda _: out.print(size))
+    _report_dropped(data)
+
+
+def _report_dropped(data: dict[str, Any]) -> None:
+    if data["dropped"]:
+        err.print(f"rows that were left out: {data['dropped']}", markup=False)
 
 
 def _show(summary: dict[str, Any], private: bool) -> None:

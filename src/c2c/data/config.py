@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from c2c.config import ConfigError, option
+from c2c.config import ConfigError, check_values, option
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -16,7 +16,7 @@ class DataSource:
     """Rows to train, select or evaluate on: a file, a data set of the ``datasets`` library, or synthetic ones.
 
     Raises:
-        ConfigError: impossible numbers of options or of drafted tokens.
+        ConfigError: values of other types, or impossible ones.
     """
 
     path: str | None = option(None, "JSONL file, relative to data_dir; or give dataset.")
@@ -25,10 +25,10 @@ class DataSource:
         "Kind of rows: multiple_choice, context_question, private_question, question, instruction or chat.",
     )
     form: str = option("letter", "Prompt form of multiple choice: letter, published or sentence.")
-    limit: int | None = option(None, "At most this many rows, drawn with data_seed.")
-    skip: int = option(0, "Skip this many drawn rows, so that two sources of one file do not overlap.")
+    limit: int | None = option(None, "At most this many rows, drawn with data_seed.", min=0)
+    skip: int = option(0, "Skip this many drawn rows, so that two sources of one file do not overlap.", min=0)
     vary_options: float = option(
-        0.0, "Share of questions that get 2 to 8 options in a new order, some from other questions."
+        0.0, "Share of questions that get 2 to 8 options in a new order, some from other questions.", min=0, max=1
     )
     options: int | list[int] | None = option(
         None, "Give every question this many options; [low, high] draws the number."
@@ -50,6 +50,7 @@ class DataSource:
     )
 
     def __post_init__(self) -> None:
+        check_values(self)
         if self.draft < 0 or (self.draft and self.kind != "private_question"):
             raise ConfigError(
                 f"draft is {self.draft} for rows of kind {self.kind!r}; expected a number of tokens, 0 for none, of "

@@ -46,6 +46,7 @@ class Row:
         lead: the part of the response before the choice.
         ends: whether the end token belongs to the response.
         source: where the row came from.
+        options: texts of the options, for multiple choice.
         sharer_messages: what the sharer alone reads; None where both read ``messages``.
         question: the bare question, where there is one.
         references: answers that count as right, where the answer is open.
@@ -67,6 +68,7 @@ class Row:
     references: tuple[str, ...] = ()
     known: str = ""
     draft: int = 0
+    options: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,8 @@ class Form:
         messages = _turn(self.prompt.format(question=question, choices=lines))
         letters = tuple(f" {letter}" for letter in LETTERS[: len(choices)])
         response = self.lead + letters[answer] + (f". {choices[answer]}" if self.with_text else "")
-        return Row("", messages, self.answer_prefix, response, letters, answer, lead=self.lead)
+        texts = tuple(choices)
+        return Row("", messages, self.answer_prefix, response, letters, answer, lead=self.lead, options=texts)
 
 
 _LETTER = "Answer the following multiple choice question with the letter of the correct option.\n\n"
@@ -112,6 +115,9 @@ def multiple_choice(data: dict[str, Any], source: DataSource) -> Row:
         raise ConfigError(f"'choices' is {choices!r}; expected a list of 2 to {len(LETTERS)} texts.")
     if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices):
         raise ConfigError(f"'answer' is {answer!r}; expected the index of a choice, 0 to {len(choices) - 1}.")
+    wrong = [choice for choice in choices if choice is None or isinstance(choice, dict | list)]
+    if wrong:
+        raise ConfigError(f"'choices' has {wrong[0]!r:.200}; expected texts.")
     return FORMS[source.form].row(_text(data, "question"), [str(choice) for choice in choices], answer)
 
 
@@ -179,7 +185,8 @@ def question(data: dict[str, Any], source: DataSource) -> Row:
 
 def instruction(data: dict[str, Any], source: DataSource) -> Row:
     """Read ``instruction``, ``input`` and ``output``."""
-    text = "\n\n".join(part for part in (_text(data, "instruction"), data.get("input", "")) if part)
+    given = _text(data, "input") if data.get("input") not in (None, "") else ""
+    text = "\n\n".join(part for part in (_text(data, "instruction"), given) if part)
     return Row("", _turn(text), "", _text(data, "output"))
 
 
@@ -198,6 +205,9 @@ _READERS = (multiple_choice, context_question, private_question, question, instr
 KINDS: dict[str, Callable[[dict[str, Any], DataSource], Row]] = {reader.__name__: reader for reader in _READERS}
 
 
+_NO_ANSWER = ("", "<unk>")  # the latter in the test split of TriviaQA
+
+
 class NoAnswer(ConfigError):
     """A question that its data set marks as one without an answer; such rows are dropped and counted."""
 
@@ -209,17 +219,23 @@ def normalise(data: dict[str, Any]) -> dict[str, Any]:
     ``{"text": [...], "label": [...]}`` (ARC, OpenBookQA), under ``options``, or in columns ``A``, ``B``, ... (C-Eval),
     with the answer as index, label or letter, also under ``answerKey``; worked answers that end with ``#### 18``
     (GSM8K); and passages in sentences by title (HotpotQA). Open answers are read by :func:`references`.
+
+    Raises:
+        ConfigError: an answer that is an index of the choices as well as the label of another.
     """
     choices, labels = _choices(data)
     found = dict(data)
     if "question" not in found and "question_stem" in found:
         found["question"] = found["question_stem"]
-    if isinstance(found.get("question"), dict) and isinstance(found["question"].get("text"), str):
-        found["question"] = found["question"]["text"]
+    if isinstance(found.get("question"), dict):
+        asked = found["question"].get("text", found["question"].get("stem"))
+        found["question"] = asked if isinstance(asked, str) else found["question"]
     if "context" in found:
         found["context"] = _passages(found["context"])
     answer = data.get("answer", data.get("answerKey"))
     text = answer.strip() if isinstance(answer, str) else ""
+    if isinstance(answer, int) and str(answer) in labels and labels.index(str(answer)) != answer:
+        raise ConfigError(f"'answer' is {answer}, an index or one of the labels {labels}? Give a label as a text.")
     if choices is not None:
         found |= {"choices": choices, "answer": labels.index(text) if text in labels else answer}
     elif "####" in text:
@@ -229,27 +245,38 @@ def normalise(data: dict[str, Any]) -> dict[str, Any]:
 
 def _passages(context: Any) -> Any:
     """Join paragraphs, each a text or a title with its sentences; anything else is returned as it is."""
-    if isinstance(context, dict) and {"title", "sentences"} <= set(context):
-        context = list(zip(context["title"], context["sentences"], strict=True))
-    if not isinstance(context, list):
+    if isinstance(context, dict):
+        titles, texts = context.get("title"), context.get("sentences")
+        if not isinstance(titles, list) or not isinstance(texts, list) or len(titles) != len(texts):
+            return context
+        context = [list(part) for part in zip(titles, texts, strict=True)]
+    if not isinstance(context, list) or not context:
         return context
-    titled = [isinstance(part, list | tuple) and len(part) == 2 and isinstance(part[1], list) for part in context]
-    if context and all(titled):
+    if all(isinstance(part, list) and len(part) == 2 and _are_texts(part[1]) for part in context):
         context = [f"{title}: {''.join(sentences)}" for title, sentences in context]
-    return "\n\n".join(context) if context and all(isinstance(part, str) for part in context) else context
+    return "\n\n".join(context) if _are_texts(context) else context
+
+
+def _are_texts(parts: Any) -> bool:
+    return isinstance(parts, list) and all(isinstance(part, str) for part in parts)
 
 
 def _choices(data: dict[str, Any]) -> tuple[list[str] | None, list[str]]:
     """Return the options and their labels; None where there are no options."""
     given = data.get("choices", data.get("options"))
+    if given is None and isinstance(data.get("question"), dict):  # as ARC and OpenBookQA are published
+        given = data["question"].get("choices")
+    if isinstance(given, list) and given and all(isinstance(one, dict) and "text" in one for one in given):
+        given = {"text": [one["text"] for one in given], "label": [one["label"] for one in given if "label" in one]}
     if isinstance(given, dict) and isinstance(given.get("text"), list):
-        return list(given["text"]), [str(label) for label in given.get("label") or LETTERS[: len(given["text"])]]
-    if not isinstance(given, list):
+        labels = given.get("label")
+        return given["text"], list(map(str, labels if isinstance(labels, list) and labels else LETTERS))
+    if given is None:
         columns = list(takewhile(lambda letter: data.get(letter) is not None, LETTERS))
         given = [str(data[letter]) for letter in columns]
         if len(given) < 2:
             return None, []
-    return given, list(LETTERS[: len(given)])
+    return (given, list(LETTERS[: len(given)])) if isinstance(given, list) else (None, [])
 
 
 def _text(data: dict[str, Any], key: str) -> str:
@@ -283,14 +310,15 @@ def _answer_texts(key: str, given: Any) -> list[str]:
     if isinstance(given, dict) and "text" in given:
         given = given["text"]
     elif isinstance(given, dict) and "value" in given:
-        given = [given["value"], *(given.get("aliases") or [])]
+        aliases = given.get("aliases") or []
+        given = [given["value"], *(aliases if isinstance(aliases, list) else [aliases])]
     parts = given if isinstance(given, list | tuple) else [given]
     texts = [part["text"] if isinstance(part, dict) and "text" in part else part for part in parts]
     if any(isinstance(text, dict | list | bool) for text in texts):
         raise ConfigError(
             f"{key!r} is {given!r:.200}; expected a text, a list of texts, or the layout of SQuAD or TriviaQA."
         )
-    return [str(text) for text in texts if text is not None and str(text).strip()]
+    return [str(text) for text in texts if text is not None and str(text).strip() not in _NO_ANSWER]
 
 
 def _message(turn: Any) -> Message:

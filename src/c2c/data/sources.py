@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -13,6 +12,7 @@ from typing import Any
 
 from c2c.config import ConfigError
 from c2c.data.config import DataSource
+from c2c.data.files import read_rows
 from c2c.data.formats import FORMS, KINDS, NoAnswer, Row, normalise, references, vary_options
 from c2c.data.synthetic import GENERATORS
 from c2c.errors import did_you_mean
@@ -56,6 +56,8 @@ def load_rows(
                 dropped["question without an answer"] += 1
             else:
                 kept.append((place, data))
+        if source.skip and source.skip >= len(kept):
+            raise ConfigError(f"{source.name}: skip is {source.skip}, but there are {len(kept)} rows to draw from.")
         random.Random(seed).shuffle(kept)
         kept = kept[source.skip :][: source.limit]
         converted = [_convert(data, place, source) for place, data in kept]
@@ -69,7 +71,7 @@ def load_rows(
 
 def questions(files: Sequence[Path]) -> frozenset[str]:
     """Return the questions of these files, normalised, to be excluded from training."""
-    return frozenset(_question(data) for file in files for _, data in read_jsonl(file))
+    return frozenset(_question(data) for file in files for _, data in read_rows(file))
 
 
 def _read(source: DataSource, data_dir: Path, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -80,39 +82,30 @@ def _read(source: DataSource, data_dir: Path, seed: int) -> Iterator[tuple[str, 
             f"give either 'path' or 'dataset' (or 'synthetic') for a source, got {', '.join(map(repr, given))}."
         )
     if source.path is not None:
-        found = ((f", line {line}", normalise(data)) for line, data in read_jsonl(data_dir / source.path))
+        found = ((f"{source.name}, {place}", row) for place, row in read_rows(data_dir / source.path))
     elif source.synthetic is not None:
-        found = (("", data) for data in _generate(source, seed))
+        found = ((source.name, row) for row in _generate(source, seed))
     else:
-        found = (("", normalise(data)) for data in _read_dataset(source))
-    for index, (line, data) in enumerate(found):
+        found = ((source.name, row) for row in _read_dataset(source))
+    columns, read, kept = set(source.columns.values()), 0, 0
+    for place, row in found:
+        columns -= set(row)
+        try:
+            data = normalise(row | {key: row[column] for key, column in source.columns.items() if column in row})
+        except ConfigError as error:
+            raise ConfigError(f"{place}: {error}") from error
         if all(data.get(column) == value for column, value in source.keep.items()):
-            renamed = data | {key: data[column] for key, column in source.columns.items() if column in data}
-            yield f"{source.name}{line}", {"id": f"{source.name}/{index}"} | renamed
-
-
-def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Read a JSONL file: line numbers, from 1, and rows.
-
-    Raises:
-        ConfigError: missing, or a line that is not a JSON object; names the line.
-    """
-    if not path.is_file():
-        found = f"{path} is a folder, no data file" if path.is_dir() else f"no such data file: {path}"
-        raise ConfigError(f"{found}. Set data_dir to the folder that the paths start from.")
-    expected, number = "Expected one JSON object on each line.", 0
-    try:
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    data = json.loads(line)
-                    if not isinstance(data, dict):
-                        raise ConfigError(f"{path}, line {number}: expected an object, got {type(data).__name__}.")
-                    yield number, data
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path}, line {number}: not JSON: {error}. {expected}") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is no text in UTF-8: {error}. {expected}") from error
+            known = {} if data.get("id") is not None else {"id": f"{source.name}/{read}"}
+            yield place, data | known
+            kept += 1
+        read += 1
+    problems = {
+        f"{source.name} is empty: it holds no rows": not read,
+        f"{source.name}: no row has the columns {sorted(columns)} that 'columns' names": bool(columns),
+        f"{source.name}: none of its {read} rows has the values that 'keep' names: {source.keep}": not kept,
+    }
+    for problem in (problem for problem, there in problems.items() if there):
+        raise ConfigError(f"{problem}.")
 
 
 def _generate(source: DataSource, seed: int) -> Iterator[dict[str, Any]]:

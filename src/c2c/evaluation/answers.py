@@ -117,13 +117,31 @@ class Answerer:
         return [row.sharer_messages or [] for row in rows]
 
 
+def describe(row: Row) -> dict[str, Any]:
+    """Return what a reader needs to judge an answer to an item: its prompt and what is right, as in the data.
+
+    Of multiple choice ``answer`` is the index of the right one of ``choices``, else the first of ``references``; where
+    there are none, it is the text whose loss is measured.
+    """
+    facts: dict[str, Any] = {"id": row.id, "prompt": row.messages[-1]["content"]}
+    if row.choices:
+        right = row.options[row.answer]
+        return facts | {"choices": list(row.options), "references": [right], "answer": row.answer}
+    return facts | {"references": list(row.references), "answer": row.references[0] if row.references else row.response}
+
+
+def compare(text: str, row: Row) -> dict[str, float]:
+    """Compare a text with the references of an item."""
+    return {"f1": f1(text, row.references), "exact": exact(text, row.references)}
+
+
 def _score(result: GenerationResult, row: Row, mode: str) -> dict[str, Any]:
     """Score a generated answer: the letter of an option, or how close it is to the references."""
     text, message = result.text, result.message
     record = {"text": text} | ({} if message is None else {"message": message.text})
     if mode == "generate":
         return {"chosen": read_letter(row.answer_prefix + text, len(row.choices))} | record
-    return record | {"f1": f1(text, row.references), "exact": exact(text, row.references)}
+    return record | compare(text, row)
 
 
 def _choices(prompt: PrefilledPrompt, rows: Sequence[Row]) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from c2c.config import build, option, read_yaml
+from c2c.config import as_list, build, check_values, option, read_yaml
 from c2c.data.config import DataSource
 from c2c.errors import C2CError, did_you_mean
 from c2c.evaluation.tasks import source
@@ -44,6 +44,7 @@ class EvalConfig:
 
     Raises:
         EvaluationError: unknown or impossible systems, an unknown mode, no data, or numbers out of range.
+        ConfigError: values of other types.
     """
 
     fuser: str = field(metadata={"help": "Folder or hub id of the fuser."})
@@ -63,23 +64,24 @@ class EvalConfig:
     timed: int = option(0, "Items of each source that are also answered one by one to measure the cost.")
     data_dir: str = option(".", "Folder that tasks and relative paths start from.")
     limit: int | None = option(None, "At most this many items per source, drawn with seed.")
-    seed: int = option(0, "Seed of the draw and of the bootstrap.")
+    seed: int = option(0, "Seed of the draw and of the bootstrap.", min=0)
     batch_size: int = option(8, "Items at a time; a deranged cache is from the same batch.")
-    max_new_tokens: int = option(32, "Longest generated answer, in tokens.")
-    message_tokens: int = option(256, "Longest text of the sharer in text-to-text, in tokens; 256 as published.")
-    draft_tokens: int = option(64, "Longest draft of the sharer, in tokens.")
+    max_new_tokens: int = option(32, "Longest generated answer, in tokens.", min=1)
+    message_tokens: int = option(256, "Longest text of the sharer in text-to-text, in tokens; 256 as published.", min=1)
+    draft_tokens: int = option(64, "Longest draft of the sharer, in tokens.", min=1)
     receiver: str | None = option(None, "Receiver in place of the recorded one.")
     sharer: str | None = option(None, "Sharer in place of the recorded one.")
     output_dir: str | None = option(None, "Folder of the records and the result; an interrupted run there is resumed.")
     reuse: str | None = option(None, "output_dir of another fuser's evaluation, for answers that need no fuser.")
     store_dir: str | None = option(None, "Folder of a prefill store to use and fill.")
-    store_budget_gb: float = option(20.0, "Size of the prefill store in GB.")
+    store_budget_gb: float = option(20.0, "Size of the prefill store in GB.", min=0)
     dtype: str | None = option(None, "Type of the models' weights; by default float32 on a CPU, else as stored.")
     sharer_dtype: str | None = option(None, "Type of the sharer's weights, if another.")
     device_map: str | None = option(None, "As in from_pretrained of transformers.")
 
     def __post_init__(self) -> None:
         """Refuse what can't be run."""
+        check_values(self, skip=["mode"])
         from c2c.systems import systems  # imports torch
 
         modes, known = get_args(Mode), {*systems(), ROUTER, *self.fusers}
@@ -126,15 +128,17 @@ class HarnessConfig:
     fuser: str = field(metadata={"help": "Folder or hub id of the fuser."})
     tasks: str = field(metadata={"help": "Names of tasks or groups, or task files, with commas."})
     system: str = option("matched", "receiver, sharer, matched, deranged; several with commas.")
-    limit: float | None = option(None, "Documents per task; below 1 a share of them.")
-    num_fewshot: int | None = option(None, "Examples in the prompt, in place of the task's number unless that is 0.")
+    limit: float | None = option(None, "Documents per task; below 1 a share of them.", min=0)
+    num_fewshot: int | None = option(
+        None, "Examples in the prompt, in place of the task's number unless that is 0.", min=0
+    )
     apply_chat_template: bool = option(
         False, "Render messages, each model with its own template.", flag="--apply-chat-template"
     )
     system_instruction: str | None = option(None, "System message, or text before the prompt.")
     gen_kwargs: str | None = option(None, "For generation: max_gen_toks=64,do_sample=True,...")
     batch_size: int = option(8, "Contexts, and continuations, at a time.", min=1)
-    max_length: int | None = option(None, "Truncate contexts to this many tokens.")
+    max_length: int | None = option(None, "Truncate contexts to this many tokens.", min=2)
     include_path: list[str] = option([], "Folder with task files; may be repeated.")
     output: str | None = option(None, "File for the result, as JSON.")
     log_samples: bool = option(False, "Every request and answer in the output file.", flag="--log-samples")
@@ -163,9 +167,11 @@ def load_eval_config(path: str | Path | None, **overrides: Any) -> EvalConfig:
     where = "options" if path is None else str(path)
     data = {} if path is None else read_yaml(Path(path))
     data |= {key: value for key, value in overrides.items() if value is not None}
-    folder = Path(data.get("data_dir") or ".")
+    given = data.get("data_dir")
+    folder = Path(given if isinstance(given, str | Path) else ".")  # another type is refused below
     for name in ("data", "dev"):
-        data[name] = [source(entry, folder, f"{where}: {name}") for entry in data.get(name) or []]
+        place = f"{where}: {name}"
+        data[name] = [source(entry, folder, place) for entry in as_list(data.get(name), place)]
     if isinstance(data.get("systems"), list):
         data["systems"] = tuple(data["systems"])
     return build(EvalConfig, data, where)

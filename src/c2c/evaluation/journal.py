@@ -16,7 +16,7 @@ from c2c.data.config import DataSource
 from c2c.evaluation.config import EvalConfig, EvaluationError
 from c2c.evaluation.pair import Pair
 from c2c.fusers.base import fuser_hash, training_facts
-from c2c.utils import command, file_hash, read_json_object, short_path, versions, write_text
+from c2c.utils import command, file_hash, json_line, read_json_object, short_path, versions, write_text
 
 Record = dict[str, Any]
 TIMED = "timed: "  # prefix of the source in records of costs
@@ -55,11 +55,15 @@ class Journal:
         records = self.records(source, system)
         rest = len(records) % self.batch
         if rest and len(records) < total:
-            del records[-rest:]
-            if self.path is not None:
-                lines = [_line(*name, record) for name, part in self._records.items() for record in part]
-                write_text(self.path, self._header + "".join(lines))
-        return len(records)
+            self.replace(source, system, records[:-rest])
+        return len(self.records(source, system))
+
+    def replace(self, source: str, system: str, records: Sequence[Record]) -> None:
+        """Put other records in the place of a system's, and write all anew."""
+        self._records[source, system] = list(records)
+        if self.path is not None:
+            lines = [_line(*name, record) for name, part in self._records.items() for record in part]
+            write_text(self.path, self._header + "".join(lines))
 
     def add(self, source: str, system: str, records: Sequence[Record]) -> None:
         """Append a system's records of a batch.
@@ -161,4 +165,4 @@ def _differences(where: str, before: Any, now: Any) -> list[str]:
 
 
 def _line(source: str, system: str, record: Record) -> str:
-    return json.dumps({"source": source, "system": system} | record, ensure_ascii=False) + "\n"
+    return json_line({"source": source, "system": system} | record) + "\n"

@@ -53,12 +53,12 @@ class Pair:
         self.receiver, self.sharer = self.model.receiver, StoredSharer(sharers[0], config)
         self.model.sharers = [self.sharer]
         self._prefills = EvaluationPrefills(self.receiver, config)
-        self._sharers = {self.sharer.identity.weights: self.sharer}
+        self._sharers = [self.sharer]
 
     @contextmanager
     def stores(self, *, prefills: bool) -> Iterator[None]:
         """Inside the block take generated texts, and prefills if asked for, from the stores; outside compute all."""
-        sharers = list(self._sharers.values())
+        sharers = list(self._sharers)
         for sharer in sharers:
             sharer.reuse_texts, sharer.stored = True, sharer.prefills if prefills else None
         self.receiver.stored = self._prefills if prefills else None
@@ -79,14 +79,16 @@ class Pair:
         recorded = fuser.config.identity("sharer")
         if recorded is None:
             raise EvaluationError(f"{folder} does not record which sharer it was made for.")
-        if recorded.weights not in self._sharers:
-            if recorded.weights == receiver.identity.weights:
+        sharer = next((one for one in self._sharers if recorded.same_weights(one.identity)), None)
+        if sharer is None:
+            if recorded.same_weights(receiver.identity):
                 model: LanguageModel = receiver
             else:
                 dtype = config.sharer_dtype or config.dtype
                 model = Sharer.from_pretrained(recorded.name, dtype=dtype, device_map=config.device_map)
-            self._sharers[recorded.weights] = StoredSharer(model, config)
-        other = C2CModel(receiver, [self._sharers[recorded.weights]], [fuser])
+            sharer = StoredSharer(model, config)
+            self._sharers.append(sharer)
+        other = C2CModel(receiver, [sharer], [fuser])
         other.fusers.to(receiver.device).eval()
         return other
 

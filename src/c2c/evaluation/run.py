@@ -14,7 +14,7 @@ import numpy as np
 from c2c.data.config import DataSource
 from c2c.data.formats import Row
 from c2c.data.sources import load_rows
-from c2c.evaluation.answers import Answerer
+from c2c.evaluation.answers import Answerer, compare, describe
 from c2c.evaluation.config import PRIVATE_SYSTEMS, ROUTER, SHARED_SYSTEMS, EvalConfig, EvaluationError, system_kind
 from c2c.evaluation.journal import TIMED, Journal, Record, provenance, read_earlier, source_name
 from c2c.evaluation.metrics import contains
@@ -27,6 +27,7 @@ from c2c.utils import OnProgress, check_writable, file_hash, write_json
 # System to the scores of each item, the same items in the same order; the first score is the one that is compared.
 Scores = dict[str, list[dict[str, float]]]
 _CONTROLS = ("deranged", "zero", "untrained", "draft_deranged", ROUTER)  # their cost is that of matched or draft
+_COMPARED = ("f1", "exact")
 # Further fusers, which are distinguished by their hash, can be reused as well.
 _WITHOUT_FUSER = ("receiver", "sharer", "text", "text_published", "adapter", "reader", "draft_text", "summary")
 
@@ -70,6 +71,7 @@ def evaluate(config: EvalConfig, progress: OnProgress | None = None) -> dict[str
     dev = [_readable(name, rows, routed, pair, dropped) for name, rows in sources[1].items()]
     evaluation = _Evaluation(config, pair)
     for part in (*dev, *items):
+        evaluation.check(part)
         evaluation.reuse(part)
         evaluation.answer(part, progress)
     for part in items:
@@ -112,12 +114,45 @@ class _Evaluation:
             if not independent or self.journal.done(items.name, label, total):
                 continue
             records = earlier.records(items.name, label)
-            if records and [record["id"] for record in records] != [row.id for row in items.rows]:
-                raise EvaluationError(
-                    f"reuse: the items of {items.name} in {self.config.reuse} are others than those that this fuser "
-                    "can read."
-                )
+            if records and len(records) != len(items.rows):
+                raise self._other_items(items.name, self.config.reuse)
+            records = self._described(records, items, self.config.reuse)
             self.journal.add(items.name, label, [record | {"reused": fuser[:12]} for record in records])
+
+    def check(self, items: Items) -> None:
+        """Check that the records of an interrupted run are of these items; complete those of earlier versions."""
+        for name in items.systems:
+            label = self._label(name)
+            records = self.journal.records(items.name, label)
+            described = self._described(records, items, self.config.output_dir)
+            if described != records:
+                self.journal.replace(items.name, label, described)
+
+    def _described(self, records: Sequence[Record], items: Items, folder: str | None) -> list[Record]:
+        """Return records with what describes their items, which those of earlier versions lack.
+
+        Raises:
+            EvaluationError: they are of other items, or compared with other references.
+        """
+        described = []
+        for record, row in zip(records, items.rows, strict=False):
+            facts = describe(row)
+            if "prompt" in record:
+                known = {key: record.get(key) for key in facts}
+            else:
+                known = facts | {"id": record["id"]} | ({"answer": record["answer"]} if row.choices else {})
+                if self.config.mode == "answers":
+                    facts, known = facts | compare(record["text"], row), known | {key: record[key] for key in _COMPARED}
+            if known != facts:
+                raise self._other_items(items.name, folder)
+            described.append(record | facts)
+        return described
+
+    def _other_items(self, name: str, folder: str | None) -> EvaluationError:
+        return EvaluationError(
+            f"the items of {name} in {folder} are others than those that are read now: other models can't read all of "
+            "them, or another version of this package read the data otherwise. Choose another folder, without reuse."
+        )
 
     def answer(self, items: Items, progress: OnProgress | None) -> None:
         """Let all systems answer all items of a source, batch by batch."""
@@ -131,7 +166,7 @@ class _Evaluation:
             for name, label in labels.items():
                 if done[name] <= start:
                     answers = self._answerer(name).answer(batch)
-                    records = [{"id": r.id, "answer": r.answer} | a for r, a in zip(part, answers, strict=False)]
+                    records = [describe(row) | answer for row, answer in zip(part, answers, strict=False)]
                     self.journal.add(items.name, label, records)
             if progress is not None:
                 progress(items.name, min(start + size, total), total)

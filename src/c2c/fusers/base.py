@@ -21,6 +21,7 @@ from c2c import rope
 from c2c.errors import FuserError, ModelLoadError, did_you_mean
 from c2c.identity import ModelIdentity
 from c2c.kv_cache import KeyValue, KVGeometry
+from c2c.loading import parse_dtype
 from c2c.rope import Rotary
 from c2c.utils import file_hash, read_json_object, save_atomically
 from c2c.version import __version__
@@ -275,6 +276,8 @@ def load_fuser(source: str | Path, **kwargs: Any) -> Fuser:
             f"--receiver or --sharer; for a published checkpoint {_CONVERT}"
         )
     cls: Any = family(str(kind).removeprefix("c2c_fuser_"))
+    if "dtype" in kwargs:
+        kwargs["dtype"] = parse_dtype(kwargs["dtype"])
     try:
         fuser, info = cls.from_pretrained(str(folder), output_loading_info=True, **kwargs)
     except FuserError:

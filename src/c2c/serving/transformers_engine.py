@@ -16,6 +16,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria,
 from c2c import kv_cache
 from c2c.generation import PrefilledPrompt
 from c2c.model import C2CModel
+from c2c.probe import rows_alone
 from c2c.serving.config import ServeConfig
 from c2c.serving.engine import HandoffRequest, Request, RequestHandle, SamplingParams
 from c2c.serving.errors import internal
@@ -120,6 +121,10 @@ def decode(prompt: PrefilledPrompt, answers: Sequence[AnswerOutput]) -> None:
         prompt: one row per answer.
         answers: take the tokens of their rows.
     """
+    if prompt.model.separates(prompt.tokens, max(answer.limit for answer in answers)):
+        for (tokens, cache), answer in zip(rows_alone(prompt.tokens, prompt.cache), answers, strict=True):
+            decode(PrefilledPrompt(prompt.model, tokens, cache or prompt.model.empty_cache()), [answer])
+        return
     rows = [(answer, Sampler(answer.params, answer.index)) for answer in answers]
     prompt.model.generate(
         prompt.tokens,
@@ -130,6 +135,7 @@ def decode(prompt: PrefilledPrompt, answers: Sequence[AnswerOutput]) -> None:
         num_return_sequences=1,
         logits_processor=LogitsProcessorList([_SampleRows(rows)]),
         stopping_criteria=StoppingCriteriaList([_AppendTokens(rows)]),
+        fused=True,
     )
 
 

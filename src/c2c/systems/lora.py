@@ -10,7 +10,6 @@ import copy
 import json
 import warnings
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -86,7 +85,7 @@ def new_adapter(receiver: LanguageModel, rank: int) -> Any:
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise AdapterError(f"the adapter's rank is {rank!r}; expected a whole number from 1 on.")
     peft = _peft()
-    _ = receiver.identity, receiver.geometry  # read before the layers are wrapped
+    _ = receiver.geometry  # read before the layers are wrapped
     names = sorted({name.rpartition(".")[2] for name in linear_layers(receiver.model)})
     config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names, task_type="CAUSAL_LM")
     return _wrap(receiver.model, config)
@@ -107,9 +106,11 @@ def save_adapter(adapter: Any, receiver: LanguageModel, folder: Path, facts: dic
     # not the folder it was loaded from, which is nobody else's business; and sets have no order
     config.base_model_name_or_path, config.inference_mode = receiver.name, True
     config.target_modules = sorted(config.target_modules)
+    with adapter.disable_adapter():
+        made_for = receiver.identity.to_dict()
     manifest = {
         "c2c_version": __version__,
-        "receiver": receiver.identity.to_dict(),
+        "receiver": made_for,
         "rank": config.r,
         "parameters": sum(parameter.numel() for parameter in trainable(adapter)),
         **(facts or {}),
@@ -183,7 +184,7 @@ def load_adapter(
     manifest = describe(folder)
     peft = _peft()
     expected = ModelIdentity.from_dict(manifest["receiver"])
-    if isinstance(receiver, LanguageModel | PreTrainedModel):
+    if receiver is not None and not isinstance(receiver, str | Path):
         given = receiver if isinstance(receiver, LanguageModel) else Receiver(receiver)
         model = copy.deepcopy(given.model)
         ours = Receiver(model if dtype is None else model.to(dtype), given.tokenizer, given.name)
@@ -194,10 +195,7 @@ def load_adapter(
     config.base_model_name_or_path = None  # informative; peft warns where the model now lies elsewhere
     adapter = _wrap(ours.model, config)
     restore_adapter(adapter, folder)
-    merged = Receiver(adapter.merge_and_unload(), ours.tokenizer, f"{ours.name} with adapter")
-    # a fingerprint samples the weights and could miss a small change; stored prefills must not be mixed up
-    merged.identity = replace(ours.identity, name=merged.name, weights=f"{ours.identity.weights}+{manifest['weights']}")
-    return merged
+    return Receiver(adapter.merge_and_unload(), ours.tokenizer, f"{ours.name} with adapter")
 
 
 def _wrap(model: PreTrainedModel, config: Any) -> Any:

@@ -78,9 +78,11 @@ class PrefillStore:
     ) -> None:
         self.model, self.kept, self.batch = model, sorted(set(layers)), batch
         self._memory: dict[str, PromptCache] = {}
-        identity = model.identity.to_dict()
-        for informative in ("name", "revision"):  # the same model under another path is the same model
-            identity.pop(informative)
+        self._seen = model.identity
+        identity = self._seen.to_dict()
+        for informative in ("name", "revision", "variant"):  # the same model under another path is the same model
+            if identity["weights"] is not None or informative != "name":
+                identity.pop(informative)
         identity["dtype"] = str(model.dtype)
         self._identity = json.dumps(identity, sort_keys=True)
         self.folder = None if folder is None else folder / _digest(self._identity)[:16]
@@ -104,7 +106,16 @@ class PrefillStore:
             return self._complete(file.keys())
 
     def get(self, prompts: Sequence[Sequence[int]]) -> list[PromptCache]:
-        """Return the caches of these prompts; missing ones are computed, equal ones once."""
+        """Return the caches of these prompts; missing ones are computed, equal ones once.
+
+        Raises:
+            CacheError: the model is not what it was when the store was made.
+        """
+        if self.model.identity != self._seen:
+            raise CacheError(
+                f"the {self.model.role} {self.model.name} was changed since its prefills were stored: other weights or "
+                "another adapter. Make a new store for it."
+            )
         keys = [self.key(ids) for ids in prompts]
         found: dict[str, PromptCache | None] = {key: self._read(key) for key in dict.fromkeys(keys)}
         missing = list({key: ids for key, ids in zip(keys, prompts, strict=True) if found[key] is None}.items())

@@ -266,14 +266,16 @@ def _read_examples(config: TrainConfig, pair: Any) -> tuple[list[Example], list[
     data = Path(config.data_dir)
     excluded = questions([data / name for name in config.exclude])
     rows, dropped = load_rows(config.train, data, config.data_seed, excluded)
-    dev_rows, _ = load_rows(config.dev, data, config.data_seed)
+    dev_rows, dev_dropped = load_rows(config.dev, data, config.data_seed)
     train, too_long = build_examples(pair, rows, config.max_prompt_tokens, config.max_response_tokens)
-    dev, _ = build_examples(pair, dev_rows, config.max_prompt_tokens, config.max_response_tokens)
+    dev, dev_too_long = build_examples(pair, dev_rows, config.max_prompt_tokens, config.max_response_tokens)
+    left_out = dropped + too_long
+    left_out.update({f"dev: {reason}": count for reason, count in (dev_dropped + dev_too_long).items()})
     if not train or not dev:
-        raise ConfigError(f"no examples are left: {len(train)} to train, {len(dev)} dev; {too_long}.")
+        raise ConfigError(f"no examples are left: {len(train)} to train, {len(dev)} dev; left out: {dict(left_out)}.")
     if len(train) < config.batch_size:
         raise ConfigError(
             f"{len(train)} examples to train are less than one batch of {config.batch_size}: give more rows, or a "
             "smaller batch_size."
         )
-    return train, dev, dropped + too_long
+    return train, dev, left_out

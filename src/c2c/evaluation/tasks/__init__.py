@@ -81,9 +81,9 @@ def source(entry: Any, data_dir: Path, where: str) -> DataSource:
 
 def _of_task(entry: dict[str, Any], data_dir: Path, where: str) -> dict[str, Any]:
     name, known = entry.pop("task"), tasks()
-    if name not in known or "path" in entry or "dataset" in entry:
+    if not isinstance(name, str) or name not in known or "path" in entry or "dataset" in entry:
         raise ConfigError(
             f"{where}: task {name!r}; expected one of {', '.join(known)}, without a path of its own."
-            f"{did_you_mean(name, known) if name not in known else ''}"
+            f"{did_you_mean(name, known) if str(name) not in known else ''}"
         )
     return known[name].source(data_dir) | entry

@@ -12,8 +12,9 @@ from torch import Tensor
 from transformers import Cache
 
 from c2c import kv_cache
+from c2c.decoding import DEFAULT_NEW_TOKENS
 from c2c.errors import CacheError, PromptError
-from c2c.generation import DEFAULT_NEW_TOKENS, FirstTokenTimer
+from c2c.generation import FirstTokenTimer
 from c2c.identity import ModelIdentity
 from c2c.integrations.vllm.client import EngineClient
 from c2c.integrations.vllm.errors import EngineError, LoadError, SnapshotError, UnsupportedError, as_api_error
@@ -61,6 +62,10 @@ class VLLMModel(LanguageModel):
         own = super().context_length
         return self.client.context_length if own is None else min(own, self.client.context_length)
 
+    def separates(self, batch: TokenBatch, more: int = 0) -> bool:
+        """Return False: the engine has no padded batches."""
+        return False
+
     def prefill(self, batch: TokenBatch, stop: int | None = None, cache: Cache | None = None) -> Cache:
         """Extend ``cache`` to the first ``stop`` columns, by a request to the engine.
 
@@ -101,6 +106,7 @@ class VLLMModel(LanguageModel):
         """
         limit = kwargs.pop("max_new_tokens", DEFAULT_NEW_TOKENS)
         sampled, stops = kwargs.pop("do_sample", False), kwargs.pop("stopping_criteria", None)
+        kwargs.pop("fused", None)  # the engine keeps what it has loaded
         if sampled or stops or kwargs or cache.layers:
             raise UnsupportedError(
                 f"a model in a vLLM engine decodes greedily here, got {sorted(kwargs)}. Send requests to the server."
@@ -153,8 +159,8 @@ class VLLMSharer(VLLMModel, Sharer):
 
 def model_key(identity: ModelIdentity) -> str:
     """Return what snapshots of a model are marked with: a hash of everything that its entries depend on."""
-    facts = {
-        name: value for name, value in identity.to_dict().items() if name in ("architecture", "kv", "rope", "weights")
+    facts = {name: value for name, value in identity.to_dict().items() if name in ("architecture", "kv", "rope")} | {
+        "weights": identity.weights_key
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 
