@@ -72,6 +72,14 @@ def test_every_system_answers_and_costs(fuser, data, tmp_path):
         system = result["systems"][name]
         assert 0 <= system["exact"] <= system["f1"] <= 100
         assert system["exact"] <= system["holds"] <= 100
+    answers = [item for item in records(tmp_path) if "text" in item]
+    assert len(answers) >= 7 * len(SYSTEMS)
+    rows = map(json.loads, (data / "a.jsonl").read_text().splitlines())
+    asked = {row["question"]: row.get("answer") or row["answers"] for row in rows}
+    for item in answers:
+        expected = asked[item["prompt"]]
+        assert item["references"] == (expected if isinstance(expected, list) else [expected])
+        assert item["answer"] == item["references"][0]
     timed = [item for item in records(tmp_path) if "seconds" in item]
     assert len(timed) == 2 * len(COSTLY)
     for item in timed:

@@ -12,6 +12,7 @@ from c2c import C2CModel
 from c2c.errors import SystemUnavailableError
 from c2c.systems import SystemOptions, make_system
 from serving_harness import NAME, PATIENCE, error_of, model, running, text_of, user
+from test_messages import WITH_TOOLS
 from test_private import DOCUMENT, LONGER
 from tiny import memory_pair
 
@@ -185,3 +186,17 @@ def test_handoffs_expire(pair):
         made = create(server, ttl_seconds=0.05)["id"]
         server.until(lambda: server.get(f"{HANDOFFS}/{made}").status_code == 404)
         assert server.metric("c2c_handoffs") == 0
+
+
+def test_tools_are_for_the_model_that_answers(pair):
+    """The sharer's template has none, and a handoff that was read before is as good."""
+    tool = {"type": "function", "function": {"name": "weather", "parameters": {}}}
+    made = memory_pair()
+    made.receiver.tokenizer.chat_template = WITH_TOOLS
+    with running(made) as server:
+        plain, told = (
+            text_of(server.chat(QUESTION, c2c={"sharer_messages": DOCUMENT}, **fields))
+            for fields in ({}, {"tools": [tool]})
+        )
+        named = {"handoff": create(server, messages=DOCUMENT)["id"]}
+        assert text_of(server.chat(QUESTION, c2c=named, tools=[tool])) == told != plain

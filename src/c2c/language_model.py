@@ -25,7 +25,7 @@ from c2c.messages import conversations
 from c2c.prefill import next_logits, prefill
 from c2c.probe import ProbedModel, prefill_rows, reads_rows_apart, rows_alone
 from c2c.prompting import RenderOptions, encode, render, require_tokenizer
-from c2c.rope_scaling import prompt_length, switch_length
+from c2c.rope import prompt_length, switch_length
 from c2c.tokens import TokenBatch, left_pad, require_left_padding
 
 

@@ -61,7 +61,7 @@ def message(given: Any) -> Message:
         PromptError: no message, or with content that is no text.
     """
     if not isinstance(given, Mapping) or not isinstance(given.get("role"), str) or not given["role"].strip():
-        raise PromptError(f"got {given!r} as a message. {_EXPECTED}")
+        raise PromptError(f"got {given!r:.200} as a message. {_EXPECTED}")
     calls = given.get("tool_calls") or []
     if given.get("function_call"):
         raise PromptError("'function_call' is the old form of a tool call: pass tool_calls=[{'function': {...}}].")
@@ -73,7 +73,7 @@ def message(given: Any) -> Message:
     if isinstance(content, Sequence) and not isinstance(content, str | bytes):
         content = "".join(_text_part(part) for part in content)
     if not isinstance(content, str):
-        raise PromptError(f"message content must be text, got {type(content).__name__} in {given!r}.")
+        raise PromptError(f"message content must be text, got {type(content).__name__} in {given!r:.200}.")
     made: Message = {"role": _ROLES.get(given["role"], given["role"]), "content": text(content)}
     if calls:
         made["tool_calls"] = _tool_calls(calls)
@@ -108,9 +108,9 @@ def _text_part(part: Any) -> str:
         found = part.get("refusal" if part["type"] == "refusal" else "text")
         if isinstance(found, str):
             return found
-        raise PromptError(f"a part of type {part['type']!r} must have a text, got {part!r}.")
+        raise PromptError(f"a part of type {part['type']!r} must have a text, got {part!r:.200}.")
     raise PromptError(
-        f"only parts of text {{'type': 'text', 'text': ...}} can be read, got {part!r}. Images and audio are not "
+        f"only parts of text {{'type': 'text', 'text': ...}} can be read, got {part!r:.200}. Images and audio are not "
         "supported."
     )
 
@@ -118,25 +118,23 @@ def _text_part(part: Any) -> str:
 def _tool_calls(calls: Any) -> list[dict[str, Any]]:
     """Normalise tool calls; arguments become an object, which is what chat templates expect."""
     if not isinstance(calls, Sequence) or isinstance(calls, str):
-        raise PromptError(f"'tool_calls' is {calls!r}; expected a list.")
+        raise PromptError(f"'tool_calls' is {calls!r:.200}; expected a list.")
     made = []
     for call in calls:
         function = call.get("function") if isinstance(call, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-            raise PromptError(f"a tool call is {call!r}; expected {{'function': {{'name': ..., 'arguments': ...}}}}.")
-        arguments = function.get("arguments", {})
-        if isinstance(arguments, str):
-            try:
+            raise PromptError(
+                f"a tool call is {call!r:.200}; expected {{'function': {{'name': ..., 'arguments': ...}}}}."
+            )
+        name, arguments = text(function["name"]), function.get("arguments", {})
+        try:
+            if isinstance(arguments, str):
                 arguments = json.loads(arguments) if arguments.strip() else {}
-            except ValueError as error:
-                raise PromptError(
-                    f"the arguments of tool call {function['name']!r} are no JSON object: {arguments!r:.80} ({error})."
-                ) from None
+            text(json.dumps(arguments, ensure_ascii=False))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise PromptError(f"the arguments of tool call {name!r:.80} are no JSON object: {error!s:.80}.") from None
         if not isinstance(arguments, Mapping):
-            raise PromptError(f"the arguments of tool call {function['name']!r} are {arguments!r}, not an object.")
-        text(json.dumps(arguments, ensure_ascii=False))
+            raise PromptError(f"the arguments of tool call {name!r:.80} are a {type(arguments).__name__}, no object.")
         known = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
-        made.append(
-            known | {"type": "function", "function": {"name": text(function["name"]), "arguments": dict(arguments)}}
-        )
+        made.append(known | {"type": "function", "function": {"name": name, "arguments": dict(arguments)}})
     return made

@@ -322,7 +322,7 @@ class C2CModel(Pretrained, TokenIds, nn.Module):
 
     def _check_unchanged(self) -> None:
         """Compare the models again where one is not what it was: an adapter was switched, weights were written to."""
-        if self._checked != [model.identity for model in (self.receiver, *self.sharers)]:
+        if self._checked != [weights_of(model) for model in (self.receiver, *self.sharers)]:
             self.notes = self._check_identities()
 
     def _check_identities(self) -> list[str]:
@@ -337,7 +337,7 @@ class C2CModel(Pretrained, TokenIds, nn.Module):
                 self.receiver.check_rotary()
                 sharer.check_rotary()
         accepted = identity.check(pairs, self.allow_mismatch)
-        self._checked = now
+        self._checked = [weights_of(model) for model in (self.receiver, *self.sharers)]
         return accepted
 
     def _report(self, prompts: Sequence[Prompt], blend: float = 1.0, timer: StageTimer | None = None) -> FusionReport:
@@ -375,3 +375,8 @@ class C2CModel(Pretrained, TokenIds, nn.Module):
         return RowCounts(
             int(prompt.receiver.mask.sum()) - slots, prompt.fused_tokens, dict(prompt.skipped), slots, read
         )
+
+
+def weights_of(model: Any) -> tuple[Any, ...]:
+    """Return what tells a model's weights from others; a template that a caller sets afterwards is meant."""
+    return model.identity.weights, model.identity.values, model.identity.variant

@@ -178,7 +178,7 @@ def read_handoffs(given: Any, sharers: Sequence[Sharer], rows: int, options: Ren
             one of these for each. One for a whole batch is read once.
         sharers: who reads.
         rows: conversations in the batch.
-        options: how to render messages.
+        options: how to render messages; tools are for the model that answers.
 
     Returns:
         Per conversation one handoff per sharer.
@@ -192,7 +192,7 @@ def read_handoffs(given: Any, sharers: Sequence[Sharer], rows: int, options: Ren
             f"sharer_messages are for {len(per_sharer)} sharers, and {len(sharers)} hand over private context: pass a "
             "tuple with one entry for each."
         )
-    columns: list[list[Handoff]] = []
+    options, columns = replace(options, tools=()), list[list[Handoff]]()
     for part, sharer in zip(per_sharer, sharers, strict=True):
         if isinstance(part, Handoff):
             part = [part] * rows

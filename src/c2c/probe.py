@@ -20,7 +20,7 @@ from transformers import Cache, PreTrainedModel
 from c2c import kv_cache, rope
 from c2c.errors import CacheError, PromptError
 from c2c.prefill import next_logits, prefill
-from c2c.rope_scaling import switch_length
+from c2c.rope import switch_length
 from c2c.tokens import TokenBatch, left_pad
 
 _POSITIONS = (0, 7, 100)

@@ -52,11 +52,16 @@ class CharSpanAligner:
             alignments = []
             for other in theirs:
                 fused = [(0, t, s) for t, s in enumerate(self.pairs(ours, other)[:last]) if s is not None]
+                if last < 1:
+                    raise AlignmentError(
+                        f"prompt {index} has one token for the receiver, which runs the last one on the fused cache: "
+                        "nothing is left to fuse. Give a longer prompt, or let the receiver answer alone."
+                    )
                 if not fused:
                     raise AlignmentError(
                         f"no token of prompt {index} can be fused: no message text was found in both models' rendered "
-                        f"prompts. Receiver reads {ours.rendered.text!r}; sharer reads {other.rendered.text!r}. Check "
-                        "that neither chat template drops the message."
+                        f"prompts. Receiver reads {ours.rendered.text!r:.300}; sharer {other.rendered.text!r:.300}. "
+                        "Check that neither chat template drops the message."
                     )
                 alignments.append(Alignment.from_pairs(fused))
             skipped = {

@@ -9,6 +9,7 @@ from typing import Any
 from weakref import WeakSet
 
 from fastapi import FastAPI
+from fastapi.middleware.cors import CORSMiddleware
 
 from c2c.serving import endpoints, http_server
 from c2c.serving.config import ServeConfig
@@ -32,7 +33,16 @@ def create_app(engine: Engine, config: ServeConfig) -> FastAPI:
         await asyncio.to_thread(engine.close)
 
     service = Service(engine, config)
-    return http_server.create_app(config, endpoints.routers(service), service.state, lifespan)
+    app = http_server.create_app(config, endpoints.routers(service), service.state, lifespan)
+    if config.cors_origin:  # outermost: browsers ask for leave without a key
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=config.cors_origin,
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "retry-after"],
+        )
+    return app
 
 
 class Service:

@@ -8,6 +8,7 @@ import hashlib
 import hmac
 import ipaddress
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from c2c.serving.errors import ApiError, ServerError
 
 EngineName = Literal["transformers", "vllm"]
 OnFailure = Literal["raise", "receiver_only"]
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#\sA-Z]+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +92,12 @@ class ServeConfig(HTTPConfig):
     engine_option: list[str] | None = option(
         None, "An argument of vLLM, such as max_model_len=4096; may be repeated.", metavar="NAME=VALUE"
     )
+    cors_origin: list[str] | None = option(
+        None,
+        "Origin whose web pages may use this server, such as https://example.org; * for all; may be repeated. None by "
+        "default.",
+        metavar="ORIGIN",
+    )
     name: str | None = option(None, "What clients call the model; by default the fuser's folder, else 'c2c'.")
     systems: list[str] | None = option(
         None,
@@ -113,6 +121,14 @@ class ServeConfig(HTTPConfig):
     allow_mismatch: bool = option(False, "Accept models with other weights than the fuser's.")
 
     default_systems = ("c2c", "receiver", "sharer", "text")  # as far as the models have them
+
+    def __post_init__(self) -> None:
+        for origin in self.cors_origin or ():
+            if origin != "*" and not _ORIGIN.fullmatch(origin):
+                raise ServerError(
+                    f"--cors-origin is {origin!r}; expected a scheme and host as browsers send them, in small letters, "
+                    "with no path and no slash at the end, such as https://example.org or http://localhost:3000."
+                )
 
 
 class KeyRing:

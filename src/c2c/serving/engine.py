@@ -18,7 +18,9 @@ from c2c.prompting import RenderOptions
 from c2c.serving.errors import ApiError, client_gone, timed_out, to_api_error
 
 FinishReason = Literal["stop", "length"]
-_GREEDY_BELOW = 1e-5  # a smaller temperature would overflow the logits; the likeliest token is all that is left
+# Below these the likeliest token is all that is left: a smaller temperature would overflow the logits, and one of the
+# tokens of a vocabulary, which are fewer than a million, has more probability than this.
+_GREEDY_TEMPERATURE, _GREEDY_TOP_P = 1e-5, 1e-6
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class SamplingParams:
     @property
     def greedy(self) -> bool:
         """Whether the likeliest token is taken."""
-        return self.temperature < _GREEDY_BELOW
+        return self.temperature < _GREEDY_TEMPERATURE or self.top_p < _GREEDY_TOP_P
 
     @property
     def penalised(self) -> bool:
@@ -72,13 +74,22 @@ Request = GenerateRequest | HandoffRequest
 
 
 @dataclass(frozen=True)
+class TokenScore:
+    """One token of the vocabulary with its log-probability at some position."""
+
+    id: int
+    text: str  # its name
+    bytes: bytes | None  # of it; None for an id without any
+    logprob: float  # natural logarithm of its probability, before temperature, top_p and penalties
+
+
+@dataclass(frozen=True)
 class TokenLogprob:
     """Log-probability of one token of an answer."""
 
-    token: str
-    logprob: float  # natural logarithm of its probability, before temperature, top_p and penalties
+    token: TokenScore
     offset: int  # where it begins in the answer, in characters
-    top: list[tuple[str, float]]  # the likeliest tokens at this position with theirs
+    top: list[TokenScore]  # the likeliest tokens at this position
 
 
 @dataclass(frozen=True)

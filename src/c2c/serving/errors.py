@@ -70,6 +70,9 @@ def validation_error(first: Mapping[str, Any]) -> ApiError:
     """Convert the first error of pydantic: which field, and what is wrong, but not its value, which may be a text."""
     param = ".".join(str(part) for part in first.get("loc", ()))
     match first.get("type"):
+        case "unsupported_parameter":
+            param = ".".join(filter(None, (param, first["ctx"]["name"])))
+            return invalid(f"{param} is not supported, or not with this value: leave it out.", param, first["type"])
         case "extra_forbidden" | "unexpected_keyword_argument":
             return invalid(f"unknown parameter {param}: leave it out.", param, "unknown_parameter")
         case "missing" if param:

@@ -118,6 +118,8 @@ class RequestMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request."""
+        if scope["type"] == "http":
+            scope = _plain(scope)
         if scope["type"] != "http" or scope["path"] in OPEN_PATHS:
             await self._app(scope, receive, send)
             return
@@ -196,6 +198,15 @@ class RequestMiddleware:
             return next(messages, None) or await receive()
 
         return replay
+
+
+def _plain(scope: Scope) -> Scope:
+    """Return a request with the path and method that routes are for.
+
+    Clients that join addresses send slashes twice or at the end. HEAD is answered as GET; uvicorn leaves the body out.
+    """
+    path = re.sub("/{2,}", "/", scope["path"]).rstrip("/") or "/"
+    return {**scope, "path": path, "method": "GET" if scope["method"] == "HEAD" else scope["method"]}
 
 
 def _response(error: ApiError) -> JSONResponse:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,12 +11,27 @@ from functools import partial
 from typing import Any
 
 from tokenizers.decoders import DecodeStream
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from c2c.errors import ContextLengthError
 from c2c.generation import PrefilledPrompt
 from c2c.language_model import LanguageModel
-from c2c.serving.engine import Delta, Finished, FinishReason, GenerateRequest, Prefilled, SamplingParams, TokenLogprob
+from c2c.serving.engine import (
+    Delta,
+    Finished,
+    FinishReason,
+    GenerateRequest,
+    Prefilled,
+    SamplingParams,
+    TokenLogprob,
+    TokenScore,
+)
 from c2c.serving.scheduler import Job
+
+_IMPOSSIBLE = -9999.0  # in place of minus infinity, which JSON does not have
+_BROKEN = "\ufffd"  # stands for bytes that are no text
+_BYTE_FALLBACK = re.compile("<0x([0-9A-F]{2})>")
+_BYTE_LEVEL = {letter: byte for byte, letter in bytes_to_unicode().items()}
 
 
 @dataclass(frozen=True)
@@ -49,14 +65,47 @@ class Detokenizer:
         """Return the text of an incomplete character at the end."""
         return str(self._tokenizer.decode(self._ids, skip_special_tokens=True))[self._length :]
 
-    def name(self, token: int) -> str:
-        """Return one token as text, special tokens too."""
-        return str(self._tokenizer.decode([token]))
-
     def _restart(self) -> None:
         self._stream = DecodeStream(skip_special_tokens=True)
         self._ids: list[int] = []
         self._length = 0
+
+
+class TokenNames:
+    """Name tokens for log-probabilities: each by the text that it stands for inside of a text."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._anchor = tokenizer.convert_tokens_to_ids("a")  # a decoder strips the space that a text begins with
+        self._before = "" if self._anchor is None else self._decode([self._anchor])
+
+    def score(self, token: int, logprob: float) -> TokenScore:
+        """Return a token with its name and log-probability.
+
+        Bytes that are no text by themselves are named ``bytes:\\xf0\\x9f``, and ids without text ``token_id:640``.
+        """
+        logprob = max(logprob, _IMPOSSIBLE)
+        piece = self._tokenizer.convert_ids_to_tokens(token)
+        if not piece:
+            return TokenScore(token, f"token_id:{token}", None, logprob)
+        text = self._decode([token]) if self._anchor is None else self._decode([self._anchor, token])
+        text = text.removeprefix(self._before)
+        raw = (_piece_bytes(piece) if _BROKEN in text else None) or text.encode()
+        try:
+            return TokenScore(token, raw.decode(), raw, logprob)
+        except UnicodeDecodeError:
+            return TokenScore(token, "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw), raw, logprob)
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self._tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+
+
+def _piece_bytes(piece: str) -> bytes | None:
+    """Return the bytes that a piece of a vocabulary stands for, in the two ways that there are; None where in none."""
+    if found := _BYTE_FALLBACK.fullmatch(piece):
+        return bytes([int(found[1], 16)])
+    values = [_BYTE_LEVEL.get(letter) for letter in piece]
+    return None if None in values else bytes(value for value in values if value is not None)
 
 
 class StopMatcher:
@@ -64,23 +113,45 @@ class StopMatcher:
 
     Attributes:
         found: one was found; nothing may follow.
-        pending: the last characters, which could be the beginning of a stop string.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = stops
-        self.found, self.pending = False, ""
+        self._held, self._shown = "", list[bool]()  # the last characters, which could be the beginning of a stop string
+        self.found = False
 
-    def feed(self, text: str) -> str:
-        """Append text; return what is certain to stand before any stop string."""
-        text = self.pending + text
-        ends = [at for stop in self._stops if (at := text.find(stop)) >= 0]
+    @property
+    def pending(self) -> str:
+        """What is held back and was no stop string, should the text end here."""
+        return _visible(self._held, self._shown)
+
+    def feed(self, text: str, shown: bool = True) -> str:
+        """Append text; return what is certain to stand before any stop string.
+
+        Args:
+            text: that follows.
+            shown: False for the text of a special token, which stop strings may name and no answer has.
+        """
+        self._held, self._shown = self._held + text, self._shown + [shown] * len(text)
+        ends = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        self.found = bool(ends)
         if ends:
-            self.found, self.pending = True, ""
-            return text[: min(ends)]
-        cut = min((_partial(text, stop) for stop in self._stops), default=len(text))
-        self.pending = text[cut:]
-        return text[:cut]
+            certain, self._held = _visible(self._held[: min(ends)], self._shown), ""
+            return certain
+        cut = min((_partial(self._held, stop) for stop in self._stops), default=len(self._held))
+        certain = _visible(self._held[:cut], self._shown)
+        self._held, self._shown = self._held[cut:], self._shown[cut:]
+        return certain
+
+
+def _visible(text: str, shown: Sequence[bool]) -> str:
+    return "".join(letter for letter, visible in zip(text, shown, strict=False) if visible)
+
+
+def special_texts(tokenizer: Any, stops: Sequence[str]) -> dict[int, str]:
+    """Return the texts of those special tokens that stop strings name."""
+    special = {token: str(added) for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    return {token: text for token, text in special.items() if any(text in stop for stop in stops)}
 
 
 def _partial(text: str, stop: str) -> int:
@@ -112,6 +183,8 @@ class AnswerOutput:
     ) -> None:
         self.params, self.limit, self.index, self._owner, self._ends = params, limit, index, owner, model.ends
         self._detokenizer, self._stop = Detokenizer(model.tokenizer), StopMatcher(params.stop)
+        self._special = special_texts(model.tokenizer, params.stop) if params.stop else {}
+        self._names = None if params.logprobs is None else TokenNames(model.tokenizer)
         self._read = self._certain = 0  # characters: of all tokens, certain to be in the answer
         self._unsent, self._logprobs = "", list[TokenLogprob]()  # not sent yet
         self.first: float | None = None
@@ -126,12 +199,14 @@ class AnswerOutput:
         self.first = self.first or time.monotonic()
         self.tokens += 1
         ended = token in self._ends
-        if scored is not None and not ended:
-            top = [(self._detokenizer.name(other), logprob) for other, logprob in scored.top]
-            self._logprobs.append(TokenLogprob(self._detokenizer.name(token), scored.chosen, self._read, top))
+        if scored is not None and self._names is not None and not ended:
+            top = [self._names.score(*pair) for pair in scored.top]
+            self._logprobs.append(TokenLogprob(self._names.score(token, scored.chosen), self._read, top))
         piece = self._detokenizer.step(token)
         self._read += len(piece)
         text = self._stop.feed(piece)
+        if token in self._special and not self._stop.found:
+            text += self._stop.feed(self._special[token], shown=False)
         reason: FinishReason | None = None
         if self._stop.found:
             reason = "stop"

@@ -7,31 +7,27 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
-from c2c.messages import Conversation
+from c2c.errors import PromptError
+from c2c.messages import Conversation, message
+from c2c.prompting import RenderOptions
 from c2c.serving.engine import SamplingParams
 from c2c.serving.errors import invalid
 
 MAX_STOPS, MAX_STOP_LENGTH = 16, 256  # each is looked for after every token
+_MOST = 2**31 - 1  # of counts
 _ANY = object()  # stands for all values
-_WITHOUT_EFFECT = ("user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention")
-_UNSUPPORTED = ("audio", "moderation", "prediction", "reasoning_effort", "verbosity", "web_search_options")
-
-
-def _text(value: Any) -> Any:
-    """Join a list of text parts; refuse what is no text."""
-    if isinstance(value, list):
-        for part in value:
-            if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-                raise ValueError('only text can be read: expected parts {"type": "text", "text": ...}')
-        value = "".join(part["text"] for part in value)
-    if isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            raise ValueError("half a surrogate pair is no text") from None
-    return value
+_BOOL, _NO_NUMBER = (True, False), (0, 0.0)
 
 
 def _messages(value: Any) -> Any:
@@ -46,16 +42,25 @@ def _context(value: Any) -> Any:
 
 
 def _with_text(messages: list[Message]) -> list[Message]:
-    if not any(message.content for message in messages):
+    if not any(one.normalised["content"] or "tool_calls" in one.normalised for one in messages):
         raise ValueError("no message has any text")
     return messages
+
+
+def _one_or_many(value: Any) -> Any:
+    """Return a list of texts; what other servers take as token ids is named."""
+    values = [value] if isinstance(value, str) else value
+    if isinstance(values, list) and values and isinstance(values[0], int | list):
+        raise ValueError("token ids are not read, since each model has its own: send texts")
+    return values
 
 
 class Body(BaseModel):
     """Base of all bodies: strict types, no unknown fields, null as if left out.
 
     Attributes:
-        neutral: fields of the OpenAI API that are not supported, with the values that change no answer and are dropped.
+        neutral: fields of the OpenAI API, and of servers like it, that are not supported, with the values that change
+            no answer and are dropped.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -75,25 +80,70 @@ class Body(BaseModel):
             elif not any(
                 known is _ANY or (known == value and type(known) is type(value)) for known in cls.neutral[name]
             ):
-                raise invalid(f"{name} is not supported: leave it out.", name, "unsupported_parameter")
+                raise PydanticCustomError(
+                    "unsupported_parameter", "{name} is not supported: leave it out", {"name": name}
+                )
         return kept
 
 
 class Message(Body):
-    """One message of a conversation; what the API adds to its own answers may be sent back."""
+    """One message of a conversation, in the layout of the OpenAI API; what servers add to their answers is dropped.
 
-    neutral = {"annotations": ([],), "audio": (), "function_call": (), "refusal": (), "tool_calls": ([],)}
+    Attributes:
+        normalised: the message as the library takes it.
+    """
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, BeforeValidator(_text)]
+    neutral = {
+        "annotations": (_ANY,),  # where citations stand in the text
+        "audio": (),
+        "function_call": (),
+        "id": (_ANY,),
+        "provider_specific_fields": (_ANY,),  # of LiteLLM
+    }
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: Any = None
+    name: str | None = None
+    refusal: str | None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[Any] | None = None
+    tool_call_id: str | None = None
+    _normalised: dict[str, Any] = PrivateAttr()
+
+    @model_validator(mode="after")
+    def _normalise(self) -> Message:
+        try:
+            self._normalised = message({name: value for name, value in self if value is not None})
+        except PromptError as error:
+            raise ValueError(str(error).removesuffix(".")) from None
+        return self
+
+    @property
+    def normalised(self) -> dict[str, Any]:
+        """The message as :func:`c2c.messages.message` makes it."""
+        return self._normalised
 
 
-Text = Annotated[str, BeforeValidator(_text)]
-_one_or_many = BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
-Texts = Annotated[list[Annotated[Text, Field(min_length=1)]], _one_or_many]
-Stop = Annotated[Text, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
-Stops = Annotated[list[Stop], _one_or_many, Field(max_length=MAX_STOPS)]
-SomeMessages = Annotated[list[Message], Field(min_length=1), AfterValidator(_with_text)]
+class Function(Body):
+    """A function that the model may call; ``strict`` changes nothing, since no answer is parsed."""
+
+    neutral = {"strict": _BOOL}
+    name: str = Field(pattern=r"^[a-zA-Z0-9_.:/-]{1,256}$")
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+
+
+class Tool(Body):
+    """A tool: chat templates list it."""
+
+    type: Literal["function"]
+    function: Function
+
+
+Texts = Annotated[list[Annotated[str, Field(min_length=1)]], Field(fail_fast=True), BeforeValidator(_one_or_many)]
+Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
+Stops = Annotated[list[Stop], Field(max_length=MAX_STOPS, fail_fast=True), BeforeValidator(_one_or_many)]
+SomeMessages = Annotated[list[Message], Field(min_length=1, fail_fast=True), AfterValidator(_with_text)]
 Messages = Annotated[SomeMessages, BeforeValidator(_messages)]  # or a text
 
 
@@ -111,7 +161,7 @@ class C2COptions(Body):
     sharer_messages: Annotated[list[Messages], BeforeValidator(_context)] | None = None
     handoff: Texts | None = None  # ids of what the sharers have read already, in place of it
     report: bool = False  # whether the answer has the fusion report
-    answer_prefix: Text = ""  # that the answer continues
+    answer_prefix: str = ""  # that the answer continues
 
     @model_validator(mode="after")
     def _check(self) -> C2COptions:
@@ -124,28 +174,44 @@ class GenerateBody(Body, ABC):
     """Fields that chat completions and completions have in common."""
 
     neutral = {
-        **dict.fromkeys(_WITHOUT_EFFECT, (_ANY,)),
-        **dict.fromkeys(_UNSUPPORTED, ()),
+        # about the account, the cost or the speed
+        "metadata": (_ANY,),
+        "prediction": (_ANY,),
+        "prompt_cache_key": (_ANY,),
+        "prompt_cache_options": (_ANY,),
+        "prompt_cache_retention": (_ANY,),
+        "safety_identifier": (_ANY,),
+        "user": (_ANY,),
+        "service_tier": (_ANY,),
+        "store": (False,),
+        # what would change an answer, with the values that don't
+        "audio": (),
         "best_of": (1,),
+        "chat_template_kwargs": ({}, {"enable_thinking": False}),
         "echo": (False,),
         "function_call": ("none", "auto"),
         "functions": ([],),
         "logit_bias": ({},),
+        "min_p": _NO_NUMBER,
         "modalities": (["text"],),
-        "parallel_tool_calls": (True, False),
+        "moderation": (),
+        "parallel_tool_calls": _BOOL,
+        "reasoning_effort": ("none",),
+        "repetition_penalty": (1, 1.0),
         "response_format": ({"type": "text"},),
-        "service_tier": ("auto", "default"),
-        "store": (False,),
         "suffix": ("",),
         "tool_choice": ("none", "auto"),
         "tools": ([],),
+        "top_k": (-1, 0),
+        "verbosity": ("medium",),
+        "web_search_options": (),
     }
 
     model: str
-    max_tokens: int | None = Field(None, ge=1)
+    max_tokens: int | None = Field(None, ge=1, le=_MOST)
     temperature: float = Field(1.0, ge=0, le=2)
-    top_p: float = Field(1.0, gt=0, le=1)
-    n: int = Field(1, ge=1)
+    top_p: float = Field(1.0, ge=0, le=1)
+    n: int = Field(1, ge=1, le=_MOST)
     stop: Stops = Field(default_factory=list)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     presence_penalty: float = Field(0.0, ge=-2, le=2)
@@ -175,6 +241,10 @@ class GenerateBody(Body, ABC):
     def top_count(self) -> int | None:
         """How many of the likeliest tokens are reported at each position; None for no log-probabilities at all."""
 
+    @abstractmethod
+    def render(self) -> RenderOptions:
+        """Return how prompts are rendered."""
+
     def sampling(self) -> SamplingParams:
         """Return how to decode."""
         same = {one.name: getattr(self, one.name) for one in fields(SamplingParams) if one.name != "logprobs"}
@@ -184,15 +254,21 @@ class GenerateBody(Body, ABC):
 class ChatCompletionBody(GenerateBody):
     """Body of ``POST /v1/chat/completions``."""
 
+    neutral = {name: values for name, values in GenerateBody.neutral.items() if name not in ("tools", "tool_choice")}
+
     messages: SomeMessages
-    max_completion_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1, le=_MOST)
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
+    tools: Annotated[list[Tool], Field(fail_fast=True)] = Field(default_factory=list)
+    tool_choice: Any = "auto"
 
     @model_validator(mode="after")
     def _check_pairs(self) -> ChatCompletionBody:
         if self.top_logprobs is not None and not self.logprobs:
             raise invalid("top_logprobs needs logprobs: true.", "top_logprobs")
+        if self.tool_choice not in ("none", "auto"):
+            raise invalid("tool_choice must be 'none' or 'auto': no call can be forced.", "tool_choice")
         limits = {self.max_tokens, self.max_completion_tokens} - {None}
         if len(limits) > 1:
             raise invalid("max_tokens and max_completion_tokens differ: give one of them.", "max_tokens")
@@ -203,6 +279,12 @@ class ChatCompletionBody(GenerateBody):
     def conversations(self) -> list[Conversation]:
         """The only conversation."""
         return [conversation(self.messages)]
+
+    def render(self) -> RenderOptions:
+        """See :class:`GenerateBody`; with ``tool_choice: "none"`` the models are not shown the tools."""
+        tools = self.tools if self.tool_choice == "auto" else ()
+        shown = tuple(tool.model_dump(exclude_none=True) for tool in tools)
+        return RenderOptions(answer_prefix=self.c2c.answer_prefix, tools=shown)
 
     @property
     def top_count(self) -> int | None:
@@ -221,6 +303,10 @@ class CompletionBody(GenerateBody):
         """One per text."""
         return [[{"role": "user", "content": text}] for text in self.prompt]
 
+    def render(self) -> RenderOptions:
+        """See :class:`GenerateBody`."""
+        return RenderOptions(answer_prefix=self.c2c.answer_prefix, chat_template=False)
+
     @property
     def top_count(self) -> int | None:
         """See :class:`GenerateBody`."""
@@ -228,5 +314,5 @@ class CompletionBody(GenerateBody):
 
 
 def conversation(messages: list[Message]) -> Conversation:
-    """Return messages as the library takes them; a developer's are the system's."""
-    return [{"role": "system" if m.role == "developer" else m.role, "content": m.content} for m in messages]
+    """Return messages as the library takes them."""
+    return [one.normalised for one in messages]

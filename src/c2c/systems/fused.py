@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -66,7 +67,8 @@ class CacheToCache(System):
                 continue
             part = next(parts)
             part = part[0] if isinstance(part, list) and part and isinstance(part[0], Handoff) else part
-            entries += len(part.ids) if isinstance(part, Handoff) else count_tokens(sharer, part, options)
+            read = replace(options or RenderOptions(), tools=())
+            entries += len(part.ids) if isinstance(part, Handoff) else count_tokens(sharer, part, read)
         return entries
 
 

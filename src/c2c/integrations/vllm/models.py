@@ -211,7 +211,7 @@ def vllm_params(model: LanguageModel, params: SamplingParams, limit: int, index:
     return {
         "max_tokens": limit,
         "temperature": 0.0 if params.greedy else params.temperature,
-        "top_p": params.top_p,
+        "top_p": 1.0 if params.greedy else params.top_p,
         "seed": None if params.seed is None else (params.seed + index) % 2**63,
         "logprobs": params.logprobs,
         "presence_penalty": params.presence_penalty,

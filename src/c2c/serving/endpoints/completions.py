@@ -7,17 +7,26 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
 from pydantic_core import to_json
 from sse_starlette import EventSourceResponse
 
-from c2c.prompting import RenderOptions
-from c2c.serving.engine import Delta, Event, Finished, GenerateRequest, Prefilled, RequestHandle, TokenLogprob
+from c2c.serving.engine import (
+    Delta,
+    Event,
+    Finished,
+    GenerateRequest,
+    Prefilled,
+    RequestHandle,
+    TokenLogprob,
+    TokenScore,
+)
 from c2c.serving.errors import ApiError, client_gone, invalid
 from c2c.serving.http_server import RequestRecord, on_disconnect
+from c2c.serving.json_body import json_body
 from c2c.serving.protocol import ChatCompletionBody, CompletionBody, GenerateBody, conversation
 
 if TYPE_CHECKING:
@@ -39,21 +48,32 @@ class AnswerFormat:
 
 
 def _chat_logprobs(entries: Sequence[TokenLogprob]) -> dict[str, Any]:
-    def entry(token: str, logprob: float) -> dict[str, Any]:
-        # bytes are None for a part of a character
-        return {"token": token, "logprob": logprob, "bytes": None if "\ufffd" in token else list(token.encode())}
+    def entry(one: TokenScore) -> dict[str, Any]:
+        return {"token": one.text, "logprob": one.logprob, "bytes": None if one.bytes is None else list(one.bytes)}
 
-    content = [entry(one.token, one.logprob) | {"top_logprobs": [entry(*top) for top in one.top]} for one in entries]
+    content = [entry(one.token) | {"top_logprobs": [entry(other) for other in one.top]} for one in entries]
     return {"content": content, "refusal": None}
 
 
 def _completion_logprobs(entries: Sequence[TokenLogprob]) -> dict[str, Any]:
     return {
-        "tokens": [one.token for one in entries],
-        "token_logprobs": [one.logprob for one in entries],
-        "top_logprobs": [dict(one.top) for one in entries],
+        "tokens": [one.token.text for one in entries],
+        "token_logprobs": [one.token.logprob for one in entries],
+        "top_logprobs": [_by_text(one) for one in entries],
         "text_offset": [one.offset for one in entries],
     }
+
+
+def _by_text(one: TokenLogprob) -> dict[str, float]:
+    """Return log-probabilities by the names of tokens, the chosen one's under its own.
+
+    Another of the same name, since several tokens may have one text, goes by its id.
+    """
+    found: dict[str, float] = {}
+    for other in one.top if any(other.id == one.token.id for other in one.top) else [*one.top, one.token]:
+        own = other.id == one.token.id or (other.text != one.token.text and other.text not in found)
+        found[other.text if own else f"token_id:{other.id}"] = other.logprob
+    return found
 
 
 CHAT = AnswerFormat(
@@ -93,11 +113,15 @@ def router(service: Service) -> APIRouter:
         return EventSourceResponse(_chain(first, chunks), sep="\n")
 
     @made.post("/chat/completions")
-    async def chat_completions(request: Request, body: ChatCompletionBody) -> Response:
+    async def chat_completions(
+        request: Request, body: Annotated[ChatCompletionBody, Depends(json_body(ChatCompletionBody))]
+    ) -> Response:
         return await respond(request, body, CHAT)
 
     @made.post("/completions")
-    async def completions(request: Request, body: CompletionBody) -> Response:
+    async def completions(
+        request: Request, body: Annotated[CompletionBody, Depends(json_body(CompletionBody))]
+    ) -> Response:
         return await respond(request, body, COMPLETION)
 
     return made
@@ -122,7 +146,7 @@ async def _submit(service: Service, body: GenerateBody, record: RequestRecord) -
         private = tuple(conversation(messages) for messages in body.c2c.sharer_messages)
     elif body.c2c.handoff is not None:
         private = tuple(service.handoffs.get(name, record.owner).handoff.handoff for name in body.c2c.handoff)
-    render = RenderOptions(answer_prefix=body.c2c.answer_prefix, chat_template=isinstance(body, ChatCompletionBody))
+    render = body.render()
     handles: list[RequestHandle] = []
     try:
         for prompt in prompts:

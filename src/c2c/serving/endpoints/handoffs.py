@@ -7,16 +7,17 @@ import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cachetools import TLRUCache
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Depends, Request
 from pydantic import Field
 
 from c2c.serving.config import ServeConfig
 from c2c.serving.engine import HandoffCreated, HandoffRequest
 from c2c.serving.errors import ApiError
 from c2c.serving.http_server import on_disconnect
+from c2c.serving.json_body import json_body
 from c2c.serving.protocol import Body, Messages, conversation
 
 if TYPE_CHECKING:
@@ -150,7 +151,7 @@ def router(service: Service) -> APIRouter:
     made, store = APIRouter(prefix="/v1/c2c/handoffs"), service.handoffs
 
     @made.post("", status_code=201)
-    async def create(request: Request, body: HandoffBody) -> dict[str, Any]:
+    async def create(request: Request, body: Annotated[HandoffBody, Depends(json_body(HandoffBody))]) -> dict[str, Any]:
         store.check_room()
         messages = conversation(body.messages)
         handle = await service.submit(HandoffRequest(messages, body.sharer, body.draft_tokens, body.precision))
