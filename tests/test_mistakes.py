@@ -6,8 +6,6 @@ on stdout; no traceback; and no file written.
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import json
 import os
 import re
@@ -19,15 +17,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from c2c import C2CError, C2CModel, utils
 from c2c.cli import main
 from c2c.data.config import DataSource
-from c2c.evaluation import EvalConfig, load_eval_config
-from c2c.training.config import TrainConfig, load_config
+from c2c.evaluation import EvalConfig
 from c2c.utils import install_command
 from tiny import build, pair_folders, tokenizer
 
@@ -228,32 +223,6 @@ def test_configs(refused, workspace, mistake):
     change, *parts = CONFIG_MISTAKES[mistake]
     (workspace / "changed.yaml").write_text(yaml.safe_dump(CONFIG | change))
     refused("train changed.yaml", *parts)
-
-
-anything = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4) | st.sampled_from(["receiver", "\0"]),
-    lambda inner: (
-        st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(["path", "task", "limit", 1]), inner, max_size=2)
-    ),
-    max_leaves=4,
-)
-
-
-@pytest.mark.parametrize(
-    ("kind", "read", "base"),
-    [
-        (TrainConfig, load_config, CONFIG),
-        (EvalConfig, load_eval_config, {"fuser": "fuser", "data": ["questions.jsonl"]}),
-    ],
-)
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.data())
-def test_any_config_is_read_or_refused_by_an_error_of_the_package(workspace, kind, read, base, data):
-    names = st.sampled_from([field.name for field in dataclasses.fields(kind)]) | st.text(max_size=3) | st.integers()
-    changes = data.draw(st.dictionaries(names, anything, min_size=1, max_size=2))
-    (workspace / "any.yaml").write_text(yaml.safe_dump(base | changes))
-    with contextlib.suppress(C2CError):
-        read(workspace / "any.yaml")
 
 
 @pytest.mark.parametrize("value", ["receiver", ["receiver", 1], 3])

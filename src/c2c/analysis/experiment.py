@@ -173,6 +173,8 @@ def load_items(path: str, form: str, limit: int | None, seed: int, exclude: froz
             f'no such data file: {path}. Expected JSON lines with "question", "choices" and "answer" (the index of '
             "the right choice)."
         )
+    if limit == 0:
+        return []
     return load_rows([DataSource(str(file), form=form, limit=limit)], Path(), seed, exclude)[0]
 
 

@@ -25,7 +25,7 @@ class DataSource:
         "Kind of rows: multiple_choice, context_question, private_question, question, instruction or chat.",
     )
     form: str = option("letter", "Prompt form of multiple choice: letter, published or sentence.")
-    limit: int | None = option(None, "At most this many rows, drawn with data_seed.", min=0)
+    limit: int | None = option(None, "At most this many rows, drawn with data_seed.", min=1)
     skip: int = option(0, "Skip this many drawn rows, so that two sources of one file do not overlap.", min=0)
     vary_options: float = option(
         0.0, "Share of questions that get 2 to 8 options in a new order, some from other questions.", min=0, max=1
