@@ -99,7 +99,7 @@ def _show(result: dict[str, Any], fuser: str) -> None:
         columns = ["", *(name.replace("_", " ") for name in _COSTS), "x matched"]
         print_table(columns, rows, f"one question, mean of {next(iter(timed.values()))['timed']:.0f}")
     if result["dropped"]:
-        err.print(f"not evaluated: {result['dropped']}", markup=False)
+        err.print(f"not evaluated: {result['dropped']}", markup=False, soft_wrap=True)
 
 
 def _score(system: dict[str, Any]) -> str:

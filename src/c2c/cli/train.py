@@ -65,7 +65,7 @@ def prefill(config: ConfigPath, *, json_: Json = False, **options: Any) -> None:
 
 def _report_dropped(data: dict[str, Any]) -> None:
     if data["dropped"]:
-        err.print(f"rows that were left out: {data['dropped']}", markup=False)
+        err.print(f"rows that were left out: {data['dropped']}", markup=False, soft_wrap=True)
 
 
 def _show(summary: dict[str, Any], private: bool) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from cachetools import LRUCache
@@ -18,7 +18,7 @@ from c2c.data.formats import Row
 from c2c.data.prompts import choice_tokens, response_tokens
 from c2c.errors import PromptError
 from c2c.evaluation.config import EvalConfig, EvaluationError
-from c2c.fusers.base import load_fuser
+from c2c.fusers.base import Fuser, load_fuser
 from c2c.generation import FirstTokenTimer
 from c2c.handoff import sharer_prompt
 from c2c.language_model import LanguageModel, Sharer
@@ -111,7 +111,9 @@ class Pair:
             return prompt.receiver.length, prompt.sharers[0].length
         first_user_column(self.receiver.tokenizer, row.messages, options)  # where the entries will stand
         read = sharer_prompt(self.sharer.tokenizer, row.sharer_messages or [], options)
-        return self.receiver.encode([row.messages], options).length, len(read.ids)
+        fuser = cast(Fuser, self.model.fusers[0])
+        entries = fuser.output_length(len(read.ids))  # stand in the receiver's prompt
+        return self.receiver.encode([row.messages], options).length + entries, len(read.ids)
 
 
 class EvaluationPrefills:

@@ -266,12 +266,13 @@ def _readable(name: str, rows: list[Row], systems: list[str], pair: Pair, droppe
     """
     reasons = [pair.unreadable(row) for row in rows]
     dropped.update(f"{name}: {reason}" for reason in reasons if reason is not None)
+    left_out = {key: count for key, count in dropped.items() if key.startswith(f"{name}: ")}
     kept = [row for row, reason in zip(rows, reasons, strict=True) if reason is None]
     mode = pair.config.mode
     if len(kept) < 2:
         raise EvaluationError(
             f"{name}: {len(kept)} items are left to evaluate; at least 2 are needed, one for another's deranged cache. "
-            "Give more questions, or a higher limit or lower skip."
+            f"{f'Left out: {left_out}. ' if left_out else ''}Give more questions, or a higher limit or lower skip."
         )
     if any(row.draft for row in kept):
         raise EvaluationError(f"{name}: draft is for training; in an evaluation choose the system 'draft'.")
