@@ -10,10 +10,8 @@ import copy
 import inspect
 import math
 import operator
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import torch
@@ -33,7 +31,7 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.streamers import BaseStreamer
 
 from c2c.errors import C2CError, ContextLengthError, PromptError, did_you_mean
-from c2c.tokens import TokenBatch, left_pad
+from c2c.tokens import TokenBatch, as_list, left_pad
 
 DEFAULT_NEW_TOKENS = 256
 
@@ -184,15 +182,6 @@ class Decoding:
         return out if isinstance(out, Tensor) else out.sequences
 
 
-def as_list(value: Any) -> list[int]:
-    """Return token ids of a generation config as a list."""
-    if value is None:
-        return []
-    if isinstance(value, Tensor):
-        value = value.tolist()
-    return list(value) if isinstance(value, list | tuple) else [value]
-
-
 def prepare(model: PreTrainedModel, batch: TokenBatch, kwargs: dict[str, Any], limit: int | None = None) -> Decoding:
     """Merge and check the arguments of ``generate``.
 
@@ -221,27 +210,6 @@ def prepare(model: PreTrainedModel, batch: TokenBatch, kwargs: dict[str, Any], l
         if hidden:
             _hide_slots(decoding, prompt)
     return decoding
-
-
-def table_limit(model: PreTrainedModel, context_length: int | None) -> int | None:
-    """Return the longest text that a model with a table of positions can make; None where there is no table."""
-    tables = chain(model.named_parameters(), model.named_buffers())
-    for name, table in tables if context_length else ():
-        is_table = re.search(r"wpe|position|pos_(emb|enc)", name)
-        if is_table and table.dim() > 1 and 0 <= table.shape[0] - (context_length or 0) <= 4:
-            return (context_length or 0) + 1  # the last token is written and not read
-    return None
-
-
-def cache_limit(model: Any, batch: TokenBatch) -> int | None:
-    """Return the longest text that a model makes from the cache that it was given.
-
-    Phi-3 and its kin drop the cache when the text grows beyond the length from which on they rotate otherwise, and read
-    all of it again, which nobody can do for a fused cache.
-    """
-    own = type(model).prepare_inputs_for_generation is not GenerationMixin.prepare_inputs_for_generation
-    length = getattr(model.config, "original_max_position_embeddings", None) if own else None
-    return int(length) + 1 if length is not None and batch.length <= length + 1 else None
 
 
 class OrdinaryPrompt:

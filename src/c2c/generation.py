@@ -23,11 +23,11 @@ from transformers import (
     TextIteratorStreamer,
 )
 
-from c2c.decoding import as_callables, as_list
+from c2c.decoding import as_callables
 from c2c.errors import PromptError, RemoteError
 from c2c.messages import Conversation, conversations
 from c2c.prompting import require_tokenizer
-from c2c.tokens import TokenBatch
+from c2c.tokens import TokenBatch, as_list
 
 if TYPE_CHECKING:
     from c2c.language_model import LanguageModel

@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache, PreTrainedModel, StopStringCriteria
 
 from c2c import kv_cache, rope
-from c2c.decoding import Decoding, as_list, cache_limit, prepare, table_limit
+from c2c.decoding import Decoding, prepare
 from c2c.errors import CacheError, ContextLengthError, MismatchError, PromptError
 from c2c.generation import FirstTokenTimer, PrefilledPrompt, unbatch
 from c2c.handoff import Handoff, SharerPrompt, sharer_prompt
@@ -23,10 +23,10 @@ from c2c.identity import IdentityReader, ModelIdentity, differences
 from c2c.loading import load, unwrap
 from c2c.messages import conversations
 from c2c.prefill import next_logits, prefill
-from c2c.probe import ProbedModel, prefill_rows, reads_rows_apart, rows_alone
+from c2c.probe import ProbedModel, cache_limit, prefill_rows, reads_rows_apart, rows_alone, table_limit
 from c2c.prompting import RenderOptions, encode, render, require_tokenizer
 from c2c.rope import prompt_length, switch_length
-from c2c.tokens import TokenBatch, left_pad, require_left_padding
+from c2c.tokens import TokenBatch, as_list, left_pad, require_left_padding
 
 
 def _contiguous(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -7,15 +7,17 @@ by the longest row.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cached_property
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, GenerationMixin, PreTrainedModel
 
 from c2c import kv_cache, rope
 from c2c.errors import CacheError, PromptError
@@ -231,3 +233,24 @@ def _same(one: Tensor, other: Tensor) -> bool:
     tolerance = 0.05 if other.dtype in (torch.float32, torch.float64) else 0.1
     one, other = one.float().cpu(), other.float().cpu()
     return bool((one - other).norm() <= tolerance * other.norm() + 1e-6)
+
+
+def table_limit(model: PreTrainedModel, context_length: int | None) -> int | None:
+    """Return the longest text that a model with a table of positions can make; None where there is no table."""
+    tables = chain(model.named_parameters(), model.named_buffers())
+    for name, table in tables if context_length else ():
+        is_table = re.search(r"wpe|position|pos_(emb|enc)", name)
+        if is_table and table.dim() > 1 and 0 <= table.shape[0] - (context_length or 0) <= 4:
+            return (context_length or 0) + 1  # the last token is written and not read
+    return None
+
+
+def cache_limit(model: Any, batch: TokenBatch) -> int | None:
+    """Return the longest text that a model makes from the cache that it was given.
+
+    Phi-3 and its kin drop the cache when the text grows beyond the length from which on they rotate otherwise, and read
+    all of it again, which nobody can do for a fused cache.
+    """
+    own = type(model).prepare_inputs_for_generation is not GenerationMixin.prepare_inputs_for_generation
+    length = getattr(model.config, "original_max_position_embeddings", None) if own else None
+    return int(length) + 1 if length is not None and batch.length <= length + 1 else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -134,3 +135,12 @@ def concatenate(batches: Sequence[TokenBatch]) -> TokenBatch:
         any(batch.padded or batch.length < width for batch in batches),
         natural=all(batch.natural for batch in batches),
     )
+
+
+def as_list(value: Any) -> list[int]:
+    """Return token ids of a generation config as a list."""
+    if value is None:
+        return []
+    if isinstance(value, Tensor):
+        value = value.tolist()
+    return list(value) if isinstance(value, list | tuple) else [value]
