@@ -92,6 +92,14 @@ _IGNORED = {
 }
 _IGNORED_ARGUMENTS = {"assistant_model": _ASSISTED, "assistant_tokenizer": _ASSISTED}
 
+# Options that read the ids of the prompt, with the values that switch them off.
+_READ_PROMPT: dict[str, tuple[Any, ...]] = {
+    "repetition_penalty": (None, 1.0),
+    "encoder_repetition_penalty": (None, 1.0),
+    "no_repeat_ngram_size": (None, 0),
+    "encoder_no_repeat_ngram_size": (None, 0),
+}
+
 _COUNTS = ("max_new_tokens", "max_length", "num_beams", "num_return_sequences")
 _NUMBERS: dict[str, tuple[str, Callable[[float], bool]]] = {
     "max_time": ("a number of seconds from 0", lambda x: 0 <= x < math.inf),
@@ -203,11 +211,11 @@ def prepare(model: PreTrainedModel, batch: TokenBatch, kwargs: dict[str, Any], l
     _set_lengths(decoding, batch, asked, limit)
     _set_padding(config, model)
     arguments["logits_processor"] = LogitsProcessorList(as_callables(arguments.get("logits_processor")))
-    hidden = bool(batch.slots.any())
-    if batch.padded or hidden:
+    reads = any(getattr(config, name) not in unset for name, unset in _READ_PROMPT.items())
+    if batch.has_slots or (batch.padded and reads):  # only then are tokens brought to the host
         prompt = OrdinaryPrompt(batch, int(config.pad_token_id))
         _read_own_rows(decoding, prompt)
-        if hidden:
+        if batch.has_slots:
             _hide_slots(decoding, prompt)
     return decoding
 
@@ -403,8 +411,10 @@ def _check_mode(config: GenerationConfig, arguments: dict[str, Any]) -> None:
 def _set_lengths(decoding: Decoding, batch: TokenBatch, asked: set[str], limit: int | None) -> None:
     """Turn bounds of the whole length to bounds of the new tokens, since entries of private context are no tokens."""
     config = decoding.config
-    tokens = int((batch.mask & ~batch.slots).sum(-1).max())
-    if config.max_new_tokens is None and "max_length" in asked:
+    whole = config.max_new_tokens is None and "max_length" in asked
+    # counted where a bound needs it: the mask may lie on a device, which is then waited for
+    tokens = int((batch.mask & ~batch.slots).sum(-1).max()) if whole or config.min_length else 0
+    if whole:
         config.max_new_tokens = int(config.max_length or 0) - tokens
         if config.max_new_tokens < 1:
             raise PromptError(

@@ -23,7 +23,7 @@ from c2c.identity import IdentityReader, ModelIdentity, differences
 from c2c.loading import load, unwrap
 from c2c.messages import conversations
 from c2c.prefill import next_logits, prefill
-from c2c.probe import ProbedModel, cache_limit, prefill_rows, reads_rows_apart, rows_alone, table_limit
+from c2c.probe import ProbedModel, cache_limit, prefill_rows, reads_rows_apart, rows_alone
 from c2c.prompting import RenderOptions, encode, render, require_tokenizer
 from c2c.rope import prompt_length, switch_length
 from c2c.tokens import TokenBatch, as_list, left_pad, require_left_padding
@@ -266,7 +266,7 @@ class LanguageModel(ProbedModel):
         batch = batch.to(self.device)
         self._check_cache(batch, cache)
         timer = timer or FirstTokenTimer()
-        limits = [table_limit(self.model, self.context_length), cache_limit(self.model, batch) if fused else None]
+        limits = [self.table_limit, cache_limit(self.model, batch) if fused else None]
         limit = min((limit for limit in limits if limit is not None), default=None)
         decoding = prepare(self.model, batch, kwargs, limit)
         if self.separates(batch, decoding.config.max_new_tokens or 0):

@@ -379,4 +379,5 @@ class C2CModel(Pretrained, TokenIds, nn.Module):
 
 def weights_of(model: Any) -> tuple[Any, ...]:
     """Return what tells a model's weights from others; a template that a caller sets afterwards is meant."""
-    return model.identity.weights, model.identity.values, model.identity.variant
+    now = model.identity  # read from the weights
+    return now.weights, now.values, now.variant

@@ -91,6 +91,17 @@ class ProbedModel:
         keys = [keys for keys, _ in kv_cache.layers(self._probe)]
         return rope.find_scheme(self.model, keys, self._probe_positions.to(self.device), self.name)
 
+    @cached_property
+    def table_limit(self) -> int | None:
+        """The longest text that a model with a table of positions can make; None where there is no table."""
+        length = self.context_length
+        tables = chain(self.model.named_parameters(), self.model.named_buffers())
+        for name, table in tables if length else ():
+            is_table = re.search(r"wpe|position|pos_(emb|enc)", name)
+            if is_table and table.dim() > 1 and 0 <= table.shape[0] - (length or 0) <= 4:
+                return (length or 0) + 1  # the last token is written and not read
+        return None
+
     def check_rotary(self) -> None:
         """Make sure that the rotation can be taken off this model's keys; raises as :attr:`rope_scheme` does."""
         _ = self.rope_scheme
@@ -233,16 +244,6 @@ def _same(one: Tensor, other: Tensor) -> bool:
     tolerance = 0.05 if other.dtype in (torch.float32, torch.float64) else 0.1
     one, other = one.float().cpu(), other.float().cpu()
     return bool((one - other).norm() <= tolerance * other.norm() + 1e-6)
-
-
-def table_limit(model: PreTrainedModel, context_length: int | None) -> int | None:
-    """Return the longest text that a model with a table of positions can make; None where there is no table."""
-    tables = chain(model.named_parameters(), model.named_buffers())
-    for name, table in tables if context_length else ():
-        is_table = re.search(r"wpe|position|pos_(emb|enc)", name)
-        if is_table and table.dim() > 1 and 0 <= table.shape[0] - (context_length or 0) <= 4:
-            return (context_length or 0) + 1  # the last token is written and not read
-    return None
 
 
 def cache_limit(model: Any, batch: TokenBatch) -> int | None:

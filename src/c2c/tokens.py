@@ -24,6 +24,7 @@ class TokenBatch:
         positions: position ids used for the rotary embedding, ``[batch, tokens]``, int64.
         padded: whether any row has padding. Known on the host, so that no device has to be asked.
         natural: whether ``positions`` count the unmasked tokens of each row, as ``generate`` would.
+        has_slots: whether some column is an entry of the cache and no token; known on the host as well.
     """
 
     ids: Tensor
@@ -31,6 +32,7 @@ class TokenBatch:
     positions: Tensor
     padded: bool
     natural: bool = True
+    has_slots: bool = False
 
     @property
     def length(self) -> int:
@@ -69,7 +71,7 @@ class TokenBatch:
         filler = self.ids.new_full((self.rows, slots), _SLOT)
         ids = torch.cat([self.ids[:, :column], filler, self.ids[:, column:]], dim=1)
         mask = torch.cat([self.mask[:, :column], filler == _SLOT, self.mask[:, column:]], dim=1)
-        return TokenBatch(ids, mask, natural_positions(mask), self.padded)
+        return TokenBatch(ids, mask, natural_positions(mask), self.padded, has_slots=self.has_slots or slots > 0)
 
     def mask_until(self, stop: int) -> Tensor | None:
         """Return the attention mask of the first ``stop`` columns, or None where nothing is padded.
@@ -134,6 +136,7 @@ def concatenate(batches: Sequence[TokenBatch]) -> TokenBatch:
         stack([batch.positions for batch in batches]),
         any(batch.padded or batch.length < width for batch in batches),
         natural=all(batch.natural for batch in batches),
+        has_slots=any(batch.has_slots for batch in batches),
     )
 
 
