@@ -12,6 +12,7 @@ import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,23 +37,25 @@ from c2c.tokens import TokenBatch, as_list, left_pad
 DEFAULT_NEW_TOKENS = 256
 
 # What the prompt and its cache already say.
-_PROMPT = {
-    "inputs",
-    "input_ids",
-    "inputs_embeds",
-    "attention_mask",
-    "position_ids",
-    "past_key_values",
-    "cache_params",
-    "cache_position",
-    "token_type_ids",
-    "decoder_input_ids",
-    "decoder_attention_mask",
-    "encoder_outputs",
-    "labels",
-    "pixel_values",
-    "input_features",
-}
+_PROMPT = set(
+    [
+        "inputs",
+        "input_ids",
+        "inputs_embeds",
+        "attention_mask",
+        "position_ids",
+        "past_key_values",
+        "cache_params",
+        "cache_position",
+        "token_type_ids",
+        "decoder_input_ids",
+        "decoder_attention_mask",
+        "encoder_outputs",
+        "labels",
+        "pixel_values",
+        "input_features",
+    ]
+)
 
 # Options whose answer can't be had from a prefilled cache, with the reason.
 _REFUSED = {
@@ -92,12 +95,12 @@ _IGNORED = {
 }
 _IGNORED_ARGUMENTS = {"assistant_model": _ASSISTED, "assistant_tokenizer": _ASSISTED}
 
-# Options that read the ids of the prompt, with the values that switch them off.
-_READ_PROMPT: dict[str, tuple[Any, ...]] = {
-    "repetition_penalty": (None, 1.0),
-    "encoder_repetition_penalty": (None, 1.0),
-    "no_repeat_ngram_size": (None, 0),
-    "encoder_no_repeat_ngram_size": (None, 0),
+# Options that read the ids of the prompt, and what they become for one row.
+_READ_PROMPT: dict[str, Callable[..., LogitsProcessor]] = {
+    "encoder_repetition_penalty": EncoderRepetitionPenaltyLogitsProcessor,
+    "repetition_penalty": lambda penalty, _: RepetitionPenaltyLogitsProcessor(penalty),
+    "no_repeat_ngram_size": lambda size, _: NoRepeatNGramLogitsProcessor(size),
+    "encoder_no_repeat_ngram_size": EncoderNoRepeatNGramLogitsProcessor,
 }
 
 _COUNTS = ("max_new_tokens", "max_length", "num_beams", "num_return_sequences")
@@ -211,8 +214,9 @@ def prepare(model: PreTrainedModel, batch: TokenBatch, kwargs: dict[str, Any], l
     _set_lengths(decoding, batch, asked, limit)
     _set_padding(config, model)
     arguments["logits_processor"] = LogitsProcessorList(as_callables(arguments.get("logits_processor")))
-    reads = any(getattr(config, name) not in unset for name, unset in _READ_PROMPT.items())
-    if batch.has_slots or (batch.padded and reads):  # only then are tokens brought to the host
+    if batch.has_slots or (
+        batch.padded and any(_is_on(config, name) for name in _READ_PROMPT)
+    ):  # only then are tokens brought to the host
         prompt = OrdinaryPrompt(batch, int(config.pad_token_id))
         _read_own_rows(decoding, prompt)
         if batch.has_slots:
@@ -448,23 +452,19 @@ def _set_padding(config: GenerationConfig, model: Any) -> None:
 
 def _read_own_rows(decoding: Decoding, prompt: OrdinaryPrompt) -> None:
     """Let options that read the prompt read each row's own tokens."""
-    config = decoding.config
-    penalty, size = config.repetition_penalty, config.no_repeat_ngram_size
-    encoder_penalty, encoder_size = config.encoder_repetition_penalty, config.encoder_no_repeat_ngram_size
-    made: list[LogitsProcessor] = []
-    if encoder_penalty not in (None, 1.0):
-        made.append(_OwnRows(prompt, lambda ids: EncoderRepetitionPenaltyLogitsProcessor(encoder_penalty, ids)))
-    if penalty not in (None, 1.0):
-        made.append(_OwnRows(prompt, lambda ids: RepetitionPenaltyLogitsProcessor(penalty)))
-    if size and size > 0:
-        made.append(_OwnRows(prompt, lambda ids: NoRepeatNGramLogitsProcessor(size)))
-    if encoder_size and encoder_size > 0:
-        made.append(_OwnRows(prompt, lambda ids: EncoderNoRepeatNGramLogitsProcessor(encoder_size, ids)))
+    config, made = decoding.config, list[LogitsProcessor]()
+    for name, make in _READ_PROMPT.items():
+        if _is_on(config, name):
+            made.append(_OwnRows(prompt, partial(make, getattr(config, name))))
+            setattr(config, name, None)
     if made:
-        config.repetition_penalty = config.no_repeat_ngram_size = None
-        config.encoder_repetition_penalty = config.encoder_no_repeat_ngram_size = None
         given = decoding.arguments["logits_processor"]
         decoding.arguments["logits_processor"] = LogitsProcessorList([*made, *given])
+
+
+def _is_on(config: GenerationConfig, name: str) -> bool:
+    value = getattr(config, name)
+    return value is not None and (value > 0 if name.endswith("size") else value != 1.0)
 
 
 def _hide_slots(decoding: Decoding, prompt: OrdinaryPrompt) -> None:
