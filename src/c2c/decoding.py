@@ -32,30 +32,28 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.streamers import BaseStreamer
 
 from c2c.errors import C2CError, ContextLengthError, PromptError, did_you_mean
-from c2c.tokens import TokenBatch, as_list, left_pad
+from c2c.tokens import OrdinaryPrompt, TokenBatch, as_list
 
 DEFAULT_NEW_TOKENS = 256
 
 # What the prompt and its cache already say.
-_PROMPT = set(
-    [
-        "inputs",
-        "input_ids",
-        "inputs_embeds",
-        "attention_mask",
-        "position_ids",
-        "past_key_values",
-        "cache_params",
-        "cache_position",
-        "token_type_ids",
-        "decoder_input_ids",
-        "decoder_attention_mask",
-        "encoder_outputs",
-        "labels",
-        "pixel_values",
-        "input_features",
-    ]
-)
+_PROMPT = {
+    "inputs",
+    "input_ids",
+    "inputs_embeds",
+    "attention_mask",
+    "position_ids",
+    "past_key_values",
+    "cache_params",
+    "cache_position",
+    "token_type_ids",
+    "decoder_input_ids",
+    "decoder_attention_mask",
+    "encoder_outputs",
+    "labels",
+    "pixel_values",
+    "input_features",
+}
 
 # Options whose answer can't be had from a prefilled cache, with the reason.
 _REFUSED = {
@@ -222,29 +220,6 @@ def prepare(model: PreTrainedModel, batch: TokenBatch, kwargs: dict[str, Any], l
         if batch.has_slots:
             _hide_slots(decoding, prompt)
     return decoding
-
-
-class OrdinaryPrompt:
-    """Hold the prompt as it would be without entries of private context, for what reads its ids.
-
-    Attributes:
-        rows: the real tokens of each row.
-        ids: the same, left-padded, ``[batch, tokens]``.
-    """
-
-    def __init__(self, batch: TokenBatch, pad_id: int) -> None:
-        self._length = batch.length
-        kept = batch.mask & ~batch.slots
-        self.rows = [ids[real] for ids, real in zip(batch.ids, kept, strict=True)]
-        self.ids = left_pad([row.tolist() for row in self.rows], pad_id).ids.to(batch.ids.device)
-
-    def of(self, ids: Tensor) -> Tensor:
-        """Return ``[batch * copies, tokens + new]`` with the prompt in its ordinary form."""
-        return torch.cat([self.ids.repeat_interleave(ids.shape[0] // len(self.rows), 0), ids[:, self._length :]], 1)
-
-    def row(self, index: int, ids: Tensor) -> Tensor:
-        """Return the real tokens of one row of the prompt and what follows them in ``ids``, ``[tokens + new]``."""
-        return torch.cat([self.rows[index], ids[self._length :]])
 
 
 class _OwnRows(LogitsProcessor):

@@ -140,6 +140,29 @@ def concatenate(batches: Sequence[TokenBatch]) -> TokenBatch:
     )
 
 
+class OrdinaryPrompt:
+    """Hold the prompt as it would be without entries of private context, for what reads its ids.
+
+    Attributes:
+        rows: the real tokens of each row.
+        ids: the same, left-padded, ``[batch, tokens]``.
+    """
+
+    def __init__(self, batch: TokenBatch, pad_id: int) -> None:
+        self._length = batch.length
+        kept = batch.mask & ~batch.slots
+        self.rows = [ids[real] for ids, real in zip(batch.ids, kept, strict=True)]
+        self.ids = left_pad([row.tolist() for row in self.rows], pad_id).ids.to(batch.ids.device)
+
+    def of(self, ids: Tensor) -> Tensor:
+        """Return ``[batch * copies, tokens + new]`` with the prompt in its ordinary form."""
+        return torch.cat([self.ids.repeat_interleave(ids.shape[0] // len(self.rows), 0), ids[:, self._length :]], 1)
+
+    def row(self, index: int, ids: Tensor) -> Tensor:
+        """Return the real tokens of one row of the prompt and what follows them in ``ids``, ``[tokens + new]``."""
+        return torch.cat([self.rows[index], ids[self._length :]])
+
+
 def as_list(value: Any) -> list[int]:
     """Return token ids of a generation config as a list."""
     if value is None:
