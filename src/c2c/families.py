@@ -145,9 +145,11 @@ def _sizes(kind: type[PreTrainedConfig]) -> dict[str, Any]:
     known = {entry.name for entry in dataclasses.fields(kind)} - set(kind.attribute_map)
     sizes = {name: value for name, value in _SIZES["all"].items() if name in known}
     for name in kind.sub_configs:
-        if dataclasses.is_dataclass(part := type(getattr(kind(), name, None))):
+        part = type(getattr(kind(), name, None))
+        if issubclass(part, PreTrainedConfig):
             sizes[name] = {"model_type": part.model_type} | _sizes(part)
-    return sizes | _SIZES["families"].get(kind.model_type, {})
+    own: dict[str, Any] = _SIZES["families"].get(kind.model_type, {})
+    return sizes | own
 
 
 @cache

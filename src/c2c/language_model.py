@@ -22,7 +22,7 @@ from c2c.handoff import Handoff, SharerPrompt, sharer_prompt
 from c2c.identity import IdentityReader, ModelIdentity, differences
 from c2c.loading import load, unwrap
 from c2c.messages import conversations
-from c2c.prefill import next_logits, prefill
+from c2c.prefill import EvaluationMode, next_logits, prefill
 from c2c.probe import ProbedModel, cache_limit, prefill_rows, reads_rows_apart, rows_alone
 from c2c.prompting import RenderOptions, encode, render, require_tokenizer
 from c2c.rope import prompt_length, switch_length
@@ -71,6 +71,7 @@ class LanguageModel(ProbedModel):
         self.tokenizer = tokenizer
         self.name = name or str(model.config._name_or_path or type(model).__name__)
         self.released = False
+        self._mode = EvaluationMode(self.model)
         self._reader = IdentityReader()
         self.stored: StoredPrefills | None = None  # where prefills are taken from, if they are kept
 
@@ -198,8 +199,7 @@ class LanguageModel(ProbedModel):
                 f"the weights of the {self.role} {self.name} were given back after its prefills were stored, and this "
                 "prompt is not among them. Load the model again."
             )
-        if any(module.training for module in self.model.modules()):  # layers of an adapter that was added later
-            self.model.eval()
+        self._mode.ensure()
         batch = batch.to(self.device)
         if self.separates(batch):
             return prefill_rows(self._prefill, batch, stop, cache)
@@ -263,10 +263,11 @@ class LanguageModel(ProbedModel):
             PromptError: right-padded or over the context length; an argument that can't be followed.
         """
         self.check_prompt(batch)
+        self._mode.ensure()
         batch = batch.to(self.device)
         self._check_cache(batch, cache)
         timer = timer or FirstTokenTimer()
-        limits = [self.table_limit, cache_limit(self.model, batch) if fused else None]
+        limits = [self.table_limit, cache_limit(self.model, batch.length) if fused else None]
         limit = min((limit for limit in limits if limit is not None), default=None)
         decoding = prepare(self.model, batch, kwargs, limit)
         if self.separates(batch, decoding.config.max_new_tokens or 0):

@@ -3,11 +3,29 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from c2c import kv_cache
 from c2c.tokens import TokenBatch
+
+
+class EvaluationMode:
+    """Keep a model in ``eval()`` mode at little cost: its modules are listed anew only where some were replaced."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+        self._modules: list[nn.Module] = []
+        self._children: list[tuple[dict[str, nn.Module | None], list[nn.Module | None]]] = []
+
+    def ensure(self) -> None:
+        """Leave training mode, which a caller may have entered, also in layers of an adapter that was added later."""
+        if not self._modules or any([list(held.values()) != known for held, known in self._children]):  # noqa: C419
+            self._modules = list(self._model.modules())
+            inside = [module._modules for module in self._modules]
+            self._children = [(held, list(held.values())) for held in inside if held]
+        if any([module.training for module in self._modules]):  # noqa: C419  a list is built faster
+            self._model.eval()
 
 
 @torch.no_grad()

@@ -110,6 +110,11 @@ class ProbedModel:
                 return (length or 0) + 1  # the last token is written and not read
         return None
 
+    def answer_limit(self, tokens: int) -> int | None:
+        """Return the longest text, answer included, that follows from a fused cache of so many tokens."""
+        limits = [limit for limit in (self.context_length, cache_limit(self.model, tokens)) if limit is not None]
+        return min(limits, default=None)
+
     def check_rotary(self) -> None:
         """Make sure that the rotation can be taken off this model's keys; raises as :attr:`rope_scheme` does."""
         _ = self.rope_scheme
@@ -260,12 +265,12 @@ def _same(one: Tensor, other: Tensor) -> bool:
     return bool((one - other).norm() <= tolerance * other.norm() + 1e-6)
 
 
-def cache_limit(model: Any, batch: TokenBatch) -> int | None:
-    """Return the longest text that a model makes from the cache that it was given.
+def cache_limit(model: Any, tokens: int) -> int | None:
+    """Return the longest text that a model makes from the cache of a prompt of so many tokens.
 
     Phi-3 and its kin drop the cache when the text grows beyond the length from which on they rotate otherwise, and read
     all of it again, which nobody can do for a fused cache.
     """
     own = type(model).prepare_inputs_for_generation is not GenerationMixin.prepare_inputs_for_generation
     length = getattr(model.config, "original_max_position_embeddings", None) if own else None
-    return int(length) + 1 if length is not None and batch.length <= length + 1 else None
+    return int(length) + 1 if length is not None and tokens <= length + 1 else None
