@@ -319,6 +319,16 @@ def select_rows(cache: Cache, rows: Tensor) -> DynamicCache:
     return _joined([cache], lambda tensors: tensors[0][rows.to(tensors[0].device)])
 
 
+def select_columns(cache: Cache, row: int, columns: Tensor) -> DynamicCache:
+    """Select one row of a cache, and those of its tokens where ``columns``, ``[tokens]``, is True."""
+    found = columns.nonzero().flatten()
+    return _joined(
+        [cache],
+        lambda tensors: tensors[0][row : row + 1].index_select(2, found.to(tensors[0].device)),
+        lambda tensors: tensors[0][row : row + 1].clone(),
+    )
+
+
 def nbytes(cache: Cache) -> int:
     """Count the bytes of all keys and values."""
     return sum(keys.nbytes + values.nbytes for keys, values in layers(cache))

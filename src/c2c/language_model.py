@@ -128,8 +128,20 @@ class LanguageModel(ProbedModel):
             parameter.data = parameter.data.new_empty(0)
         self.released = True
 
-    def rotary(self, positions: Tensor, length: int | None = None) -> list[rope.Rotary] | None:
-        """Return rotary tables of all KV layers at ``positions``, ``[batch, tokens]``, of a prompt of ``length``."""
+    def rotary(self, positions: Tensor, length: int | Tensor | None = None) -> list[rope.Rotary] | None:
+        """Return rotary tables of all KV layers at ``positions``, ``[batch, tokens]``, of prompts of ``length``.
+
+        A tensor has the length of the prompt of each position, ``[batch or 1, tokens or 1]``.
+        """
+        if isinstance(length, Tensor):
+            lengths = [] if switch_length(self.model) is None else length.unique().tolist()
+            made = [self.rotary(positions, one) for one in lengths or [None]]
+            chosen = made[0]
+            for one, tables in zip(lengths[1:], made[1:], strict=True):
+                if chosen is not None and tables is not None:
+                    at = (length == one).to(positions.device).expand_as(positions)
+                    chosen = rope.where(at, tables, chosen)
+            return chosen
         with prompt_length(self.model, length):
             return rope.tables(self.model, positions, self.rope_scheme)
 
@@ -194,6 +206,10 @@ class LanguageModel(ProbedModel):
         stop = batch.length if stop is None else stop
         if self.stored is not None and stop > 0 and not kv_cache.length(cache):
             return self.stored.prefill(batch, stop)
+        return self.compute(batch, stop, cache)
+
+    def compute(self, batch: TokenBatch, stop: int, cache: Cache | None = None) -> Cache:
+        """Prefill as :meth:`prefill` does, by the model itself and not from what is stored."""
         if self.released:
             raise CacheError(
                 f"the weights of the {self.role} {self.name} were given back after its prefills were stored, and this "
@@ -206,7 +222,7 @@ class LanguageModel(ProbedModel):
         return self._prefill(batch, stop, cache)
 
     def _prefill(self, batch: TokenBatch, stop: int, cache: Cache | None) -> Cache:
-        with prompt_length(self.model, None if switch_length(self.model) is None else int(batch.positions.max()) + 1):
+        with prompt_length(self.model, None if switch_length(self.model) is None else int(batch.lengths.max())):
             return prefill(self.model, batch, stop, cache)
 
     @torch.no_grad()

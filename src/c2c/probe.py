@@ -173,10 +173,13 @@ def reads_rows_apart(model: PreTrainedModel, batch: TokenBatch, more: int = 0) -
         batch: the batch.
         more: tokens that will follow it.
     """
-    if not batch.padded:
+    lengths = batch.whole or (batch.length,)
+    if not batch.padded and len(set(lengths)) == 1:
         return False
     switch = switch_length(model) if batch.rows > 1 else None
-    return (switch is not None and batch.length + more > switch) or not takes_padding(model)
+    if switch is not None and max(lengths) + more > switch:
+        return True
+    return batch.padded and not takes_padding(model)
 
 
 def rows_alone(batch: TokenBatch, cache: Cache | None = None) -> Iterator[tuple[TokenBatch, Cache | None]]:
@@ -230,6 +233,11 @@ def prefill_rows(
 
 @torch.no_grad()
 def _probe_padding(model: Any) -> bool:
+    with torch.autocast(model.device.type, enabled=False):  # a training step may be the first to ask
+        return _reads_padding(model)
+
+
+def _reads_padding(model: Any) -> bool:
     words = int(model.get_input_embeddings().num_embeddings)
     rows = [[(3 + 7 * index) % words for index in range(length)] for length in (6, 3)]
     alone = [_started(model, left_pad([row], 0)) for row in rows]
