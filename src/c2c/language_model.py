@@ -135,7 +135,9 @@ class LanguageModel(ProbedModel):
         """
         if isinstance(length, Tensor):
             lengths = [] if switch_length(self.model) is None else length.unique().tolist()
-            made = [self.rotary(positions, one) for one in lengths or [None]]
+            if not lengths:
+                return self.rotary(positions)
+            made = [self.rotary(positions.clamp_max(one - 1), one) for one in lengths]  # those beyond are of other rows
             chosen = made[0]
             for one, tables in zip(lengths[1:], made[1:], strict=True):
                 if chosen is not None and tables is not None:
