@@ -23,7 +23,8 @@ from c2c.handoff import Handoff, read_manifest
 from c2c.identity import ModelIdentity
 
 SUFFIX = ".safetensors"
-_LOCK, _LOCK_SECONDS = ".lock", 60.0
+LOCK_SECONDS = 60.0  # that a writer waits for another one
+_LOCK = ".lock"
 _LONGEST_NAME = 200  # bytes; file systems take 255, with the ending and what temporary files add
 _ABANDONED = 3600.0  # seconds after which a file that is half written has no writer any more
 
@@ -156,6 +157,10 @@ class Library:
             raise HandoffError(f"no document {name!r} in the library {self.folder}.{did_you_mean(name, there)} {known}")
         return _read_entry(name, path)
 
+    def __contains__(self, name: object) -> bool:
+        """Whether there is a document of this name, broken or not."""
+        return any(entry.name == name for entry in self.entries())
+
     def entries(self, *, check: bool = False) -> list[LibraryEntry]:
         """Return all documents by name, those with a problem too.
 
@@ -217,12 +222,11 @@ class Library:
             raise HandoffError(f"the name {name[:40]!r}... has more than {_LONGEST_NAME} bytes: choose a shorter one.")
         return self.folder / f"{name}{SUFFIX}"
 
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        """Hold the lock of the folder, which is made if it is not there.
+    def make(self) -> Path:
+        """Make the folder if it is not there, for its owner alone; return it.
 
         Raises:
-            HandoffError: others may read the folder, or another writer holds the lock.
+            HandoffError: others may read it.
         """
         if not self.folder.is_dir():
             self.folder.mkdir(0o700, parents=True, exist_ok=True)
@@ -232,12 +236,21 @@ class Library:
                 f"the folder {self.folder} has the rights {mode:03o}, so that others may look into it; a library is "
                 f"its owner's alone. Run: chmod 700 {self.folder}, or name a new folder, which is made so."
             )
+        return self.folder
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Hold the lock of the folder.
+
+        Raises:
+            HandoffError: others may read the folder, or another writer holds the lock.
+        """
         try:
-            with FileLock(self.folder / _LOCK, _LOCK_SECONDS, mode=0o600):
+            with FileLock(self.make() / _LOCK, LOCK_SECONDS, mode=0o600):
                 yield
         except Timeout as error:
             raise HandoffError(
-                f"the library {self.folder} is being written to by another process since {_LOCK_SECONDS:g} s. Wait for "
+                f"the library {self.folder} is being written to by another process since {LOCK_SECONDS:g} s. Wait for "
                 "it, or end it."
             ) from error
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from c2c import identity
 from c2c.errors import C2CError, ContextLengthError, RemoteError, SharerChanged, SystemUnavailableError
 from c2c.generation import PrefilledPrompt
 from c2c.handoff import Handoff
@@ -16,7 +17,7 @@ from c2c.language_model import Sharer
 from c2c.model import C2CModel
 from c2c.serving.config import ServeConfig
 from c2c.serving.engine import GenerateRequest, HandoffCreated, HandoffRequest, Request, RequestHandle
-from c2c.serving.errors import internal, invalid, to_api_error
+from c2c.serving.errors import ServerError, internal, invalid, to_api_error
 from c2c.serving.logs import log_failure, warn
 from c2c.serving.outputs import new_tokens
 from c2c.serving.scheduler import Job
@@ -32,10 +33,16 @@ class ModelEngine:
 
     Raises:
         SystemUnavailableError: a system of ``config.systems`` that these models don't have.
+        ServerError: a folder of handoffs for a sharer on another machine.
     """
 
     def __init__(self, model: C2CModel, config: ServeConfig) -> None:
         self.model, self.config = model, config
+        if config.handoff_folder is not None and not all(model.sharers[index].generates for index in model.private):
+            raise ServerError(
+                "--handoff-folder is for a sharer in this process: of one on another machine no whole cache is kept. "
+                "Leave it out."
+            )
         self.systems: dict[str, System] = {}
         self.on_batch: Callable[[str, int], object] = lambda system, rows: None
         for name in config.systems or config.default_systems:
@@ -90,7 +97,7 @@ class ModelEngine:
                 f"{request.n} answers of {prompt} tokens of prompt and {new} new ones need {entries} entries of the KV "
                 f"cache, and this server has {most} (--kv-tokens). Shorten the prompt, or lower max_tokens or n."
             )
-        private = tuple(isinstance(part, Handoff) for part in request.private or ())
+        private = tuple(_is_read(part) for part in request.private or ())
         return Job(request, handle, (request.system, request.render, private), request.n, prompt, new)
 
     def _check_private(self, system: System, private: tuple[Any, ...] | None) -> None:
@@ -184,8 +191,15 @@ class ModelEngine:
             handoff: Any = sharer.read(request.messages, draft_tokens=request.draft_tokens)
             if request.precision is not None:
                 handoff = handoff.to(request.precision)
-            size = getattr(handoff, "held_bytes", handoff.nbytes)
-            job.handle.push(HandoffCreated(handoff, size, len(handoff.ids), sharer.name, index, handoff.precision))
+            job.handle.push(_created(handoff, sharer.name, index))
+
+    def restore_handoff(self, handoff: Any, index: int) -> HandoffCreated:
+        """Take up a handoff that was made before a restart; see :class:`~c2c.serving.engine.Engine`."""
+        if index not in self.model.private:
+            raise SystemUnavailableError(f"sharer {index} hands nothing over here; {self.model.private} do.")
+        sharer = self.model.sharers[index]
+        identity.check([("sharer", handoff.sharer, sharer.identity)], allow_mismatch=False, what="handoff")
+        return _created(handoff, sharer.name, index)
 
     def _index(self, request: HandoffRequest) -> int:
         return self.model.private[0] if request.sharer is None else request.sharer
@@ -201,6 +215,16 @@ def failing(job: Job) -> Iterator[None]:
     except Exception as error:
         log_failure("request_failed", error)
         job.handle.fail(internal())
+
+
+def _created(handoff: Any, sharer: str, index: int) -> HandoffCreated:
+    size = getattr(handoff, "held_bytes", handoff.nbytes)
+    return HandoffCreated(handoff, size, len(handoff.ids), sharer, index, handoff.precision)
+
+
+def _is_read(part: Any) -> bool:
+    """Return whether private context is one handoff or several, and no text."""
+    return isinstance(part, Handoff) or (isinstance(part, list) and isinstance(part[0], Handoff))
 
 
 def _fail(job: Job, error: C2CError) -> None:
