@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
@@ -12,10 +13,10 @@ from c2c import C2CModel
 from c2c.language_model import Sharer
 from c2c.library import Library
 from c2c.serving.errors import ServerError
-from serving_harness import error_of, running, text_of
+from serving_harness import NAME, PATIENCE, error_of, running, text_of, user
 from test_private import DOCUMENT, LONGER
-from test_serving_private import HANDOFFS, QUESTION, create
-from tiny import build, memory_pair, tokenizer
+from test_serving_private import HANDOFFS, QUESTION, create, library
+from tiny import build, copy_pair, memory_pair, tokenizer
 
 KEYS = {"api_key": ["first", "second"]}
 FIRST, SECOND = ({"Authorization": f"Bearer {key}"} for key in ("first", "second"))
@@ -123,6 +124,74 @@ def test_a_folder_that_can_not_be_written(pair, folder):
         error = error_of(post(server))
         assert (error["status"], error["code"]) == (507, "handoff_not_saved")
         assert listed(server) == []
+
+
+@pytest.mark.parametrize("made", [copy_pair, memory_pair])
+def test_several_documents_of_one_sharer(made):
+    """Any of them in any order, as in the library; requests with different ones run in one batch."""
+    model, documents = made(), [DOCUMENT, LONGER, "The boat house was built in 1924."]
+    before = "" if made is copy_pair else None
+    handoffs = [model.sharers[0].read(document, before=before) for document in documents]
+    subsets = [[0, 1, 2], [2, 0, 1], [1], [0, 2]]
+    with running(model, max_batch=4, window=PATIENCE) as server, ThreadPoolExecutor(4) as clients:
+        ids = [create(server, messages=document)["id"] for document in documents]
+
+        def ask(subset: list[int]) -> dict:
+            given = [ids[place] for place in subset]
+            return server.chat(QUESTION, c2c={"handoff": [given] if subset[0] else given, "report": True}).json()
+
+        found = list(clients.map(ask, subsets))
+    expected = [library(model, QUESTION, [handoffs[place] for place in subset]) for subset in subsets]
+    assert [answer["choices"][0]["message"]["content"] for answer in found] == expected
+    assert len(set(expected)) == 4
+    assert [answer["c2c"]["batch"] for answer in found] == [4] * 4
+
+
+def test_several_documents_for_each_of_two_sharers(pair):
+    both = C2CModel(pair.receiver, [pair.sharers[0]] * 2, [pair.fusers[0], memory_pair().fusers[0]])
+    read = pair.sharers[0].read
+    with running(both) as server:
+        first, second, third = (
+            create(server, messages=document, sharer=sharer)["id"]
+            for document, sharer in ((DOCUMENT, 0), (LONGER, 0), (LONGER, 1))
+        )
+        for given, expected in (
+            ([first, third], (read(DOCUMENT), read(LONGER))),
+            ([[first, second], third], ([read(DOCUMENT), read(LONGER)], read(LONGER))),
+        ):
+            assert text_of(server.chat(QUESTION, c2c={"handoff": given})) == library(both, QUESTION, expected)
+        error = error_of(server.chat(QUESTION, c2c={"handoff": [first, second]}))
+        assert (error["status"], error["param"]) == (400, "c2c")
+        assert "2" in error["message"]
+
+
+def test_a_copy_is_exact_under_the_prompt_that_it_was_read_for(folder):
+    model, system = copy_pair(), "Be brief."
+    asked = [{"role": "system", "content": system}, *user(QUESTION)]
+    with running(model, handoff_folder=folder, systems=["c2c", "reader"]) as server:
+        plain, under = create(server), create(server, before=system)
+        again = create(server, before=[{"role": "system", "content": system}])
+        for messages, handoff, exact in (
+            (user(QUESTION), plain, True),
+            (asked, under, True),
+            (asked, again, True),
+            (asked, plain, False),
+            (user(QUESTION), under, False),
+        ):
+            found = server.chat(messages=messages, c2c={"handoff": handoff["id"], "report": True}).json()
+            notes = " ".join(found["c2c"]["report"]["notes"])
+            assert ("lie where they were read" in notes, "moved" in notes) == (exact, not exact)
+            if exact:
+                read = server.chat(messages=messages, model=f"{NAME}/reader", c2c={"sharer_messages": DOCUMENT})
+                assert found["choices"][0]["message"]["content"] == text_of(read)
+        error = error_of(server.post(HANDOFFS, json={"messages": DOCUMENT, "before": user("Hello")}))
+        assert (error["status"], "user message" in error["message"]) == (400, True)
+
+
+def test_what_stands_before_is_for_a_copy_fuser(pair):
+    with running(pair) as server:
+        error = error_of(server.post(HANDOFFS, json={"messages": DOCUMENT, "before": "Be brief."}))
+        assert (error["status"], error["param"]) == (400, "before")
 
 
 def test_a_request_names_so_many_handoffs(pair):

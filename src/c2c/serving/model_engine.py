@@ -38,7 +38,8 @@ class ModelEngine:
 
     def __init__(self, model: C2CModel, config: ServeConfig) -> None:
         self.model, self.config = model, config
-        if config.handoff_folder is not None and not all(model.sharers[index].generates for index in model.private):
+        pairs = [(model.sharers[index], model.fusers[index]) for index in model.private]
+        if config.handoff_folder is not None and not all(one.generates or fuser.keeps_tokens for one, fuser in pairs):
             raise ServerError(
                 "--handoff-folder is for a sharer in this process: of one on another machine no whole cache is kept. "
                 "Leave it out."
@@ -113,7 +114,8 @@ class ModelEngine:
         elif not self.model.private or not system.reads_context:
             raise invalid(
                 "private context was given, and nothing here takes it: the receiver alone reads none, nor do fusers of "
-                "prompts that both models read. Leave sharer_messages and handoff out, or serve a 'memory' fuser.",
+                "prompts that both models read. Leave sharer_messages and handoff out, or serve a 'memory' or 'copy' "
+                "fuser.",
                 "c2c",
             )
         elif len(private) != expected:
@@ -177,6 +179,12 @@ class ModelEngine:
         sharer = self.model.sharers[self._index(request)]
         if request.precision is not None and not sharer.generates:
             raise invalid("the sharer is on another machine, and its entries are kept as they come.", "precision")
+        if request.before is not None and not self._keeps_tokens(request):
+            raise invalid(
+                "before is for a 'copy' fuser, which lays documents where the receiver would read them; with this one "
+                "they are read by themselves. Leave it out.",
+                "before",
+            )
         return sharer
 
     @torch.no_grad()
@@ -188,7 +196,10 @@ class ModelEngine:
         with failing(job):
             index = self._index(request)
             sharer = self.model.sharers[index].for_fuser(self.model.fusers[index])
-            handoff: Any = sharer.read(request.messages, draft_tokens=request.draft_tokens)
+            before = request.before
+            if before is None and self._keeps_tokens(request) and not request.draft_tokens:
+                before = []  # read where a prompt without a system message has it
+            handoff: Any = sharer.read(request.messages, before=before, draft_tokens=request.draft_tokens)
             if request.precision is not None:
                 handoff = handoff.to(request.precision)
             job.handle.push(_created(handoff, sharer.name, index))
@@ -200,6 +211,9 @@ class ModelEngine:
         sharer = self.model.sharers[index]
         identity.check([("sharer", handoff.sharer, sharer.identity)], allow_mismatch=False, what="handoff")
         return _created(handoff, sharer.name, index)
+
+    def _keeps_tokens(self, request: HandoffRequest) -> bool:
+        return bool(self.model.fusers[self._index(request)].keeps_tokens)
 
     def _index(self, request: HandoffRequest) -> int:
         return self.model.private[0] if request.sharer is None else request.sharer
