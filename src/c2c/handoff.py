@@ -5,16 +5,17 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, BinaryIO, Literal, Self
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
 from torch import Tensor
 from transformers import Cache
 
@@ -283,7 +284,8 @@ class Handoff:
         """
         path = Path(path)
         with _opened(path) as (file, header):
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+            file.seek(0)
+            tensors = load(file.read())
         manifest = json.loads(header["manifest"])
         if not hmac.compare_digest(header["digest"], _digest(header["manifest"], tensors, key)):
             signed = " or was signed with another key" if key is not None else " (or was signed: pass its key)"
@@ -333,18 +335,37 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[tuple[Any, dict[str, str]]]:
-    """Open a handoff's file; yields it with its header."""
+def _opened(path: Path) -> Iterator[tuple[BinaryIO, dict[str, str]]]:
+    """Open a handoff's file; yields it with its header.
+
+    It is opened once, where ``safe_open`` opens it twice and mixes two files if one is renamed to this path meanwhile.
+    """
     if not path.is_file():
         raise HandoffError(f"no such handoff: {path}.")
     try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
+        with path.open("rb") as file:
+            header = _header(file)
             if not _has_manifest(header):
                 raise HandoffError(f"{path} is no handoff: its header has no manifest of format {_FORMAT}.")
             yield file, header
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, EOFError) as error:
         raise HandoffError(f"{path} is cut off or no safetensors file: {error}") from error
+
+
+def _header(file: BinaryIO) -> dict[str, str]:
+    """Read the metadata of a safetensors file; EOFError where it is none, or shorter than its header says."""
+    size = os.fstat(file.fileno()).st_size
+    length = int.from_bytes(file.read(8), "little")
+    try:
+        tensors = json.loads(file.read(length)) if length <= size else {}
+        metadata: dict[str, str] = tensors.pop("__metadata__", {})
+        ends = [tensor["data_offsets"][1] for tensor in tensors.values()]
+        whole = size == 8 + length + max(ends, default=-1)
+    except (AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError) as error:
+        raise EOFError(f"its header can't be read ({type(error).__name__})") from error
+    if not whole:
+        raise EOFError(f"its {size} bytes are not those that its header lists")
+    return metadata
 
 
 def _has_manifest(header: Mapping[str, str]) -> bool:
