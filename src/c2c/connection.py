@@ -213,7 +213,9 @@ def connect(
     """
     if method is not None and method not in METHODS:
         raise SystemUnavailableError(f"unknown method {method!r}. Known: {', '.join(METHODS)}.")
-    ours, theirs = _load(receiver, sharer, load_kwargs)
+    ours, (theirs, *more) = load_models(receiver, sharer, load_kwargs, once=True)
+    if more:
+        raise SystemUnavailableError("connect takes one sharer, and got several; use C2CModel for these.")
     found = list(_methods(ours, theirs, fuser, show_documents, refresh))
     if method is not None:
         found = [
@@ -225,17 +227,6 @@ def connect(
 
 def _context(sharer_messages: Any) -> Context:
     return "shared" if sharer_messages is None else "private"
-
-
-def _load(receiver: Any, sharer: Any, load_kwargs: dict[str, Any]) -> tuple[Receiver, Sharer]:
-    """Load both models; one that is named twice only once."""
-    if isinstance(receiver, str | Path) and str(receiver) == str(sharer):
-        receiver = Receiver.from_pretrained(receiver, **load_kwargs)
-        return receiver, Sharer(receiver.model, receiver.tokenizer, receiver.name)
-    ours, theirs = load_models(receiver, sharer, load_kwargs)
-    if len(theirs) != 1:
-        raise SystemUnavailableError(f"connect takes one sharer, got {len(theirs)}; use C2CModel for several.")
-    return ours, theirs[0]
 
 
 def _methods(

@@ -12,7 +12,7 @@ from torch import nn
 from c2c.alignment import Aligner, CharSpanAligner, make_aligner
 from c2c.errors import FuserError, PromptError
 from c2c.fusers import Fuser, family
-from c2c.fusers.base import load_fuser, resolve
+from c2c.fusers.base import load_fuser, resolve, without_file
 from c2c.fusion import FusionMode
 from c2c.identity import ModelIdentity
 from c2c.language_model import LanguageModel, Receiver, Sharer
@@ -62,7 +62,7 @@ class Pretrained:
             **load_kwargs: ``dtype``, ``sharer_dtype`` (by default the same), ``device_map`` and others, see
                 :func:`c2c.loading.load`.
         """
-        ours, theirs = load_models(receiver, sharer, load_kwargs)
+        ours, theirs = load_models(receiver, sharer, load_kwargs, once=family(fuser).keeps_tokens)
         aligner = aligner or CharSpanAligner()
         fusers = []
         for model in theirs:
@@ -88,7 +88,8 @@ class Pretrained:
         """Load a fuser (or several) with the models that it names.
 
         Args:
-            source: folder or hub id of a fuser, of a model saved by :meth:`save_pretrained`, or a list of fusers.
+            source: folder or hub id of a fuser, of a model saved by :meth:`save_pretrained`, or a list of fusers; or
+                ``copy``, which needs no file.
             receiver: in place of the recorded one, as in :meth:`from_models`.
             sharer: in place of the recorded one, as in :meth:`from_models`.
             mode: how several sharers are combined; by default as recorded.
@@ -97,6 +98,11 @@ class Pretrained:
             fuser_dtype: type of the fuser's weights.
             **load_kwargs: as in :meth:`from_models`.
         """
+        if isinstance(source, str) and without_file(source):
+            if receiver is None or sharer is None:
+                raise FuserError(f"{source!r} has no models of its own; pass receiver=... and sharer=....")
+            options: dict[str, Any] = {"fuser": source, "aligner": aligner, "mode": mode or "sequential"}
+            return cls.from_models(receiver, sharer, **options, **load_kwargs)
         folders, manifest = [source] if isinstance(source, str | Path) else list(source), {}
         if isinstance(source, str | Path) and (path := resolve(source) / _MANIFEST).exists():
             manifest = read_json_object(path, FuserError)
@@ -174,8 +180,16 @@ def made_for(fuser: Fuser, receiver: Receiver, sharer: Sharer) -> Fuser:
     return fuser
 
 
-def load_models(receiver: Any, sharer: Any, load_kwargs: dict[str, Any]) -> tuple[Receiver, list[Sharer]]:
+def load_models(
+    receiver: Any, sharer: Any, load_kwargs: dict[str, Any], once: bool = False
+) -> tuple[Receiver, list[Sharer]]:
     """Load the models of a pair as :meth:`Pretrained.from_models` takes them; loaded ones are taken as they are.
+
+    Args:
+        receiver: the model that answers.
+        sharer: the models that share.
+        load_kwargs: how to load them.
+        once: load a sharer that is named like the receiver only once; neither can then be released alone.
 
     Raises:
         PromptError: options for models that are loaded already. ModelLoadError: a model can't be found.
@@ -195,6 +209,9 @@ def load_models(receiver: Any, sharer: Any, load_kwargs: dict[str, Any]) -> tupl
     ours_kwargs = {name: value for name, value in load_kwargs.items() if name != "sharer_dtype"}
     their_kwargs = ours_kwargs | {"dtype": load_kwargs.get("sharer_dtype") or load_kwargs.get("dtype")}
     ours = receiver if isinstance(receiver, Receiver) else Receiver.from_pretrained(receiver, **ours_kwargs)
+    if once and isinstance(receiver, str | Path):
+        again = Sharer(ours.model, ours.tokenizer, ours.name)
+        several = [again if str(one) == str(receiver) else one for one in several]
     return ours, [one if isinstance(one, Sharer) else _load_sharer(one, their_kwargs) for one in several]
 
 
