@@ -133,6 +133,9 @@ def test_run_answers_from_several_documents(files, model, fuser):
     mixed = [*paths[:2], "--context", "dog", *texts[4:]]
     for given in (texts, paths, mixed):
         assert ask(fuser, *given, *library)["c2c"]["text"] == several["text"]
+    pair = ("--receiver", model, "--sharer", model)  # without a fuser: connected, which is a copy
+    connected = c2c_json("run", QUESTION, *pair, "--max-new-tokens", "6", *names, *library)
+    assert (connected["method"], connected["results"]["c2c"]["text"]) == ("copy", several["text"])
     assert set(ask(fuser, *texts)) == {"receiver", "sharer", "text", "c2c"}
     assert set(ask(fuser, *names, "--library", "lib")) == {"receiver", "c2c"}  # the others need the text
 

@@ -138,6 +138,42 @@ def remove(
         out.print(f"removed {', '.join(unique)}", markup=False, highlight=False)
 
 
+def read_contexts(given: list[str], folder: Path | None) -> list[Any]:
+    """Read what ``--context`` names: texts, and handoffs of files or of the library in ``folder``.
+
+    Raises:
+        PromptError: a file that is no text, or a name that is a file and a document of the library.
+        HandoffError: a handoff that can't be used, or a library without any document that is named.
+    """
+    library: Any = None
+    if folder is not None:
+        from c2c.library import Library
+
+        library = Library(folder)
+        if not given:
+            there = ", ".join(library.names()) or "none"
+            raise PromptError(f"--library {folder}: name its documents with --context. It has {there}.")
+    return [_read_context(argument_text(one, "--context", PromptError), library) for one in given]
+
+
+def _read_context(given: str, library: Library | None) -> str | Handoff:
+    path = Path(given)
+    if library is not None and given in library:
+        if path.is_file():
+            raise PromptError(
+                f"--context {given} is a document of {library.folder}, and a file here. Write ./{given} for the file, "
+                "or run the command in another folder."
+            )
+        return library.get(given)
+    if path.suffix == ".safetensors":
+        from c2c.handoff import Handoff
+
+        return Handoff.load(path)
+    if library is not None and not path.exists() and "/" not in given:
+        return library.get(given)  # which says what there is
+    return read_text(path, f"--context {given}", PromptError)
+
+
 def _seconds(text: str) -> float:
     """Convert a duration such as 7d to seconds."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", text.strip())

@@ -12,18 +12,19 @@ import typer
 from rich.panel import Panel
 from rich.text import Text
 
+from c2c.cli.library import read_contexts
 from c2c.cli.options import Json, from_config
 from c2c.cli.output import err, human_bytes, out, print_result, print_table
 from c2c.config import option
 from c2c.errors import PromptError
 from c2c.evaluation.config import system_kind
 from c2c.hub_aliases import DEFAULT_RECEIVER, DEFAULT_SHARER
-from c2c.utils import argument_text, decode_text, read_text
+from c2c.utils import argument_text, decode_text
 
 if TYPE_CHECKING:
-    from c2c.handoff import Handoff
-    from c2c.library import Library
+    from c2c.connection import Connection, Method
     from c2c.model import C2CModel
+    from c2c.systems import System, SystemOptions
 
 ALL = ("receiver", "sharer", "text", "c2c")
 UNTRAINED = (
@@ -77,6 +78,7 @@ def run(
     system_message = None if config.system is None else argument_text(config.system, "--system", PromptError)
     prefix = argument_text(config.answer_prefix, "--answer-prefix", PromptError)
     contexts = read_contexts(config.context or [], config.library)
+    context: Any = None if not contexts else contexts[0] if len(contexts) == 1 else contexts
     import torch
 
     from c2c.prompting import RenderOptions
@@ -88,14 +90,20 @@ def run(
         known = ", ".join(sorted(systems()))
         raise typer.BadParameter(f"{config.mode!r} is not one of all, {known}.", param_hint="--mode")
     with err.status("loading models ..."):
-        model = load_pair(config, config.fuser, config.sharer, dtype=config.dtype, device_map=config.device)
         shared = SystemOptions(message_tokens=config.message_tokens, draft_tokens=config.draft_tokens)
-        chosen = {name: make_system(name, model, shared) for name in names}
+        loading = {"dtype": config.dtype, "device_map": config.device}
+        model, connection = load_pair(config, config.fuser, config.sharer, shared, **loading)
+        if connection is not None:
+            model = connection.system("shared" if context is None else "private").model
+        chosen: dict[str, System] = {
+            name: connection if connection is not None and name == "c2c" else make_system(name, model, shared)
+            for name in names
+        }
         if any(system.needs_context for system in chosen.values()):
             _check_context(model, config.context)
-    context: Any = None if not contexts else contexts[0] if len(contexts) == 1 else contexts
+    method = None if connection is None else connection.chosen("shared" if context is None else "private")
     if not json_:
-        _show_pair(model)
+        _show_pair(model, method)
     how: dict[str, Any] = {"options": RenderOptions(answer_prefix=prefix), "do_sample": config.sample}
     messages = make_messages(text, system_message)
     results: dict[str, dict[str, Any]] = {}
@@ -114,62 +122,37 @@ def run(
             out.print(f"[yellow]{UNTRAINED}[/yellow]")
 
     pair = {"receiver": model.receiver.name, "sharer": [sharer.name for sharer in model.sharers]}
-    note = {} if model.trained else {"note": UNTRAINED}
-    data = {"prompt": text, **pair, "trained": model.trained, "results": results, **note}
+    extra: dict[str, Any] = {"trained": model.trained, **({} if model.trained else {"note": UNTRAINED})}
+    if method is not None:
+        extra = {"method": method.name, "reason": method.reason}
+    data = {"prompt": text, **pair, **extra, "results": results}
     print_result(data, json_, show_costs)
 
 
-def read_contexts(given: list[str], folder: Path | None) -> list[Any]:
-    """Read what ``--context`` names: texts, and handoffs of files or of the library in ``folder``.
-
-    Raises:
-        PromptError: a file that is no text, or a name that is a file and a document of the library.
-        HandoffError: a handoff that can't be used, or a library without any document that is named.
-    """
-    library: Any = None
-    if folder is not None:
-        from c2c.library import Library
-
-        library = Library(folder)
-        if not given:
-            there = ", ".join(library.names()) or "none"
-            raise PromptError(f"--library {folder}: name its documents with --context. It has {there}.")
-    return [_read_context(argument_text(one, "--context", PromptError), library) for one in given]
-
-
-def _read_context(given: str, library: Library | None) -> str | Handoff:
-    path = Path(given)
-    if library is not None and given in library:
-        if path.is_file():
-            raise PromptError(
-                f"--context {given} is a document of {library.folder}, and a file here. Write ./{given} for the file, "
-                "or run the command in another folder."
-            )
-        return library.get(given)
-    if path.suffix == ".safetensors":
-        from c2c.handoff import Handoff
-
-        return Handoff.load(path)
-    if library is not None and not path.exists() and "/" not in given:
-        return library.get(given)  # which says what there is
-    return read_text(path, f"--context {given}", PromptError)
-
-
-def load_pair(config: Any, fuser: str | None, sharer: Any, **kwargs: Any) -> C2CModel:
-    """Load a fuser with its models, or an untrained one for the models of ``config``, by default the usual pair.
+def load_pair(
+    config: Any, fuser: str | None, sharer: Any, options: SystemOptions | None = None, **kwargs: Any
+) -> tuple[C2CModel, Connection | None]:
+    """Load a fuser with its models; without one the models of ``config``, by default the usual pair, are connected.
 
     Args:
         config: has ``receiver`` and ``allow_mismatch``.
-        fuser: folder or hub id; None for an untrained one.
+        fuser: folder or hub id; None for the best method that the models have.
         sharer: in place of the fuser's.
+        options: of the connection's systems.
         **kwargs: how to load the models.
+
+    Returns:
+        The model, and the connection that it is of, with a fuser of private context if it has one; None for a given
+        fuser.
     """
+    from c2c.connection import connect
     from c2c.model import C2CModel
 
-    if fuser is None:
-        return C2CModel.from_models(config.receiver or DEFAULT_RECEIVER, sharer or DEFAULT_SHARER, **kwargs)
-    kwargs |= {"receiver": config.receiver, "sharer": sharer, "allow_mismatch": config.allow_mismatch}
-    return C2CModel.from_pretrained(fuser, **kwargs)
+    if fuser is not None:
+        kwargs |= {"receiver": config.receiver, "sharer": sharer, "allow_mismatch": config.allow_mismatch}
+        return C2CModel.from_pretrained(fuser, **kwargs), None
+    connection = connect(config.receiver or DEFAULT_RECEIVER, sharer or DEFAULT_SHARER, options=options, **kwargs)
+    return connection.model, connection
 
 
 def make_messages(prompt: str, system: str | None) -> list[dict[str, str]]:
@@ -193,14 +176,15 @@ def _check_context(model: C2CModel, context: list[str] | None) -> None:
         )
 
 
-def _show_pair(model: C2CModel) -> None:
+def _show_pair(model: C2CModel, method: Method | None) -> None:
     names = ", ".join(sharer.name for sharer in model.sharers)
-    state = "trained" if model.trained else "untrained"
-    parameters = sum(p.numel() for fuser in model.fusers for p in fuser.parameters())
-    out.print(
-        f"[bold]receiver[/bold] {model.receiver.name}   [bold]sharer[/bold] {names}   "
-        f"[bold]fuser[/bold] {model.fusers[0].family}, {parameters / 1e6:.1f} M parameters, {state}"
-    )
+    if method is None:
+        state = "trained" if model.trained else "untrained"
+        parameters = sum(p.numel() for fuser in model.fusers for p in fuser.parameters())
+        how = f"[bold]fuser[/bold] {model.fusers[0].family}, {parameters / 1e6:.1f} M parameters, {state}"
+    else:
+        how = f"[bold]method[/bold] {method.name}: {method.reason}"
+    out.print(f"[bold]receiver[/bold] {model.receiver.name}   [bold]sharer[/bold] {names}   {how}")
 
 
 def _show_answer(title: str, result: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -331,8 +332,17 @@ def resolve(source: str | Path) -> Path:
         ) from error
 
 
+def without_file(source: Any) -> bool:
+    """Whether a source names a family that has nothing to load, such as ``copy``."""
+    from c2c.fusers import families
+
+    return isinstance(source, str) and source in families() and families()[source].keeps_tokens
+
+
 def fuser_hash(folder: str) -> str:
-    """Return the sha256 of a fuser's weights."""
+    """Return the sha256 of a fuser's weights; of the family's name where there are none."""
+    if without_file(folder):
+        return hashlib.sha256(folder.encode()).hexdigest()
     return file_hash(resolve(folder) / "model.safetensors")
 
 

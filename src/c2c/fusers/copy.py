@@ -57,7 +57,7 @@ class CopyFuser(Fuser):
             )
         if config.refresh < 0:
             raise FuserError(f"refresh is {config.refresh}; expected a number of tokens from 0.")
-        self.register_buffer("place", torch.zeros(1))  # a file without any tensor could not be loaded
+        self.register_buffer("place", torch.zeros(1))  # a file without any tensor would not be loaded
         self.post_init()
 
     @property
@@ -67,8 +67,8 @@ class CopyFuser(Fuser):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of the keys while they are rotated; there are no parameters that could tell."""
-        return torch.float32
+        """Type in which entries are rotated."""
+        return self.place.dtype
 
     @property
     def trained(self) -> bool:

@@ -30,13 +30,14 @@ class ModelEngine:
     Args:
         model: receiver, sharers and fusers, all with tokenizers.
         config: limits, and the systems that answer.
+        connection: takes the place of the system ``c2c``: the best method that the models have.
 
     Raises:
         SystemUnavailableError: a system of ``config.systems`` that these models don't have.
         ServerError: a folder of handoffs for a sharer on another machine.
     """
 
-    def __init__(self, model: C2CModel, config: ServeConfig) -> None:
+    def __init__(self, model: C2CModel, config: ServeConfig, connection: System | None = None) -> None:
         self.model, self.config = model, config
         pairs = [(model.sharers[index], model.fusers[index]) for index in model.private]
         if config.handoff_folder is not None and not all(one.generates or fuser.keeps_tokens for one, fuser in pairs):
@@ -52,6 +53,8 @@ class ModelEngine:
             except SystemUnavailableError:
                 if config.systems:
                     raise
+        if connection is not None and "c2c" in self.systems:
+            self.systems["c2c"] = connection
 
     @property
     def info(self) -> dict[str, Any]:
