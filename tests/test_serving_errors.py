@@ -12,8 +12,12 @@ import httpx
 import openai
 import pytest
 import torch
+from transformers import Phi3Config, Phi3ForCausalLM
 
+from c2c import C2CModel
+from c2c.language_model import Receiver, Sharer
 from serving_harness import NAME, PATIENCE, error_of, events, held, model, running, stop, text_of, user
+from tiny import NO_SPECIALS, build, tokenizer
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 
@@ -275,3 +279,25 @@ def test_a_server_that_drains_refuses_and_gives_up_what_is_under_way_at_a_second
         stop(server.server)
         assert {error_of(future.result())["code"] for future in accepted} == {"shutting_down"}
         gate.set()
+
+
+def test_an_answer_that_would_grow_out_of_the_fused_cache_is_refused_before_it_starts():
+    """Phi-3 reads its prompt anew at the length from which on it rotates otherwise; what is fused would be lost."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 6, "long_factor": [3.0] * 6}
+    sizes = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+    switch = {"original_max_position_embeddings": 60}
+    parameters = rope | switch | {"factor": 4.0}
+    config = Phi3Config(vocab_size=512, **sizes, **NO_SPECIALS, **switch, rope_parameters=parameters)
+    receiver = Receiver(Phi3ForCausalLM(config), tokenizer("chatml"), "phi3")
+    room = 61 - receiver.encode(["hello there"]).length
+    sharer = Sharer(build("qwen2", 2), tokenizer("llama3"), "sharer")
+    with running(C2CModel.from_models(receiver, sharer)) as server:
+        refused = server.chat(max_tokens=room + 1)
+        assert refused.status_code == 400
+        error = refused.json()["error"]
+        assert error["code"] == "context_length_exceeded"
+        assert "up to 61" in error["message"]
+        for given in (room, ...):  # with no number it ends there
+            answer = server.chat(max_tokens=given)
+            assert answer.status_code == 200, answer.text
+            assert answer.json()["usage"]["completion_tokens"] == room

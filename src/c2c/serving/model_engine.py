@@ -142,7 +142,7 @@ class ModelEngine:
             if len(jobs) > 1 and _concerns_one(error):
                 return [batch for job in jobs for batch in self.prefill([job])]
             for job in jobs:
-                _fail(job, error)
+                fail(job, error)
             return []
         lost = prompt.report.lost if prompt.report else None
         if lost is not None:
@@ -200,13 +200,14 @@ def failing(job: Job) -> Iterator[None]:
     try:
         yield
     except C2CError as error:
-        _fail(job, error)
+        fail(job, error)
     except Exception as error:
         log_failure("request_failed", error)
         job.handle.fail(internal())
 
 
-def _fail(job: Job, error: C2CError) -> None:
+def fail(job: Job, error: C2CError) -> None:
+    """End a request with an error of the library, which its client is shown."""
     _log_lost(error)
     job.handle.fail(error, _prompt_param(job.request))
 

@@ -286,11 +286,13 @@ def new_tokens(model: LanguageModel, prompt_tokens: int, requested: int | None, 
     Raises:
         ContextLengthError: not so many fit.
     """
-    limit = model.context_length
+    limit = model.answer_limit(prompt_tokens)
     if limit is not None and prompt_tokens + (requested or 1) > limit:
+        whole = limit == model.context_length
+        reason = f"was made for {limit}" if whole else f"can go on from this cache up to {limit} only"
         raise ContextLengthError(
             f"the prompt has {prompt_tokens} tokens for the {model.role} {model.name} and {requested or 1} new ones "
-            f"were requested, {prompt_tokens + (requested or 1)} together, but it was made for {limit}. Shorten the "
-            "prompt, or lower max_tokens."
+            f"were requested, {prompt_tokens + (requested or 1)} together, but it "
+            f"{reason}. Shorten the prompt, or lower max_tokens."
         )
     return requested or (default if limit is None else min(default, limit - prompt_tokens))
