@@ -29,7 +29,7 @@ from c2c.language_model import EntrySelection, Receiver, Sharer
 from c2c.messages import Conversation, conversations
 from c2c.pretrained import Pretrained
 from c2c.private_context import PrivatePrompt, align_shared, place, prefill_entries, project_all, read_handoffs
-from c2c.prompting import RenderOptions
+from c2c.prompting import RenderOptions, collect_notes
 from c2c.token_ids import TokenIds
 from c2c.tokens import TokenBatch, concatenate
 
@@ -141,12 +141,17 @@ class C2CModel(Pretrained, TokenIds, nn.Module):
         batch, _ = conversations(messages)
         options = options or RenderOptions()
         self.check_context(sharer_messages)
-        try:
-            if self.private:
-                return self._prefill_private(batch, sharer_messages, options, blend)
-            return self.fuse_prompts(self.align(batch, options), blend=blend)
-        except SharerLost as lost:
-            return self.prefill_receiver(self.receiver.encode(batch, options), lost)
+        with collect_notes() as notes:
+            try:
+                if self.private:
+                    prompt = self._prefill_private(batch, sharer_messages, options, blend)
+                else:
+                    prompt = self.fuse_prompts(self.align(batch, options), blend=blend)
+            except SharerLost as lost:
+                prompt = self.prefill_receiver(self.receiver.encode(batch, options), lost)
+        if prompt.report is not None:
+            prompt.report.notes += notes
+        return prompt
 
     def stream(self, messages: Any, *, options: RenderOptions | None = None, **kwargs: Any) -> TextStream:
         """Answer one conversation piece by piece: iterate over the text; ``.result`` is there when it ends.
