@@ -97,6 +97,7 @@ class Prefilled:
     """The prompt is prefilled; decoding begins."""
 
     fallback: str | None = None  # why the receiver answers alone although a sharer should have been read
+    notes: Sequence[str] = ()  # on the prompt, such as messages that a template leaves out
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,7 @@ class Finished:
     report: dict[str, Any] | None = None  # the fusion report; None where nothing was fused
     message: str | None = None  # the sharer's text, in text-to-text
     fallback: str | None = None  # as in :class:`Prefilled`
+    notes: Sequence[str] = ()  # the same
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,7 @@ class HandoffCreated:
     sharer: str  # its name
     index: int  # its index
     precision: str
+    notes: Sequence[str] = ()  # as in :class:`Prefilled`
 
 
 @dataclass(frozen=True)

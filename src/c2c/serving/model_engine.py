@@ -14,6 +14,7 @@ from c2c.generation import PrefilledPrompt
 from c2c.handoff import Handoff
 from c2c.language_model import Sharer
 from c2c.model import C2CModel
+from c2c.prompting import collect_notes
 from c2c.serving.config import ServeConfig
 from c2c.serving.engine import GenerateRequest, HandoffCreated, HandoffRequest, Request, RequestHandle
 from c2c.serving.errors import internal, invalid, to_api_error
@@ -21,13 +22,14 @@ from c2c.serving.logs import log_failure, warn
 from c2c.serving.outputs import new_tokens
 from c2c.serving.scheduler import Job
 from c2c.systems import System, SystemOptions, make_system
+from c2c.utils import without_folder
 
 
 class ModelEngine:
     """Base of engines that answer with a :class:`~c2c.model.C2CModel`.
 
     Args:
-        model: receiver, sharers and fusers, all with tokenizers.
+        model: receiver, sharers and fusers, all with tokenizers; models lose the folder in their names.
         config: limits, and the systems that answer.
         connection: takes the place of the system ``c2c``: the best method that the models have.
 
@@ -37,6 +39,8 @@ class ModelEngine:
 
     def __init__(self, model: C2CModel, config: ServeConfig, connection: System | None = None) -> None:
         self.model, self.config = model, config
+        for part in (model.receiver, *model.sharers):
+            part.name = without_folder(part.name)  # as clients see it
         self.systems: dict[str, System] = {}
         self.on_batch: Callable[[str, int], object] = lambda system, rows: None
         for name in config.systems or config.default_systems:
@@ -85,7 +89,8 @@ class ModelEngine:
             return Job(request, handle, key=object())
         system = self.systems[request.system]
         self._check_private(system, request.private)
-        prompt = system.check(request.prompt, _context([request]), options=request.render)
+        with collect_notes() as notes:
+            prompt = system.check(request.prompt, _context([request]), options=request.render)
         new = new_tokens(system.language_model, prompt, request.sampling.max_tokens, self.config.max_tokens)
         entries, most = request.n * (prompt + new), self.config.kv_tokens
         if entries > most:
@@ -94,7 +99,8 @@ class ModelEngine:
                 f"cache, and this server has {most} (--kv-tokens). Shorten the prompt, or lower max_tokens or n."
             )
         private = tuple(isinstance(part, Handoff) for part in request.private or ())
-        return Job(request, handle, (request.system, request.render, private), request.n, prompt, new)
+        key = (request.system, request.render, private, *notes)
+        return Job(request, handle, key, request.n, prompt, new, tuple(notes))
 
     def _check_private(self, system: System, private: tuple[Any, ...] | None) -> None:
         expected = len(self.model.private) if system.needs_context else 1
@@ -184,11 +190,13 @@ class ModelEngine:
         with failing(job):
             index = self._index(request)
             sharer = self.model.sharers[index].for_fuser(self.model.fusers[index])
-            handoff: Any = sharer.read(request.messages, draft_tokens=request.draft_tokens)
+            with collect_notes() as notes:
+                handoff: Any = sharer.read(request.messages, draft_tokens=request.draft_tokens)
             if request.precision is not None:
                 handoff = handoff.to(request.precision)
             size = getattr(handoff, "held_bytes", handoff.nbytes)
-            job.handle.push(HandoffCreated(handoff, size, len(handoff.ids), sharer.name, index, handoff.precision))
+            about = (size, len(handoff.ids), sharer.name, index, handoff.precision, tuple(notes))
+            job.handle.push(HandoffCreated(handoff, *about))
 
     def _index(self, request: HandoffRequest) -> int:
         return self.model.private[0] if request.sharer is None else request.sharer
