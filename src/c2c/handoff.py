@@ -5,16 +5,17 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
+import os
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, BinaryIO, Literal, Self
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
 from torch import Tensor
 from transformers import Cache
 
@@ -230,7 +231,13 @@ class Handoff:
     # -- files -------------------------------------------------------------------------------------------------------
 
     def save(
-        self, path: str | Path, *, bound_to: str | None = None, expires: float | None = None, key: bytes | None = None
+        self,
+        path: str | Path,
+        *,
+        bound_to: str | None = None,
+        expires: float | None = None,
+        key: bytes | None = None,
+        about: Mapping[str, Any] | None = None,
     ) -> None:
         """Write one safetensors file, with a manifest in its header.
 
@@ -239,6 +246,7 @@ class Handoff:
             bound_to: what it may be used for, such as a conversation's id; :meth:`load` must be given the same.
             expires: seconds since 1970 after which it is refused.
             key: secret that signs manifest and content (HMAC-SHA256); without it a hash finds damage, but no forgery.
+            about: facts that :func:`read_manifest` returns without reading the content, such as a name; JSON values.
         """
         path = Path(path)
         tensors = {"ids": self.ids, "kept": self.kept}
@@ -254,6 +262,7 @@ class Handoff:
             "layers": len(self.layers),
             "bound_to": bound_to,
             "expires": expires,
+            "about": dict(about or {}),
         }
         header = {"manifest": json.dumps(manifest, sort_keys=True)}
         header["digest"] = _digest(header["manifest"], tensors, key)
@@ -274,7 +283,9 @@ class Handoff:
             HandoffError: missing, cut off, damaged, forged, no handoff at all, expired, or made for something else.
         """
         path = Path(path)
-        header, tensors = _read(path)
+        with _opened(path) as (file, header):
+            file.seek(0)
+            tensors = load(file.read())
         manifest = json.loads(header["manifest"])
         if not hmac.compare_digest(header["digest"], _digest(header["manifest"], tensors, key)):
             signed = " or was signed with another key" if key is not None else " (or was signed: pass its key)"
@@ -312,19 +323,55 @@ class Handoff:
         return cls(identity, ids, kept, layers, manifest["precision"])
 
 
-def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+def read_manifest(path: str | Path) -> dict[str, Any]:
+    """Read the manifest of a handoff's file and nothing else; its digest, over the content too, is not checked.
+
+    Raises:
+        HandoffError: missing, cut off, or no handoff at all.
+    """
+    with _opened(Path(path)) as (_, header):
+        manifest: dict[str, Any] = json.loads(header["manifest"])
+        return manifest
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[BinaryIO, dict[str, str]]]:
+    """Open a handoff's file; yields it with its header.
+
+    It is opened once, where ``safe_open`` opens it twice and mixes two files if one is renamed to this path meanwhile.
+    """
     if not path.is_file():
         raise HandoffError(f"no such handoff: {path}.")
     try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    except (SafetensorError, OSError) as error:
+        with path.open("rb") as file:
+            header = _header(file)
+            if not _has_manifest(header):
+                raise HandoffError(f"{path} is no handoff: its header has no manifest of format {_FORMAT}.")
+            yield file, header
+    except (SafetensorError, OSError, EOFError) as error:
         raise HandoffError(f"{path} is cut off or no safetensors file: {error}") from error
+
+
+def _header(file: BinaryIO) -> dict[str, str]:
+    """Read the metadata of a safetensors file; EOFError where it is none, or shorter than its header says."""
+    size = os.fstat(file.fileno()).st_size
+    length = int.from_bytes(file.read(8), "little")
+    try:
+        tensors = json.loads(file.read(length)) if length <= size else {}
+        metadata: dict[str, str] = tensors.pop("__metadata__", {})
+        ends = [tensor["data_offsets"][1] for tensor in tensors.values()]
+        whole = size == 8 + length + max(ends, default=-1)
+    except (AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError) as error:
+        raise EOFError(f"its header can't be read ({type(error).__name__})") from error
+    if not whole:
+        raise EOFError(f"its {size} bytes are not those that its header lists")
+    return metadata
+
+
+def _has_manifest(header: Mapping[str, str]) -> bool:
     with suppress(KeyError, TypeError, ValueError):
-        if json.loads(header["manifest"])["format"] == _FORMAT and "digest" in header:
-            return header, tensors
-    raise HandoffError(f"{path} is no handoff: its header has no manifest of format {_FORMAT}.")
+        return json.loads(header["manifest"])["format"] == _FORMAT and "digest" in header
+    return False
 
 
 def _digest(manifest: str, tensors: dict[str, Tensor], key: bytes | None) -> str:

@@ -144,6 +144,10 @@ class ServeConfig(HTTPConfig):
     handoffs: int = option(64, "Handoffs kept at a time.", min=0)
     handoff_mb: float = option(1000.0, "Megabytes of all handoffs together.", min=0)
     handoff_seconds: float = option(3600.0, "How long a handoff is kept.", min=1)
+    handoffs_per_request: int = option(16, "Handoffs that a request may name.", min=1)
+    handoff_folder: Path | None = option(
+        None, "Folder in which handoffs survive a restart, readable by its owner alone; in memory only by default."
+    )
     dtype: str | None = option(None, "float32, bfloat16, float16 or auto.")
     sharer_dtype: str | None = option(None, "The same for the sharer; --dtype by default.")
     device: str | None = option(None, "Device map: cpu, cuda, auto.")

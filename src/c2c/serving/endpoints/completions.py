@@ -150,7 +150,7 @@ async def _submit(service: Service, body: GenerateBody, record: RequestRecord) -
     if body.c2c.sharer_messages is not None:
         private = tuple(conversation(messages) for messages in body.c2c.sharer_messages)
     elif body.c2c.handoff is not None:
-        private = tuple(service.handoffs.get(name, record.owner).handoff.handoff for name in body.c2c.handoff)
+        private = _handed_over(service, body.c2c.handoffs, record.owner)
     render = body.render()
     handles: list[RequestHandle] = []
     try:
@@ -162,6 +162,25 @@ async def _submit(service: Service, body: GenerateBody, record: RequestRecord) -
             handle.cancel()
         raise
     return handles
+
+
+def _handed_over(service: Service, ids: list[str], owner: str) -> tuple[Any, ...]:
+    """Return what each sharer hands over: a handoff, or a list of several documents in the order of their ids.
+
+    Which sharer has made a handoff is known, so that a list of ids for one sharer means what it says.
+    """
+    if len(ids) > service.config.handoffs_per_request:
+        raise invalid(
+            f"{len(ids)} handoffs: a request may name {service.config.handoffs_per_request} "
+            "(--handoffs-per-request). Name those that the question is about.",
+            "c2c.handoff",
+            "too_many_handoffs",
+        )
+    by_sharer: dict[int, list[Any]] = {}
+    for one in ids:
+        made = service.handoffs.get(one, owner).handoff
+        by_sharer.setdefault(made.index, []).append(made.handoff)
+    return tuple(found[0] if len(found) == 1 else found for _, found in sorted(by_sharer.items()))
 
 
 @dataclass
