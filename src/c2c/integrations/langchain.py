@@ -78,15 +78,19 @@ class ChatC2C(BaseChatModel):
 
         Args:
             document: a text, a prompt value, or messages of LangChain or of the OpenAI API.
-            **kwargs: whatever ``sharer.read`` takes.
+            **kwargs: whatever ``sharer.read`` takes. Where both models are the same, ``before`` is the system message
+                of the chats that the handoff is for, by default none.
 
         Raises:
             PromptError: it can't be read.
         """
         model = self.system.model
-        sharer = model.sharers[model.private[0] if model.private else 0]
+        index = model.private[0] if model.private else 0
+        if model.fusers and model.fusers[index].keeps_tokens:
+            kwargs = {"before": ""} | kwargs
+        kwargs = {"options": replace(self.options, tools=())} | kwargs
         with _RUNNING:
-            return sharer.read(to_messages(document), **kwargs)
+            return model.sharers[index].read(to_messages(document), **kwargs)
 
     def reader(self, **kwargs: Any) -> Runnable[Any, Handoff]:
         """Return :meth:`read` as a runnable, for chains and graphs; arguments go to every call."""
