@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import operator
+from typing import Annotated, TypedDict
 
 import pytest
+import torch
 
 pytest.importorskip("langchain_core")
 from langchain_core.caches import InMemoryCache
@@ -14,7 +17,7 @@ from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.tools import tool
 
 from c2c import Handoff
-from c2c.errors import PromptError
+from c2c.errors import HandoffError, PromptError
 from c2c.integrations import IntegrationError
 from c2c.integrations.langchain import ChatC2C, to_messages
 from c2c.integrations.tool_calls import read_calls
@@ -282,6 +285,65 @@ def test_calls_are_read_from_text(given, rest, calls, invalid):
     assert left == rest
     assert [(call["name"], call["args"]) for call in found.get("tool_calls", [])] == calls
     assert len(found.get("invalid_tool_calls", [])) == invalid
+
+
+# -- LangGraph ---------------------------------------------------------------------------------------------------
+
+
+def same(one, other):
+    """Whether two handoffs hold the same."""
+    layers = zip(one.layers, other.layers, strict=True)
+    return one.id == other.id and all(
+        torch.equal(mine.data, theirs.data) for pair in layers for mine, theirs in zip(*pair, strict=True)
+    )
+
+
+def test_a_handoff_in_the_state_of_a_graph(private):
+    pytest.importorskip("langgraph")
+    from langgraph.checkpoint.memory import InMemorySaver
+    from langgraph.graph import END, START, StateGraph
+
+    from c2c.integrations.langgraph import HandoffSerializer
+
+    class State(TypedDict, total=False):
+        handoffs: Annotated[list, operator.add]
+        answer: str
+
+    model = chat(private)
+    graph = StateGraph(State)
+    graph.add_node("read", lambda state: {"handoffs": [model.read(PAGE)]})
+    graph.add_node("write", lambda state: {"answer": model.invoke(SAID, context=state["handoffs"]).content})
+    graph.add_edge(START, "read")
+    graph.add_edge("read", "write")
+    graph.add_edge("write", END)
+    expected = text(private, context=PAGE)
+    assert graph.compile().invoke({})["answer"] == expected
+    compiled = graph.compile(checkpointer=InMemorySaver(serde=HandoffSerializer()), interrupt_before=["write"])
+    thread = {"configurable": {"thread_id": "1"}}
+    compiled.invoke({}, thread)
+    (kept,) = compiled.get_state(thread).values["handoffs"]
+    assert same(kept, model.read(PAGE))
+    assert compiled.invoke(None, thread)["answer"] == expected  # goes on from the checkpoint
+    with pytest.raises(Exception, match=r"serializ"):  # without it: refused, not pickled
+        graph.compile(checkpointer=InMemorySaver()).invoke({}, thread)
+
+
+@pytest.mark.parametrize("wrap", [lambda h: h, lambda h: {"a": [h, 1]}, lambda h: (h, {"b": (h,)})])
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+def test_checkpoints_of_handoffs(private, wrap, precision):
+    pytest.importorskip("langgraph")
+    from c2c.integrations.langgraph import HandoffSerializer
+
+    handoff, serializer = chat(private).read(PAGE).to(precision), HandoffSerializer()
+    kind, data = serializer.dumps_typed(wrap(handoff))
+    assert kind != "pickle"
+    loaded = serializer.loads_typed((kind, data))
+    while not isinstance(loaded, Handoff):
+        loaded = next(iter(loaded.values())) if isinstance(loaded, dict) else loaded[0]
+    assert same(loaded, handoff)
+    cut = data.replace(b"c2c-handoff-1", b"c2c-handoff-9")
+    with pytest.raises(HandoffError):
+        serializer.loads_typed((kind, cut))
 
 
 # -- LangChain's own tests -------------------------------------------------------------------------------------
