@@ -1,6 +1,6 @@
 """A graph of two agents: a reader reads a document once, a writer answers questions from the reader's cache.
 
-The state of the graph holds the cache as it holds any other value, and so do its checkpoints: the second question goes on
+The state of the graph holds the cache like any other value, and so do its checkpoints: the second question goes on
 from the first one's, and the document is not read again. Beside it the usual way, in which the writer reads the text.
 
     c2c pull qwen2.5-coder-0.5b
@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from typing import Any, TypedDict
 
+from langchain_core.messages import AIMessage
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.graph import END, START, StateGraph
 
@@ -28,7 +29,9 @@ DOCUMENT = (
     "1911. Then a dynamo was installed. The keeper's house beside it is painted green, and is now a museum of the "
     "herring trade. The museum opens on Sundays. "
 )
-NOTES = "The path to the lighthouse is two miles long, and dogs are welcome on it. Nobody lives at Grey Point in winter. "
+NOTES = (
+    "The path to the lighthouse is two miles long, and dogs are welcome on it. Nobody lives at Grey Point in winter. "
+)
 QUESTIONS = (
     "Who built the lighthouse of Grey Point?",
     "When was a dynamo installed?",
@@ -43,7 +46,7 @@ class State(TypedDict, total=False):
     document: str
     question: str
     handoff: Any  # the reader's cache of the document
-    answer: str
+    answer: AIMessage
 
 
 def make_graph(reader: ChatC2C, writer: ChatC2C) -> Any:
@@ -56,8 +59,7 @@ def make_graph(reader: ChatC2C, writer: ChatC2C) -> Any:
         return {"handoff": handoff}
 
     def write(state: State) -> State:
-        answer = writer.invoke(state["question"], context=state["handoff"])
-        return {"answer": answer.text}
+        return {"answer": writer.invoke(state["question"], context=state["handoff"])}
 
     graph = StateGraph(State)
     graph.add_node("read", read)
@@ -73,19 +75,17 @@ def main() -> None:
     arguments = _arguments()
     document = Path(arguments.document).read_text(encoding="utf-8") if arguments.document else DOCUMENT + 12 * NOTES
     agents = connect(arguments.receiver, arguments.sharer, dtype=arguments.dtype)
-    print(f"{arguments.receiver} from {arguments.sharer}: {agents.chosen('private')}")
+    method: Any = agents.chosen("private")
+    print(f"writer {agents.receiver.name}, reader {agents.sharer.name}: {method.name}, {method.reason}")
     chat = ChatC2C(system=agents, temperature=0, max_tokens=24)
     graph, thread = make_graph(chat, chat), {"configurable": {"thread_id": "1"}}
     for question in arguments.question or QUESTIONS:
-        began = time.perf_counter()
         answer = graph.invoke({"document": document, "question": question}, thread)["answer"]
-        seconds = time.perf_counter() - began
-        began = time.perf_counter()
-        asked = f"Answer the question briefly, from the passage.\n\nPassage: {document}\n\n{question}"
-        text = chat.invoke(asked).text
+        text = chat.invoke(f"Answer the question briefly, from the passage.\n\nPassage: {document}\n\n{question}")
         print(question)
-        print(f"  from the reader's cache: {answer.strip()}   ({seconds:.2f} s)")
-        print(f"  from the text:           {text.strip()}   ({time.perf_counter() - began:.2f} s)")
+        for name, found in (("from the reader's cache:", answer), ("from the text:", text)):
+            seconds = found.response_metadata["seconds_to_first_token"]
+            print(f"  {name:24} {found.text.strip()}   (first token after {seconds:.2f} s)")
 
 
 def _arguments() -> argparse.Namespace:

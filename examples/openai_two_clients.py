@@ -1,7 +1,7 @@
 """Two programs with plain OpenAI clients and one server: A has a document, B has a question.
 
-A posts the document once, and passes on an id of a few bytes. B asks with the id; it never sees the document, and neither
-does the model that answers have to read it again. Any framework whose client sends further fields of a request can do
+A posts the document once, and passes on an id of a few bytes. B asks with the id; it never sees the document, nor
+does the model that answers read it again. Any framework whose client sends further fields of a request can do
 the same (`extra_body` here).
 
     c2c pull qwen2.5-coder-0.5b

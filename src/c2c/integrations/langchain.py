@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+from c2c.connection import Connection
 from c2c.errors import PromptError
 from c2c.generation import GenerationResult
 from c2c.handoff import Handoff
@@ -20,6 +21,7 @@ from c2c.messages import Conversation, conversations
 from c2c.prompting import RenderOptions, render
 from c2c.serving.outputs import StopMatcher
 from c2c.systems import System
+from c2c.systems.fused import CacheToCache
 from c2c.utils import install_command
 
 try:
@@ -73,7 +75,7 @@ class ChatC2C(BaseChatModel):
 
     # -- what was read, as a value ------------------------------------------------------------------------------------
 
-    def read(self, document: Any, **kwargs: Any) -> Handoff:
+    def read(self, document: Any, **kwargs: Any) -> Handoff | Conversation:
         """Let the sharer read a document, and return its cache for the ``context`` of any number of calls.
 
         Args:
@@ -81,18 +83,25 @@ class ChatC2C(BaseChatModel):
             **kwargs: whatever ``sharer.read`` takes. Where both models are the same, ``before`` is the system message
                 of the chats that the handoff is for, by default none.
 
+        Returns:
+            A handoff; where these models exchange text, the document's messages, which are read anew for each question.
+
         Raises:
             PromptError: it can't be read.
         """
-        model = self.system.model
-        index = model.private[0] if model.private else 0
-        if model.fusers and model.fusers[index].keeps_tokens:
+        conversation, system = to_messages(document), self.system
+        if isinstance(system, Connection):
+            system = system.system("private")
+        if not isinstance(system, CacheToCache):
+            return conversation
+        index = system.model.private[0] if system.model.private else 0
+        sharer, fuser = system.model.sharers[index], system.model.fusers[index]
+        if fuser.keeps_tokens:
             kwargs = {"before": ""} | kwargs
-        kwargs = {"options": replace(self.options, tools=())} | kwargs
         with _RUNNING:
-            return model.sharers[index].read(to_messages(document), **kwargs)
+            return sharer.for_fuser(fuser).read(conversation, **{"options": replace(self.options, tools=()), **kwargs})
 
-    def reader(self, **kwargs: Any) -> Runnable[Any, Handoff]:
+    def reader(self, **kwargs: Any) -> Runnable[Any, Handoff | Conversation]:
         """Return :meth:`read` as a runnable, for chains and graphs; arguments go to every call."""
         return RunnableLambda(lambda document: self.read(document, **kwargs), name="read")
 
@@ -202,7 +211,8 @@ class ChatC2C(BaseChatModel):
         """Return the key of a cache of answers: the models' weights, and all context, which ``repr`` abbreviates."""
         model = self.system.model
         weights = [one.identity.weights_key or one.name for one in (model.receiver, *model.sharers)]
-        return super()._get_llm_string(stop=stop, **_hashed(kwargs), weights=weights)
+        fusers = [(fuser.family, fuser.config.training) for fuser in getattr(model, "fusers", ())]
+        return super()._get_llm_string(stop=stop, **_hashed(kwargs), weights=weights, fusers=fusers)
 
 
 class _Call:
