@@ -22,7 +22,7 @@ from c2c.handoff import Handoff, SharerPrompt, passage_prompt, sharer_prompt
 from c2c.identity import IdentityReader, ModelIdentity, differences
 from c2c.loading import load, unwrap
 from c2c.messages import conversations
-from c2c.prefill import next_logits, prefill
+from c2c.prefill import EvaluationMode, next_logits, prefill
 from c2c.probe import ProbedModel, cache_limit, prefill_rows, reads_rows_apart, rows_alone
 from c2c.prompting import RenderOptions, encode, render, require_tokenizer
 from c2c.rope import prompt_length, switch_length
@@ -71,6 +71,7 @@ class LanguageModel(ProbedModel):
         self.tokenizer = tokenizer
         self.name = name or str(model.config._name_or_path or type(model).__name__)
         self.released = False
+        self._mode = EvaluationMode(self.model)
         self._reader = IdentityReader()
         self.stored: StoredPrefills | None = None  # where prefills are taken from, if they are kept
 
@@ -127,8 +128,22 @@ class LanguageModel(ProbedModel):
             parameter.data = parameter.data.new_empty(0)
         self.released = True
 
-    def rotary(self, positions: Tensor, length: int | None = None) -> list[rope.Rotary] | None:
-        """Return rotary tables of all KV layers at ``positions``, ``[batch, tokens]``, of a prompt of ``length``."""
+    def rotary(self, positions: Tensor, length: int | Tensor | None = None) -> list[rope.Rotary] | None:
+        """Return rotary tables of all KV layers at ``positions``, ``[batch, tokens]``, of prompts of ``length``.
+
+        A tensor has the length of the prompt of each position, ``[batch or 1, tokens or 1]``.
+        """
+        if isinstance(length, Tensor):
+            lengths = [] if switch_length(self.model) is None else length.unique().tolist()
+            if not lengths:
+                return self.rotary(positions)
+            made = [self.rotary(positions.clamp_max(one - 1), one) for one in lengths]  # those beyond are of other rows
+            chosen = made[0]
+            for one, tables in zip(lengths[1:], made[1:], strict=True):
+                if chosen is not None and tables is not None:
+                    at = (length == one).to(positions.device).expand_as(positions)
+                    chosen = rope.where(at, tables, chosen)
+            return chosen
         with prompt_length(self.model, length):
             return rope.tables(self.model, positions, self.rope_scheme)
 
@@ -193,20 +208,23 @@ class LanguageModel(ProbedModel):
         stop = batch.length if stop is None else stop
         if self.stored is not None and stop > 0 and not kv_cache.length(cache):
             return self.stored.prefill(batch, stop)
+        return self.compute(batch, stop, cache)
+
+    def compute(self, batch: TokenBatch, stop: int, cache: Cache | None = None) -> Cache:
+        """Prefill as :meth:`prefill` does, by the model itself and not from what is stored."""
         if self.released:
             raise CacheError(
                 f"the weights of the {self.role} {self.name} were given back after its prefills were stored, and this "
                 "prompt is not among them. Load the model again."
             )
-        if any(module.training for module in self.model.modules()):  # layers of an adapter that was added later
-            self.model.eval()
+        self._mode.ensure()
         batch = batch.to(self.device)
         if self.separates(batch):
             return prefill_rows(self._prefill, batch, stop, cache)
         return self._prefill(batch, stop, cache)
 
     def _prefill(self, batch: TokenBatch, stop: int, cache: Cache | None) -> Cache:
-        with prompt_length(self.model, None if switch_length(self.model) is None else int(batch.positions.max()) + 1):
+        with prompt_length(self.model, None if switch_length(self.model) is None else int(batch.lengths.max())):
             return prefill(self.model, batch, stop, cache)
 
     @torch.no_grad()
@@ -263,10 +281,11 @@ class LanguageModel(ProbedModel):
             PromptError: right-padded or over the context length; an argument that can't be followed.
         """
         self.check_prompt(batch)
+        self._mode.ensure()
         batch = batch.to(self.device)
         self._check_cache(batch, cache)
         timer = timer or FirstTokenTimer()
-        limits = [self.table_limit, cache_limit(self.model, batch) if fused else None]
+        limits = [self.table_limit, cache_limit(self.model, batch.length) if fused else None]
         limit = min((limit for limit in limits if limit is not None), default=None)
         decoding = prepare(self.model, batch, kwargs, limit)
         if self.separates(batch, decoding.config.max_new_tokens or 0):

@@ -17,6 +17,7 @@ from c2c.fusion import FusionMode
 from c2c.identity import ModelIdentity
 from c2c.language_model import LanguageModel, Receiver, Sharer
 from c2c.layer_map import layer_map as make_layer_map
+from c2c.loading import parse_dtype
 from c2c.published import import_published, published_names, read_names
 from c2c.utils import read_json_object, save_atomically, write_json
 
@@ -207,6 +208,7 @@ def load_models(
             "Receiver.from_pretrained and Sharer.from_pretrained."
         )
     ours_kwargs = {name: value for name, value in load_kwargs.items() if name != "sharer_dtype"}
+    parse_dtype(load_kwargs.get("sharer_dtype"))  # before the receiver is loaded
     their_kwargs = ours_kwargs | {"dtype": load_kwargs.get("sharer_dtype") or load_kwargs.get("dtype")}
     ours = receiver if isinstance(receiver, Receiver) else Receiver.from_pretrained(receiver, **ours_kwargs)
     if once and isinstance(receiver, str | Path):

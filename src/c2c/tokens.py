@@ -25,6 +25,7 @@ class TokenBatch:
         padded: whether any row has padding. Known on the host, so that no device has to be asked.
         natural: whether ``positions`` count the unmasked tokens of each row, as ``generate`` would.
         has_slots: whether some column is an entry of the cache and no token; known on the host as well.
+        whole: tokens of the whole prompt of each row, where these are only its first ones; else empty.
     """
 
     ids: Tensor
@@ -33,6 +34,7 @@ class TokenBatch:
     padded: bool
     natural: bool = True
     has_slots: bool = False
+    whole: tuple[int, ...] = ()
 
     @property
     def length(self) -> int:
@@ -49,6 +51,13 @@ class TokenBatch:
         """True where a column is an entry of the cache and no token, ``[batch, tokens]``, bool."""
         return self.ids == _SLOT
 
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens of the prompt of each row, ``[batch, 1]``; they choose the frequencies of some rotary embeddings."""
+        if self.whole:
+            return torch.tensor(self.whole, device=self.ids.device).unsqueeze(1)
+        return self.positions.amax(-1, keepdim=True) + 1
+
     def to(self, device: torch.device) -> TokenBatch:
         """Move the batch to a device."""
         return self._each(lambda x: x.to(device))
@@ -56,7 +65,7 @@ class TokenBatch:
     def select(self, rows: Sequence[int]) -> TokenBatch:
         """Select rows."""
         index = torch.tensor(list(rows), device=self.ids.device)
-        return self._each(lambda x: x[index])
+        return replace(self._each(lambda x: x[index]), whole=tuple(self.whole[row] for row in rows if self.whole))
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> TokenBatch:
         return replace(self, ids=change(self.ids), mask=change(self.mask), positions=change(self.positions))

@@ -94,7 +94,7 @@ def run(
         loading = {"dtype": config.dtype, "device_map": config.device}
         model, connection = load_pair(config, config.fuser, config.sharer, shared, **loading)
         if connection is not None:
-            model = connection.system("shared" if context is None else "private").model
+            model = connection.system("private" if contexts else "shared").model
         chosen: dict[str, System] = {
             name: connection if connection is not None and name == "c2c" else make_system(name, model, shared)
             for name in names

@@ -147,6 +147,10 @@ class HarnessConfig:
     dtype: str | None = option(None, "Type of the models' weights.")
     device_map: str | None = option(None, "As in from_pretrained of transformers.")
 
+    def __post_init__(self) -> None:
+        """Check the values; raise ConfigError for impossible ones."""
+        check_values(self)
+
 
 def system_kind(name: str) -> str:
     """Return the name under which a system is registered: ``summary`` for ``summary_50``."""

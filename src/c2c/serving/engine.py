@@ -99,6 +99,7 @@ class Prefilled:
     """The prompt is prefilled; decoding begins."""
 
     fallback: str | None = None  # why the receiver answers alone although a sharer should have been read
+    notes: Sequence[str] = ()  # on the prompt, such as messages that a template leaves out
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,7 @@ class Finished:
     report: dict[str, Any] | None = None  # the fusion report; None where nothing was fused
     message: str | None = None  # the sharer's text, in text-to-text
     fallback: str | None = None  # as in :class:`Prefilled`
+    notes: Sequence[str] = ()  # the same
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,7 @@ class HandoffCreated:
     sharer: str  # its name
     index: int  # its index
     precision: str
+    notes: Sequence[str] = ()  # as in :class:`Prefilled`
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,8 @@ class StoredHandoff:
         made = self.handoff
         kept = {"id": self.id, "object": "c2c.handoff", "created": int(self.created), "expires": int(self.expires)}
         read = {"tokens": made.tokens, "bytes": made.nbytes, "precision": made.precision}
-        return kept | read | {"sharer": made.sharer, "sharer_index": made.index}
+        notes = {"notes": list(made.notes)} if made.notes else {}
+        return kept | read | {"sharer": made.sharer, "sharer_index": made.index} | notes
 
 
 class HandoffStore:

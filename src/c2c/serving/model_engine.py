@@ -15,6 +15,7 @@ from c2c.generation import PrefilledPrompt
 from c2c.handoff import Handoff
 from c2c.language_model import Sharer
 from c2c.model import C2CModel
+from c2c.prompting import collect_notes
 from c2c.serving.config import ServeConfig
 from c2c.serving.engine import GenerateRequest, HandoffCreated, HandoffRequest, Request, RequestHandle
 from c2c.serving.errors import ServerError, internal, invalid, to_api_error
@@ -22,13 +23,14 @@ from c2c.serving.logs import log_failure, warn
 from c2c.serving.outputs import new_tokens
 from c2c.serving.scheduler import Job
 from c2c.systems import System, SystemOptions, make_system
+from c2c.utils import without_folder
 
 
 class ModelEngine:
     """Base of engines that answer with a :class:`~c2c.model.C2CModel`.
 
     Args:
-        model: receiver, sharers and fusers, all with tokenizers.
+        model: receiver, sharers and fusers, all with tokenizers; models lose the folder in their names.
         config: limits, and the systems that answer.
         connection: takes the place of the system ``c2c``: the best method that the models have.
 
@@ -39,6 +41,8 @@ class ModelEngine:
 
     def __init__(self, model: C2CModel, config: ServeConfig, connection: System | None = None) -> None:
         self.model, self.config = model, config
+        for part in (model.receiver, *model.sharers):
+            part.name = without_folder(part.name)  # as clients see it
         pairs = [(model.sharers[index], model.fusers[index]) for index in model.private]
         if config.handoff_folder is not None and not all(one.generates or fuser.keeps_tokens for one, fuser in pairs):
             raise ServerError(
@@ -93,7 +97,8 @@ class ModelEngine:
             return Job(request, handle, key=object())
         system = self.systems[request.system]
         self._check_private(system, request.private)
-        prompt = system.check(request.prompt, _context([request]), options=request.render)
+        with collect_notes() as notes:
+            prompt = system.check(request.prompt, _context([request]), options=request.render)
         new = new_tokens(system.language_model, prompt, request.sampling.max_tokens, self.config.max_tokens)
         entries, most = request.n * (prompt + new), self.config.kv_tokens
         if entries > most:
@@ -102,7 +107,8 @@ class ModelEngine:
                 f"cache, and this server has {most} (--kv-tokens). Shorten the prompt, or lower max_tokens or n."
             )
         private = tuple(_is_read(part) for part in request.private or ())
-        return Job(request, handle, (request.system, request.render, private), request.n, prompt, new)
+        key = (request.system, request.render, private, *notes)
+        return Job(request, handle, key, request.n, prompt, new, tuple(notes))
 
     def _check_private(self, system: System, private: tuple[Any, ...] | None) -> None:
         expected = len(self.model.private) if system.needs_context else 1
@@ -151,7 +157,7 @@ class ModelEngine:
             if len(jobs) > 1 and _concerns_one(error):
                 return [batch for job in jobs for batch in self.prefill([job])]
             for job in jobs:
-                _fail(job, error)
+                fail(job, error)
             return []
         lost = prompt.report.lost if prompt.report else None
         if lost is not None:
@@ -202,10 +208,11 @@ class ModelEngine:
             before = request.before
             if before is None and self._keeps_tokens(request) and not request.draft_tokens:
                 before = []  # read where a prompt without a system message has it
-            handoff: Any = sharer.read(request.messages, before=before, draft_tokens=request.draft_tokens)
+            with collect_notes() as notes:
+                handoff: Any = sharer.read(request.messages, before=before, draft_tokens=request.draft_tokens)
             if request.precision is not None:
                 handoff = handoff.to(request.precision)
-            job.handle.push(_created(handoff, sharer.name, index))
+            job.handle.push(_created(handoff, sharer.name, index, notes))
 
     def restore_handoff(self, handoff: Any, index: int) -> HandoffCreated:
         """Take up a handoff that was made before a restart; see :class:`~c2c.serving.engine.Engine`."""
@@ -228,15 +235,15 @@ def failing(job: Job) -> Iterator[None]:
     try:
         yield
     except C2CError as error:
-        _fail(job, error)
+        fail(job, error)
     except Exception as error:
         log_failure("request_failed", error)
         job.handle.fail(internal())
 
 
-def _created(handoff: Any, sharer: str, index: int) -> HandoffCreated:
+def _created(handoff: Any, sharer: str, index: int, notes: Sequence[str] = ()) -> HandoffCreated:
     size = getattr(handoff, "held_bytes", handoff.nbytes)
-    return HandoffCreated(handoff, size, len(handoff.ids), sharer, index, handoff.precision)
+    return HandoffCreated(handoff, size, len(handoff.ids), sharer, index, handoff.precision, tuple(notes))
 
 
 def _is_read(part: Any) -> bool:
@@ -244,7 +251,8 @@ def _is_read(part: Any) -> bool:
     return isinstance(part, Handoff) or (isinstance(part, list) and isinstance(part[0], Handoff))
 
 
-def _fail(job: Job, error: C2CError) -> None:
+def fail(job: Job, error: C2CError) -> None:
+    """End a request with an error of the library, which its client is shown."""
     _log_lost(error)
     job.handle.fail(error, _prompt_param(job.request))
 

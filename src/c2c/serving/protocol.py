@@ -288,7 +288,8 @@ class ChatCompletionBody(GenerateBody):
         if self.top_logprobs is not None and not self.logprobs:
             raise invalid("top_logprobs needs logprobs: true.", "top_logprobs")
         if self.tool_choice not in ("none", "auto"):
-            raise invalid("tool_choice must be 'none' or 'auto': no call can be forced.", "tool_choice")
+            message = "tool_choice must be 'none' or 'auto': answers are plain text, so that no call can be forced."
+            raise invalid(message, "tool_choice")
         limits = {self.max_tokens, self.max_completion_tokens} - {None}
         if len(limits) > 1:
             raise invalid("max_tokens and max_completion_tokens differ: give one of them.", "max_tokens")

@@ -62,6 +62,10 @@ class VLLMModel(LanguageModel):
         own = super().context_length
         return self.client.context_length if own is None else min(own, self.client.context_length)
 
+    def answer_limit(self, tokens: int) -> int | None:
+        """Return the length of the context: the engine keeps its cache to the end."""
+        return self.context_length
+
     def separates(self, batch: TokenBatch, more: int = 0) -> bool:
         """Return False: the engine has no padded batches."""
         return False
