@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache, PreTrainedModel, StopStringCriteria
 
 from c2c import kv_cache, rope
+from c2c.adapters import with_adapter
 from c2c.decoding import Decoding, prepare
 from c2c.errors import CacheError, ContextLengthError, MismatchError, PromptError
 from c2c.generation import FirstTokenTimer, PrefilledPrompt, unbatch
@@ -75,9 +76,31 @@ class LanguageModel(ProbedModel):
         self.stored: StoredPrefills | None = None  # where prefills are taken from, if they are kept
 
     @classmethod
-    def from_pretrained(cls, source: str | Path | PreTrainedModel, **kwargs: Any) -> Self:
-        """Load by alias, hub id, folder or GGUF file; arguments as in :func:`c2c.loading.load`."""
-        return cls(*load(source, **kwargs))
+    def from_pretrained(
+        cls, source: str | Path | PreTrainedModel | LanguageModel, *, adapter: str | Path | None = None, **kwargs: Any
+    ) -> Self:
+        """Load by alias, hub id, folder or GGUF file.
+
+        Args:
+            source: as in :func:`c2c.loading.load`; of a :class:`LanguageModel` the weights in memory are shared.
+            adapter: folder of a LoRA adapter (PEFT) to use its base with, in place of its own if it has one.
+            **kwargs: as in :func:`c2c.loading.load`.
+        """
+        if isinstance(source, LanguageModel):
+            model, tokenizer, _ = load(source.model, **({"tokenizer": source.tokenizer} | kwargs))
+            name = source.name
+        else:
+            model, tokenizer, name = load(source, **kwargs)
+        return (
+            cls(model, tokenizer, name)
+            if adapter is None
+            else cls(with_adapter(model, adapter), tokenizer, str(adapter))
+        )
+
+    def without_adapter(self) -> Self:
+        """Return the base model in this role, around the same weights."""
+        model = with_adapter(self.model, None)
+        return type(self)(model, self.tokenizer, str(model.config._name_or_path))
 
     @property
     def device(self) -> torch.device:

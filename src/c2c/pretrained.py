@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import nn
 
+from c2c.adapters import with_adapter
 from c2c.alignment import Aligner, CharSpanAligner, make_aligner
 from c2c.errors import FuserError, PromptError
 from c2c.fusers import Fuser, family
@@ -17,6 +18,7 @@ from c2c.fusion import FusionMode
 from c2c.identity import ModelIdentity
 from c2c.language_model import LanguageModel, Receiver, Sharer
 from c2c.layer_map import layer_map as make_layer_map
+from c2c.loading import base_name
 from c2c.published import import_published, published_names, read_names
 from c2c.utils import read_json_object, save_atomically, write_json
 
@@ -190,7 +192,23 @@ def _load_models(receiver: Any, sharer: Any, load_kwargs: dict[str, Any]) -> tup
     ours_kwargs = {name: value for name, value in load_kwargs.items() if name != "sharer_dtype"}
     their_kwargs = ours_kwargs | {"dtype": load_kwargs.get("sharer_dtype") or load_kwargs.get("dtype")}
     ours = receiver if isinstance(receiver, Receiver) else Receiver.from_pretrained(receiver, **ours_kwargs)
-    return ours, [one if isinstance(one, Sharer) else _load_sharer(one, their_kwargs) for one in several]
+    shared = receiver if their_kwargs["dtype"] == load_kwargs.get("dtype") else None
+    return ours, [
+        one if isinstance(one, Sharer) else _variant(one, ours, shared) or _load_sharer(one, their_kwargs)
+        for one in several
+    ]
+
+
+def _variant(source: Any, receiver: Receiver, loaded_from: Any) -> Sharer | None:
+    """Return a sharer around the receiver's weights, where the two differ in their LoRA adapters alone; else None."""
+    if not all(isinstance(one, str | Path) for one in (source, loaded_from)) or str(source) == str(loaded_from):
+        return None
+    base = base_name(source)
+    if base != base_name(loaded_from):
+        return None
+    return Sharer(
+        with_adapter(receiver.model, None if base == str(source) else source), receiver.tokenizer, str(source)
+    )
 
 
 def _load_sharer(source: Any, load_kwargs: dict[str, Any]) -> Sharer:

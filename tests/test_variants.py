@@ -1,0 +1,158 @@
+"""Variants of one model: adapters around shared weights, layers recomputed, distances, and what is refused."""
+
+import threading
+
+import pytest
+import torch
+
+from c2c import C2CModel, kv_cache
+from c2c.adapters import share_weights
+from c2c.errors import CacheError, ModelLoadError
+from c2c.language_model import Receiver, Sharer
+from c2c.recompute import prefill_with_hidden, recompute
+from c2c.systems.lora import new_adapter, trainable
+from c2c.tokens import left_pad
+from tiny import build, entries, tokenizer
+
+pytest.importorskip("peft")
+IDS = [5, 6, 7, 8, 9, 10, 11, 12]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A base model and two adapters of it."""
+    folder = tmp_path_factory.mktemp("variants")
+    build("qwen2").save_pretrained(folder / "base")
+    tokenizer("chatml").save_pretrained(folder / "base")
+    for seed, name in enumerate(("one", "two")):
+        made = new_adapter(Receiver(build("qwen2")), 2)
+        torch.manual_seed(seed)
+        for parameter in trainable(made):
+            torch.nn.init.normal_(parameter, std=0.2)
+        made.peft_config["default"].base_model_name_or_path = str(folder / "base")
+        made.save_pretrained(folder / name)
+    return folder
+
+
+def prefilled(model) -> list[torch.Tensor]:
+    return entries(model.prefill(left_pad([IDS], 0)))
+
+
+def same(one, other) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+# -- adapters ---------------------------------------------------------------------------------------------------------
+
+
+def test_each_role_keeps_its_own_adapter_around_one_set_of_weights(folders):
+    base = Receiver.from_pretrained(folders / "base")
+    one = Sharer.from_pretrained(base, adapter=folders / "one")
+    two = Receiver.from_pretrained(one, adapter=folders / "two")
+    alone = {name: prefilled(Receiver.from_pretrained(folders / name)) for name in ("base", "one", "two")}
+    identity = {name: Receiver.from_pretrained(folders / name).identity for name in ("base", "one", "two")}
+    for _ in range(2):
+        for name, model in (("base", base), ("one", one), ("two", two)):
+            assert same(prefilled(model), alone[name])
+            assert model.identity.same_weights(identity[name])
+            assert sum(model.identity.same_weights(other) for other in identity.values()) == 1
+    assert same(prefilled(one.without_adapter()), alone["base"])
+    weight = base.model.get_input_embeddings().weight
+    assert {model.model.get_input_embeddings().weight.data_ptr() for model in (base, one, two)} == {weight.data_ptr()}
+
+
+def test_adapters_in_two_threads_do_not_mix(folders):
+    base = Receiver.from_pretrained(folders / "base")
+    models = [Sharer.from_pretrained(base, adapter=folders / name) for name in ("one", "two")]
+    alone, wrong = [prefilled(model) for model in models], []
+
+    def work(model, expected):
+        for _ in range(20):
+            if not same(prefilled(model), expected):
+                wrong.append(model.name)
+
+    threads = [threading.Thread(target=work, args=pair) for pair in zip(models, alone, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_two_names_of_one_base_are_loaded_once(folders):
+    model = C2CModel.from_models(str(folders / "base"), str(folders / "one"), fuser="memory")
+    weights = [part.model.get_input_embeddings().weight.data_ptr() for part in (model.receiver, *model.sharers)]
+    assert weights[0] == weights[1]
+    assert model.sharers[0].identity.variant == "adapter default"
+    assert model.receiver.identity.variant == ""
+
+
+def test_a_shared_tree_can_be_moved_and_freed_alone(folders):
+    base = Receiver.from_pretrained(folders / "base")
+    before = prefilled(base)
+    sharer = Sharer.from_pretrained(base, adapter=folders / "one")
+    sharer.release()
+    share_weights(base.model).double()
+    assert same(prefilled(base), before)
+
+
+def test_adapters_that_can_not_be_used(folders, tmp_path):
+    base = Receiver.from_pretrained(folders / "base")
+    with pytest.raises(ModelLoadError, match="no adapter in"):
+        Sharer.from_pretrained(base, adapter=tmp_path)
+    inside = Receiver(new_adapter(Receiver(build("qwen2")), 2))
+    with pytest.raises(ModelLoadError, match="already"):
+        Sharer.from_pretrained(inside, adapter=folders / "one")
+    with pytest.raises(ModelLoadError, match="does not fit"):
+        Sharer.from_pretrained(Receiver(build("llama")), adapter=folders / "one")
+
+
+# -- layers recomputed ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma3"])
+@pytest.mark.parametrize("column", [0, 3])
+def test_recomputing_all_layers_is_reading_bit_for_bit(family, column):
+    receiver = Receiver(build(family, 1))
+    tokens, document = left_pad([list(range(3, 33))], 0), range(column + 3, 28)
+    cache = receiver.prefill(tokens, column) if column else receiver.empty_cache()
+    made = recompute(receiver, tokens, column, torch.tensor(document), (0, receiver.geometry.layers), cache)
+    assert kv_cache.length(cache) == column, "the cache is left as it was"
+    read = receiver.prefill(tokens, 25, kv_cache.view(cache) if column else None)
+    for (keys, values), (own_keys, own_values) in zip(made, kv_cache.layers(read), strict=True):
+        assert torch.equal(keys, own_keys[:, :, column:])
+        assert torch.equal(values, own_values[:, :, column:])
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_layers_from_a_hidden_state_are_those_of_one_pass(family):
+    model = Sharer(build(family, 1))
+    tokens, count = left_pad([list(range(3, 33))], 0), model.geometry.layers
+    cache, hidden = prefill_with_hidden(model, tokens, 2)
+    assert same(entries(cache), entries(model.prefill(tokens)))
+    before = kv_cache.crop(cache, 4)
+    made = recompute(model, tokens, 4, tokens.ids[0, 4:], (2, count), before, hidden[:, 4:])
+    for (keys, values), (own_keys, own_values) in zip(made, kv_cache.layers(cache)[2:], strict=True):
+        torch.testing.assert_close(keys, own_keys[:, :, 4:])
+        torch.testing.assert_close(values, own_values[:, :, 4:])
+
+
+@pytest.mark.parametrize("layers", [(2, 2), (0, 99), (-1, 2), 3, (0, 1, 2), (0, 1.5), None])
+def test_ranges_of_layers_that_can_not_be(layers):
+    model = Receiver(build("llama"))
+    with pytest.raises(CacheError, match="expected the first layer"):
+        recompute(model, left_pad([IDS], 0), 0, torch.tensor(IDS), layers, model.empty_cache())
+
+
+def test_upper_layers_need_hidden_states():
+    model = Receiver(build("llama"))
+    with pytest.raises(CacheError, match="hidden states"):
+        recompute(model, left_pad([IDS], 0), 0, torch.tensor(IDS), (1, 3), model.empty_cache())
+
+
+def test_a_decoder_without_plain_layers_is_refused():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = Receiver(GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=64)))
+    with pytest.raises(CacheError, match="recomputed"):
+        recompute(model, left_pad([IDS], 0), 0, torch.tensor(IDS), (0, 1), model.empty_cache())
