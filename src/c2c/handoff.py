@@ -23,7 +23,7 @@ from c2c.errors import HandoffError, PromptError
 from c2c.identity import ModelIdentity
 from c2c.kv_cache import KeyValue
 from c2c.messages import Conversation
-from c2c.prompting import RenderOptions, encode, render, require_tokenizer, text_tokens
+from c2c.prompting import RenderOptions, encode, render, require_tokenizer, text_tokens, with_passage
 from c2c.tokens import TokenBatch, common_prefix, natural_positions
 from c2c.utils import save_atomically
 
@@ -107,6 +107,37 @@ def sharer_prompt(tokenizer: Any, conversation: Conversation, options: RenderOpt
     return SharerPrompt(encoded.ids, [*texts, *range(texts[-1] + 1, len(encoded.ids))])
 
 
+def passage_prompt(tokenizer: Any, document: str, before: Any, options: RenderOptions) -> SharerPrompt:
+    """Tokenise a document as a passage in the prompt of a receiver that is the same model.
+
+    Handed over are the tokens of the passage alone. They stand behind the same tokens as where the receiver reads the
+    text itself, up to the passage's end.
+
+    Args:
+        tokenizer: of both models.
+        document: the text.
+        before: messages that the receiver's prompt begins with, or the text of its system message; empty for none.
+        options: with the instruction and the form of passages.
+
+    Raises:
+        PromptError: ``before`` holds a user message, or the template loses the passage.
+    """
+    opening = [{"role": "system", "content": before}] if isinstance(before, str) and before else list(before)
+    if any(message["role"] == "user" for message in opening):
+        raise PromptError("before=... holds a user message; documents stand in the first one, behind system messages.")
+    asked = with_passage([*opening, {"role": "user", "content": "Q"}], document, options=options)
+    encoded = encode(require_tokenizer(tokenizer, "sharer"), render(tokenizer, asked, options))
+    found = encoded.rendered.spans[-1]
+    if found is None or encoded.rendered.contents[-1][found[1] :] != asked[-1]["content"]:
+        raise PromptError("the chat template changes the text of user messages, so that a passage has no place in it.")
+    start = found[0][0] + len(options.instruction)
+    stop = found[0][1] - 1  # before the question
+    kept = [column for column, (first, last) in enumerate(encoded.offsets) if first >= start and first < last <= stop]
+    if not kept:
+        raise PromptError(f"nothing to hand over: no token of the document {document!r:.80} was found in the prompt.")
+    return SharerPrompt(encoded.ids[: kept[-1] + 1], kept)
+
+
 @dataclass(frozen=True)
 class Handoff:
     """A sharer's cache of what it has read (and perhaps written), ready for any receiver that has a fuser for it.
@@ -179,12 +210,14 @@ class Handoff:
         return replace(self, layers=quantized, precision=precision)
 
     def zeros_like(self) -> Handoff:
-        """Return the same handoff with zeros for keys and values, for a control."""
-        layers = [
-            (QuantizedTensor(torch.zeros_like(k.data)), QuantizedTensor(torch.zeros_like(v.data)))
-            for k, v in self.layers
-        ]
-        return replace(self, layers=layers)
+        """Return the same handoff with zeros for the keys and values that are handed over, for a control."""
+
+        def zeros(part: QuantizedTensor) -> QuantizedTensor:
+            data = part.data.clone()
+            data[:, :, self.kept.to(data.device)] = 0
+            return replace(part, data=data)
+
+        return replace(self, layers=[(zeros(keys), zeros(values)) for keys, values in self.layers])
 
     def projected(self, fuser: Any) -> list[KeyValue] | None:
         """Return entries that the sharer's side has projected with ``fuser`` already; else None."""

@@ -19,7 +19,7 @@ from c2c.adapters import with_adapter
 from c2c.decoding import Decoding, prepare
 from c2c.errors import CacheError, ContextLengthError, MismatchError, PromptError
 from c2c.generation import FirstTokenTimer, PrefilledPrompt, unbatch
-from c2c.handoff import Handoff, SharerPrompt, sharer_prompt
+from c2c.handoff import Handoff, SharerPrompt, passage_prompt, sharer_prompt
 from c2c.identity import IdentityReader, ModelIdentity, differences
 from c2c.loading import load, unwrap
 from c2c.messages import conversations
@@ -435,6 +435,7 @@ class Sharer(LanguageModel):
         self,
         messages: Any,
         *,
+        before: Any = None,
         draft_tokens: int = 0,
         options: RenderOptions | None = None,
         reuse: Handoff | None = None,
@@ -443,6 +444,9 @@ class Sharer(LanguageModel):
 
         Args:
             messages: one text or conversation.
+            before: for a receiver that is the same model (``copy``): the system message (or messages) that its prompt
+                will begin with, ``""`` for none; ``messages`` is then one document, read at the place where the
+                receiver would read it.
             draft_tokens: first write at most so many tokens of an answer, greedily, and hand them over as well.
             options: how to render the messages.
             reuse: an earlier handoff of this sharer; what both begin with is not read again. So a document can grow.
@@ -456,7 +460,12 @@ class Sharer(LanguageModel):
         batch, single = conversations(messages)
         if not single:
             raise PromptError("a handoff holds one conversation: call read once for each.")
-        plan = sharer_prompt(self.tokenizer, batch[0], options or RenderOptions())
+        if before is None:
+            plan = sharer_prompt(self.tokenizer, batch[0], options or RenderOptions())
+        else:
+            if len(batch[0]) != 1 or draft_tokens:
+                raise PromptError("before=... is for one document (a text) without a draft; pass each document alone.")
+            plan = passage_prompt(self.tokenizer, batch[0][0]["content"], before, options or RenderOptions())
         tokens = left_pad([plan.ids], 0)
         self.check_prompt(tokens)
         cache = self.empty_cache()

@@ -58,6 +58,8 @@ class RenderOptions:
         chat_template: render through the chat template; False for text that a model continues: the messages' texts
             as they are, with the special tokens that a text begins with.
         tools: functions that the model may call, as in the OpenAI API, for templates that list them.
+        instruction: what the first user message begins with where passages stand in it, as text or copied entries.
+        passage: how each of them stands there, with ``{passage}`` in the place of its text.
     """
 
     add_generation_prompt: bool = True
@@ -65,6 +67,32 @@ class RenderOptions:
     enable_thinking: bool = False
     chat_template: bool = True
     tools: tuple[dict[str, Any], ...] = ()
+    instruction: str = "Answer the question briefly, from the passage.\n\n"
+    passage: str = "Passage: {passage}\n\n"
+
+    def __post_init__(self) -> None:
+        if "{passage}" not in self.passage:
+            raise PromptError(f"passage is {self.passage!r}; expected a text with {{passage}} in it.")
+
+
+def first_user(conversation: Conversation) -> int:
+    """Return the index of the first user message with any text.
+
+    Raises:
+        PromptError: there is none.
+    """
+    for index, message in enumerate(conversation):
+        if message["role"] == "user" and message["content"]:
+            return index
+    raise PromptError("private context stands before the first user message, and there is none with any text.")
+
+
+def with_passage(conversation: Conversation, *passages: str, options: RenderOptions | None = None) -> Conversation:
+    """Put passages before the first user message of a conversation, which asks about them."""
+    options, index = options or RenderOptions(), first_user(conversation)
+    texts = "".join(options.passage.replace("{passage}", passage) for passage in passages)
+    asked = {**conversation[index], "content": options.instruction + texts + conversation[index]["content"]}
+    return [*conversation[:index], asked, *conversation[index + 1 :]]
 
 
 def require_tokenizer(tokenizer: Any, whose: str) -> Any:

@@ -73,6 +73,13 @@ class TokenBatch:
         mask = torch.cat([self.mask[:, :column], filler == _SLOT, self.mask[:, column:]], dim=1)
         return TokenBatch(ids, mask, natural_positions(mask), self.padded, has_slots=self.has_slots or slots > 0)
 
+    def insert_tokens(self, column: int, ids: Tensor) -> TokenBatch:
+        """Insert columns of tokens whose entries are put into the cache, ``ids`` ``[tokens]``, the same in all rows."""
+        inserted = ids.to(self.ids).expand(self.rows, -1)
+        joined = torch.cat([self.ids[:, :column], inserted, self.ids[:, column:]], dim=1)
+        mask = torch.cat([self.mask[:, :column], torch.ones_like(inserted, dtype=torch.bool), self.mask[:, column:]], 1)
+        return TokenBatch(joined, mask, natural_positions(mask), self.padded, has_slots=self.has_slots)
+
     def mask_until(self, stop: int) -> Tensor | None:
         """Return the attention mask of the first ``stop`` columns, or None where nothing is padded.
 

@@ -153,6 +153,8 @@ class Fuser(PreTrainedModel):
             something else, and its entries are added.
         needs_rotary: whether keys are read without their rotation.
         closed_form: whether ``initialise_from_data`` is the whole training, without gradients.
+        keeps_tokens: whether private context is what the receiver itself would make of the same tokens, so that it is
+            read and placed like a passage in the receiver's prompt.
     """
 
     config_class = FuserConfig
@@ -162,6 +164,7 @@ class Fuser(PreTrainedModel):
     context: ClassVar[str] = "shared"
     needs_rotary: ClassVar[bool] = False
     closed_form: ClassVar[bool] = False
+    keeps_tokens: ClassVar[bool] = False
 
     @abstractmethod
     def forward(self, sharer: Entries, receiver: Entries) -> list[KeyValue]:
@@ -200,6 +203,9 @@ class Fuser(PreTrainedModel):
 
     def on_step(self, step: int) -> None:
         """Follow schedules of the family's own; called before optimizer step ``step``, counted from 0."""
+
+    def check_models(self, receiver: ModelIdentity, sharer: ModelIdentity) -> None:
+        """Refuse a pair of models that this family can't serve; raises MismatchError. By default all are accepted."""
 
     def output_length(self, positions: int) -> int:
         """Return how many entries a fuser of private context makes of ``positions`` handed-over ones."""

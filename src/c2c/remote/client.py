@@ -220,6 +220,8 @@ class RemoteSharer(Sharer):
 
     def for_fuser(self, fuser: Any) -> Self:
         """Return the same sharer, whose ``read`` gives what this fuser makes of a prompt."""
+        if fuser.keeps_tokens:  # what stands before the passage is of use as well
+            return self
         bound = copy.copy(self)
         bound._fuser = fuser
         return bound
