@@ -1,5 +1,6 @@
 """Variants of one model: adapters around shared weights, layers recomputed, distances, and what is refused."""
 
+import copy
 import threading
 
 import pytest
@@ -7,11 +8,12 @@ import torch
 
 from c2c import C2CModel, kv_cache
 from c2c.adapters import share_weights
-from c2c.errors import CacheError, ModelLoadError
+from c2c.errors import CacheError, MismatchError, ModelLoadError
 from c2c.language_model import Receiver, Sharer
 from c2c.recompute import prefill_with_hidden, recompute
 from c2c.systems.lora import new_adapter, trainable
 from c2c.tokens import left_pad
+from c2c.variants import Divergence, VariantReport, compare
 from tiny import build, entries, tokenizer
 
 pytest.importorskip("peft")
@@ -156,3 +158,58 @@ def test_a_decoder_without_plain_layers_is_refused():
     model = Receiver(GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=64)))
     with pytest.raises(CacheError, match="recomputed"):
         recompute(model, left_pad([IDS], 0), 0, torch.tensor(IDS), (0, 1), model.empty_cache())
+
+
+# -- distances --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def base(folders):
+    return Receiver.from_pretrained(folders / "base")
+
+
+def test_the_same_weights_have_no_distance(base):
+    report = compare(base, Sharer.from_pretrained(base), answer_tokens=4)
+    assert report.copy == Divergence(0.0, 1.0)
+    assert all(layer.keys == layer.values == layer.kl == 0 for layer in report.layers)
+    assert report.decision == "copy"
+    assert report.to_dict()["decision"] == "copy"
+
+
+def test_another_adapter_is_at_a_distance_that_recomputing_all_layers_takes_away(base, folders):
+    sharer, count = Sharer.from_pretrained(base, adapter=folders / "one"), base.geometry.layers
+    report = compare(base, sharer, answer_tokens=4, ranges=[(0, 1), (1, count), (0, count)])
+    assert report.copy.kl > 0.01
+    assert all(layer.keys > 0 and layer.values > 0 for layer in report.layers)
+    assert report.recomputed[0, count] == Divergence(0.0, 1.0)
+    assert report.recomputed[0, 1].kl > 0
+    assert report.recomputed[1, count].kl > 0
+    assert len(report.table()) == 4
+
+
+@pytest.mark.parametrize(
+    ("copied", "recomputed", "decision", "layers"),
+    [
+        (0.01, {}, "copy", None),
+        (9, {(0, 3): 0.01, (0, 2): 0.02, (0, 1): 9}, "recompute", (0, 2)),
+        (9, {}, "none", None),
+    ],
+)
+def test_the_cheapest_way_within_the_limit_is_chosen(copied, recomputed, decision, layers):
+    report = VariantReport(Divergence(copied, 0.5), [], {key: Divergence(kl, 0.5) for key, kl in recomputed.items()})
+    assert (report.decision, report.range) == (decision, layers if decision == "recompute" else report.range)
+    assert f"{copied:.3f}" in report.reason
+
+
+@pytest.mark.parametrize("change", ["geometry", "rope", "tokenizer"])
+def test_models_that_are_no_variants_are_refused(base, change):
+    if change == "geometry":
+        other = Sharer(build("qwen3"), base.tokenizer)
+    elif change == "tokenizer":
+        other = Sharer(build("qwen2"), tokenizer("llama3"))
+    else:
+        config = copy.deepcopy(base.model.config)
+        config.rope_parameters = config.rope_parameters | {"rope_theta": 77.0}
+        other = Sharer(type(base.model)(config), base.tokenizer)
+    with pytest.raises(MismatchError, match={"geometry": "kv"}.get(change, change)):
+        compare(base, other)

@@ -95,7 +95,11 @@ def _run(
     end = column + len(ids)
     decoder: Any = model.get_decoder()
     grown = kv_cache.view(cache)
-    given = {"input_ids": ids.unsqueeze(0)} if not first else {"inputs_embeds": hidden.to(model.device, model.dtype)}
+    given = (
+        {"input_ids": ids.unsqueeze(0)}
+        if not first
+        else {"inputs_embeds": None if hidden is None else hidden.to(model.device, model.dtype)}
+    )
     _with_layers(decoder, [*map(_skipped, decoder.layers[:first]), *decoder.layers[first:stop]])(
         **given,
         attention_mask=tokens.mask_until(end),
@@ -162,7 +166,7 @@ def _with_layers(decoder: nn.Module, layers: list[nn.Module]) -> nn.Module:
 def _skipped(layer: nn.Module) -> nn.Module:
     """Return a layer that passes its input on; masks are chosen by a layer's number, so that it must be there."""
     made = copy.copy(layer)
-    made.forward = _pass_on  # type: ignore[method-assign]
+    made.forward = _pass_on
     return made
 
 
