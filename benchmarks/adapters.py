@@ -29,7 +29,7 @@ from transformers import Trainer, TrainingArguments, set_seed
 
 from c2c.data.synthetic import facts
 from c2c.language_model import Receiver
-from c2c.systems.base import with_passage
+from c2c.prompting import with_passage
 from c2c.version import __version__
 
 ZOO = Path(__file__).parent.parent / "zoo" / "adapters"
@@ -97,7 +97,7 @@ def _passage(passage: str, question: str) -> str:
 
 
 def _read(path: Path, seed: int) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
     random.Random(seed).shuffle(rows)
     return rows
 

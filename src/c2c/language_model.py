@@ -26,6 +26,7 @@ from c2c.messages import conversations
 from c2c.prefill import next_logits, prefill
 from c2c.probe import ProbedModel, cache_limit, prefill_rows, reads_rows_apart, rows_alone
 from c2c.prompting import RenderOptions, encode, render, require_tokenizer
+from c2c.recompute import prefill_with_hidden
 from c2c.rope import prompt_length, switch_length
 from c2c.tokens import TokenBatch, as_list, left_pad, require_left_padding
 
@@ -439,6 +440,7 @@ class Sharer(LanguageModel):
         draft_tokens: int = 0,
         options: RenderOptions | None = None,
         reuse: Handoff | None = None,
+        keep_hidden: int = 0,
     ) -> Handoff:
         """Prefill messages and return them as a handoff for a receiver that has not read them.
 
@@ -450,6 +452,8 @@ class Sharer(LanguageModel):
             draft_tokens: first write at most so many tokens of an answer, greedily, and hand them over as well.
             options: how to render the messages.
             reuse: an earlier handoff of this sharer; what both begin with is not read again. So a document can grow.
+            keep_hidden: hand over the hidden states that enter this layer too, for a variant of this model that
+                recomputes layers from there on; 0 for none.
 
         Raises:
             PromptError: several conversations, or none that can be read; ``draft_tokens`` is no number from 0.
@@ -479,7 +483,16 @@ class Sharer(LanguageModel):
                 known = 0  # the entries are rotated for another length
             if known and not self.left_out:  # a handoff has nothing of other layers to go on from
                 cache = kv_cache.crop(reuse.cache(self.dtype, self.device), known)
+        if keep_hidden:
+            return self._read_with_hidden(plan, tokens, keep_hidden, draft_tokens)
         return self._read_prompt(plan, tokens, cache, draft_tokens)
+
+    def _read_with_hidden(self, plan: SharerPrompt, tokens: TokenBatch, layer: int, draft_tokens: int) -> Handoff:
+        """Prefill a document and return it as a handoff with the hidden states that enter ``layer``."""
+        if draft_tokens or not self.generates:
+            raise PromptError("keep_hidden=... is for a document without a draft, and a sharer whose weights are here.")
+        cache, states = prefill_with_hidden(self, tokens, layer)
+        return Handoff.from_cache(self.identity, *plan.tensors(), kv_cache.layers(cache), (layer, states[:, plan.kept]))
 
     def _read_prompt(self, plan: SharerPrompt, tokens: TokenBatch, cache: Cache, draft_tokens: int) -> Handoff:
         """Prefill what ``cache`` does not hold yet, draft, and return all of it as a handoff."""

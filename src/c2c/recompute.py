@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -20,9 +20,11 @@ from transformers import Cache, PreTrainedModel
 from c2c import kv_cache
 from c2c.errors import CacheError
 from c2c.kv_cache import KeyValue
-from c2c.language_model import LanguageModel
 from c2c.rope import prompt_length
 from c2c.tokens import TokenBatch, left_pad
+
+if TYPE_CHECKING:
+    from c2c.language_model import LanguageModel
 
 LayerRange = tuple[int, int]
 _known: WeakKeyDictionary[PreTrainedModel, str | None] = WeakKeyDictionary()

@@ -29,9 +29,9 @@ from c2c.tokens import TokenBatch, left_pad
 PASSAGE = (
     "The harbour of Tarn was built between 1871 and 1884 by the engineer Ida Moreau, after two storms had destroyed "
     "the old pier. Its breakwater is 640 metres long and was paid for by a tax on herring. Most of the stone came by "
-    "barge from the quarries at Holm. In 1912 a lighthouse was added at the northern end; its lamp could be seen from 17 "
-    "miles away. The harbour closed to cargo in 1969, when the railway to the coast was given up, and reopened in 1990 "
-    "as a museum, which about forty thousand people visit every year."
+    "barge from the quarries at Holm. In 1912 a lighthouse was added at the northern end; its lamp could be seen from "
+    "17 miles away. The harbour closed to cargo in 1969, when the railway to the coast was given up, and reopened in "
+    "1990 as a museum, which about forty thousand people visit every year."
 )
 QUESTIONS = (
     "Who built the harbour?",
