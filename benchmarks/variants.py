@@ -29,14 +29,16 @@ from c2c.evaluation.metrics import contains, f1
 from c2c.handoff import Handoff
 from c2c.language_model import Receiver, Sharer
 from c2c.recompute import LayerRange
-from c2c.systems.alone import Reader
+from c2c.systems.alone import Reader, ReceiverAlone
 from c2c.utils import versions, write_json
 from c2c.variants import compare
 
 ROOT = Path(__file__).parent.parent
 FILES = {"dev": "grouped_valid.jsonl", "test": "grouped_test.jsonl"}
 PAIRS = ("json:base", "base:json", "json:extract", "extract:summarise", "summarise:base", "summarise:extract")
-_GREEDY = {"do_sample": False, "max_new_tokens": 24}
+_TOKENS = 20
+_BATCH = 12
+_TIMED = 2  # rows of each batch that are answered alone, for the time to the first token
 
 
 def main() -> None:
@@ -47,7 +49,7 @@ def main() -> None:
         rows = _rows(Path(arguments.data) / "squad" / FILES[arguments.split], arguments.n)
         base = Receiver.from_pretrained(arguments.base, dtype="bfloat16")
         for pair in arguments.pairs:
-            path = Path(arguments.out) / f"{arguments.split}_{pair.replace(':', '_to_')}.json"
+            path = Path(arguments.out) / f"{arguments.split}_{_file_name(pair)}.json"
             if not path.exists():
                 result = measure(base, *pair.split(":"), rows, arguments.ranges, Path(arguments.adapters))
                 result |= {"split": arguments.split, "threads": arguments.threads, "versions": versions()}
@@ -70,69 +72,88 @@ def measure(
         folder: of the adapters.
 
     Returns:
-        Per way the share of answers that hold a reference's words, F1, the share equal to those from text, the median
-        time to the first token and the bytes handed over; the distance on the probe; all answers.
+        Per way the share of answers that hold a reference's words, F1, the share equal to those from text, the share
+        in JSON, and the median time to the first token once the sharer has read; the distance on the probe; answers.
     """
-    theirs, ours = (
-        kind.from_pretrained(base, adapter=None if name == "base" else folder / name)
-        for kind, name in ((Sharer, sharer), (Receiver, receiver))
-    )
+    theirs, ours = _role(Sharer, base, sharer, folder), _role(Receiver, base, receiver, folder)
     distance = compare(ours, theirs, ranges=ranges)
     ways = _ways(ours, theirs, ranges)
     answers: dict[str, list[dict[str, Any]]] = {name: [] for name in ways}
-    for index, row in enumerate(track(rows, f"{sharer} to {receiver}", console=Console(stderr=True))):
-        for name, result in _answers(ways, row, rows[_other(rows, index)]):
-            references = row.get("answers") or [row["answer"]]
-            scores = {"right": contains(result.text, references), "f1": f1(result.text, references)}
-            report = result.report.sharer_bytes if result.report else 0
-            times = {"first_token": round(result.seconds_to_first_token, 4), "bytes": report}
-            answers[name].append({"text": result.text} | scores | times)
-    return {
-        "sharer": sharer,
-        "receiver": receiver,
-        "n": len(rows),
-        "ways": {name: _summary(name, found, answers["text"]) for name, found in answers.items()},
-        "distance": distance.to_dict(),
-        "answers": answers,
-    }
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    progress = track(range(0, len(rows), _BATCH), f"{sharer} to {receiver}", console=Console(stderr=True))
+    for start in progress:
+        part = rows[start : start + _BATCH]
+        others = [rows[_other(rows, index)] for index in range(start, start + len(part))]
+        for name, results in _answers(ways, part, others, _TOKENS):
+            for row, result in zip(part, results, strict=True):
+                references = row.get("answers") or [row["answer"]]
+                scores = {"right": contains(result.text, references), "f1": f1(result.text, references)}
+                answers[name].append({"text": result.text} | scores)
+        for name, results in _answers(ways, part[:_TIMED], others[:_TIMED], 1, alone=True):
+            seconds[name] += [result.seconds_to_first_token for result in results]
+    names = {"sharer": sharer, "receiver": receiver, "n": len(rows), "bytes_per_token": _bytes_per_token(ours)}
+    ways_found = {name: _summary(found, answers["text"], seconds[name]) for name, found in answers.items()}
+    return names | {"ways": ways_found, "distance": distance.to_dict(), "answers": answers}
+
+
+def _role(kind: type[Any], base: Receiver, name: str, folder: Path) -> Any:
+    """Return the base model in a role under an adapter; ``json*3`` is one of three times its strength."""
+    adapter, _, factor = name.partition("*")
+    model = kind.from_pretrained(base, adapter=None if adapter == "base" else folder / adapter)
+    for module in model.model.modules():
+        if factor and hasattr(module, "lora_A"):
+            module.scale_layer(float(factor))
+    return model
 
 
 def _ways(ours: Receiver, theirs: Sharer, ranges: list[LayerRange]) -> dict[str, Any]:
-    options = {"copy": {}} | {f"recompute {a}-{b}": {"recompute": (a, b)} for a, b in ranges}
+    options: dict[str, Any] = {"copy": {}} | {f"recompute {a}-{b}": {"recompute": (a, b)} for a, b in ranges}
     copies = {
         name: C2CModel.from_models(ours, theirs, fuser="copy", fuser_options={"variant": True, **more})
         for name, more in options.items()
     }
-    return {"alone": ours, "text": Reader(copies["copy"]), **copies, "deranged": copies["copy"]}
+    return {
+        "alone": ReceiverAlone(copies["copy"]),
+        "text": Reader(copies["copy"]),
+        **copies,
+        "deranged": copies["copy"],
+    }
 
 
-def _answers(ways: dict[str, Any], row: dict, other: dict) -> Iterator[tuple[str, Any]]:
-    """Yield the answer of each way; documents are read before, once for all ways that start at one layer."""
+def _answers(
+    ways: dict[str, Any], rows: list[dict], others: list[dict], tokens: int, alone: bool = False
+) -> Iterator[tuple[str, list[Any]]]:
+    """Yield the answers of each way, as one batch or each row alone; the sharer has read the documents before."""
     sharer, read = ways["copy"].sharers[0], dict[tuple[str, int], Handoff]()
+    arguments = {"do_sample": False, "max_new_tokens": tokens}
     for name, system in ways.items():
-        if name == "alone":
-            yield name, system.answer(row["question"], **_GREEDY)
-        elif name == "text":
-            yield name, system.generate(row["question"], row["context"], **_GREEDY)
-        else:
-            text = (other if name == "deranged" else row)["context"]
+        questions = [row["question"] for row in rows]
+        given: list[Any] = [row["context"] for row in (others if name == "deranged" else rows)]
+        if isinstance(system, C2CModel):
             first = (system.fusers[0].config.recompute or [0])[0]
-            if (text, first) not in read:
-                read[text, first] = sharer.read(text, before="", keep_hidden=first)
-            yield name, system.generate(row["question"], sharer_messages=read[text, first], **_GREEDY)
+            for text in given:
+                if (text, first) not in read:
+                    read[text, first] = sharer.read(text, before="", keep_hidden=first)
+            given = [read[text, first] for text in given]
+        pairs = zip(questions, given, strict=True) if alone else [(questions, given)]
+        results = [system.generate(asked, sharer_messages=one, **arguments) for asked, one in pairs]
+        yield name, results if alone else results[0]
 
 
-def _summary(name: str, answers: list[dict], text: list[dict]) -> dict[str, float]:
-    """Return percentages, seconds and bytes; both compared with text on the same rows."""
+def _summary(answers: list[dict], text: list[dict], seconds: list[float]) -> dict[str, float]:
+    """Return percentages, and the median time to the first token."""
     words = {
         "right": 100 * statistics.fmean(answer["right"] for answer in answers),
         "f1": 100 * statistics.fmean(answer["f1"] for answer in answers),
         "as_text": 100 * statistics.fmean(a["text"] == t["text"] for a, t in zip(answers, text, strict=True)),
         "json": 100 * statistics.fmean(_is_json(answer["text"]) for answer in answers),
-        "first_token": statistics.median(answer["first_token"] for answer in answers),
-        "bytes": statistics.median(answer["bytes"] for answer in answers),
+        "first_token": statistics.median(seconds),
     }
     return {key: round(value, 4) for key, value in words.items()}
+
+
+def _bytes_per_token(model: Receiver) -> int:
+    return 2 * model.geometry.layers * model.geometry.width * model.dtype.itemsize
 
 
 def _is_json(text: str) -> bool:
@@ -145,7 +166,7 @@ def _is_json(text: str) -> bool:
 def table(folder: Path, split: str) -> str:
     """Return what is stored as a table in Markdown."""
     lines = [
-        "| sharer → receiver | way | right % | F1 | as from text % | first token s | KB | probe, nats |",
+        "| sharer → receiver | way | right % | F1 | as from text % | JSON % | first token s | probe, nats |",
         "|---|---|--:|--:|--:|--:|--:|--:|",
     ]
     for path in sorted(folder.glob(f"{split}_*.json")):
@@ -157,7 +178,7 @@ def table(folder: Path, split: str) -> str:
             nats = f"{probe[name]:.3f}" if name in probe else ""
             lines.append(
                 f"| {result['sharer']} → {result['receiver']} | {name} | {way['right']:.0f} | {way['f1']:.0f} | "
-                f"{way['as_text']:.0f} | {way['first_token']:.2f} | {way['bytes'] / 1000:.0f} | {nats} |"
+                f"{way['as_text']:.0f} | {way['json']:.0f} | {way['first_token']:.2f} | {nats} |"
             )
     return "\n".join(lines)
 
@@ -176,6 +197,10 @@ def _other(rows: list[dict], index: int) -> int:
         for i in range(index + 1, index + len(rows))
         if rows[i % len(rows)]["context"] != rows[index]["context"]
     )
+
+
+def _file_name(pair: str) -> str:
+    return pair.replace(":", "_to_").replace("*", "x")
 
 
 def _range(text: str) -> LayerRange:

@@ -1,6 +1,8 @@
 """Variants of one model: adapters around shared weights, layers recomputed, distances, and what is refused."""
 
 import copy
+import dataclasses
+import json
 import threading
 
 import pytest
@@ -8,8 +10,10 @@ import torch
 
 from c2c import C2CModel, kv_cache
 from c2c.adapters import share_weights
-from c2c.errors import CacheError, MismatchError, ModelLoadError
+from c2c.errors import CacheError, FuserError, HandoffError, MismatchError, ModelLoadError, PromptError
+from c2c.handoff import Handoff, QuantizedTensor, passage_prompt
 from c2c.language_model import Receiver, Sharer
+from c2c.prompting import RenderOptions, with_passage
 from c2c.recompute import prefill_with_hidden, recompute
 from c2c.systems.lora import new_adapter, trainable
 from c2c.tokens import left_pad
@@ -213,3 +217,93 @@ def test_models_that_are_no_variants_are_refused(base, change):
         other = Sharer(type(base.model)(config), base.tokenizer)
     with pytest.raises(MismatchError, match={"geometry": "kv"}.get(change, change)):
         compare(base, other)
+
+
+# -- copies from a variant --------------------------------------------------------------------------------------------
+
+DOCUMENT = "The fox sleeps in a red house by the sea."
+QUESTION = "Where does the fox sleep?"
+
+
+def first_logits(model, given):
+    fused = model.prefill(QUESTION, sharer_messages=given)
+    return fused.model.next_logits(fused.tokens, fused.cache)
+
+
+def copies(receiver, sharer, **options):
+    return C2CModel.from_models(receiver, sharer, fuser="copy", fuser_options={"variant": True} | options)
+
+
+@pytest.fixture(scope="module")
+def one(base, folders):
+    return Sharer.from_pretrained(base, adapter=folders / "one")
+
+
+def test_a_copy_with_all_layers_recomputed_is_reading_the_text_bit_for_bit(base, one):
+    options = RenderOptions()
+    prompt = base.encode(with_passage([{"role": "user", "content": QUESTION}], DOCUMENT, options=options), options)
+    plan = passage_prompt(base.tokenizer, DOCUMENT, "", options)
+    cache = None
+    for stop in (plan.kept[0], len(plan.ids), prompt.length - 1):  # in the parts in which it is read beside a copy
+        cache = base.prefill(prompt, stop, cache)
+    expected = base.next_logits(prompt, cache)
+    count = base.geometry.layers
+    assert torch.equal(first_logits(copies(base, one, recompute=(0, count)), DOCUMENT), expected)
+    parts = [first_logits(copies(base, one, **more), DOCUMENT) for more in ({}, {"recompute": (0, 1)}, {"refresh": 3})]
+    assert len({tuple(part.flatten().tolist()) for part in [*parts, expected]}) == 4
+
+
+def test_upper_layers_are_recomputed_from_states_that_cross_with_the_handoff(base, one, folders, tmp_path):
+    model, count = copies(base, one, recompute=[1, base.geometry.layers]), base.geometry.layers
+    handoff = one.read(DOCUMENT, before="", keep_hidden=1)
+    assert torch.equal(first_logits(model, handoff), first_logits(model, DOCUMENT))
+    handoff.save(tmp_path / "handoff.safetensors")
+    loaded = Handoff.load(tmp_path / "handoff.safetensors")
+    assert torch.equal(first_logits(model, loaded), first_logits(model, handoff))
+    assert handoff.nbytes - one.read(DOCUMENT, before="").nbytes == handoff.hidden[1].data.nbytes > 0
+    small, zeros = first_logits(model, handoff.to("int8")), first_logits(model, handoff.zeros_like())
+    torch.testing.assert_close(small, first_logits(model, handoff), rtol=0.2, atol=0.2)
+    assert not torch.allclose(zeros, small, rtol=0.2, atol=0.2)
+    for given in (one.read(DOCUMENT, before=""), one.read(DOCUMENT, before="", keep_hidden=2)):
+        with pytest.raises(CacheError, match="hidden states"):
+            first_logits(model, given)
+    with pytest.raises(PromptError, match="draft"):
+        one.read(DOCUMENT, keep_hidden=1, draft_tokens=2)
+    with pytest.raises(CacheError, match="expected the first layer"):
+        one.read(DOCUMENT, before="", keep_hidden=count)
+
+
+def test_a_damaged_file_of_hidden_states_is_refused(one, tmp_path):
+    handoff = one.read(DOCUMENT, before="", keep_hidden=1)
+    layer, states = handoff.hidden
+    short = dataclasses.replace(handoff, hidden=(layer, QuantizedTensor(states.data[:, :2])))
+    short.save(tmp_path / "short.safetensors")
+    with pytest.raises(HandoffError, match="hidden states"):
+        Handoff.load(tmp_path / "short.safetensors")
+
+
+def test_a_handoff_of_another_adapter_is_refused(base, one, folders):
+    with pytest.raises(MismatchError, match="variant"):
+        C2CModel.from_models(base, one, fuser="copy")
+    other = Sharer.from_pretrained(base, adapter=folders / "two").read(DOCUMENT, before="")
+    for sharer, options in ((one, {"variant": True}), (Sharer.from_pretrained(base), {})):
+        model = C2CModel.from_models(base, sharer, fuser="copy", fuser_options=options)
+        with pytest.raises(MismatchError, match="handoff"):
+            model.generate(QUESTION, sharer_messages=other, max_new_tokens=1)
+
+
+def test_what_a_variant_has_read_before_the_document_is_not_taken(base, one):
+    """The receiver's own prefix is; only the document's entries cross, and the report says so."""
+    result = copies(base, one).generate(QUESTION, sharer_messages=DOCUMENT, max_new_tokens=1, do_sample=False)
+    assert any("variant" in note for note in result.report.notes)
+    exact = copies(base, Sharer.from_pretrained(base))
+    result = exact.generate(QUESTION, sharer_messages=DOCUMENT, max_new_tokens=1, do_sample=False)
+    assert not any("variant" in note for note in result.report.notes)
+
+
+def test_the_layers_to_recompute_are_recorded_and_checked(base, one):
+    config = copies(base, one, recompute=(0, 2)).fusers[0].config
+    again = type(config).from_dict(json.loads(json.dumps(config.to_dict())))
+    assert list(again.recompute) == [0, 2]
+    with pytest.raises(FuserError, match="recompute"):
+        copies(base, one, recompute=(2, 1))
