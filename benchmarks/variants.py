@@ -36,9 +36,9 @@ from c2c.variants import compare
 ROOT = Path(__file__).parent.parent
 FILES = {"dev": "grouped_valid.jsonl", "test": "grouped_test.jsonl"}
 PAIRS = ("json:base", "base:json", "json:extract", "extract:summarise", "summarise:base", "summarise:extract")
-_TOKENS = 20
-_BATCH = 12
-_TIMED = 2  # rows of each batch that are answered alone, for the time to the first token
+_TOKENS = 16
+_BATCH = 30
+_TIMED = 5  # rows of each batch that are answered alone, for the time to the first token
 
 
 def main() -> None:
