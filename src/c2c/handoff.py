@@ -37,6 +37,7 @@ PRECISIONS: dict[str, torch.dtype] = {
     "int8": torch.int8,
     "float8": torch.float8_e4m3fn,
 }
+_SIDES = ("key", "value")
 _LARGEST = {"int8": 127.0, "float8": 448.0}
 
 
@@ -150,6 +151,8 @@ class Handoff:
             after the last message, which has read everything.
         layers: keys and values of all layers and tokens.
         precision: how they are kept.
+        hidden: a layer and the hidden states that enter it, of the kept columns, ``[1, kept, hidden]``: for a variant
+            that recomputes layers from there on.
     """
 
     sharer: ModelIdentity
@@ -157,15 +160,24 @@ class Handoff:
     kept: Tensor
     layers: list[tuple[QuantizedTensor, QuantizedTensor]] = field(repr=False)
     precision: Precision
+    hidden: tuple[int, QuantizedTensor] | None = field(default=None, repr=False)
 
     @classmethod
-    def from_cache(cls, sharer: ModelIdentity, ids: Tensor, kept: Tensor, layers: Sequence[KeyValue]) -> Self:
+    def from_cache(
+        cls,
+        sharer: ModelIdentity,
+        ids: Tensor,
+        kept: Tensor,
+        layers: Sequence[KeyValue],
+        hidden: tuple[int, Tensor] | None = None,
+    ) -> Self:
         """Make a handoff of keys and values as they lie in the cache, each ``[1, kv_heads, tokens, head_dim]``."""
         precision: Any = str(layers[0][0].dtype).removeprefix("torch.")
         quantized = [
             (QuantizedTensor(keys.contiguous()), QuantizedTensor(values.contiguous())) for keys, values in layers
         ]
-        return cls(sharer, ids.cpu().long(), kept.cpu().long(), quantized, precision)
+        states = None if hidden is None else (hidden[0], QuantizedTensor(hidden[1].contiguous()))
+        return cls(sharer, ids.cpu().long(), kept.cpu().long(), quantized, precision, states)
 
     @property
     def tokens(self) -> TokenBatch:
@@ -176,8 +188,9 @@ class Handoff:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all keys and values."""
-        return sum(keys.nbytes + values.nbytes for keys, values in self.layers)
+        """Bytes of all keys and values, and hidden states."""
+        hidden = 0 if self.hidden is None else self.hidden[1].nbytes
+        return sum(keys.nbytes + values.nbytes for keys, values in self.layers) + hidden
 
     @property
     def id(self) -> str:
@@ -208,7 +221,11 @@ class Handoff:
             (QuantizedTensor.quantize(keys, precision, 2), QuantizedTensor.quantize(values, precision, 3))
             for keys, values in whole
         ]
-        return replace(self, layers=quantized, precision=precision)
+        hidden = self.hidden
+        if hidden is not None:
+            states = hidden[1].dequantize(torch.float32)
+            hidden = hidden[0], QuantizedTensor.quantize(states, precision, 2)
+        return replace(self, layers=quantized, precision=precision, hidden=hidden)
 
     def zeros_like(self) -> Handoff:
         """Return the same handoff with zeros for the keys and values that are handed over, for a control."""
@@ -218,7 +235,10 @@ class Handoff:
             data[:, :, self.kept.to(data.device)] = 0
             return replace(part, data=data)
 
-        return replace(self, layers=[(zeros(keys), zeros(values)) for keys, values in self.layers])
+        layers, hidden = [(zeros(keys), zeros(values)) for keys, values in self.layers], self.hidden
+        if hidden is not None:
+            hidden = hidden[0], replace(hidden[1], data=torch.zeros_like(hidden[1].data))
+        return replace(self, layers=layers, hidden=hidden)
 
     def projected(self, fuser: Any) -> list[KeyValue] | None:
         """Return entries that the sharer's side has projected with ``fuser`` already; else None."""
@@ -250,16 +270,21 @@ class Handoff:
         """
         path = Path(path)
         tensors = {"ids": self.ids, "kept": self.kept}
-        for index, pair in enumerate(self.layers):
-            for name, quantized in zip(("key", "value"), pair, strict=True):
-                tensors[f"{index}.{name}"] = quantized.data.cpu()
-                if quantized.scale is not None:
-                    tensors[f"{index}.{name}.scale"] = quantized.scale.cpu()
+        parts = {
+            f"{i}.{name}": part for i, pair in enumerate(self.layers) for name, part in zip(_SIDES, pair, strict=True)
+        }
+        if self.hidden is not None:
+            parts["hidden"] = self.hidden[1]
+        for name, part in parts.items():
+            tensors[name] = part.data.cpu()
+            if part.scale is not None:
+                tensors[f"{name}.scale"] = part.scale.cpu()
         manifest = {
             "format": _FORMAT,
             "sharer": self.sharer.to_dict(),
             "precision": self.precision,
             "layers": len(self.layers),
+            **({} if self.hidden is None else {"hidden_layer": self.hidden[0]}),
             "bound_to": bound_to,
             "expires": expires,
             "about": dict(about or {}),
@@ -320,7 +345,10 @@ class Handoff:
         expected = (1, identity.kv["kv_heads"], len(ids), identity.kv["head_dim"])
         if len(layers) != identity.kv["layers"] or any(part.data.shape != expected for pair in layers for part in pair):
             raise ValueError(f"{len(layers)} layers; expected {identity.kv['layers']}, each of shape {expected}")
-        return cls(identity, ids, kept, layers, manifest["precision"])
+        hidden = (int(manifest["hidden_layer"]), quantized("hidden")) if "hidden_layer" in manifest else None
+        if hidden is not None and hidden[1].data.shape[:2] != (1, len(kept)):
+            raise ValueError(f"hidden states of shape {tuple(hidden[1].data.shape)} for {len(kept)} tokens")
+        return cls(identity, ids, kept, layers, manifest["precision"], hidden)
 
 
 def read_manifest(path: str | Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache, PreTrainedModel, StopStringCriteria
 
 from c2c import kv_cache, rope
+from c2c.adapters import with_adapter
 from c2c.decoding import Decoding, prepare
 from c2c.errors import CacheError, ContextLengthError, MismatchError, PromptError
 from c2c.generation import FirstTokenTimer, PrefilledPrompt, unbatch
@@ -25,6 +26,7 @@ from c2c.messages import conversations
 from c2c.prefill import EvaluationMode, next_logits, prefill
 from c2c.probe import ProbedModel, cache_limit, prefill_rows, reads_rows_apart, rows_alone
 from c2c.prompting import RenderOptions, encode, render, require_tokenizer
+from c2c.recompute import prefill_with_hidden
 from c2c.rope import prompt_length, switch_length
 from c2c.tokens import TokenBatch, as_list, left_pad, require_left_padding
 
@@ -76,9 +78,31 @@ class LanguageModel(ProbedModel):
         self.stored: StoredPrefills | None = None  # where prefills are taken from, if they are kept
 
     @classmethod
-    def from_pretrained(cls, source: str | Path | PreTrainedModel, **kwargs: Any) -> Self:
-        """Load by alias, hub id, folder or GGUF file; arguments as in :func:`c2c.loading.load`."""
-        return cls(*load(source, **kwargs))
+    def from_pretrained(
+        cls, source: str | Path | PreTrainedModel | LanguageModel, *, adapter: str | Path | None = None, **kwargs: Any
+    ) -> Self:
+        """Load by alias, hub id, folder or GGUF file.
+
+        Args:
+            source: as in :func:`c2c.loading.load`; of a :class:`LanguageModel` the weights in memory are shared.
+            adapter: folder of a LoRA adapter (PEFT) to use its base with, in place of its own if it has one.
+            **kwargs: as in :func:`c2c.loading.load`.
+        """
+        if isinstance(source, LanguageModel):
+            model, tokenizer, _ = load(source.model, **({"tokenizer": source.tokenizer} | kwargs))
+            name = source.name
+        else:
+            model, tokenizer, name = load(source, **kwargs)
+        return (
+            cls(model, tokenizer, name)
+            if adapter is None
+            else cls(with_adapter(model, adapter), tokenizer, str(adapter))
+        )
+
+    def without_adapter(self) -> Self:
+        """Return the base model in this role, around the same weights."""
+        model = with_adapter(self.model, None)
+        return type(self)(model, self.tokenizer, str(model.config._name_or_path))
 
     @property
     def device(self) -> torch.device:
@@ -435,6 +459,7 @@ class Sharer(LanguageModel):
         draft_tokens: int = 0,
         options: RenderOptions | None = None,
         reuse: Handoff | None = None,
+        keep_hidden: int = 0,
     ) -> Handoff:
         """Prefill messages and return them as a handoff for a receiver that has not read them.
 
@@ -446,6 +471,8 @@ class Sharer(LanguageModel):
             draft_tokens: first write at most so many tokens of an answer, greedily, and hand them over as well.
             options: how to render the messages.
             reuse: an earlier handoff of this sharer; what both begin with is not read again. So a document can grow.
+            keep_hidden: hand over the hidden states that enter this layer too, for a variant of this model that
+                recomputes layers from there on; 0 for none.
 
         Raises:
             PromptError: several conversations, or none that can be read; ``draft_tokens`` is no number from 0.
@@ -475,7 +502,16 @@ class Sharer(LanguageModel):
                 known = 0  # the entries are rotated for another length
             if known and not self.left_out:  # a handoff has nothing of other layers to go on from
                 cache = kv_cache.crop(reuse.cache(self.dtype, self.device), known)
+        if keep_hidden:
+            return self._read_with_hidden(plan, tokens, keep_hidden, draft_tokens)
         return self._read_prompt(plan, tokens, cache, draft_tokens)
+
+    def _read_with_hidden(self, plan: SharerPrompt, tokens: TokenBatch, layer: int, draft_tokens: int) -> Handoff:
+        """Prefill a document and return it as a handoff with the hidden states that enter ``layer``."""
+        if draft_tokens or not self.generates:
+            raise PromptError("keep_hidden=... is for a document without a draft, and a sharer whose weights are here.")
+        cache, states = prefill_with_hidden(self, tokens, layer)
+        return Handoff.from_cache(self.identity, *plan.tensors(), kv_cache.layers(cache), (layer, states[:, plan.kept]))
 
     def _read_prompt(self, plan: SharerPrompt, tokens: TokenBatch, cache: Cache, draft_tokens: int) -> Handoff:
         """Prefill what ``cache`` does not hold yet, draft, and return all of it as a handoff."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import nn
 
+from c2c.adapters import with_adapter
 from c2c.alignment import Aligner, CharSpanAligner, make_aligner
 from c2c.errors import FuserError, PromptError
 from c2c.fusers import Fuser, family
@@ -17,7 +18,7 @@ from c2c.fusion import FusionMode
 from c2c.identity import ModelIdentity
 from c2c.language_model import LanguageModel, Receiver, Sharer
 from c2c.layer_map import layer_map as make_layer_map
-from c2c.loading import parse_dtype
+from c2c.loading import base_name, parse_dtype
 from c2c.published import import_published, published_names, read_names
 from c2c.utils import read_json_object, save_atomically, write_json
 
@@ -214,7 +215,23 @@ def load_models(
     if once and isinstance(receiver, str | Path):
         again = Sharer(ours.model, ours.tokenizer, ours.name)
         several = [again if str(one) == str(receiver) else one for one in several]
-    return ours, [one if isinstance(one, Sharer) else _load_sharer(one, their_kwargs) for one in several]
+    shared = receiver if their_kwargs["dtype"] == load_kwargs.get("dtype") else None
+    return ours, [
+        one if isinstance(one, Sharer) else _variant(one, ours, shared) or _load_sharer(one, their_kwargs)
+        for one in several
+    ]
+
+
+def _variant(source: Any, receiver: Receiver, loaded_from: Any) -> Sharer | None:
+    """Return a sharer around the receiver's weights, where the two differ in their LoRA adapters alone; else None."""
+    if not all(isinstance(one, str | Path) for one in (source, loaded_from)) or str(source) == str(loaded_from):
+        return None
+    base = base_name(source)
+    if base != base_name(loaded_from):
+        return None
+    return Sharer(
+        with_adapter(receiver.model, None if base == str(source) else source), receiver.tokenizer, str(source)
+    )
 
 
 def _load_sharer(source: Any, load_kwargs: dict[str, Any]) -> Sharer:

@@ -269,7 +269,7 @@ class RemoteSharer(Sharer):
             made = project(Handoff.from_cache(self.identity, ids, kept, placed), self, fuser).layers
             entries = [(QuantizedTensor(keys), QuantizedTensor(values)) for keys, values in made]
         precision = cast(Precision, request.precision)
-        return ProjectedHandoff(self.identity, ids, kept, entries, precision, name, size)
+        return ProjectedHandoff(self.identity, ids, kept, entries, precision, fuser=name, wire_bytes=size)
 
     # -- requests ----------------------------------------------------------------------------------------------------
 
