@@ -29,9 +29,9 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def fuser(model, tmp_path_factory):
-    """Folder of a copy fuser for that model on both sides."""
+    """Folder of a copy fuser for that model on both sides, as connect makes it."""
     folder = tmp_path_factory.mktemp("copy")
-    C2CModel.from_models(model, model, fuser="copy").save_pretrained(folder)
+    C2CModel.from_models(model, model, fuser="copy", fuser_options={"refresh": 8}).save_pretrained(folder)
     return folder
 
 
