@@ -24,7 +24,7 @@ from c2c.identity import ModelIdentity
 from c2c.kv_cache import KeyValue
 from c2c.messages import Conversation
 from c2c.prompting import RenderOptions, encode, render, require_tokenizer, text_tokens, with_passage
-from c2c.tokens import TokenBatch, common_prefix, natural_positions
+from c2c.tokens import SLOT, TokenBatch, common_prefix, natural_positions
 from c2c.utils import save_atomically
 
 Precision = Literal["float32", "bfloat16", "float16", "int8", "float8"]
@@ -73,7 +73,7 @@ class QuantizedTensor:
 
 @dataclass(frozen=True)
 class SharerPrompt:
-    """Hold a sharer's prompt tokens and the columns that are handed over."""
+    """Hold a sharer's prompt tokens, slots for thoughts among them, and the columns that are handed over."""
 
     ids: list[int]
     kept: list[int]
@@ -86,6 +86,20 @@ class SharerPrompt:
         """Append what the sharer wrote after it; all of that is handed over."""
         length = len(self.ids)
         return SharerPrompt([*self.ids, *draft], [*self.kept, *range(length, length + len(draft))])
+
+    def with_thoughts(self, steps: int) -> SharerPrompt:
+        """Append slots for thinking steps, which have no token; all are handed over."""
+        return self.followed_by([SLOT] * steps)
+
+    def batch(self) -> TokenBatch:
+        """Return the tokens, one row."""
+        return _one_row(torch.tensor(self.ids))
+
+
+def _one_row(ids: Tensor) -> TokenBatch:
+    ids = ids.unsqueeze(0)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    return TokenBatch(ids, mask, natural_positions(mask), padded=False, has_slots=bool((ids == SLOT).any()))
 
 
 def sharer_prompt(tokenizer: Any, conversation: Conversation, options: RenderOptions) -> SharerPrompt:
@@ -144,11 +158,12 @@ class Handoff:
 
     Attributes:
         sharer: who has read.
-        ids: all tokens of its prompt, ``[tokens]``.
-        kept: the columns that are handed over, ``[kept]``: message texts, what the sharer wrote, and the template
-            after the last message, which has read everything.
+        ids: all tokens of its prompt, ``[tokens]``; ``tokens.SLOT`` for a thinking step, which has no token.
+        kept: the columns that are handed over, ``[kept]``: message texts, thoughts, what the sharer wrote, and the
+            template after the last message, which has read everything.
         layers: keys and values of all layers and tokens.
         precision: how they are kept.
+        realign: how the states of thinking steps became inputs, see :mod:`c2c.thinking`; None without such steps.
     """
 
     sharer: ModelIdentity
@@ -156,22 +171,33 @@ class Handoff:
     kept: Tensor
     layers: list[tuple[QuantizedTensor, QuantizedTensor]] = field(repr=False)
     precision: Precision
+    realign: str | None = field(default=None, kw_only=True)
 
     @classmethod
-    def from_cache(cls, sharer: ModelIdentity, ids: Tensor, kept: Tensor, layers: Sequence[KeyValue]) -> Self:
+    def from_cache(
+        cls,
+        sharer: ModelIdentity,
+        ids: Tensor,
+        kept: Tensor,
+        layers: Sequence[KeyValue],
+        realign: str | None = None,
+    ) -> Self:
         """Make a handoff of keys and values as they lie in the cache, each ``[1, kv_heads, tokens, head_dim]``."""
         precision: Any = str(layers[0][0].dtype).removeprefix("torch.")
         quantized = [
             (QuantizedTensor(keys.contiguous()), QuantizedTensor(values.contiguous())) for keys, values in layers
         ]
-        return cls(sharer, ids.cpu().long(), kept.cpu().long(), quantized, precision)
+        return cls(sharer, ids.cpu().long(), kept.cpu().long(), quantized, precision, realign=realign)
 
     @property
     def tokens(self) -> TokenBatch:
         """The sharer's tokens, one row."""
-        ids = self.ids.unsqueeze(0)
-        mask = torch.ones_like(ids, dtype=torch.bool)
-        return TokenBatch(ids, mask, natural_positions(mask), padded=False)
+        return _one_row(self.ids)
+
+    @property
+    def thoughts(self) -> Tensor:
+        """The columns of thinking steps, ``[steps]``."""
+        return (self.ids == SLOT).nonzero().flatten()
 
     @property
     def nbytes(self) -> int:
@@ -180,11 +206,11 @@ class Handoff:
 
     @property
     def id(self) -> str:
-        """What was read and by whom: the same for the same tokens and sharer."""
+        """What was read and by whom: the same for the same tokens (and realignment of thoughts) and sharer."""
         sharer = self.sharer
         who = sharer.weights_key or sharer.name  # weights on disk are not known
-        known = json.dumps([who, sharer.architecture, sharer.kv, self.ids.tolist()], sort_keys=True)
-        return hashlib.sha256(known.encode()).hexdigest()
+        facts = [who, sharer.architecture, sharer.kv, self.ids.tolist(), *([self.realign] if self.realign else [])]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def cache(self, dtype: torch.dtype, device: torch.device) -> Cache:
         """Return the sharer's cache of all tokens, in ``dtype``."""
@@ -209,12 +235,17 @@ class Handoff:
         ]
         return replace(self, layers=quantized, precision=precision)
 
-    def zeros_like(self) -> Handoff:
-        """Return the same handoff with zeros for the keys and values that are handed over, for a control."""
+    def zeros_like(self, columns: Tensor | None = None) -> Handoff:
+        """Return the same handoff with zeros for keys and values, for a control.
+
+        Args:
+            columns: of these; by default of all that are handed over.
+        """
+        columns = self.kept if columns is None else columns
 
         def zeros(part: QuantizedTensor) -> QuantizedTensor:
             data = part.data.clone()
-            data[:, :, self.kept.to(data.device)] = 0
+            data[:, :, columns.to(data.device)] = 0
             return replace(part, data=data)
 
         return replace(self, layers=[(zeros(keys), zeros(values)) for keys, values in self.layers])
@@ -254,7 +285,7 @@ class Handoff:
             "layers": len(self.layers),
             "bound_to": bound_to,
             "expires": expires,
-        }
+        } | ({"realign": self.realign} if self.realign else {})
         header = {"manifest": json.dumps(manifest, sort_keys=True)}
         header["digest"] = _digest(header["manifest"], tensors, key)
         save_atomically(
@@ -307,9 +338,12 @@ class Handoff:
         if ids.dim() != 1 or kept.dim() != 1 or not (int(kept.min()) >= 0 and int(kept.max()) < len(ids)):
             raise ValueError(f"{tuple(ids.shape)} token ids, of which columns {kept.tolist()[:8]} are handed over")
         expected = (1, identity.kv["kv_heads"], len(ids), identity.kv["head_dim"])
+        realign, odd = manifest.get("realign"), ids[ids < 0]
+        if bool((odd != SLOT).any()) or (len(odd) > 0) != isinstance(realign, str):
+            raise ValueError(f"{len(odd)} columns without a token, and thoughts realigned by {realign!r}")
         if len(layers) != identity.kv["layers"] or any(part.data.shape != expected for pair in layers for part in pair):
             raise ValueError(f"{len(layers)} layers; expected {identity.kv['layers']}, each of shape {expected}")
-        return cls(identity, ids, kept, layers, manifest["precision"])
+        return cls(identity, ids, kept, layers, manifest["precision"], realign=realign)
 
 
 def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:

@@ -43,6 +43,7 @@ class RunConfig:
     message_tokens: int = option(64, "At most this many for the text-to-text message.", min=1)
     context: Path | None = option(None, "Text that only the sharer reads; for a fuser of private context.")
     draft_tokens: int = option(0, "With --context: hand over so many tokens of the sharer's own answer too.", min=0)
+    think: int = option(0, "With --context: hand over so many thinking steps of the sharer too.", min=0)
     system: str | None = option(None, "System message for both models.")
     answer_prefix: str = option("", "Text that the answer continues, such as 'The answer is'.")
     sample: bool = option(False, "Sample instead of greedy decoding.", flag="--sample")
@@ -82,7 +83,8 @@ def run(
         raise typer.BadParameter(f"{config.mode!r} is not one of all, {known}.", param_hint="--mode")
     with err.status("loading models ..."):
         model = load_pair(config, config.fuser, config.sharer, dtype=config.dtype, device_map=config.device)
-        shared = SystemOptions(message_tokens=config.message_tokens, draft_tokens=config.draft_tokens)
+        lengths = {name: getattr(config, name) for name in ("message_tokens", "draft_tokens", "think")}
+        shared = SystemOptions(**lengths)
         chosen = {name: make_system(name, model, shared) for name in names}
         if any(system.needs_context for system in chosen.values()):
             _check_context(model, config.context)
