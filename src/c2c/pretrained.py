@@ -62,14 +62,14 @@ class Pretrained:
             **load_kwargs: ``dtype``, ``sharer_dtype`` (by default the same), ``device_map`` and others, see
                 :func:`c2c.loading.load`.
         """
-        ours, theirs = _load_models(receiver, sharer, load_kwargs)
+        ours, theirs = load_models(receiver, sharer, load_kwargs)
         aligner = aligner or CharSpanAligner()
         fusers = []
         for model in theirs:
             layers = make_layer_map(layer_map, ours.geometry.layers, model.geometry.layers)
             new = family(fuser).from_geometry(model.geometry, ours.geometry, layers, **(fuser_options or {}))
             new.config.alignment = aligner.to_dict()
-            fusers.append(_made_for(new, ours, model))
+            fusers.append(made_for(new, ours, model))
         return cls(ours, theirs, fusers, aligner=aligner, mode=mode)
 
     @classmethod
@@ -104,7 +104,7 @@ class Pretrained:
         fusers = [load_fuser(folder, dtype=fuser_dtype) for folder in folders]
         receiver = receiver if receiver is not None else _recorded(fusers[0], "receiver")
         sharer = sharer if sharer is not None else [_recorded(fuser, "sharer") for fuser in fusers]
-        ours, theirs = _load_models(receiver, sharer, load_kwargs)
+        ours, theirs = load_models(receiver, sharer, load_kwargs)
         if aligner is None and "aligner" in manifest:
             aligner = make_aligner(manifest["aligner"])
         for fuser in fusers:
@@ -141,7 +141,7 @@ class Pretrained:
         sharer = sharer if sharer is not None else [name.get("sharer") for name in names]
         if receiver is None or sharer == [None]:
             raise FuserError(f"{folders[0]} does not name its models; pass receiver=... and sharer=....")
-        ours, theirs = _load_models(receiver, sharer, load_kwargs | {"dtype": dtype})
+        ours, theirs = load_models(receiver, sharer, load_kwargs | {"dtype": dtype})
         if len(theirs) != len(folders):
             raise FuserError(
                 f"got {len(folders)} checkpoints and {len(theirs)} sharers; give one sharer per checkpoint."
@@ -149,7 +149,7 @@ class Pretrained:
         fusers: list[Fuser] = []
         for f, model in zip(folders, theirs, strict=True):
             new = import_published(f, receiver=ours.geometry, sharer=model.geometry, dtype=dtype or ours.dtype)
-            fusers.append(_made_for(new, ours, model))
+            fusers.append(made_for(new, ours, model))
         chosen: Any = mode or names[0].get("mode", "sequential")
         return cls(ours, theirs, fusers, aligner=aligner, mode=chosen)
 
@@ -166,7 +166,7 @@ class Pretrained:
         save_atomically(Path(folder), write)
 
 
-def _made_for(fuser: Fuser, receiver: Receiver, sharer: Sharer) -> Fuser:
+def made_for(fuser: Fuser, receiver: Receiver, sharer: Sharer) -> Fuser:
     """Record the models of a new fuser, and move it beside the receiver."""
     fuser.config.sharer, fuser.config.receiver = sharer.identity.to_dict(), receiver.identity.to_dict()
     nn.Module.to(fuser, receiver.device)
@@ -174,7 +174,12 @@ def _made_for(fuser: Fuser, receiver: Receiver, sharer: Sharer) -> Fuser:
     return fuser
 
 
-def _load_models(receiver: Any, sharer: Any, load_kwargs: dict[str, Any]) -> tuple[Receiver, list[Sharer]]:
+def load_models(receiver: Any, sharer: Any, load_kwargs: dict[str, Any]) -> tuple[Receiver, list[Sharer]]:
+    """Load the models of a pair as :meth:`Pretrained.from_models` takes them; loaded ones are taken as they are.
+
+    Raises:
+        PromptError: options for models that are loaded already. ModelLoadError: a model can't be found.
+    """
     if "tokenizer" in load_kwargs:
         raise PromptError(
             "tokenizer=... would go to both models; pass Receiver.from_pretrained(source, tokenizer=...) and "

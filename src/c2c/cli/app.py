@@ -17,7 +17,7 @@ from typing import Annotated
 import typer
 import yaml
 
-from c2c.cli import analyze, demo, doctor, evaluate, inspect, pull, report, run, serve, train
+from c2c.cli import analyze, connect, demo, doctor, evaluate, inspect, pull, report, run, serve, train
 from c2c.errors import C2CError
 from c2c.version import __version__
 
@@ -32,6 +32,7 @@ app = typer.Typer(
 )
 COMMANDS: dict[str, Callable[..., None]] = {
     "pull": pull.pull,
+    "connect": connect.connect,
     "run": run.run,
     "demo": demo.demo,
     "train": train.train,

@@ -21,7 +21,9 @@ from c2c.hub_aliases import DEFAULT_RECEIVER, DEFAULT_SHARER
 from c2c.utils import argument_text, decode_text, read_text
 
 if TYPE_CHECKING:
+    from c2c.connection import Connection, Method
     from c2c.model import C2CModel
+    from c2c.systems import System, SystemOptions
 
 ALL = ("receiver", "sharer", "text", "c2c")
 UNTRAINED = (
@@ -82,14 +84,21 @@ def run(
         known = ", ".join(sorted(systems()))
         raise typer.BadParameter(f"{config.mode!r} is not one of all, {known}.", param_hint="--mode")
     with err.status("loading models ..."):
-        model = load_pair(config, config.fuser, config.sharer, dtype=config.dtype, device_map=config.device)
         lengths = {name: getattr(config, name) for name in ("message_tokens", "draft_tokens", "think")}
         shared = SystemOptions(**lengths)
-        chosen = {name: make_system(name, model, shared) for name in names}
+        loading = {"dtype": config.dtype, "device_map": config.device}
+        model, connection = load_pair(config, config.fuser, config.sharer, shared, **loading)
+        if connection is not None:
+            model = connection.system("shared" if context is None else "private").model
+        chosen: dict[str, System] = {
+            name: connection if connection is not None and name == "c2c" else make_system(name, model, shared)
+            for name in names
+        }
         if any(system.needs_context for system in chosen.values()):
             _check_context(model, config.context)
+    method = None if connection is None else connection.chosen("shared" if context is None else "private")
     if not json_:
-        _show_pair(model)
+        _show_pair(model, method)
     how: dict[str, Any] = {"options": RenderOptions(answer_prefix=prefix), "do_sample": config.sample}
     messages = make_messages(text, system_message)
     results: dict[str, dict[str, Any]] = {}
@@ -108,26 +117,37 @@ def run(
             out.print(f"[yellow]{UNTRAINED}[/yellow]")
 
     pair = {"receiver": model.receiver.name, "sharer": [sharer.name for sharer in model.sharers]}
-    note = {} if model.trained else {"note": UNTRAINED}
-    data = {"prompt": text, **pair, "trained": model.trained, "results": results, **note}
+    extra: dict[str, Any] = {"trained": model.trained, **({} if model.trained else {"note": UNTRAINED})}
+    if method is not None:
+        extra = {"method": method.name, "reason": method.reason}
+    data = {"prompt": text, **pair, **extra, "results": results}
     print_result(data, json_, show_costs)
 
 
-def load_pair(config: Any, fuser: str | None, sharer: Any, **kwargs: Any) -> C2CModel:
-    """Load a fuser with its models, or an untrained one for the models of ``config``, by default the usual pair.
+def load_pair(
+    config: Any, fuser: str | None, sharer: Any, options: SystemOptions | None = None, **kwargs: Any
+) -> tuple[C2CModel, Connection | None]:
+    """Load a fuser with its models; without one the models of ``config``, by default the usual pair, are connected.
 
     Args:
         config: has ``receiver`` and ``allow_mismatch``.
-        fuser: folder or hub id; None for an untrained one.
+        fuser: folder or hub id; None for the best method that the models have.
         sharer: in place of the fuser's.
+        options: of the connection's systems.
         **kwargs: how to load the models.
+
+    Returns:
+        The model, and the connection that it is of, with a fuser of private context if it has one; None for a given
+        fuser.
     """
+    from c2c.connection import connect
     from c2c.model import C2CModel
 
-    if fuser is None:
-        return C2CModel.from_models(config.receiver or DEFAULT_RECEIVER, sharer or DEFAULT_SHARER, **kwargs)
-    kwargs |= {"receiver": config.receiver, "sharer": sharer, "allow_mismatch": config.allow_mismatch}
-    return C2CModel.from_pretrained(fuser, **kwargs)
+    if fuser is not None:
+        kwargs |= {"receiver": config.receiver, "sharer": sharer, "allow_mismatch": config.allow_mismatch}
+        return C2CModel.from_pretrained(fuser, **kwargs), None
+    connection = connect(config.receiver or DEFAULT_RECEIVER, sharer or DEFAULT_SHARER, options=options, **kwargs)
+    return connection.model, connection
 
 
 def make_messages(prompt: str, system: str | None) -> list[dict[str, str]]:
@@ -151,14 +171,15 @@ def _check_context(model: C2CModel, context: Path | None) -> None:
         )
 
 
-def _show_pair(model: C2CModel) -> None:
+def _show_pair(model: C2CModel, method: Method | None) -> None:
     names = ", ".join(sharer.name for sharer in model.sharers)
-    state = "trained" if model.trained else "untrained"
-    parameters = sum(p.numel() for fuser in model.fusers for p in fuser.parameters())
-    out.print(
-        f"[bold]receiver[/bold] {model.receiver.name}   [bold]sharer[/bold] {names}   "
-        f"[bold]fuser[/bold] {model.fusers[0].family}, {parameters / 1e6:.1f} M parameters, {state}"
-    )
+    if method is None:
+        state = "trained" if model.trained else "untrained"
+        parameters = sum(p.numel() for fuser in model.fusers for p in fuser.parameters())
+        how = f"[bold]fuser[/bold] {model.fusers[0].family}, {parameters / 1e6:.1f} M parameters, {state}"
+    else:
+        how = f"[bold]method[/bold] {method.name}: {method.reason}"
+    out.print(f"[bold]receiver[/bold] {model.receiver.name}   [bold]sharer[/bold] {names}   {how}")
 
 
 def _show_answer(title: str, result: dict[str, Any]) -> None:

@@ -50,9 +50,11 @@ def serve(
     vllm_options = _vllm_options(config)
     sock = http_server.listen(config.host, config.port)
     with err.status("loading models ..."):
-        dtypes = {"dtype": config.dtype, "sharer_dtype": config.sharer_dtype}
-        model = load_pair(config, fuser, _sharer(config), device_map=config.device, **dtypes)
-    if not model.trained:
+        dtypes: dict[str, Any] = {"dtype": config.dtype, "sharer_dtype": config.sharer_dtype}
+        model, connection = load_pair(config, fuser, _sharer(config), device_map=config.device, **dtypes)
+    if connection is not None:
+        err.print(f"method: {connection}", highlight=False)
+    elif not model.trained:
         err.print("The fuser is untrained: cache-to-cache answers equal the receiver's.", style="yellow")
     from c2c.serving.app import create_app
 
@@ -65,7 +67,7 @@ def serve(
     else:
         from c2c.serving.transformers_engine import TransformersEngine
 
-        engine = TransformersEngine(model, config)
+        engine = TransformersEngine(model, config, connection)
     log_to_stderr()
     answered = http_server.serve(create_app(engine, config), sock, config)
     if config.engine != "vllm":  # with it libraries would complain about what is left

@@ -57,13 +57,18 @@ class CopyFuser(Fuser):
             )
         if config.refresh < 0:
             raise FuserError(f"refresh is {config.refresh}; expected a number of tokens from 0.")
-        self.register_buffer("place", torch.empty(0), persistent=False)
+        self.register_buffer("place", torch.zeros(1))  # a file without any tensor would not be loaded
         self.post_init()
 
     @property
     def device(self) -> torch.device:
         """Where entries are rotated; there are no parameters that could tell."""
         return self.place.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type in which entries are rotated."""
+        return self.place.dtype
 
     @property
     def trained(self) -> bool:

@@ -29,12 +29,13 @@ class ModelEngine:
     Args:
         model: receiver, sharers and fusers, all with tokenizers.
         config: limits, and the systems that answer.
+        connection: takes the place of the system ``c2c``: the best method that the models have.
 
     Raises:
         SystemUnavailableError: a system of ``config.systems`` that these models don't have.
     """
 
-    def __init__(self, model: C2CModel, config: ServeConfig) -> None:
+    def __init__(self, model: C2CModel, config: ServeConfig, connection: System | None = None) -> None:
         self.model, self.config = model, config
         self.systems: dict[str, System] = {}
         self.on_batch: Callable[[str, int], object] = lambda system, rows: None
@@ -44,6 +45,8 @@ class ModelEngine:
             except SystemUnavailableError:
                 if config.systems:
                     raise
+        if connection is not None and "c2c" in self.systems:
+            self.systems["c2c"] = connection
 
     @property
     def info(self) -> dict[str, Any]:
