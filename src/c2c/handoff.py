@@ -25,7 +25,7 @@ from c2c.identity import ModelIdentity
 from c2c.kv_cache import KeyValue
 from c2c.messages import Conversation
 from c2c.prompting import RenderOptions, encode, render, require_tokenizer, text_tokens, with_passage
-from c2c.tokens import TokenBatch, common_prefix, natural_positions
+from c2c.tokens import SLOT, TokenBatch, common_prefix, natural_positions
 from c2c.utils import save_atomically
 
 Precision = Literal["float32", "bfloat16", "float16", "int8", "float8"]
@@ -75,7 +75,7 @@ class QuantizedTensor:
 
 @dataclass(frozen=True)
 class SharerPrompt:
-    """Hold a sharer's prompt tokens and the columns that are handed over."""
+    """Hold a sharer's prompt tokens, slots for thoughts among them, and the columns that are handed over."""
 
     ids: list[int]
     kept: list[int]
@@ -88,6 +88,20 @@ class SharerPrompt:
         """Append what the sharer wrote after it; all of that is handed over."""
         length = len(self.ids)
         return SharerPrompt([*self.ids, *draft], [*self.kept, *range(length, length + len(draft))])
+
+    def with_thoughts(self, steps: int) -> SharerPrompt:
+        """Append slots for thinking steps, which have no token; all are handed over."""
+        return self.followed_by([SLOT] * steps)
+
+    def batch(self) -> TokenBatch:
+        """Return the tokens, one row."""
+        return _one_row(torch.tensor(self.ids))
+
+
+def _one_row(ids: Tensor) -> TokenBatch:
+    ids = ids.unsqueeze(0)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    return TokenBatch(ids, mask, natural_positions(mask), padded=False, has_slots=bool((ids == SLOT).any()))
 
 
 def sharer_prompt(tokenizer: Any, conversation: Conversation, options: RenderOptions) -> SharerPrompt:
@@ -146,13 +160,14 @@ class Handoff:
 
     Attributes:
         sharer: who has read.
-        ids: all tokens of its prompt, ``[tokens]``.
-        kept: the columns that are handed over, ``[kept]``: message texts, what the sharer wrote, and the template
-            after the last message, which has read everything.
+        ids: all tokens of its prompt, ``[tokens]``; ``tokens.SLOT`` for a thinking step, which has no token.
+        kept: the columns that are handed over, ``[kept]``: message texts, thoughts, what the sharer wrote, and the
+            template after the last message, which has read everything.
         layers: keys and values of all layers and tokens.
         precision: how they are kept.
         hidden: a layer and the hidden states that enter it, of the kept columns, ``[1, kept, hidden]``: for a variant
             that recomputes layers from there on.
+        realign: how the states of thinking steps became inputs, see :mod:`c2c.thinking`; None without such steps.
     """
 
     sharer: ModelIdentity
@@ -161,6 +176,7 @@ class Handoff:
     layers: list[tuple[QuantizedTensor, QuantizedTensor]] = field(repr=False)
     precision: Precision
     hidden: tuple[int, QuantizedTensor] | None = field(default=None, repr=False)
+    realign: str | None = field(default=None, kw_only=True)
 
     @classmethod
     def from_cache(
@@ -170,6 +186,7 @@ class Handoff:
         kept: Tensor,
         layers: Sequence[KeyValue],
         hidden: tuple[int, Tensor] | None = None,
+        realign: str | None = None,
     ) -> Self:
         """Make a handoff of keys and values as they lie in the cache, each ``[1, kv_heads, tokens, head_dim]``."""
         precision: Any = str(layers[0][0].dtype).removeprefix("torch.")
@@ -177,14 +194,17 @@ class Handoff:
             (QuantizedTensor(keys.contiguous()), QuantizedTensor(values.contiguous())) for keys, values in layers
         ]
         states = None if hidden is None else (hidden[0], QuantizedTensor(hidden[1].contiguous()))
-        return cls(sharer, ids.cpu().long(), kept.cpu().long(), quantized, precision, states)
+        return cls(sharer, ids.cpu().long(), kept.cpu().long(), quantized, precision, states, realign=realign)
 
     @property
     def tokens(self) -> TokenBatch:
         """The sharer's tokens, one row."""
-        ids = self.ids.unsqueeze(0)
-        mask = torch.ones_like(ids, dtype=torch.bool)
-        return TokenBatch(ids, mask, natural_positions(mask), padded=False)
+        return _one_row(self.ids)
+
+    @property
+    def thoughts(self) -> Tensor:
+        """The columns of thinking steps, ``[steps]``."""
+        return (self.ids == SLOT).nonzero().flatten()
 
     @property
     def nbytes(self) -> int:
@@ -194,11 +214,11 @@ class Handoff:
 
     @property
     def id(self) -> str:
-        """What was read and by whom: the same for the same tokens and sharer."""
+        """What was read and by whom: the same for the same tokens (and realignment of thoughts) and sharer."""
         sharer = self.sharer
         who = sharer.weights_key or sharer.name  # weights on disk are not known
-        known = json.dumps([who, sharer.architecture, sharer.kv, self.ids.tolist()], sort_keys=True)
-        return hashlib.sha256(known.encode()).hexdigest()
+        facts = [who, sharer.architecture, sharer.kv, self.ids.tolist(), *([self.realign] if self.realign else [])]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def cache(self, dtype: torch.dtype, device: torch.device) -> Cache:
         """Return the sharer's cache of all tokens, in ``dtype``."""
@@ -227,12 +247,17 @@ class Handoff:
             hidden = hidden[0], QuantizedTensor.quantize(states, precision, 2)
         return replace(self, layers=quantized, precision=precision, hidden=hidden)
 
-    def zeros_like(self) -> Handoff:
-        """Return the same handoff with zeros for the keys and values that are handed over, for a control."""
+    def zeros_like(self, columns: Tensor | None = None) -> Handoff:
+        """Return the same handoff with zeros for keys and values, for a control.
+
+        Args:
+            columns: of these; by default of all that are handed over.
+        """
+        columns = self.kept if columns is None else columns
 
         def zeros(part: QuantizedTensor) -> QuantizedTensor:
             data = part.data.clone()
-            data[:, :, self.kept.to(data.device)] = 0
+            data[:, :, columns.to(data.device)] = 0
             return replace(part, data=data)
 
         layers, hidden = [(zeros(keys), zeros(values)) for keys, values in self.layers], self.hidden
@@ -287,6 +312,7 @@ class Handoff:
             **({} if self.hidden is None else {"hidden_layer": self.hidden[0]}),
             "bound_to": bound_to,
             "expires": expires,
+            **({} if self.realign is None else {"realign": self.realign}),
             "about": dict(about or {}),
         }
         header = {"manifest": json.dumps(manifest, sort_keys=True)}
@@ -343,12 +369,15 @@ class Handoff:
         if ids.dim() != 1 or kept.dim() != 1 or not (int(kept.min()) >= 0 and int(kept.max()) < len(ids)):
             raise ValueError(f"{tuple(ids.shape)} token ids, of which columns {kept.tolist()[:8]} are handed over")
         expected = (1, identity.kv["kv_heads"], len(ids), identity.kv["head_dim"])
+        realign, odd = manifest.get("realign"), ids[ids < 0]
+        if bool((odd != SLOT).any()) or (len(odd) > 0) != isinstance(realign, str):
+            raise ValueError(f"{len(odd)} columns without a token, and thoughts realigned by {realign!r}")
         if len(layers) != identity.kv["layers"] or any(part.data.shape != expected for pair in layers for part in pair):
             raise ValueError(f"{len(layers)} layers; expected {identity.kv['layers']}, each of shape {expected}")
         hidden = (int(manifest["hidden_layer"]), quantized("hidden")) if "hidden_layer" in manifest else None
         if hidden is not None and hidden[1].data.shape[:2] != (1, len(kept)):
             raise ValueError(f"hidden states of shape {tuple(hidden[1].data.shape)} for {len(kept)} tokens")
-        return cls(identity, ids, kept, layers, manifest["precision"], hidden)
+        return cls(identity, ids, kept, layers, manifest["precision"], hidden, realign=realign)
 
 
 def read_manifest(path: str | Path) -> dict[str, Any]:

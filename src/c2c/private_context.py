@@ -27,7 +27,7 @@ from c2c.messages import Conversation, conversations
 from c2c.prompting import RenderOptions, encode, first_user, render
 from c2c.recompute import LayerRange, recompute
 from c2c.rope import switch_length
-from c2c.tokens import TokenBatch
+from c2c.tokens import TokenBatch, common_prefix
 
 if TYPE_CHECKING:
     from c2c.model import C2CModel
@@ -55,6 +55,14 @@ class PrivateEntries:
     def slots(self) -> int:
         """How many entries each layer gets."""
         return self.layers[0][0].shape[2]
+
+    @property
+    def fresh(self) -> int:
+        """How many of the first entries the receiver computes itself: thoughts have no tokens that it could read."""
+        if self.handoff is None:
+            return 0
+        ids = self.handoff.ids[self.handoff.kept[: self.refresh]]
+        return common_prefix(ids.tolist(), ids[ids >= 0].tolist())
 
     def insert_into(self, tokens: TokenBatch, column: int) -> TokenBatch:
         """Make room for the entries in the receiver's tokens."""
@@ -224,7 +232,7 @@ def prefill_entries(cache: Cache, receiver: LanguageModel, prompt: PrivatePrompt
     elif column > 0:
         cache = receiver.prefill(tokens, column, cache)
     for part in entries:
-        stop, fresh = column + part.slots, min(part.refresh, part.slots)
+        stop, fresh = column + part.slots, part.fresh
         if fresh:
             cache = receiver.prefill(tokens, column + fresh, cache)
         if fresh < part.slots:

@@ -51,6 +51,7 @@ class RunConfig:
     )
     library: Path | None = option(None, "Folder of documents that c2c library add has made, which --context names.")
     draft_tokens: int = option(0, "With --context: hand over so many tokens of the sharer's own answer too.", min=0)
+    think: int = option(0, "With --context: hand over so many thinking steps of the sharer too.", min=0)
     system: str | None = option(None, "System message for both models.")
     answer_prefix: str = option("", "Text that the answer continues, such as 'The answer is'.")
     sample: bool = option(False, "Sample instead of greedy decoding.", flag="--sample")
@@ -90,7 +91,8 @@ def run(
         known = ", ".join(sorted(systems()))
         raise typer.BadParameter(f"{config.mode!r} is not one of all, {known}.", param_hint="--mode")
     with err.status("loading models ..."):
-        shared = SystemOptions(message_tokens=config.message_tokens, draft_tokens=config.draft_tokens)
+        lengths = {name: getattr(config, name) for name in ("message_tokens", "draft_tokens", "think")}
+        shared = SystemOptions(**lengths)
         loading = {"dtype": config.dtype, "device_map": config.device}
         model, connection = load_pair(config, config.fuser, config.sharer, shared, **loading)
         if connection is not None:
