@@ -26,7 +26,7 @@ from rich.table import Table
 
 from c2c import C2CModel
 from c2c.handoff import Handoff
-from c2c.systems.base import with_passage
+from c2c.prompting import with_passage
 from c2c.systems.text_to_text import summary_request
 from c2c.utils import versions
 

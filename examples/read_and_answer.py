@@ -16,7 +16,7 @@ from pathlib import Path
 
 from c2c import C2CModel
 from c2c.handoff import Handoff
-from c2c.systems.base import with_passage
+from c2c.prompting import with_passage
 
 FUSER = Path(__file__).parent.parent / "zoo" / "memory_smollm2-135m_from_qwen2.5-coder-0.5b"
 PAGE = (

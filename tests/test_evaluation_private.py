@@ -15,7 +15,8 @@ from c2c.evaluation import EvalConfig, evaluate
 from c2c.evaluation.config import STAGES, EvaluationError
 from c2c.evaluation.metrics import contains, exact, f1
 from c2c.language_model import LanguageModel, Receiver
-from c2c.systems.base import with_passage
+from c2c.private_context import documents
+from c2c.prompting import with_passage
 from tiny import open_fusers, pair_folders
 
 PASSAGES = ["The fox sleeps in a red house by the sea.", "A dog and a cat went to the market.", "Rain fell for a week."]
@@ -142,7 +143,9 @@ def test_a_deranged_draft_is_another_items(fuser, data, monkeypatch):
 
     def note(self, messages, *, sharer_messages=None, **kwargs):
         column = sharer_messages[0] if isinstance(sharer_messages, tuple) else sharer_messages
-        given.setdefault(str(messages), []).append([tuple(one.ids.tolist()) for one in column])
+        given.setdefault(str(messages), []).append(
+            [tuple(one.ids.tolist()) for (one,) in documents(column, len(column), False)]
+        )
         return prefill(self, messages, sharer_messages=sharer_messages, **kwargs)
 
     monkeypatch.setattr(C2CModel, "prefill", note)

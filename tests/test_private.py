@@ -69,7 +69,7 @@ def test_entries_that_are_the_receivers_own_are_the_text_itself(receiver):
         for table, (keys, values) in zip(tables, kv_cache.layers(cache), strict=True)
     ]
     prompt = align_shared(model, QUESTION, options)
-    placed = place(prompt, ours.tokenizer, QUESTION, options, [PrivateEntries(own, 0)])
+    placed = place(prompt, ours, QUESTION, options, [PrivateEntries(own, 0)])
     tokens = placed.receiver
     assert tokens.positions.tolist() == whole.positions.tolist()
     built = ours.prefill(tokens, tokens.length - 1, prefill_entries(kv_cache.empty_cache(), ours, placed))

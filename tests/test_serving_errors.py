@@ -17,7 +17,7 @@ from transformers import Phi3Config, Phi3ForCausalLM
 from c2c import C2CModel
 from c2c.language_model import Receiver, Sharer
 from serving_harness import NAME, PATIENCE, error_of, events, held, model, running, stop, text_of, user
-from tiny import NO_SPECIALS, build, tokenizer
+from tiny import NO_SPECIALS, build, pair_folders, tokenizer
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 
@@ -301,3 +301,58 @@ def test_an_answer_that_would_grow_out_of_the_fused_cache_is_refused_before_it_s
             answer = server.chat(max_tokens=given)
             assert answer.status_code == 200, answer.text
             assert answer.json()["usage"]["completion_tokens"] == room
+
+
+def test_what_other_servers_take_is_refused_with_what_to_do(server):
+    for ids in ([1, 2], [[1, 2], [3]]):
+        error = error_of(server.post(COMPLETIONS, json={"model": NAME, "prompt": ids}))
+        assert (error["status"], error["param"]) == (400, "prompt")
+        assert "token ids" in error["message"]
+    error = error_of(server.post("/v1/responses", json={"model": NAME, "input": "hello"}))
+    assert error["status"] == 404
+    assert CHAT in error["message"]
+
+
+# -- what clients see of the server's models ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def in_folder(tmp_path_factory):
+    """A server of models that were loaded from folders, whose templates drop system messages and refuse a 'b'."""
+    folders = pair_folders(lambda name: tmp_path_factory.mktemp("private") / name)
+    made = C2CModel.from_models(*folders)
+    for one in (made.receiver, made.sharers[0]):
+        one.tokenizer.chat_template = (
+            "{% for m in messages if m.role != 'system' %}"
+            "{{ raise_exception('no b') if m.content == 'b' }}<{{ m.content }}>{% endfor %}"
+        )
+    with running(made, systems=("c2c", "receiver", "text")) as found:
+        found.folder = "/private"
+        yield found
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"messages": [*user("a"), {"role": "assistant", "content": "b"}]},
+        {"messages": user("hello " * 600)},
+        {"tools": [{"type": "function", "function": {"name": "weather"}}]},
+    ],
+)
+def test_errors_do_not_say_where_the_models_lie(in_folder, fields):
+    for response in (in_folder.chat(**fields), in_folder.chat(model=f"{NAME}/receiver", **fields)):
+        assert response.status_code == 400
+        assert in_folder.folder not in response.text
+        assert "chatml" in response.text
+    assert in_folder.folder not in in_folder.get("/v1/models").text
+
+
+@pytest.mark.parametrize("system", ["", "/receiver", "/text"])
+def test_a_client_sees_that_its_system_message_is_not_read(in_folder, system):
+    turns = [{"role": "system", "content": "Answer in French."}, *user("hello")]
+    answer = in_folder.chat(messages=turns, model=NAME + system).json()
+    (first, *_) = events(in_folder.chat(messages=turns, model=NAME + system, stream=True).text)
+    for found in (answer, first):
+        assert "system message" in found["c2c"]["notes"][0]
+        assert in_folder.folder not in str(found)
+    assert "c2c" not in in_folder.chat(model=NAME + system).json()

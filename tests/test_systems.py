@@ -4,9 +4,8 @@ import pytest
 import torch
 
 from c2c.errors import PromptError, SystemUnavailableError
-from c2c.prompting import RenderOptions
+from c2c.prompting import RenderOptions, with_passage
 from c2c.systems import System, SystemOptions, make_system, systems
-from c2c.systems.base import with_passage
 from c2c.systems.text_to_text import summary_request
 from tiny import open_fusers, pair
 

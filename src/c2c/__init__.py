@@ -1,7 +1,7 @@
 """Language models that talk to each other through their KV caches.
 
-A Sharer reads a prompt; its KV cache is projected by a trained Fuser and merged into the cache of a
-Receiver, which answers. ``C2CModel`` is the door: see its docstring, or ``docs/concepts.md``.
+A Sharer reads a prompt; its KV cache is copied or projected by a trained Fuser into the cache of a Receiver, which
+answers. ``connect`` finds the best method that two models have; ``C2CModel`` is one pair with its fuser.
 
 Names load on first use, so that ``import c2c`` (and ``c2c --help``) does not import torch.
 """
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from c2c.version import __version__
 
 if TYPE_CHECKING:
+    from c2c.connection import Connection, connect
     from c2c.errors import C2CError
     from c2c.fusers import Fuser
     from c2c.generation import Chat, FusionReport, GenerationResult
@@ -26,6 +27,7 @@ _HOMES = {
     "C2CError": "c2c.errors",
     "C2CModel": "c2c.model",
     "Chat": "c2c.generation",
+    "Connection": "c2c.connection",
     "Fuser": "c2c.fusers",
     "FusionReport": "c2c.generation",
     "GenerationResult": "c2c.generation",
@@ -33,12 +35,14 @@ _HOMES = {
     "Receiver": "c2c.language_model",
     "RenderOptions": "c2c.prompting",
     "Sharer": "c2c.language_model",
+    "connect": "c2c.connection",  # a module of that name would hide the function
 }
 
 __all__ = [
     "C2CError",
     "C2CModel",
     "Chat",
+    "Connection",
     "Fuser",
     "FusionReport",
     "GenerationResult",
@@ -47,6 +51,7 @@ __all__ = [
     "RenderOptions",
     "Sharer",
     "__version__",
+    "connect",
 ]
 
 

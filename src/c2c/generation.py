@@ -104,6 +104,9 @@ class FusionReport(RowCounts):
         timer: of the stages.
         rows: the counts of each conversation.
         lost: why a remote sharer was not read, so that the receiver answers alone; None where nothing was lost.
+        method: how the models communicate, where :func:`c2c.connection.connect` has chosen it: ``copy``, ``fuser``,
+            ``text`` or ``receiver``.
+        alternatives: the better methods, which these models don't have, with the reason.
     """
 
     fused_layers: list[int] = field(default_factory=list)
@@ -114,6 +117,13 @@ class FusionReport(RowCounts):
     timer: StageTimer | None = field(default=None, repr=False)
     rows: list[RowCounts] = field(default_factory=list, repr=False)
     lost: RemoteError | None = field(default=None, repr=False)
+    method: str | None = None
+    alternatives: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def fused(self) -> bool:
+        """Whether the cache may hold more than the model would make of the prompt."""
+        return self.method not in ("text", "receiver")
 
     def add(self, counts: RowCounts) -> None:
         """Count one more conversation."""
@@ -227,7 +237,7 @@ class PrefilledPrompt:
         """
         timer = timer or FirstTokenTimer()
         began = time.perf_counter()
-        if self.report is not None:  # else the cache is the model's own, which may be made anew
+        if self.report is not None and self.report.fused:  # else the cache is the model's own, and may be made anew
             kwargs["fused"] = True
         ids = self.model.generate(self.tokens, self.cache, timer=timer, **kwargs)
         ended = time.perf_counter()

@@ -28,8 +28,16 @@ from c2c.generation import (
 from c2c.language_model import EntrySelection, Receiver, Sharer
 from c2c.messages import Conversation, conversations
 from c2c.pretrained import Pretrained
-from c2c.private_context import PrivatePrompt, align_shared, place, prefill_entries, project_all, read_handoffs
-from c2c.prompting import RenderOptions
+from c2c.private_context import (
+    PrivatePrompt,
+    align_shared,
+    moved_entries,
+    place,
+    prefill_entries,
+    project_all,
+    read_handoffs,
+)
+from c2c.prompting import RenderOptions, collect_notes, with_passage
 from c2c.token_ids import TokenIds
 from c2c.tokens import TokenBatch, concatenate
 
@@ -106,8 +114,8 @@ class C2CModel(Pretrained, TokenIds, nn.Module):
         Args:
             messages: a text, a conversation (list of messages), or a list of several of either.
             sharer_messages: what the sharer alone has read, for fusers of private context: messages, or a
-                :class:`~c2c.handoff.Handoff` from ``sharer.read``; a list with one for each conversation; for several
-                such sharers a tuple with one of these for each.
+                :class:`~c2c.handoff.Handoff` from ``sharer.read``; for one conversation a list of several; for a batch
+                a list with one (or a list of several) for each; for several sharers a tuple of these.
             options: how to render the prompt.
             blend: how much of what the fusers add is taken, from 0 (the receiver alone, bit for bit) to 1; private
                 context is there or not, 0 or 1.
@@ -138,15 +146,20 @@ class C2CModel(Pretrained, TokenIds, nn.Module):
         Raises:
             PromptError: private context is missing, or given to fusers that take none; ``blend`` is out of range.
         """
-        batch, _ = conversations(messages)
+        batch, single = conversations(messages)
         options = options or RenderOptions()
         self.check_context(sharer_messages)
-        try:
-            if self.private:
-                return self._prefill_private(batch, sharer_messages, options, blend)
-            return self.fuse_prompts(self.align(batch, options), blend=blend)
-        except SharerLost as lost:
-            return self.prefill_receiver(self.receiver.encode(batch, options), lost)
+        with collect_notes() as notes:
+            try:
+                if self.private:
+                    prompt = self._prefill_private(batch, single, sharer_messages, options, blend)
+                else:
+                    prompt = self.fuse_prompts(self.align(batch, options), blend=blend)
+            except SharerLost as lost:
+                prompt = self.prefill_receiver(self.receiver.encode(batch, options), lost)
+        if prompt.report is not None:
+            prompt.report.notes += notes
+        return prompt
 
     def stream(self, messages: Any, *, options: RenderOptions | None = None, **kwargs: Any) -> TextStream:
         """Answer one conversation piece by piece: iterate over the text; ``.result`` is there when it ends.
@@ -221,9 +234,6 @@ class C2CModel(Pretrained, TokenIds, nn.Module):
                 cache = self.receiver.prefill(tokens, chunk.stop, cache)
             with timer.stage("fuse"):
                 fuse(cache, self.receiver, tokens, sources, chunk, self.mode, blend)
-        if isinstance(prompt, PrivatePrompt):
-            with timer.stage("receiver_prefill"):
-                cache = self.receiver.prefill(tokens, tokens.length - 1, cache)
         return tokens, cache
 
     def _prefill_sharer(self, index: int, prompt: Prompt, edit: CacheEdit | None) -> Source | None:
@@ -250,7 +260,7 @@ class C2CModel(Pretrained, TokenIds, nn.Module):
         )
 
     def _prefill_private(
-        self, batch: list[Conversation], given: Any, options: RenderOptions, blend: float
+        self, batch: list[Conversation], single: bool, given: Any, options: RenderOptions, blend: float
     ) -> PrefilledPrompt:
         """Prefill each conversation by itself, since what is handed over to them differs in length; then join them."""
         if blend not in (0, 1):
@@ -261,17 +271,20 @@ class C2CModel(Pretrained, TokenIds, nn.Module):
             return self.prefill_receiver(self.receiver.encode(batch, options), None)
         self._check_unchanged()
         timer = StageTimer(self.receiver.device)
+        pairs = [(self.sharers[index], self._fusers[index]) for index in self.private]
         with timer.stage("sharer_prefill"):
-            readers = [self.sharers[index].for_fuser(self._fusers[index]) for index in self.private]
-            handoffs = read_handoffs(given, readers, len(batch), options)
+            handoffs = read_handoffs(given, pairs, batch, single, options)
         with timer.stage("fuse"):
-            pairs = [(self.sharers[index], self._fusers[index]) for index in self.private]
             entries = project_all(handoffs, pairs)
+        instruction = options.instruction if any(fuser.keeps_tokens for _, fuser in pairs) else ""
+        if instruction:
+            batch = [with_passage(conversation, options=options) for conversation in batch]
         prompts = [
-            place(align_shared(self, conversation, options), self.receiver.tokenizer, conversation, options, row)
+            place(align_shared(self, conversation, options), self.receiver, conversation, options, row, instruction)
             for conversation, row in zip(batch, entries, strict=True)
         ]
         report = self._report(prompts, timer=timer)
+        report.notes += moved_entries(prompts)
         fused = self._join([self._fuse(prompt, report) for prompt in prompts], report)
         fused.slots = tuple(prompt.slots for prompt in prompts)
         return fused
@@ -333,6 +346,7 @@ class C2CModel(Pretrained, TokenIds, nn.Module):
             name = "sharer" if len(self.sharers) == 1 else f"sharer {index + 1}"
             for role, given in (("sharer", now[1 + index]), ("receiver", now[0])):
                 pairs.append((name if role == "sharer" else role, fuser.expected_identity(role, given), given))
+            fuser.check_models(now[0], now[1 + index])
             if fuser.needs_rotary:
                 self.receiver.check_rotary()
                 sharer.check_rotary()

@@ -52,6 +52,29 @@ def prefill(model: PreTrainedModel, batch: TokenBatch, stop: int, cache: Cache |
     return cache
 
 
+def last_output(
+    model: PreTrainedModel, cache: Cache, positions: Tensor, *, logits: bool = False, **inputs: Tensor
+) -> Tensor:
+    """Run new tokens or embeddings on a cache, which grows, of rows without padding.
+
+    Args:
+        model: the model.
+        cache: what was read before.
+        positions: of the new columns, ``[batch, new]``.
+        logits: whether the head is run.
+        **inputs: ``input_ids``, ``[batch, new]``, or ``inputs_embeds``, ``[batch, new, hidden]``.
+
+    Returns:
+        Of the last column the state after the final norm, ``[batch, hidden]``, or the logits, ``[batch, vocab]``.
+    """
+    inputs |= {"position_ids": positions}
+    if logits:
+        last: Tensor = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+    else:
+        last = model.get_decoder()(**inputs, past_key_values=cache, use_cache=True).last_hidden_state
+    return last[:, -1]
+
+
 def next_logits(model: PreTrainedModel, batch: TokenBatch, cache: Cache) -> Tensor:
     """Run the columns that ``cache`` does not hold yet and return the logits after the last, ``[batch, vocab]``."""
     start = kv_cache.length(cache)

@@ -2,12 +2,14 @@
 
 They stand before the text of the first user message, where a document would stand: the receiver reads its template and
 system message as always, then these entries lie in its cache, and everything after them attends to them. Positions
-count them like tokens. Nothing that the receiver computes itself is changed.
+count them like tokens. Nothing that the receiver computes itself is changed. Entries of several documents, each read by
+itself, lie one after the other; all but the first have then been moved, and none has attended to those before it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +24,10 @@ from c2c.handoff import Handoff
 from c2c.kv_cache import KeyValue
 from c2c.language_model import LanguageModel, Sharer
 from c2c.messages import Conversation, conversations
-from c2c.prompting import RenderOptions, encode, render
+from c2c.prompting import RenderOptions, encode, first_user, render
+from c2c.recompute import LayerRange, recompute
+from c2c.rope import switch_length
+from c2c.tokens import TokenBatch, common_prefix
 
 if TYPE_CHECKING:
     from c2c.model import C2CModel
@@ -35,15 +40,35 @@ class PrivateEntries:
     Attributes:
         layers: keys without rotation and values per receiver layer, ``[1, kv_heads, slots, head_dim]``.
         sharer_bytes: bytes of the sharer's entries that they were made of.
+        handoff: what they are copied from, where they belong to tokens of the receiver's own vocabulary.
+        refresh: how many of the first tokens of a copy the receiver computes itself, where it was moved.
+        recompute: layers ``(first, stop)`` of a copy that the receiver computes itself, as for a variant.
     """
 
     layers: list[KeyValue]
     sharer_bytes: int
+    handoff: Handoff | None = None
+    refresh: int = 0
+    recompute: LayerRange | None = None
 
     @property
     def slots(self) -> int:
         """How many entries each layer gets."""
         return self.layers[0][0].shape[2]
+
+    @property
+    def fresh(self) -> int:
+        """How many of the first entries the receiver computes itself: thoughts have no tokens that it could read."""
+        if self.handoff is None:
+            return 0
+        ids = self.handoff.ids[self.handoff.kept[: self.refresh]]
+        return common_prefix(ids.tolist(), ids[ids >= 0].tolist())
+
+    def insert_into(self, tokens: TokenBatch, column: int) -> TokenBatch:
+        """Make room for the entries in the receiver's tokens."""
+        if self.handoff is None:
+            return tokens.insert_slots(column, self.slots)
+        return tokens.insert_tokens(column, self.handoff.ids[self.handoff.kept])
 
 
 @dataclass(frozen=True)
@@ -55,14 +80,16 @@ class PrivatePrompt(Prompt):
     Attributes:
         column: where the entries begin.
         entries: the entries, one after the other.
+        exact: the first of them were read behind the very tokens that they stand behind, and are taken with these.
     """
 
     column: int = 0
     entries: tuple[PrivateEntries, ...] = ()
+    exact: bool = False
 
     @property
     def slots(self) -> int:
-        """Columns that are entries and no tokens."""
+        """Columns of private context."""
         return sum(entries.slots for entries in self.entries)
 
 
@@ -87,16 +114,28 @@ def project(handoff: Handoff, sharer: Sharer, fuser: Fuser) -> PrivateEntries:
     if not fuser.trained:  # zeros are no entries: each would take its share of the receiver's attention
         entries = [(keys[:, :, :0], values[:, :, :0]) for keys, values in entries]
     per_token = sum(sum(part.nbytes for part in handoff.layers[layer]) // len(handoff.ids) for layer in set(layers))
-    return PrivateEntries(entries, per_token * len(kept))
+    if not fuser.keeps_tokens:
+        return PrivateEntries(entries, per_token * len(kept))
+    recompute = getattr(fuser.config, "recompute", None)
+    refresh = getattr(fuser.config, "refresh", 0)
+    return PrivateEntries(
+        entries, per_token * len(kept), handoff, refresh, None if recompute is None else (recompute[0], recompute[1])
+    )
 
 
 def project_all(
-    handoffs: Sequence[Sequence[Handoff]], pairs: Sequence[tuple[Sharer, Fuser]]
+    handoffs: Sequence[Sequence[Sequence[Handoff]]], pairs: Sequence[tuple[Sharer, Fuser]]
 ) -> list[list[PrivateEntries]]:
-    """Project the handoffs of a batch, one per conversation and pair; one that many rows share only once."""
-    given = {(index, id(handoff)): handoff for row in handoffs for index, handoff in enumerate(row)}
-    projected = {key: project(handoff, *pairs[key[0]]) for key, handoff in given.items()}
-    return [[projected[index, id(handoff)] for index, handoff in enumerate(row)] for row in handoffs]
+    """Project the handoffs of a batch, some per conversation and pair; one that many rows share only once."""
+    projected: dict[tuple[int, int], PrivateEntries] = {}
+    for row in handoffs:
+        for index, several in enumerate(row):
+            for handoff in several:
+                if (index, id(handoff)) not in projected:
+                    projected[index, id(handoff)] = project(handoff, *pairs[index])
+    return [
+        [projected[index, id(handoff)] for index, several in enumerate(row) for handoff in several] for row in handoffs
+    ]
 
 
 def align_shared(model: C2CModel, conversation: Conversation, options: RenderOptions) -> Prompt:
@@ -119,17 +158,30 @@ def align_shared(model: C2CModel, conversation: Conversation, options: RenderOpt
 
 def place(
     prompt: Prompt,
-    tokenizer: Any,
+    receiver: LanguageModel,
     conversation: Conversation,
     options: RenderOptions,
     entries: Sequence[PrivateEntries],
+    instruction: str = "",
 ) -> PrivatePrompt:
-    """Make room for entries, in this order, before the first user message of a prompt of one row."""
-    column = first_user_column(tokenizer, conversation, options)
+    """Make room for entries, in this order, in the first user message of a prompt of one row.
+
+    Args:
+        prompt: the conversation's tokens.
+        receiver: the receiver.
+        conversation: what it reads.
+        options: how that was rendered.
+        entries: what is put into its cache.
+        instruction: what the message begins with; entries stand behind it.
+    """
+    column = first_user_column(receiver.tokenizer, conversation, options, len(instruction))
     slots = sum(part.slots for part in entries)
-    receiver, chunks = prompt.receiver, list(prompt.chunks)
+    tokens, chunks, at = prompt.receiver, list(prompt.chunks), column
+    for part in entries:
+        if part.slots:
+            tokens = part.insert_into(tokens, at)
+            at += part.slots
     if slots > 0:
-        receiver = receiver.insert_slots(column, slots)
         chunks = []
         for chunk in prompt.chunks:
             moved = [
@@ -137,69 +189,189 @@ def place(
                 for part in chunk.alignments
             ]
             chunks.append(Chunk(chunk.stop + slots * (chunk.stop > column), tuple(moved)))
-    return PrivatePrompt(receiver, prompt.sharers, tuple(chunks), prompt.skipped, column, tuple(entries))
+    placed = PrivatePrompt(tokens, prompt.sharers, tuple(chunks), prompt.skipped, column, tuple(entries))
+    return replace(placed, exact=_is_exact(placed, receiver))
+
+
+def _is_exact(prompt: PrivatePrompt, receiver: LanguageModel) -> bool:
+    """Whether the first entries and all that stands before them are the beginning of a handoff."""
+    handoff = prompt.entries[0].handoff if prompt.entries else None
+    if handoff is None or handoff.sharer.same_weights(receiver.identity) is False:
+        return False  # of a variant; the receiver reads itself what stands before the document
+    if receiver.left_out or handoff.precision != str(receiver.dtype).removeprefix("torch."):
+        return False
+    switch, stop = switch_length(receiver.model), prompt.column + prompt.entries[0].slots
+    if switch is not None and prompt.receiver.length > switch:
+        return False  # the frequencies of the rotation depend on the length
+    alone = handoff.kept.tolist() == list(range(prompt.column, stop))
+    return alone and prompt.receiver.ids[0, :stop].tolist() == handoff.ids[:stop].tolist()
+
+
+def moved_entries(prompts: Sequence[PrivatePrompt]) -> list[str]:
+    """Return remarks for the report: which copied entries are exact and which were moved."""
+    copied = [part for prompt in prompts for part in prompt.entries if part.handoff is not None]
+    exact = sum(prompt.exact for prompt in prompts)
+    if not copied:
+        return []
+    if exact == len(copied):
+        return ["copy: all documents lie where they were read, as the receiver itself would have read them"]
+    refresh, layers = copied[0].refresh, copied[0].recompute
+    again = f"; the receiver read their first {refresh} tokens itself" if refresh else ""
+    again += f"; it recomputed layers {layers[0]} to {layers[1] - 1}" if layers else ""
+    return [f"copy: {len(copied) - exact} of {len(copied)} documents were moved, or read by a variant{again}"]
 
 
 def prefill_entries(cache: Cache, receiver: LanguageModel, prompt: PrivatePrompt) -> Cache:
     """Prefill a prompt up to where its entries stand and add them; the cache is changed and returned."""
     if prompt.slots == 0:
         return cache
-    tokens, column = prompt.receiver, prompt.column
-    if column > 0:
+    tokens, column, entries = prompt.receiver.to(receiver.device), prompt.column, list(prompt.entries)
+    if prompt.exact:
+        column += entries[0].slots
+        cache = kv_cache.append(cache, _first_columns(entries.pop(0), receiver, column))
+    elif column > 0:
         cache = receiver.prefill(tokens, column, cache)
-    for entries in prompt.entries:
-        stop = column + entries.slots
-        tables = receiver.rotary(tokens.positions[:, column:stop], tokens.length)
-        layers = enumerate(entries.layers)
-        rotated = [(keys if tables is None else tables[layer].apply(keys), values) for layer, (keys, values) in layers]
-        kv_cache.append(cache, rotated)
+    for part in entries:
+        stop, fresh = column + part.slots, part.fresh
+        if fresh:
+            cache = receiver.prefill(tokens, column + fresh, cache)
+        if fresh < part.slots:
+            tables = receiver.rotary(tokens.positions[:, column + fresh : stop], tokens.length)
+            layers = [(keys[:, :, fresh:], values[:, :, fresh:]) for keys, values in part.layers]
+            rotated = [
+                (keys if tables is None else tables[index].apply(keys).to(receiver.dtype), values)
+                for index, (keys, values) in enumerate(layers)
+            ]
+            if part.recompute is not None and part.handoff is not None:
+                ours = _recomputed(part, receiver, tokens, column, fresh, cache)
+                rotated[part.recompute[0] : part.recompute[1]] = ours
+            kv_cache.append(cache, rotated)
         column = stop
     return cache
 
 
-def first_user_column(tokenizer: Any, conversation: Conversation, options: RenderOptions) -> int:
-    """Find the receiver's first token of the first user message.
+def _recomputed(
+    entries: PrivateEntries, receiver: LanguageModel, tokens: TokenBatch, column: int, fresh: int, cache: Cache
+) -> list[KeyValue]:
+    """Compute the receiver's own entries of some layers for a document at ``column`` but its first ``fresh`` tokens."""
+    handoff, layers, hidden = entries.handoff, entries.recompute, None
+    assert handoff is not None
+    assert layers is not None
+    if layers[0] and handoff.hidden is not None and handoff.hidden[0] == layers[0]:
+        hidden = handoff.hidden[1].dequantize(receiver.dtype)[:, fresh:]
+    return recompute(receiver, tokens, column + fresh, handoff.ids[handoff.kept][fresh:], layers, cache, hidden)
+
+
+def _first_columns(entries: PrivateEntries, receiver: LanguageModel, stop: int) -> list[KeyValue]:
+    """Return the first entries of a handoff as they are, keys with their rotation."""
+    assert entries.handoff is not None
+    return [
+        (keys[:, :, :stop], values[:, :, :stop])
+        for keys, values in kv_cache.layers(entries.handoff.cache(receiver.dtype, receiver.device))
+    ]
+
+
+def first_user_column(tokenizer: Any, conversation: Conversation, options: RenderOptions, characters: int = 0) -> int:
+    """Find the receiver's first token of the first user message, behind so many of its first characters.
 
     Raises:
         PromptError: there is no user message, or the template left it out.
     """
     encoded = encode(tokenizer, render(tokenizer, conversation, options))
-    for message, found in zip(conversation, encoded.rendered.spans, strict=True):
-        if message["role"] == "user" and found is not None:
-            return next(column for column, (_, end) in enumerate(encoded.offsets) if end > found[0][0])
-    raise PromptError("private context stands before the first user message, and there is none with any text.")
+    found = encoded.rendered.spans[first_user(conversation)]
+    if found is None:
+        raise PromptError("private context stands before the first user message, which the chat template left out.")
+    start = found[0][0] + max(characters - found[1], 0)
+    return next(column for column, (_, end) in enumerate(encoded.offsets) if end > start)
 
 
-def read_handoffs(given: Any, sharers: Sequence[Sharer], rows: int, options: RenderOptions) -> list[list[Handoff]]:
+# What a sharer reads for one conversation: messages, or a handoff of what it has read.
+Document = Conversation | Handoff
+
+
+def documents(given: Any, rows: int, single: bool) -> list[list[Document]]:
+    """Normalise what one sharer reads to a list of documents for each conversation.
+
+    Args:
+        given: messages or a :class:`Handoff`, for all conversations; for one conversation a list of several; for a
+            batch a list with one of these, or a list of several, for each.
+        rows: conversations in the batch.
+        single: whether it is one conversation rather than a batch.
+
+    Raises:
+        PromptError: empty, or not so many as there are conversations.
+    """
+    if isinstance(given, Handoff) or _is_conversation(given):
+        return [[_document(given)]] * rows
+    if not isinstance(given, Sequence) or isinstance(given, bytes) or not given:
+        raise PromptError(
+            f"got {given!r:.200} as private context. Expected texts, messages, handoffs, or lists of them."
+        )
+    if single and not any(_is_several(item) for item in given):
+        return [[_document(item) for item in given]]
+    if len(given) != rows:
+        raise PromptError(f"got {len(given)} private contexts for {rows} conversations; give one for each, or one.")
+    return [[_document(one) for one in (item if _is_several(item) else [item])] for item in given]
+
+
+def _is_conversation(item: Any) -> bool:
+    messages = isinstance(item, Sequence) and bool(item) and all(isinstance(part, Mapping) for part in item)
+    return isinstance(item, str) or messages
+
+
+def _is_several(item: Any) -> bool:
+    """Whether an item is a list of documents rather than one."""
+    return isinstance(item, Sequence) and not isinstance(item, bytes) and bool(item) and not _is_conversation(item)
+
+
+def _document(item: Any) -> Document:
+    return item if isinstance(item, Handoff) else conversations(item)[0][0]
+
+
+def read_handoffs(
+    given: Any,
+    pairs: Sequence[tuple[Sharer, Fuser]],
+    batch: Sequence[Conversation],
+    single: bool,
+    options: RenderOptions,
+) -> list[list[list[Handoff]]]:
     """Read (or take, where handoffs are given) the private context of each conversation and sharer.
 
     Args:
-        given: messages or a :class:`Handoff`; a list with one for each conversation; for several sharers a tuple with
-            one of these for each. One for a whole batch is read once.
-        sharers: who reads.
-        rows: conversations in the batch.
+        given: what :func:`documents` takes; for several sharers a tuple with one of these for each. What several
+            conversations are asked about is read once.
+        pairs: who reads, for which fuser.
+        batch: the conversations.
+        single: whether they are one rather than a batch.
         options: how to render messages; tools are for the model that answers.
 
     Returns:
-        Per conversation one handoff per sharer.
+        Per conversation and sharer its handoffs.
 
     Raises:
         PromptError: not so many as there are sharers or conversations.
     """
     per_sharer = given if isinstance(given, tuple) else (given,)
-    if len(per_sharer) != len(sharers):
+    if len(per_sharer) != len(pairs):
         raise PromptError(
-            f"sharer_messages are for {len(per_sharer)} sharers, and {len(sharers)} hand over private context: pass a "
+            f"sharer_messages are for {len(per_sharer)} sharers, and {len(pairs)} hand over private context: pass a "
             "tuple with one entry for each."
         )
-    options, columns = replace(options, tools=()), list[list[Handoff]]()
-    for part, sharer in zip(per_sharer, sharers, strict=True):
-        if isinstance(part, Handoff):
-            part = [part] * rows
-        elif not (isinstance(part, list) and part and all(isinstance(item, Handoff) for item in part)):
-            batch, single = conversations(part)
-            part = [sharer.read(conversation, options=options) for conversation in batch] * (rows if single else 1)
-        if len(part) != rows:
-            raise PromptError(f"got {len(part)} private contexts for {rows} conversations; give one for each, or one.")
-        columns.append(part)
-    return [list(row) for row in zip(*columns, strict=True)]
+    options, read = replace(options, tools=()), dict[tuple[int, str], Handoff]()
+
+    def handoff(index: int, document: Document, conversation: Conversation) -> Handoff:
+        if isinstance(document, Handoff):
+            return document
+        sharer, fuser = pairs[index]
+        before = conversation[: first_user(conversation)] if fuser.keeps_tokens else None
+        key = (index, json.dumps([before, document], sort_keys=True))
+        if key not in read:
+            first = (getattr(fuser.config, "recompute", None) or (0,))[0]
+            read[key] = sharer.for_fuser(fuser).read(document, before=before, options=options, keep_hidden=first)
+        return read[key]
+
+    found = [documents(part, len(batch), single) for part in per_sharer]
+    return [
+        [[handoff(index, one, conversation) for one in rows[place]] for index, rows in enumerate(found)]
+        for place, conversation in enumerate(batch)
+    ]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from c2c.errors import PromptError
 
-_SLOT = -(2**31)  # stands in the ids for an entry of the cache that is no token; no vocabulary has it
+SLOT = -(2**31)  # stands in the ids for an entry of the cache that is no token; no vocabulary has it
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class TokenBatch:
     @property
     def slots(self) -> Tensor:
         """True where a column is an entry of the cache and no token, ``[batch, tokens]``, bool."""
-        return self.ids == _SLOT
+        return self.ids == SLOT
 
     @property
     def lengths(self) -> Tensor:
@@ -77,10 +77,23 @@ class TokenBatch:
             column: where they are inserted, the same in all rows.
             slots: how many.
         """
-        filler = self.ids.new_full((self.rows, slots), _SLOT)
+        filler = self.ids.new_full((self.rows, slots), SLOT)
         ids = torch.cat([self.ids[:, :column], filler, self.ids[:, column:]], dim=1)
-        mask = torch.cat([self.mask[:, :column], filler == _SLOT, self.mask[:, column:]], dim=1)
+        mask = torch.cat([self.mask[:, :column], filler == SLOT, self.mask[:, column:]], dim=1)
         return TokenBatch(ids, mask, natural_positions(mask), self.padded, has_slots=self.has_slots or slots > 0)
+
+    def insert_tokens(self, column: int, ids: Tensor) -> TokenBatch:
+        """Insert columns of tokens whose entries are put into the cache, the same in all rows.
+
+        Args:
+            column: where they are inserted.
+            ids: ``[tokens]``, on the host; thoughts among them are slots.
+        """
+        inserted = ids.to(self.ids).expand(self.rows, -1)
+        joined = torch.cat([self.ids[:, :column], inserted, self.ids[:, column:]], dim=1)
+        mask = torch.cat([self.mask[:, :column], torch.ones_like(inserted, dtype=torch.bool), self.mask[:, column:]], 1)
+        slots = self.has_slots or bool((ids == SLOT).any())
+        return TokenBatch(joined, mask, natural_positions(mask), self.padded, has_slots=slots)
 
     def mask_until(self, stop: int) -> Tensor | None:
         """Return the attention mask of the first ``stop`` columns, or None where nothing is padded.

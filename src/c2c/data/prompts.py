@@ -8,7 +8,7 @@ from typing import Any
 from c2c.data.formats import Row
 from c2c.errors import PromptError
 from c2c.messages import Conversation
-from c2c.systems.base import with_passage
+from c2c.prompting import with_passage
 
 
 def passage_with_question(row: Row) -> Conversation:

@@ -10,6 +10,7 @@ from pathlib import Path
 from c2c.errors import FuserError
 from c2c.hub_aliases import ALIASES, is_pulled
 from c2c.utils import read_json_object
+from c2c.zoo import fuser_folders
 
 
 @dataclass(frozen=True)
@@ -63,9 +64,7 @@ class FuserChoice:
 
 def find_fusers(given: Sequence[str]) -> list[FuserChoice]:
     """Return the fusers that the user named, then those of the zoo, each once; raise FuserError where there is none."""
-    # zoo/ lies here, or in the clone that the package is installed from
-    places = (Path("zoo"), Path(__file__).resolve().parents[3] / "zoo")
-    shipped = [path.parent for place in places for path in sorted(place.glob("*/config.json"))]
+    shipped = fuser_folders()
     named, found = [_folder(source) for source in given], dict[Path, FuserChoice]()
     for folder in [*named, *shipped]:
         if folder.resolve() not in found:

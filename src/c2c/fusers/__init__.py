@@ -9,11 +9,22 @@ from c2c.errors import FuserError, did_you_mean
 from c2c.fusers.base import Entries, Fuser, FuserConfig
 from c2c.fusers.bottleneck import BottleneckFuser
 from c2c.fusers.c2c import C2CFuser
+from c2c.fusers.copy import CopyFuser
 from c2c.fusers.linear import LinearFuser
 from c2c.fusers.memory import MemoryFuser
 from c2c.utils import plugins
 
-__all__ = ["BottleneckFuser", "C2CFuser", "Entries", "Fuser", "FuserConfig", "LinearFuser", "MemoryFuser", "families"]
+__all__ = [
+    "BottleneckFuser",
+    "C2CFuser",
+    "CopyFuser",
+    "Entries",
+    "Fuser",
+    "FuserConfig",
+    "LinearFuser",
+    "MemoryFuser",
+    "families",
+]
 
 
 def families() -> dict[str, type[Fuser]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
@@ -179,6 +180,8 @@ class Fuser(PreTrainedModel):
             something else, and its entries are added.
         needs_rotary: whether keys are read without their rotation.
         closed_form: whether ``initialise_from_data`` is the whole training, without gradients.
+        keeps_tokens: whether private context is what the receiver itself would make of the same tokens, so that it is
+            read and placed like a passage in the receiver's prompt.
     """
 
     config_class = FuserConfig
@@ -188,6 +191,7 @@ class Fuser(PreTrainedModel):
     context: ClassVar[str] = "shared"
     needs_rotary: ClassVar[bool] = False
     closed_form: ClassVar[bool] = False
+    keeps_tokens: ClassVar[bool] = False
 
     @abstractmethod
     def forward(self, sharer: Entries, receiver: Entries) -> list[KeyValue]:
@@ -226,6 +230,9 @@ class Fuser(PreTrainedModel):
 
     def on_step(self, step: int) -> None:
         """Follow schedules of the family's own; called before optimizer step ``step``, counted from 0."""
+
+    def check_models(self, receiver: ModelIdentity, sharer: ModelIdentity) -> None:
+        """Refuse a pair of models that this family can't serve; raises MismatchError. By default all are accepted."""
 
     def output_length(self, positions: int) -> int:
         """Return how many entries a fuser of private context makes of ``positions`` handed-over ones."""
@@ -314,7 +321,7 @@ def load_fuser(source: str | Path, **kwargs: Any) -> Fuser:
         fuser, info = cls.from_pretrained(str(folder), output_loading_info=True, **kwargs)
     except FuserError:
         raise
-    except (OSError, ValueError, RuntimeError, TypeError, SafetensorError, StrictDataclassError) as error:
+    except Exception as error:  # a config with values of other types fails in many ways
         raise FuserError(f"{folder} holds no whole fuser (config.json and model.safetensors): {error}") from error
     # refuse what transformers would only warn about: missing, foreign or misshapen tensors
     wrong = {what: sorted(map(str, info[what])) for what in ("missing_keys", "unexpected_keys", "mismatched_keys")}
@@ -351,8 +358,17 @@ def resolve(source: str | Path) -> Path:
         ) from error
 
 
+def without_file(source: Any) -> bool:
+    """Whether a source names a family that has nothing to load, such as ``copy``."""
+    from c2c.fusers import families
+
+    return isinstance(source, str) and source in families() and families()[source].keeps_tokens
+
+
 def fuser_hash(folder: str) -> str:
-    """Return the sha256 of a fuser's weights."""
+    """Return the sha256 of a fuser's weights; of the family's name where there are none."""
+    if without_file(folder):
+        return hashlib.sha256(folder.encode()).hexdigest()
     return file_hash(resolve(folder) / "model.safetensors")
 
 

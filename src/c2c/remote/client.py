@@ -220,6 +220,8 @@ class RemoteSharer(Sharer):
 
     def for_fuser(self, fuser: Any) -> Self:
         """Return the same sharer, whose ``read`` gives what this fuser makes of a prompt."""
+        if fuser.keeps_tokens:  # what stands before the passage is of use as well
+            return self
         bound = copy.copy(self)
         bound._fuser = fuser
         return bound
@@ -267,7 +269,14 @@ class RemoteSharer(Sharer):
             made = project(Handoff.from_cache(self.identity, ids, kept, placed), self, fuser).layers
             entries = [(QuantizedTensor(keys), QuantizedTensor(values)) for keys, values in made]
         precision = cast(Precision, request.precision)
-        return ProjectedHandoff(self.identity, ids, kept, entries, precision, name, size)
+        return ProjectedHandoff(self.identity, ids, kept, entries, precision, fuser=name, wire_bytes=size)
+
+    def _read_thinking(self, *args: Any) -> Never:
+        """Refuse: a request has no place for thinking steps."""
+        raise RemoteError(
+            f"{self.name} takes no thinking steps from here: pass think=0, or load the model on this machine.",
+            "weights",
+        )
 
     # -- requests ----------------------------------------------------------------------------------------------------
 

@@ -262,11 +262,12 @@ class RequestOutput:
             sharer_bytes=report.sharer_bytes if report else len((message or "").encode()),
             message=message,
             fallback=fallback,
+            notes=job.notes,
         )
         columns = int(prompt.tokens.positions[row, -1]) + 1
         limit = new_tokens(model, columns, request.sampling.max_tokens, default_tokens)
         self.answers = [AnswerOutput(self, model, request.sampling, limit, index) for index in range(request.n)]
-        self.handle.push(Prefilled(fallback))
+        self.handle.push(Prefilled(fallback, job.notes))
 
     def check_finished(self) -> None:
         """Report that all answers are there, once they are."""

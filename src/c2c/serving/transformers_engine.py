@@ -25,6 +25,7 @@ from c2c.serving.logs import log_failure
 from c2c.serving.model_engine import ModelEngine, fail, failing
 from c2c.serving.outputs import AnswerOutput, RequestOutput, Scored
 from c2c.serving.scheduler import Job, Scheduler
+from c2c.systems import System
 from c2c.tokens import concatenate
 
 
@@ -37,10 +38,11 @@ class TransformersEngine(ModelEngine):
     Args:
         model: receiver, sharers and fusers, all with tokenizers.
         config: limits, and the systems that answer.
+        connection: takes the place of the system ``c2c``: the best method that the models have.
     """
 
-    def __init__(self, model: C2CModel, config: ServeConfig) -> None:
-        super().__init__(model, config)
+    def __init__(self, model: C2CModel, config: ServeConfig, connection: System | None = None) -> None:
+        super().__init__(model, config, connection)
         window = config.batch_window_ms / 1000
         self._scheduler = Scheduler(config.max_queue, config.max_batch, config.kv_tokens, window)
         self._thread = Thread(target=self._work, name="c2c-engine", daemon=True)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from c2c.errors import PromptError
 from c2c.generation import Chat, FirstTokenTimer, PrefilledPrompt, TextStream, unbatch
+from c2c.handoff import Handoff
 from c2c.messages import Conversation, conversations
-from c2c.prompting import RenderOptions
+from c2c.private_context import Document, documents
+from c2c.prompting import RenderOptions, with_passage
+from c2c.thinking import Realignment
 
 if TYPE_CHECKING:
     from c2c.language_model import LanguageModel
@@ -23,6 +25,8 @@ class SystemOptions:
     Attributes:
         message_tokens: longest text that a sharer writes for the receiver to read.
         draft_tokens: longest draft of an answer that a sharer writes and hands over with what it has read.
+        think: thinking steps that a sharer takes and hands over with what it has read.
+        realign: how the state of one step becomes the input of the next, see :mod:`c2c.thinking`.
         blend: how much of what the fusers add is taken, from 0 to 1.
         adapter: folder of a LoRA adapter of the receiver.
         other: what the sharers read in place of their own part, for ``deranged`` with a single conversation.
@@ -31,6 +35,8 @@ class SystemOptions:
 
     message_tokens: int = 128
     draft_tokens: int = 0
+    think: int = 0
+    realign: Realignment = "soft"
     blend: float = 1.0
     adapter: str | None = None
     other: Any = None
@@ -71,13 +77,15 @@ class System:
             return "the sharer is on another machine and only shares its cache."
         return None
 
-    def prompts(self, messages: Any, sharer_messages: Any = None) -> list[Conversation]:
+    def prompts(
+        self, messages: Any, sharer_messages: Any = None, options: RenderOptions | None = None
+    ) -> list[Conversation]:
         """Return what one language model reads: the conversations, with private context as passages in them."""
-        batch, _ = conversations(messages)
+        batch, single = conversations(messages)
         if sharer_messages is None or not self.reads_context:
             return batch
-        texts = context_texts(sharer_messages, len(batch))
-        return [with_passage(*pair) for pair in zip(batch, texts, strict=True)]
+        texts = context_texts(sharer_messages, len(batch), single)
+        return [with_passage(one, *passages, options=options) for one, passages in zip(batch, texts, strict=True)]
 
     def prefill(
         self, messages: Any, sharer_messages: Any = None, *, options: RenderOptions | None = None
@@ -87,13 +95,14 @@ class System:
         Args:
             messages: a text, a conversation, or a list of several of either.
             sharer_messages: what only the sharer has read (private context): messages, or a handoff where the system
-                takes one; a list with one for each conversation; None where both read ``messages``.
+                takes one; a list with several for one conversation, or with one (or a list of several) for each of a
+                batch; None where both read ``messages``.
             options: how to render the prompts.
 
         Raises:
             PromptError: can't be read by these models.
         """
-        return self.language_model.prefill_messages(self.prompts(messages, sharer_messages), options)
+        return self.language_model.prefill_messages(self.prompts(messages, sharer_messages, options), options)
 
     def check(self, messages: Any, sharer_messages: Any = None, *, options: RenderOptions | None = None) -> int:
         """Check one conversation as far as that takes no model, as a server does before a request waits.
@@ -106,7 +115,7 @@ class System:
         Raises:
             PromptError: can't be read by these models.
         """
-        return count_tokens(self.language_model, self.prompts(messages, sharer_messages), options)
+        return count_tokens(self.language_model, self.prompts(messages, sharer_messages, options), options)
 
     def generate(
         self, messages: Any, sharer_messages: Any = None, *, options: RenderOptions | None = None, **kwargs: Any
@@ -150,33 +159,31 @@ def count_tokens(model: LanguageModel, messages: Any, options: RenderOptions | N
     return batch.length
 
 
-def context_texts(sharer_messages: Any, rows: int) -> list[str]:
-    """Return private context as one text per conversation, for systems that hand over text.
+def context_texts(sharer_messages: Any, rows: int, single: bool) -> list[list[str]]:
+    """Return private context as the texts of each conversation, for systems that hand over text.
+
+    Args:
+        sharer_messages: texts or single messages; for one conversation several of them.
+        rows: conversations.
+        single: whether these were one conversation rather than a batch.
 
     Raises:
         PromptError: a handoff, whose text is not known, or another number than ``rows``.
     """
-    from c2c.handoff import Handoff
+    if isinstance(sharer_messages, tuple):
+        raise PromptError("this system hands over the text of one sharer, and was given the contexts of several.")
+    return [[_text(document) for document in row] for row in documents(sharer_messages, rows, single)]
 
-    items = [sharer_messages] if isinstance(sharer_messages, Handoff) else sharer_messages
-    if isinstance(items, tuple) or (isinstance(items, Sequence) and any(isinstance(item, Handoff) for item in items)):
+
+def _text(document: Document) -> str:
+    if isinstance(document, Handoff):
         raise PromptError(
-            "this system hands over text, and was given a handoff or the contexts of several sharers: pass the text or "
-            "messages that one sharer is to read."
+            "this system hands over text, and was given a handoff, whose text is not known: pass the text or message "
+            "that the sharer is to read."
         )
-    batch, single = conversations(items)
-    if any(len(conversation) != 1 for conversation in batch):
+    if len(document) != 1:
         raise PromptError(
             "this system hands over text, and was given a private context of several messages: pass one text or user "
             "message."
         )
-    texts = [conversation[-1]["content"] for conversation in batch]
-    if not single and len(texts) != rows:
-        raise PromptError(f"got {len(texts)} private contexts for {rows} conversations; give one for each, or one.")
-    return texts * rows if single else texts
-
-
-def with_passage(messages: Conversation, passage: str) -> Conversation:
-    """Put a passage before the last message of a conversation, which asks about it."""
-    content = f"Answer the question briefly, from the passage.\n\nPassage: {passage}\n\n{messages[-1]['content']}"
-    return [*messages[:-1], {"role": "user", "content": content}]
+    return str(document[0]["content"])

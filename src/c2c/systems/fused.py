@@ -17,9 +17,11 @@ from c2c.generation import PrefilledPrompt
 from c2c.handoff import Handoff
 from c2c.messages import Conversation, conversations
 from c2c.model import C2CModel
-from c2c.private_context import read_handoffs
-from c2c.prompting import RenderOptions
-from c2c.systems.base import System, SystemOptions, context_texts, count_tokens, with_passage
+from c2c.private_context import documents, read_handoffs
+from c2c.prompting import RenderOptions, with_passage
+from c2c.systems.base import System, SystemOptions, context_texts, count_tokens
+
+Rows = list[list[list[Handoff]]]  # per conversation and sharer its documents
 
 
 class CacheToCache(System):
@@ -28,31 +30,34 @@ class CacheToCache(System):
     name: ClassVar[str] = "c2c"
     title: ClassVar[str] = "cache-to-cache"
     needs_context: ClassVar[bool] = True
-    drafts: ClassVar[bool] = True  # whether ``options.draft_tokens`` is heeded
+    drafts: ClassVar[bool] = True  # whether ``options.draft_tokens`` and ``options.think`` are heeded
 
     def prefill(
         self, messages: Any, sharer_messages: Any = None, *, options: RenderOptions | None = None
     ) -> PrefilledPrompt:
         """Prefill all models and fuse; see :meth:`System.prefill`."""
-        batch, _ = conversations(messages)
+        batch, single = conversations(messages)
         options = options or RenderOptions()
         self.model.check_context(sharer_messages)
         if not self.model.private:
             return self.fuse(batch, options)
-        given = self.handoffs(batch, sharer_messages, options)
-        return self.model.prefill(batch, sharer_messages=given, options=options, blend=self.options.blend)
+        given = self.handoffs(batch, single, sharer_messages, options)
+        return self.model.prefill(
+            messages if single else batch, sharer_messages=given, options=options, blend=self.options.blend
+        )
 
     def fuse(self, batch: list[Conversation], options: RenderOptions) -> PrefilledPrompt:
         """Fuse prompts that both models read."""
         return self.model.prefill(batch, options=options, blend=self.options.blend)
 
-    def handoffs(self, batch: list[Conversation], given: Any, options: RenderOptions) -> Any:
-        """Return what is handed over: what is given, or else what the sharer reads, with the question, and drafts."""
-        tokens = self.options.draft_tokens
-        if not (self.drafts and tokens):
+    def handoffs(self, batch: list[Conversation], single: bool, given: Any, options: RenderOptions) -> Any:
+        """Return what is handed over: what is given, or what the sharer reads, with the question, thinks and drafts."""
+        more: dict[str, Any] = {"draft_tokens": self.options.draft_tokens, "think": self.options.think}
+        if not (self.drafts and any(more.values())):
             return given
-        sharer, texts = self.model.sharers[self.model.private[0]], context_texts(given, len(batch))
-        return [sharer.read(with_passage(*pair), draft_tokens=tokens) for pair in zip(batch, texts, strict=True)]
+        sharer, texts = self.model.sharers[self.model.private[0]], context_texts(given, len(batch), single)
+        asked = (with_passage(one, *passages, options=options) for one, passages in zip(batch, texts, strict=True))
+        return [sharer.read(conversation, realign=self.options.realign, **more) for conversation in asked]
 
     def check(self, messages: Any, sharer_messages: Any = None, *, options: RenderOptions | None = None) -> int:
         """Check the prompt for all models that read it, and private context; see :meth:`System.check`."""
@@ -65,10 +70,9 @@ class CacheToCache(System):
             if index not in self.model.private:
                 count_tokens(sharer, messages, options)
                 continue
-            part = next(parts)
-            part = part[0] if isinstance(part, list) and part and isinstance(part[0], Handoff) else part
             read = replace(options or RenderOptions(), tools=())
-            entries += len(part.ids) if isinstance(part, Handoff) else count_tokens(sharer, part, read)
+            for one in documents(next(parts), 1, single=True)[0]:
+                entries += len(one.ids) if isinstance(one, Handoff) else count_tokens(sharer, one, read)
         return entries
 
 
@@ -91,18 +95,21 @@ class Control(CacheToCache):
 
     drafts: ClassVar[bool] = False
 
-    def handoffs(self, batch: list[Conversation], given: Any, options: RenderOptions) -> Any:
+    def handoffs(self, batch: list[Conversation], single: bool, given: Any, options: RenderOptions) -> Any:
         """Return handoffs in place of what is given; see :meth:`CacheToCache.handoffs`."""
-        rows = self.read(super().handoffs(batch, given, options), len(batch), options)
-        return tuple(list(column) for column in zip(*self.exchange(rows, options), strict=True))
+        given = super().handoffs(batch, single, given, options)
+        rows = self.exchange(self.read(given, batch, single, options), batch, options)
+        columns = tuple(list(column) for column in zip(*rows, strict=True))
+        return tuple(column[0] for column in columns) if single else columns
 
-    def read(self, given: Any, rows: int, options: RenderOptions) -> list[list[Handoff]]:
-        """Read private context, or take handoffs: per conversation one for each sharer."""
-        return read_handoffs(given, [self.model.sharers[index] for index in self.model.private], rows, options)
+    def read(self, given: Any, batch: list[Conversation], single: bool, options: RenderOptions) -> Rows:
+        """Read private context, or take handoffs."""
+        pairs = [(self.model.sharers[index], self.model.fusers[index]) for index in self.model.private]
+        return read_handoffs(given, pairs, batch, single, options)  # type: ignore[arg-type]
 
     @abstractmethod
-    def exchange(self, rows: list[list[Handoff]], options: RenderOptions) -> list[list[Handoff]]:
-        """Return other handoffs than their own, per conversation one for each sharer."""
+    def exchange(self, rows: Rows, batch: list[Conversation], options: RenderOptions) -> Rows:
+        """Return other handoffs than their own."""
 
 
 class Deranged(Control):
@@ -124,9 +131,11 @@ class Deranged(Control):
         prompts = [derange(*pair) for pair in zip(own, others, strict=True)]
         return self.model.fuse_prompts(prompts, blend=self.options.blend)
 
-    def exchange(self, rows: list[list[Handoff]], options: RenderOptions) -> list[list[Handoff]]:
+    def exchange(self, rows: Rows, batch: list[Conversation], options: RenderOptions) -> Rows:
         """Return the handoffs of other conversations."""
-        return _rotate(rows) if self.options.other is None else self.read(self.options.other, 1, options) * len(rows)
+        if self.options.other is None:
+            return _rotate(rows)
+        return [row for one in batch for row in self.read(self.options.other, [one], True, options)]
 
 
 class DraftDeranged(Deranged):
@@ -148,9 +157,9 @@ class Zero(Control):
         prompts = self.model.align(batch, options)
         return self.model.fuse_prompts(prompts, blend=self.options.blend, edit=kv_cache.zeros_like)
 
-    def exchange(self, rows: list[list[Handoff]], options: RenderOptions) -> list[list[Handoff]]:
+    def exchange(self, rows: Rows, batch: list[Conversation], options: RenderOptions) -> Rows:
         """Return handoffs of zeros."""
-        return [[handoff.zeros_like() for handoff in row] for row in rows]
+        return [[[handoff.zeros_like() for handoff in several] for several in row] for row in rows]
 
 
 class Untrained(CacheToCache):
@@ -158,6 +167,12 @@ class Untrained(CacheToCache):
 
     name: ClassVar[str] = "untrained"
     title: ClassVar[str] = "untrained fuser"
+
+    @classmethod
+    def unavailable(cls, model: C2CModel, options: SystemOptions) -> str | None:
+        """Return why there is no untrained fuser of this kind; None where there is."""
+        parameters = [list(fuser.parameters()) for fuser in model.fusers]
+        return None if all(parameters) else "a fuser without parameters is never untrained."
 
     def __init__(self, model: C2CModel, options: SystemOptions | None = None) -> None:
         fusers: list[Fuser] = []

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 from c2c.errors import PromptError
 from c2c.generation import Cancellation, FirstTokenTimer, GenerationResult, PrefilledPrompt, unbatch
 from c2c.messages import Conversation, conversations
-from c2c.prompting import RenderOptions
-from c2c.systems.base import System, context_texts, count_tokens, with_passage
+from c2c.prompting import RenderOptions, with_passage
+from c2c.systems.base import System, context_texts, count_tokens
 
 
 class TextToText(System):
@@ -70,12 +70,14 @@ class TextToText(System):
         self, messages: Any, sharer_messages: Any, options: RenderOptions | None
     ) -> tuple[list[Conversation], list[str] | None]:
         """Return the conversations, and for private context the passage of each."""
-        batch, _ = conversations(messages)
+        batch, single = conversations(messages)
         if options is not None and not options.chat_template:
             raise PromptError("text-to-text needs messages and their chat template rather than raw text.")
         if any(conversation[-1]["role"] != "user" for conversation in batch):
             raise PromptError("text-to-text needs conversations that end with a user message.")
-        return batch, None if sharer_messages is None else context_texts(sharer_messages, len(batch))
+        if sharer_messages is None:
+            return batch, None
+        return batch, ["\n\n".join(texts) for texts in context_texts(sharer_messages, len(batch), single)]
 
     def requests(self, batch: Sequence[Conversation], passages: Sequence[str] | None) -> list[Conversation]:
         """Return the sharer's prompts."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Coroutine, Sequence
-from typing import Any, TypeVar
+from typing import Any, Never, TypeVar
 
 import torch
 from torch import Tensor
@@ -158,6 +158,12 @@ class VLLMSharer(VLLMModel, Sharer):
         raise PromptError(
             f"draft_tokens is {count}, and a sharer in a vLLM engine drafts nothing: pass 0, or let it run with "
             "transformers."
+        )
+
+    def _read_thinking(self, *args: Any) -> Never:
+        """Refuse: an engine takes tokens alone."""
+        raise PromptError(
+            "a sharer in a vLLM engine takes no thinking steps: pass think=0, or let it run with transformers."
         )
 
 
