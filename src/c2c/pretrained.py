@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from c2c.alignment import Aligner, CharSpanAligner, make_aligner
-from c2c.errors import FuserError, PromptError
+from c2c.errors import FuserError, ModelLoadError, PromptError
 from c2c.fusers import Fuser, family
 from c2c.fusers.base import load_fuser, resolve
 from c2c.fusion import FusionMode
@@ -190,6 +190,8 @@ def _load_models(receiver: Any, sharer: Any, load_kwargs: dict[str, Any]) -> tup
         )
     ours_kwargs = {name: value for name, value in load_kwargs.items() if name != "sharer_dtype"}
     parse_dtype(load_kwargs.get("sharer_dtype"))  # before the receiver is loaded
+    if str(load_kwargs.get("device_map")) == "meta":
+        raise ModelLoadError("device_map is 'meta', which holds no weights. Expected such as cpu, cuda or auto.")
     their_kwargs = ours_kwargs | {"dtype": load_kwargs.get("sharer_dtype") or load_kwargs.get("dtype")}
     ours = receiver if isinstance(receiver, Receiver) else Receiver.from_pretrained(receiver, **ours_kwargs)
     return ours, [one if isinstance(one, Sharer) else _load_sharer(one, their_kwargs) for one in several]
