@@ -12,13 +12,14 @@ import typer
 from rich.panel import Panel
 from rich.text import Text
 
+from c2c.cli.library import read_contexts
 from c2c.cli.options import Json, from_config
 from c2c.cli.output import err, human_bytes, out, print_result, print_table
 from c2c.config import option
 from c2c.errors import PromptError
 from c2c.evaluation.config import system_kind
 from c2c.hub_aliases import DEFAULT_RECEIVER, DEFAULT_SHARER
-from c2c.utils import argument_text, decode_text, read_text
+from c2c.utils import argument_text, decode_text
 
 if TYPE_CHECKING:
     from c2c.connection import Connection, Method
@@ -43,8 +44,14 @@ class RunConfig:
     mode: str = option("all", f"Which system answers; all is {', '.join(ALL)}; others are reader, zero, untrained.")
     max_new_tokens: int = option(64, "At most this many tokens per answer.", min=1)
     message_tokens: int = option(64, "At most this many for the text-to-text message.", min=1)
-    context: Path | None = option(None, "Text that only the sharer reads; for a fuser of private context.")
+    context: list[str] | None = option(
+        None,
+        "What only the sharer has read: a text file, a handoff's file, or a name in --library; may be repeated. For a "
+        "fuser of private context.",
+    )
+    library: Path | None = option(None, "Folder of documents that c2c library add has made, which --context names.")
     draft_tokens: int = option(0, "With --context: hand over so many tokens of the sharer's own answer too.", min=0)
+    think: int = option(0, "With --context: hand over so many thinking steps of the sharer too.", min=0)
     system: str | None = option(None, "System message for both models.")
     answer_prefix: str = option("", "Text that the answer continues, such as 'The answer is'.")
     sample: bool = option(False, "Sample instead of greedy decoding.", flag="--sample")
@@ -71,23 +78,25 @@ def run(
         raise PromptError("the prompt is empty; expected some text to read.")
     system_message = None if config.system is None else argument_text(config.system, "--system", PromptError)
     prefix = argument_text(config.answer_prefix, "--answer-prefix", PromptError)
-    what = f"--context {config.context}"
-    context = None if config.context is None else read_text(config.context, what, PromptError)
+    contexts = read_contexts(config.context or [], config.library)
+    context: Any = None if not contexts else contexts[0] if len(contexts) == 1 else contexts
     import torch
 
     from c2c.prompting import RenderOptions
     from c2c.systems import SystemOptions, make_system, systems
 
-    names = ALL if config.mode == "all" else (config.mode,)
+    given = ALL if all(isinstance(one, str) for one in contexts) else ("receiver", "c2c")  # the others are handed text
+    names = given if config.mode == "all" else (config.mode,)
     if not {system_kind(name) for name in names} <= set(systems()):
         known = ", ".join(sorted(systems()))
         raise typer.BadParameter(f"{config.mode!r} is not one of all, {known}.", param_hint="--mode")
     with err.status("loading models ..."):
-        shared = SystemOptions(message_tokens=config.message_tokens, draft_tokens=config.draft_tokens)
+        lengths = {name: getattr(config, name) for name in ("message_tokens", "draft_tokens", "think")}
+        shared = SystemOptions(**lengths)
         loading = {"dtype": config.dtype, "device_map": config.device}
         model, connection = load_pair(config, config.fuser, config.sharer, shared, **loading)
         if connection is not None:
-            model = connection.system("shared" if context is None else "private").model
+            model = connection.system("private" if contexts else "shared").model
         chosen: dict[str, System] = {
             name: connection if connection is not None and name == "c2c" else make_system(name, model, shared)
             for name in names
@@ -154,18 +163,18 @@ def make_messages(prompt: str, system: str | None) -> list[dict[str, str]]:
     return [*opening, {"role": "user", "content": prompt}]
 
 
-def _check_context(model: C2CModel, context: Path | None) -> None:
+def _check_context(model: C2CModel, context: list[str] | None) -> None:
     """Refuse a context that does not suit the fuser, in words of the command line."""
     family = model.fusers[0].family
-    if model.private and context is None:
+    if model.private and not context:
         raise PromptError(
             f"a {family} fuser hands over what the sharer alone has read: give a text with --context FILE, or choose "
             "--mode receiver or sharer."
         )
-    if context is not None and not model.private:
+    if context and not model.private:
         raise PromptError(
-            f"--context {context} is for a memory fuser; a {family} fuser merges what both models read. Put the text "
-            "into the prompt, or give a memory fuser with --fuser."
+            f"--context {' '.join(context)} is for a memory fuser; a {family} fuser merges what both models read. Put "
+            "the text into the prompt, or give a memory fuser with --fuser."
         )
 
 
