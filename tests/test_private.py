@@ -83,7 +83,7 @@ def test_the_receivers_own_entries_before_the_memory_are_untouched(model):
     assert_equal_caches(kv_cache.crop(fused.cache, column), model.receiver.prefill(tokens, column))
     slots = fused.report.memory_slots
     assert slots == len(model.sharers[0].read(DOCUMENT).kept)
-    assert kv_cache.length(fused.cache) == tokens.length - 1 + slots
+    assert kv_cache.length(fused.cache) == column + slots
     assert fused.report.prompt_tokens == tokens.length
 
 
