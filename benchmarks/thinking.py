@@ -11,7 +11,6 @@ reads the text, and the receiver alone. Every row is answered by all, greedily; 
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable
 from dataclasses import replace

@@ -569,7 +569,7 @@ class Sharer(LanguageModel):
     def draft(self, tokens: TokenBatch, cache: Cache, count: int) -> tuple[list[int], Cache]:
         """Generate at most ``count`` tokens greedily after a prompt of one row; return all ids and their cache."""
         cache = self.prefill(tokens, tokens.length - 1, cache)
-        fused = tokens.has_slots  # thoughts can not be made anew of tokens
-        drafted = self.generate(tokens, cache, fused=fused, max_new_tokens=count, do_sample=False)[0].tolist()
+        how = {"fused": True} if tokens.has_slots else {}  # thoughts can not be made anew of tokens
+        drafted = self.generate(tokens, cache, max_new_tokens=count, do_sample=False, **how)[0].tolist()
         ids = [*tokens.ids[0].tolist(), *drafted]
         return ids, self.prefill(left_pad([ids], 0), cache=cache)  # the last drafted token is not in the cache yet
