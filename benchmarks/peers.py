@@ -27,36 +27,31 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from statistics import median
 from typing import Any
 
-import numpy as np
 import torch
-from c2c.connection import connect
 from rich.console import Console
 from rich.markdown import Markdown
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from scipy.stats import binomtest, bootstrap
 
+from c2c.connection import connect
 from c2c.data.config import DataSource
 from c2c.data.formats import Row
 from c2c.data.sources import load_rows
 from c2c.evaluation.metrics import contains
-from c2c.evaluation.statistics import mcnemar
 from c2c.hub_aliases import cache_dir, local_path
 from c2c.prompting import RenderOptions
 from c2c.systems import System, make_system
 from c2c.utils import json_line, versions, write_json, write_text
+from peers_table import ALONE, AVP, OURS, TEXT, Record, page, summarise
 
 HERE = Path(__file__).parent
 WORKER = HERE / "peers_avp.py"
 REQUIREMENTS = ("avp[hf]==0.6.2", "transformers==5.24.0")
+DONE = "requirements.txt"  # in avp's environment, once it is complete
 MODELS = ("qwen2.5-coder-0.5b", "smollm2-135m", "qwen2.5-coder-1.5b:qwen2.5-coder-0.5b")
 KINDS = ("facts", "relay", "halves", "squad")
-POOL, CHUNK = 200, 4  # rows that distractors come from; rows per pair before the next pair's turn
-OURS, TEXT, ALONE = "c2c", "text", "receiver"
-AVP = {"avp, 20 steps": (20, False), "avp, 0 steps": (0, False), "avp, one by one": (20, True)}  # steps, chained
-Record = dict[str, Any]
+POOL, CHUNK = 200, 2  # rows that distractors come from; rows per pair before the next pair's turn
 Case = tuple[str, str, int, int]  # pair, kind, documents, row
 
 
@@ -220,7 +215,7 @@ def environment(folder: Path) -> Path:
     """
     python, uv = folder / "bin" / "python", shutil.which("uv")
     wanted = [*REQUIREMENTS, f"torch=={torch.__version__.partition('+')[0]}"]
-    done = folder / "requirements.txt"
+    done = folder / DONE
     if done.is_file() and done.read_text().split() == wanted:
         return python
     make = (
@@ -344,161 +339,6 @@ def _warm_up(systems: dict[str, Answer], rows: dict[str, list[Row]]) -> None:
         answer(row, ["Nothing of note happened on that day."])
 
 
-# -- results ---------------------------------------------------------------------------------------------------------
-
-
-def summarise(records: Sequence[Record]) -> list[dict[str, Any]]:
-    """Return for each pair, kind and number of documents the systems' results, and where c2c is behind avp."""
-    blocks: dict[tuple[str, str, int], dict[str, dict[int, Record]]] = {}
-    for record in sorted(records, key=lambda record: record["row"]):
-        place = (record["pair"], record["kind"], record["documents"])
-        blocks.setdefault(place, {}).setdefault(record["system"], {})[record["row"]] = record
-    return [
-        {
-            "pair": pair,
-            "kind": kind,
-            "documents": count,
-            "systems": {name: _system(list(part.values())) for name, part in systems.items()},
-            "behind": behind(systems),
-        }
-        for (pair, kind, count), systems in blocks.items()
-    ]
-
-
-def _system(records: Sequence[Record]) -> dict[str, Any]:
-    answered = [record for record in records if "error" not in record]
-    right = sum(int(record["right"]) for record in records)
-    share = binomtest(right, len(records)).proportion_ci(method="wilson")
-    result: dict[str, Any] = {
-        "n": len(records),
-        "right": round(100 * right / len(records), 1),
-        "right_ci95": [round(100 * share.low, 1), round(100 * share.high, 1)],
-        "errors": len(records) - len(answered),
-        "empty": sum(not record["text"].strip() for record in answered),
-    }
-    for name in ("read", "first", "total", "bytes"):
-        values = [record[name] for record in answered]
-        result[name] = round(median(values), 4) if values else None
-        result[f"{name}_ci95"] = interval(values)
-    methods = {record["method"] for record in records if "method" in record}
-    return result | ({"method": "/".join(sorted(methods))} if methods else {})
-
-
-def interval(values: Sequence[float]) -> list[float] | None:
-    """Return the 95 % interval of a median, by a bootstrap over rows; None without any."""
-    if len(set(values)) < 2:  # which the bootstrap refuses
-        return [round(values[0], 4)] * 2 if values else None
-    draw = bootstrap((np.asarray(values),), np.median, n_resamples=2000, method="percentile", rng=0)
-    return [round(float(draw.confidence_interval.low), 4), round(float(draw.confidence_interval.high), 4)]
-
-
-def behind(systems: dict[str, dict[int, Record]]) -> list[str]:
-    """Return in which columns c2c is behind a setting of avp's, over the rows that both have answered."""
-    found, mine = [], systems.get(OURS, {})
-    for name in AVP:
-        theirs = systems.get(name, {})
-        rows = [row for row in theirs if row in mine and "error" not in theirs[row]]
-        if not rows:
-            continue
-        here, there = ([part[row] for row in rows] for part in (mine, theirs))
-        pairs = [(one["right"], other["right"]) for one, other in zip(here, there, strict=True)]
-        only = pairs.count((1, 0)), pairs.count((0, 1))
-        if only[0] < only[1]:
-            p = mcnemar(*only)
-            found.append(f"{name}: right answers {_right(here)} against {_right(there)} of {len(rows)} (p = {p:.2g})")
-        for key, unit in (("first", "s to the first token"), ("total", "s in all"), ("bytes", "bytes")):
-            one, other = (median(record[key] for record in part) for part in (here, there))
-            form = _size if key == "bytes" else "{:.2f}".format
-            if other < one:
-                found.append(f"{name}: {form(one)} {unit} against {form(other)}")
-    return found
-
-
-def _right(records: Sequence[Record]) -> int:
-    return sum(int(record["right"]) for record in records)
-
-
-HEAD = """<!-- Made by benchmarks/peers.py; change that, not this. -->
-
-# c2c and avp, side by side
-
-A document that only the sharer has read; the receiver is asked about it. Same rows, models, data type, threads and
-machine, one row after the other in one run; greedy, {new_tokens} tokens, {dtype}, {threads} thread(s). No fuser was
-trained for these pairs. *text*: the receiver reads the document itself. With 4 documents, three are other rows' and do
-not answer the question.
-"""
-REMARKS = """
-- avp: `think(document, steps=...)` by the sharer, `generate(question, context=..., do_sample=False)` by the receiver, as
-  its README has it; 20 steps are its default and its documented setting. The document is worded as for *text*.
-- *one by one*: avp has no way to put contexts together that were read apart; `think(..., context=...)` reads a document
-  behind those before it, so that other documents, or another order, are read anew. c2c reads each document once.
-- avp's `generate` writes the question and the answer into the context that it is given; a second question on the same
-  context would see both. Each context is used once here, so nothing had to be patched.
-- Across models avp hands over one hidden state. Its projection of the pair is made before, and not counted.
-- c2c's seconds to read are those of one reading of each document, also where its handoff was taken again. Its bytes are
-  those of whole handoffs, with the tokens that stand before the document.
-"""
-
-
-def page(result: dict[str, Any]) -> str:
-    """Return the page of a result, in Markdown."""
-    lines = [HEAD.format(**result["settings"])]
-    if result["avp"].get("missing"):
-        lines.append(f"**avp was not measured**: {result['avp']['missing']}\n")
-    blocks = result["blocks"]
-    names = [n for n in (ALONE, TEXT, OURS, *AVP) if any(n in block["systems"] for block in blocks)]
-    lines.append("## Right answers\n\nIn percent: the reference stands in the answer; 95 % intervals (Wilson).\n")
-    lines += _table(blocks, names, _share)
-    lines.append(
-        "\n## Seconds to the first token\n\nOnce the document is read; medians with 95 % intervals (bootstrap).\n"
-    )
-    lines += _table(blocks, names, lambda part: _seconds(part, "first"))
-    lines.append("\n## Seconds in all\n\nReading, question and answer; medians.\n")
-    lines += _table(blocks, names, lambda part: _seconds(part, "total"))
-    lines.append("\n## Bytes handed over\n")
-    lines += _table(blocks, names[1:], lambda part: "–" if part["bytes"] is None else _size(part["bytes"]))
-    lines.append("\n## Where c2c is behind avp\n")
-    found = [f"- {_name(block)}: {'; '.join(block['behind'])}" for block in blocks if block["behind"]]
-    lines += found or ["- in none of these rows" if not result["avp"].get("missing") else "- not known: avp is missing"]
-    lines.append("\n## How it was measured\n" + REMARKS)
-    facts = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    theirs = ", ".join(f"{name} {version}" for name, version in result["avp"].get("versions", {}).items())
-    return "\n".join([*lines, f"c2c's side: {facts}. avp's side: {theirs or '–'}. Machine: {result['machine']}.", ""])
-
-
-def _table(blocks: Sequence[dict[str, Any]], names: Sequence[str], cell: Callable[[Any], str]) -> list[str]:
-    rows = [["models", "rows", "documents", *names], ["---", "---", *["--:"] * (1 + len(names))]]
-    for block in blocks:
-        mine = [cell(block["systems"][name]) if name in block["systems"] else "" for name in names]
-        rows.append([_models(block["pair"]), block["kind"], str(block["documents"]), *mine])
-    return [f"| {' | '.join(row)} |" for row in rows]
-
-
-def _models(pair: str) -> str:
-    sharer, _, receiver = pair.rpartition(":")
-    return f"{receiver} ← {sharer}" if sharer else receiver
-
-
-def _name(block: dict[str, Any]) -> str:
-    return f"{_models(block['pair'])}, {block['kind']}, {block['documents']} document(s)"
-
-
-def _share(part: dict[str, Any]) -> str:
-    low, high = part["right_ci95"]
-    return f"{part['right']:.0f} [{low:.0f}, {high:.0f}] n {part['n']}"
-
-
-def _seconds(part: dict[str, Any], key: str) -> str:
-    if part[key] is None:
-        return "–"
-    low, high = part[f"{key}_ci95"]
-    return f"{part[key]:.2f} [{low:.2f}, {high:.2f}]"
-
-
-def _size(count: float) -> str:
-    return f"{count:,.0f}" if count < 10_000 else f"{count / 1e6:.2f} MB"
-
-
 def main() -> None:
     """Run and print."""
     arguments = _arguments()
@@ -507,43 +347,53 @@ def main() -> None:
     console = Console(stderr=True)
     keys = ("dtype", "new_tokens", "seed", "threads")
     settings = {key: getattr(arguments, key) for key in keys}
+    avp: dict[str, Any] = {"requirements": list(REQUIREMENTS)}
     try:
         journal = Journal(arguments.journal, settings)
-        avp: dict[str, Any] = {"requirements": list(REQUIREMENTS)}
-        python = None
-        if not arguments.without_avp:
-            try:
-                python = environment(arguments.environment)
-                avp["versions"] = _installed(python)
-            except (PeerError, OSError) as error:
-                avp["missing"] = str(error)
-                console.print(f"avp is not measured: {error}", markup=False)
-        else:
-            avp["missing"] = "--without-avp"
+        python, facts = peer_python(arguments)
+        avp |= facts
+        if "missing" in avp:
+            console.print(f"avp is not measured: {avp['missing']}", markup=False)
         if not arguments.table_only:
             run(arguments, journal, python, console)
     except PeerError as error:
         sys.exit(f"peers.py: {error}")
-    wanted = [record for record in journal.records if record["pair"] in arguments.models]
+    if any(record["system"] in AVP for record in journal.records):
+        avp.pop("missing", None)
     result = {
         "settings": settings,
         "versions": versions(),
         "avp": avp,
         "machine": platform.processor() or platform.machine(),
-        "blocks": summarise(wanted),
+        "blocks": summarise([record for record in journal.records if record["pair"] in arguments.models]),
     }
-    if not arguments.json:
-        console.print(Markdown(page(result)))
     if arguments.output:
         write_json(arguments.output, result)
     if arguments.table:
         write_text(arguments.table, page(result))
     if arguments.json:
         print(json.dumps(result))
+    else:
+        console.print(Markdown(page(result)))
+
+
+def peer_python(arguments: argparse.Namespace) -> tuple[Path | None, dict[str, Any]]:
+    """Return the Python of avp's environment with its versions, or None and why avp is ``missing``."""
+    if arguments.without_avp:
+        return None, {"missing": "--without-avp was given"}
+    folder = arguments.environment
+    if arguments.table_only and not (folder / DONE).is_file():
+        return None, {"missing": "no answers of avp's are in the journal"}
+    try:
+        python = environment(folder)
+        return python, {"versions": _installed(python)}
+    except (PeerError, OSError) as error:
+        return None, {"missing": str(error)}
 
 
 def _installed(python: Path) -> dict[str, str]:
-    code = "import json,importlib.metadata as m;print(json.dumps({n:m.version(n) for n in ('avp','torch','transformers')}))"
+    names = ("avp", "torch", "transformers")
+    code = f"import json, importlib.metadata as m; print(json.dumps({{n: m.version(n) for n in {names}}}))"
     return json.loads(subprocess.run([str(python), "-c", code], capture_output=True, text=True, check=True).stdout)
 
 
