@@ -101,9 +101,9 @@ def test_no_batch_has_a_single_item(fuser, data, size, sizes):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"limit": 1}, "limit is 1; give at least 2"),
-        ({"batch_size": 1}, "batch_size is 1; give at least 2"),
-        ({"points": 2}, "points is 2; give at least 3"),
+        ({"limit": 1}, "limit is 1; expected 2"),
+        ({"batch_size": 1}, "batch_size is 1; expected 2"),
+        ({"points": 2}, "points is 2; expected 3"),
         ({"method": "umap"}, "umap"),
         ({"layers": "1,x"}, "layer numbers with commas"),
     ],

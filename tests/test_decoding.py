@@ -527,3 +527,17 @@ def test_a_server_answers_a_batch_row_by_row_where_the_model_needs_it():
     expected = [model.generate(prompt, max_new_tokens=6, do_sample=False).text for prompt in PROMPTS]
     with running(model, window=0.5) as server:
         assert [text_of(response) for response in server.chat_all(PROMPTS)] == expected
+
+
+@pytest.mark.parametrize("how", ["whole", "part"])
+def test_training_mode_entered_between_calls_is_left_again(how):
+    """Also of one layer, and of a layer that was put in later: its dropout would change the answer."""
+    receiver = Receiver(family("gpt2"), tokenizer("chatml"))
+    expected = token_ids(receiver.answer(PROMPT, **GREEDY | {"max_new_tokens": 3}))
+    drop = torch.nn.Sequential(receiver.model.transformer.h[1].mlp, torch.nn.Dropout(0.9))
+    receiver.model.transformer.h[1].mlp = drop
+    (receiver.model if how == "whole" else drop).train()
+    assert token_ids(receiver.answer(PROMPT, **GREEDY | {"max_new_tokens": 3})) == expected
+    prompt = receiver.prefill_messages(PROMPT)
+    (receiver.model if how == "whole" else drop).train()
+    assert token_ids(prompt.generate(**GREEDY | {"max_new_tokens": 3})) == expected

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from transformers import AutoTokenizer
 
 from c2c import C2CModel, kv_cache
 from c2c.errors import CacheError
-from c2c.families import TEXTS, build_tiny, byte_tokenizer, causal_families, check_family
+from c2c.families import TEXTS, build_tiny, byte_tokenizer, causal_families, check_family, composite_families, markdown
 from c2c.language_model import Receiver, Sharer
 from c2c.prompting import RenderOptions
 from c2c.training import train
@@ -18,11 +20,12 @@ from tiny import open_fusers, token_ids
 from training_rig import config, make_folders, open_fuser, private_config
 
 HYBRIDS = ["qwen3_5_text", "lfm2", "granitemoehybrid", "falcon_h1", "nemotron_h"]
+COMPOSITES = ["gemma3", "gemma4", "llama4", "mllama", "qwen3_5"]
 FAMILIES = ["smollm3", "glm4", "gpt_oss", "exaone4", "cohere2", "ernie4_5", "llama4_text", "gemma4_text", *HYBRIDS]
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [*FAMILIES, *COMPOSITES, "whisper"])
 def test_a_family_is_taken_in_both_roles_with_every_invariant(name):
     report = check_family(name)
     assert report.taken, report
@@ -31,7 +34,14 @@ def test_a_family_is_taken_in_both_roles_with_every_invariant(name):
 
 @pytest.mark.parametrize(
     ("name", "reason"),
-    [("mamba", "no layer"), ("deepseek_v3", "compress"), ("hy_v4", "DynamicIndexedLayer"), ("minimax", "DynamicCache")],
+    [
+        ("mamba", "no layer"),
+        ("deepseek_v3", "compress"),
+        ("hy_v4", "DynamicIndexedLayer"),
+        ("minimax", "DynamicCache"),
+        ("cpmant", "33 entries"),
+        ("blt", "num_hidden_layers"),
+    ],
 )
 def test_a_model_without_entries_to_fuse_is_refused_with_the_reason(name, reason):
     report = check_family(name)
@@ -39,6 +49,22 @@ def test_a_model_without_entries_to_fuse_is_refused_with_the_reason(name, reason
     assert "refused" in report.sharer
     with pytest.raises(CacheError, match=reason):
         _ = Receiver(build_tiny(name), byte_tokenizer()).geometry
+
+
+def test_a_batch_that_only_decodes_otherwise_is_read_row_by_row():
+    """Whisper's decoder takes positions, but ``generate`` passes none to it, since its head does not name them."""
+    receiver = Receiver(build_tiny("whisper"), byte_tokenizer())
+    assert receiver.separates(receiver.encode(list(TEXTS)))
+    batch = receiver.answer(list(TEXTS), **GREEDY)
+    assert token_ids(batch) == token_ids([receiver.answer(text, **GREEDY) for text in TEXTS])
+
+
+def test_the_table_names_multimodal_families_by_their_language_model():
+    composites = composite_families()
+    assert "llava" in composites["llama"]
+    assert "qwen2_5_vl" in composites["qwen2"]
+    table = markdown([check_family("llama")])
+    assert re.search(r"\| `qwen3` \|.*`qwen3_vl`", table)
 
 
 @pytest.mark.parametrize("name", ["bert", "jamba"])

@@ -13,7 +13,7 @@ from c2c.errors import C2CError, PromptError
 from c2c.language_model import Receiver, Sharer
 from c2c.messages import conversations
 from c2c.prompting import RenderOptions, render
-from tiny import build, tokenizer
+from tiny import build, pair, tokenizer
 
 ASK = "Weather in Paris?"
 CALL = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Paris"}'}}
@@ -155,3 +155,30 @@ def test_whatever_comes_is_read_or_refused(messages):
         except C2CError:
             continue
         assert all(message["content"] in text for message in conversation)
+
+
+USERS_ONLY = "{% for m in messages if m.role != 'system' %}<{{ m.content }}>{% endfor %}<answer>"
+MERGED = (
+    "{% for m in messages if m.role == 'user' %}<{{ messages[0].content if loop.first }}\n{{ m.content }}>{% endfor %}"
+)
+IN_FRENCH = [{"role": "system", "content": "Answer in French."}, {"role": "user", "content": ASK}]
+
+
+@pytest.mark.parametrize("deaf", ["receiver", "sharer"])
+def test_a_system_message_that_a_template_drops_is_in_the_report(deaf):
+    model = pair()
+    {"receiver": model.receiver, "sharer": model.sharers[0]}[deaf].tokenizer.chat_template = USERS_ONLY
+    with pytest.warns(UserWarning, match="system message"):
+        report = model.generate(IN_FRENCH, max_new_tokens=2).report
+    assert [note for note in report.notes if "system message" in note and "does not read it" in note]
+
+
+@pytest.mark.parametrize("template", [None, MERGED])
+def test_a_system_message_that_a_template_renders_is_nothing_to_remark(template, recwarn):
+    model = pair()
+    if template:
+        model.receiver.tokenizer.chat_template = template
+    assert not model.generate(IN_FRENCH, max_new_tokens=2).report.notes
+    model.receiver.tokenizer.chat_template = USERS_ONLY
+    assert not model.generate(IN_FRENCH[1:], max_new_tokens=2).report.notes
+    assert not [one for one in recwarn if "system message" in str(one.message)]

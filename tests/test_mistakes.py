@@ -74,6 +74,7 @@ def workspace(tmp_path_factory):
         (folder / f"{name}.jsonl").write_text("".join(f"{line}\n" for line in lines))
     (folder / "good.yaml").write_text(yaml.safe_dump(CONFIG))
     (folder / "file").write_text("not a folder")
+    (folder / "latin.txt").write_bytes("der Fuchs schläft".encode("latin-1"))
     (folder / "blank.txt").write_text("\n")
     return folder
 
@@ -139,7 +140,12 @@ MISTAKES = {
     "a blank prompt": ("run '  ' --fuser fuser", "the prompt is empty; expected some text"),
     "a context that is missing": ("run hi --fuser memory --context gone.txt", "gone.txt", "No such file", "Expected"),
     "a context that is a folder": ("run hi --fuser memory --context empty", "--context empty", "Is a directory"),
-    "a context that is no text": ("run hi --fuser memory --context handoff.safetensors", "Expected a text file"),
+    "a context that is no text": ("run hi --fuser memory --context latin.txt", "Expected a text file"),
+    "a context that is no handoff": ("run hi --fuser memory --context other/model.safetensors", "is no handoff"),
+    "a library that is not there": ("run hi --fuser memory --context fox --library gone", "no document 'fox'", "add"),
+    "a library without a name": ("run hi --fuser memory --library gone", "name its documents with --context"),
+    "a list of no library": ("library list gone", "no library at gone", "library add"),
+    "a document that is not there": ("library remove gone fox", "no document 'fox'"),
     "a context that is empty": ("run hi --fuser memory --context blank.txt", "--context blank.txt is empty"),
     "no context for a memory fuser": ("run hi --fuser memory", "give a text with --context FILE"),
     "a context for another fuser": ("run hi --fuser fuser --context file", "--context file is for a memory fuser"),
@@ -240,6 +246,8 @@ USAGE_MISTAKES = {
     "a misspelt mode": ("run hi --mode c2", "'c2' is not one of", "c2c"),
     "no tokens": ("run hi --max-new-tokens 0", "--max-new-tokens", "greater than or equal to 1"),
     "a misspelt model to pull": ("pull smolm2-135m", "Did you mean 'smollm2-135m'?", "qwen2.5-coder-0.5b"),
+    "a duration without a unit": ("library add gone file --model receiver --expires 7", "--expires", "7d"),
+    "one name for two files": ("library add gone file latin.txt --model receiver --name a", "one at a time"),
     "no limit for an analysis": (
         "analyze layers --fuser fuser --data questions.jsonl --limit 0",
         "--limit",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import shutil
 
 import pytest
@@ -304,3 +305,35 @@ def test_the_newest_checkpoint_of_a_training_run_is_taken(tmp_path):
         copy_checkpoint(tmp_path / f"checkpoint-{step}", "checkpoint/final")
     change_state(lambda s: s | {"key_gate_logit": torch.tensor(-3.0)})(tmp_path / "checkpoint-10" / "projector_0.pt")
     assert import_published(tmp_path).layers[0].key_gate_logit.item() == -3.0
+
+
+WRONG_SIZES = [
+    ("bottleneck", {"rank": 0}, "integer from 1"),
+    ("bottleneck", {"rank": -3}, "integer from 1"),
+    ("bottleneck", {"rank": True}, "integer from 1"),
+    ("bottleneck", {"rank": 10**12}, "to 65536"),
+    ("memory", {"rank": 0}, "integer from 1"),
+    ("memory", {"slots": -1}, "integer from 0"),
+    ("c2c", {"hidden_dim": 0}, "integer from 1"),
+    ("c2c", {"intermediate_dim": -1}, "integer from 1"),
+    ("c2c", {"num_layers": 2}, "integer from 3"),
+    ("c2c", {"initial_temperature": 0.0}, "number from 1e-06"),
+    ("linear", {"ridge": -1}, "number from 0"),
+    ("linear", {"blend": 1.5}, "number from 0 to 1"),
+]
+
+
+@pytest.mark.parametrize(("fuser", "options", "expected"), WRONG_SIZES)
+def test_an_impossible_size_is_refused_with_what_was_expected(fuser, options, expected):
+    (name, value), *_ = options.items()
+    with pytest.raises(FuserError, match=rf"(?s){name}.*{re.escape(str(value))} was given; expected .*{expected}"):
+        pair(fuser=fuser, fuser_options=options)
+
+
+@pytest.mark.parametrize("change", [{"rank": 0}, {"receiver_kv": {"layers": 5, "kv_heads": 0, "head_dim": 8}}])
+def test_a_stored_config_with_an_impossible_size_is_refused(tmp_path, change):
+    pair().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(FuserError, match="0"):
+        load_fuser(tmp_path)

@@ -12,8 +12,12 @@ import httpx
 import openai
 import pytest
 import torch
+from transformers import Phi3Config, Phi3ForCausalLM
 
+from c2c import C2CModel
+from c2c.language_model import Receiver, Sharer
 from serving_harness import NAME, PATIENCE, error_of, events, held, model, running, stop, text_of, user
+from tiny import NO_SPECIALS, build, pair_folders, tokenizer
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 
@@ -275,3 +279,80 @@ def test_a_server_that_drains_refuses_and_gives_up_what_is_under_way_at_a_second
         stop(server.server)
         assert {error_of(future.result())["code"] for future in accepted} == {"shutting_down"}
         gate.set()
+
+
+def test_an_answer_that_would_grow_out_of_the_fused_cache_is_refused_before_it_starts():
+    """Phi-3 reads its prompt anew at the length from which on it rotates otherwise; what is fused would be lost."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 6, "long_factor": [3.0] * 6}
+    sizes = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+    switch = {"original_max_position_embeddings": 60}
+    parameters = rope | switch | {"factor": 4.0}
+    config = Phi3Config(vocab_size=512, **sizes, **NO_SPECIALS, **switch, rope_parameters=parameters)
+    receiver = Receiver(Phi3ForCausalLM(config), tokenizer("chatml"), "phi3")
+    room = 61 - receiver.encode(["hello there"]).length
+    sharer = Sharer(build("qwen2", 2), tokenizer("llama3"), "sharer")
+    with running(C2CModel.from_models(receiver, sharer)) as server:
+        refused = server.chat(max_tokens=room + 1)
+        assert refused.status_code == 400
+        error = refused.json()["error"]
+        assert error["code"] == "context_length_exceeded"
+        assert "up to 61" in error["message"]
+        for given in (room, ...):  # with no number it ends there
+            answer = server.chat(max_tokens=given)
+            assert answer.status_code == 200, answer.text
+            assert answer.json()["usage"]["completion_tokens"] == room
+
+
+def test_what_other_servers_take_is_refused_with_what_to_do(server):
+    for ids in ([1, 2], [[1, 2], [3]]):
+        error = error_of(server.post(COMPLETIONS, json={"model": NAME, "prompt": ids}))
+        assert (error["status"], error["param"]) == (400, "prompt")
+        assert "token ids" in error["message"]
+    error = error_of(server.post("/v1/responses", json={"model": NAME, "input": "hello"}))
+    assert error["status"] == 404
+    assert CHAT in error["message"]
+
+
+# -- what clients see of the server's models ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def in_folder(tmp_path_factory):
+    """A server of models that were loaded from folders, whose templates drop system messages and refuse a 'b'."""
+    folders = pair_folders(lambda name: tmp_path_factory.mktemp("private") / name)
+    made = C2CModel.from_models(*folders)
+    for one in (made.receiver, made.sharers[0]):
+        one.tokenizer.chat_template = (
+            "{% for m in messages if m.role != 'system' %}"
+            "{{ raise_exception('no b') if m.content == 'b' }}<{{ m.content }}>{% endfor %}"
+        )
+    with running(made, systems=("c2c", "receiver", "text")) as found:
+        found.folder = "/private"
+        yield found
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"messages": [*user("a"), {"role": "assistant", "content": "b"}]},
+        {"messages": user("hello " * 600)},
+        {"tools": [{"type": "function", "function": {"name": "weather"}}]},
+    ],
+)
+def test_errors_do_not_say_where_the_models_lie(in_folder, fields):
+    for response in (in_folder.chat(**fields), in_folder.chat(model=f"{NAME}/receiver", **fields)):
+        assert response.status_code == 400
+        assert in_folder.folder not in response.text
+        assert "chatml" in response.text
+    assert in_folder.folder not in in_folder.get("/v1/models").text
+
+
+@pytest.mark.parametrize("system", ["", "/receiver", "/text"])
+def test_a_client_sees_that_its_system_message_is_not_read(in_folder, system):
+    turns = [{"role": "system", "content": "Answer in French."}, *user("hello")]
+    answer = in_folder.chat(messages=turns, model=NAME + system).json()
+    (first, *_) = events(in_folder.chat(messages=turns, model=NAME + system, stream=True).text)
+    for found in (answer, first):
+        assert "system message" in found["c2c"]["notes"][0]
+        assert in_folder.folder not in str(found)
+    assert "c2c" not in in_folder.chat(model=NAME + system).json()

@@ -16,7 +16,6 @@ from tokenizers import Tokenizer, decoders, models
 
 from c2c.prompting import RenderOptions
 from c2c.serving.config import ServeConfig
-from c2c.serving.endpoints.handoffs import HandoffStore
 from c2c.serving.engine import (
     Delta,
     Engine,
@@ -29,6 +28,7 @@ from c2c.serving.engine import (
     SamplingParams,
 )
 from c2c.serving.errors import ApiError
+from c2c.serving.handoffs import HandoffStore
 from c2c.serving.outputs import Detokenizer, StopMatcher
 from c2c.serving.protocol import ChatCompletionBody
 from c2c.serving.scheduler import Job, Scheduler

@@ -142,6 +142,12 @@ def memory_pair(receiver: str = "llama", **options) -> C2CModel:
     return model
 
 
+def copy_pair(family: str = "qwen2", **options) -> C2CModel:
+    """One model on both sides, with a copy fuser."""
+    ours, theirs = (role(build(family, 2), tokenizer("chatml"), family) for role in (Receiver, Sharer))
+    return C2CModel.from_models(ours, theirs, fuser="copy", fuser_options=options)
+
+
 def published_pair(name: str = "pair_a", mode: str = "sequential") -> C2CModel:
     """A tiny published checkpoint with its models: ``pair_a`` has one sharer, ``pair_c`` two."""
     folder = FIXTURES / name

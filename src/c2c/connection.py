@@ -22,6 +22,7 @@ from c2c.pretrained import load_models, made_for
 from c2c.prompting import RenderOptions
 from c2c.systems import System, SystemOptions, make_system
 from c2c.utils import read_json_object
+from c2c.variants import compare
 from c2c.zoo import fuser_folders
 
 Context = Literal["private", "shared"]
@@ -213,7 +214,9 @@ def connect(
     """
     if method is not None and method not in METHODS:
         raise SystemUnavailableError(f"unknown method {method!r}. Known: {', '.join(METHODS)}.")
-    ours, theirs = _load(receiver, sharer, load_kwargs)
+    ours, (theirs, *more) = load_models(receiver, sharer, load_kwargs, once=True)
+    if more:
+        raise SystemUnavailableError("connect takes one sharer, and got several; use C2CModel for these.")
     found = list(_methods(ours, theirs, fuser, show_documents, refresh))
     if method is not None:
         found = [
@@ -225,17 +228,6 @@ def connect(
 
 def _context(sharer_messages: Any) -> Context:
     return "shared" if sharer_messages is None else "private"
-
-
-def _load(receiver: Any, sharer: Any, load_kwargs: dict[str, Any]) -> tuple[Receiver, Sharer]:
-    """Load both models; one that is named twice only once."""
-    if isinstance(receiver, str | Path) and str(receiver) == str(sharer):
-        receiver = Receiver.from_pretrained(receiver, **load_kwargs)
-        return receiver, Sharer(receiver.model, receiver.tokenizer, receiver.name)
-    ours, theirs = load_models(receiver, sharer, load_kwargs)
-    if len(theirs) != 1:
-        raise SystemUnavailableError(f"connect takes one sharer, got {len(theirs)}; use C2CModel for several.")
-    return ours, theirs[0]
 
 
 def _methods(
@@ -266,7 +258,7 @@ def _copy(receiver: Receiver, sharer: Sharer, refresh: int) -> tuple[CopyFuser |
     hard, soft = differences("sharer", receiver.identity, sharer.identity, "receiver")
     fields = [line.split(":")[0].split(" ")[-1] for line in [*hard, *soft]]
     other = [_FIELDS.get(field, field) for field in fields if field != "template"]
-    if other:
+    if other and (other != ["weights"] or not sharer.generates):
         return None, f"the models differ in {', '.join(other)}"
     if receiver.left_out:
         return None, f"layers {_short(receiver.left_out)} keep a state instead of keys and values, which is not copied"
@@ -276,10 +268,17 @@ def _copy(receiver: Receiver, sharer: Sharer, refresh: int) -> tuple[CopyFuser |
         receiver.check_rotary()
     except CacheError as error:
         return None, str(error)
+    more: dict[str, Any] = {}
+    if other:
+        report = compare(receiver, sharer)
+        if report.decision == "none":
+            return None, f"a variant of the receiver: {report.reason}"
+        more = {"variant": True, "recompute": report.range if report.decision == "recompute" else None}
     layers: LayerMap = list(range(receiver.geometry.layers))
-    new = CopyFuser.from_geometry(sharer.geometry, receiver.geometry, layers, refresh=refresh)
+    new = CopyFuser.from_geometry(sharer.geometry, receiver.geometry, layers, refresh=refresh, **more)
     new.config.alignment = CharSpanAligner().to_dict()
-    return made_for(new, receiver, sharer), "the same model on both sides"  # type: ignore[return-value]
+    reason = f"a variant of the receiver: {report.reason}" if other else "the same model on both sides"
+    return made_for(new, receiver, sharer), reason  # type: ignore[return-value]
 
 
 def _short(layers: Any) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
@@ -21,10 +22,12 @@ from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
     GenerationConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     TokenizersBackend,
 )
 
+from c2c.checkpoint import text_config
 from c2c.errors import C2CError
 from c2c.fusers import families as family_names
 from c2c.language_model import Receiver, Sharer
@@ -50,6 +53,14 @@ holds:
 KV layers keep keys and values per token; they are fused. Layers that are left out (by number) keep what the model puts
 there. Rotation says how channels of keys are paired: *none* is for layers without rotary embedding. That a tiny random
 model is taken says that the architecture is handled rightly; it says nothing about how well a fuser learns.
+"""
+
+_COMPOSITES = """
+## Multimodal models
+
+Multimodal families that transformers has as causal language models are in the tables above, towers and all. Of the
+others the language model alone is loaded, as one of these families, so that they need no row of their own. Named are
+multimodal families by the language model that their config has by default; a checkpoint may have another.
 """
 
 
@@ -92,6 +103,16 @@ def causal_families() -> list[str]:
     return sorted(config.model_type for config in MODEL_FOR_CAUSAL_LM_MAPPING)
 
 
+def composite_families() -> dict[str, list[str]]:
+    """Return the multimodal model types of which the loader takes the language model, by the type of that."""
+    found: dict[str, list[str]] = {}
+    for name, kind in CONFIG_MAPPING.items():
+        if kind not in MODEL_FOR_CAUSAL_LM_MAPPING and "text_config" in kind.sub_configs:
+            with suppress(Exception):  # of the loader, and of configs without defaults
+                found.setdefault(text_config(kind(), name).model_type, []).append(name)
+    return {name: sorted(found[name]) for name in sorted(found)}
+
+
 def build_tiny(family: str, seed: int = 0, **options: Any) -> PreTrainedModel:
     """Build a random model of a few layers.
 
@@ -104,10 +125,10 @@ def build_tiny(family: str, seed: int = 0, **options: Any) -> PreTrainedModel:
         ValueError: the config stays large, or can't be made small by its usual fields.
     """
     kind = CONFIG_MAPPING[family]
-    known = {entry.name for entry in dataclasses.fields(kind)} - set(kind.attribute_map)
-    sizes = {name: value for name, value in _SIZES["all"].items() if name in known}
-    config = kind(**sizes | _SIZES["families"].get(family, {}) | options)
+    config = kind(**_sizes(kind) | options)
     model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[kind]
+    if model_class.config_class is not kind:  # of a multimodal model its language model, as ``from_pretrained`` does
+        config = config.get_text_config(decoder=True)
     with torch.device("meta"):
         size = sum(weight.numel() for weight in model_class(config).parameters())
     if size > _LARGEST:
@@ -117,6 +138,18 @@ def build_tiny(family: str, seed: int = 0, **options: Any) -> PreTrainedModel:
         model: PreTrainedModel = model_class(config).eval()
     model.generation_config = GenerationConfig()  # without what a family decodes with by default
     return model
+
+
+def _sizes(kind: type[PreTrainedConfig]) -> dict[str, Any]:
+    """Return small values for the fields of a config class, and for those of the configs inside."""
+    known = {entry.name for entry in dataclasses.fields(kind)} - set(kind.attribute_map)
+    sizes = {name: value for name, value in _SIZES["all"].items() if name in known}
+    for name in kind.sub_configs:
+        part = type(getattr(kind(), name, None))
+        if issubclass(part, PreTrainedConfig):
+            sizes[name] = {"model_type": part.model_type} | _sizes(part)
+    own: dict[str, Any] = _SIZES["families"].get(kind.model_type, {})
+    return sizes | own
 
 
 @cache
@@ -273,6 +306,9 @@ def markdown(reports: Sequence[FamilyReport]) -> str:
         wrong = f" ({'; '.join(one.wrong)})" if one.wrong else ""
         sharer = "the same" if one.sharer == one.receiver else one.sharer
         lines += _row(f"`{one.family}`", one.receiver + wrong, sharer)
+    lines += [_COMPOSITES, *_row("language model", "multimodal families"), "|---|---|"]
+    for name, composites in composite_families().items():
+        lines += _row(f"`{name}`", ", ".join(f"`{one}`" for one in composites))
     return "\n".join(lines) + "\n"
 
 

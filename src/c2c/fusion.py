@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 from transformers import Cache
 
@@ -111,6 +112,13 @@ class AlignedIndex:
             return positions[:, self.block]
         return positions[self.rows.to(positions.device), self.columns.to(positions.device)].unsqueeze(0)
 
+    def rotary(self, model: LanguageModel, tokens: TokenBatch, device: torch.device) -> list[Rotary] | None:
+        """Return the rotary tables of all KV layers of ``model`` at the aligned positions of ``tokens``."""
+        lengths = tokens.lengths.expand_as(tokens.positions) if tokens.rows > 1 else tokens.length
+        if isinstance(lengths, Tensor):
+            lengths = self.gather_positions(lengths)
+        return model.rotary(self.gather_positions(tokens.positions).to(device), lengths)
+
     def scatter(self, x: Tensor, new: Tensor) -> Tensor:
         """Scatter ``new`` to the aligned positions of ``x``; in place unless gradients must flow."""
         new = new.to(device=x.device, dtype=x.dtype)
@@ -158,6 +166,6 @@ def _entries(
     values = [aligned.gather(values).to(fuser.device) for _, values in pairs]
     rotary: list[Rotary] | None = None
     if fuser.needs_rotary:
-        tables = model.rotary(aligned.gather_positions(tokens.positions).to(fuser.device), tokens.length)
+        tables = aligned.rotary(model, tokens, fuser.device)
         rotary = None if tables is None else [tables[layer] for layer in layers]
     return Entries(keys, values, rotary)

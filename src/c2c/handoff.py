@@ -5,16 +5,17 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
+import os
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, BinaryIO, Literal, Self
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
 from torch import Tensor
 from transformers import Cache
 
@@ -24,7 +25,7 @@ from c2c.identity import ModelIdentity
 from c2c.kv_cache import KeyValue
 from c2c.messages import Conversation
 from c2c.prompting import RenderOptions, encode, render, require_tokenizer, text_tokens, with_passage
-from c2c.tokens import TokenBatch, common_prefix, natural_positions
+from c2c.tokens import SLOT, TokenBatch, common_prefix, natural_positions
 from c2c.utils import save_atomically
 
 Precision = Literal["float32", "bfloat16", "float16", "int8", "float8"]
@@ -36,6 +37,7 @@ PRECISIONS: dict[str, torch.dtype] = {
     "int8": torch.int8,
     "float8": torch.float8_e4m3fn,
 }
+_SIDES = ("key", "value")
 _LARGEST = {"int8": 127.0, "float8": 448.0}
 
 
@@ -73,7 +75,7 @@ class QuantizedTensor:
 
 @dataclass(frozen=True)
 class SharerPrompt:
-    """Hold a sharer's prompt tokens and the columns that are handed over."""
+    """Hold a sharer's prompt tokens, slots for thoughts among them, and the columns that are handed over."""
 
     ids: list[int]
     kept: list[int]
@@ -86,6 +88,20 @@ class SharerPrompt:
         """Append what the sharer wrote after it; all of that is handed over."""
         length = len(self.ids)
         return SharerPrompt([*self.ids, *draft], [*self.kept, *range(length, length + len(draft))])
+
+    def with_thoughts(self, steps: int) -> SharerPrompt:
+        """Append slots for thinking steps, which have no token; all are handed over."""
+        return self.followed_by([SLOT] * steps)
+
+    def batch(self) -> TokenBatch:
+        """Return the tokens, one row."""
+        return _one_row(torch.tensor(self.ids))
+
+
+def _one_row(ids: Tensor) -> TokenBatch:
+    ids = ids.unsqueeze(0)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    return TokenBatch(ids, mask, natural_positions(mask), padded=False, has_slots=bool((ids == SLOT).any()))
 
 
 def sharer_prompt(tokenizer: Any, conversation: Conversation, options: RenderOptions) -> SharerPrompt:
@@ -144,11 +160,14 @@ class Handoff:
 
     Attributes:
         sharer: who has read.
-        ids: all tokens of its prompt, ``[tokens]``.
-        kept: the columns that are handed over, ``[kept]``: message texts, what the sharer wrote, and the template
-            after the last message, which has read everything.
+        ids: all tokens of its prompt, ``[tokens]``; ``tokens.SLOT`` for a thinking step, which has no token.
+        kept: the columns that are handed over, ``[kept]``: message texts, thoughts, what the sharer wrote, and the
+            template after the last message, which has read everything.
         layers: keys and values of all layers and tokens.
         precision: how they are kept.
+        hidden: a layer and the hidden states that enter it, of the kept columns, ``[1, kept, hidden]``: for a variant
+            that recomputes layers from there on.
+        realign: how the states of thinking steps became inputs, see :mod:`c2c.thinking`; None without such steps.
     """
 
     sharer: ModelIdentity
@@ -156,35 +175,50 @@ class Handoff:
     kept: Tensor
     layers: list[tuple[QuantizedTensor, QuantizedTensor]] = field(repr=False)
     precision: Precision
+    hidden: tuple[int, QuantizedTensor] | None = field(default=None, repr=False)
+    realign: str | None = field(default=None, kw_only=True)
 
     @classmethod
-    def from_cache(cls, sharer: ModelIdentity, ids: Tensor, kept: Tensor, layers: Sequence[KeyValue]) -> Self:
+    def from_cache(
+        cls,
+        sharer: ModelIdentity,
+        ids: Tensor,
+        kept: Tensor,
+        layers: Sequence[KeyValue],
+        hidden: tuple[int, Tensor] | None = None,
+        realign: str | None = None,
+    ) -> Self:
         """Make a handoff of keys and values as they lie in the cache, each ``[1, kv_heads, tokens, head_dim]``."""
         precision: Any = str(layers[0][0].dtype).removeprefix("torch.")
         quantized = [
             (QuantizedTensor(keys.contiguous()), QuantizedTensor(values.contiguous())) for keys, values in layers
         ]
-        return cls(sharer, ids.cpu().long(), kept.cpu().long(), quantized, precision)
+        states = None if hidden is None else (hidden[0], QuantizedTensor(hidden[1].contiguous()))
+        return cls(sharer, ids.cpu().long(), kept.cpu().long(), quantized, precision, states, realign=realign)
 
     @property
     def tokens(self) -> TokenBatch:
         """The sharer's tokens, one row."""
-        ids = self.ids.unsqueeze(0)
-        mask = torch.ones_like(ids, dtype=torch.bool)
-        return TokenBatch(ids, mask, natural_positions(mask), padded=False)
+        return _one_row(self.ids)
+
+    @property
+    def thoughts(self) -> Tensor:
+        """The columns of thinking steps, ``[steps]``."""
+        return (self.ids == SLOT).nonzero().flatten()
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all keys and values."""
-        return sum(keys.nbytes + values.nbytes for keys, values in self.layers)
+        """Bytes of all keys and values, and hidden states."""
+        hidden = 0 if self.hidden is None else self.hidden[1].nbytes
+        return sum(keys.nbytes + values.nbytes for keys, values in self.layers) + hidden
 
     @property
     def id(self) -> str:
-        """What was read and by whom: the same for the same tokens and sharer."""
+        """What was read and by whom: the same for the same tokens (and realignment of thoughts) and sharer."""
         sharer = self.sharer
         who = sharer.weights_key or sharer.name  # weights on disk are not known
-        known = json.dumps([who, sharer.architecture, sharer.kv, self.ids.tolist()], sort_keys=True)
-        return hashlib.sha256(known.encode()).hexdigest()
+        facts = [who, sharer.architecture, sharer.kv, self.ids.tolist(), *([self.realign] if self.realign else [])]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def cache(self, dtype: torch.dtype, device: torch.device) -> Cache:
         """Return the sharer's cache of all tokens, in ``dtype``."""
@@ -207,17 +241,29 @@ class Handoff:
             (QuantizedTensor.quantize(keys, precision, 2), QuantizedTensor.quantize(values, precision, 3))
             for keys, values in whole
         ]
-        return replace(self, layers=quantized, precision=precision)
+        hidden = self.hidden
+        if hidden is not None:
+            states = hidden[1].dequantize(torch.float32)
+            hidden = hidden[0], QuantizedTensor.quantize(states, precision, 2)
+        return replace(self, layers=quantized, precision=precision, hidden=hidden)
 
-    def zeros_like(self) -> Handoff:
-        """Return the same handoff with zeros for the keys and values that are handed over, for a control."""
+    def zeros_like(self, columns: Tensor | None = None) -> Handoff:
+        """Return the same handoff with zeros for keys and values, for a control.
+
+        Args:
+            columns: of these; by default of all that are handed over.
+        """
+        columns = self.kept if columns is None else columns
 
         def zeros(part: QuantizedTensor) -> QuantizedTensor:
             data = part.data.clone()
-            data[:, :, self.kept.to(data.device)] = 0
+            data[:, :, columns.to(data.device)] = 0
             return replace(part, data=data)
 
-        return replace(self, layers=[(zeros(keys), zeros(values)) for keys, values in self.layers])
+        layers, hidden = [(zeros(keys), zeros(values)) for keys, values in self.layers], self.hidden
+        if hidden is not None:
+            hidden = hidden[0], replace(hidden[1], data=torch.zeros_like(hidden[1].data))
+        return replace(self, layers=layers, hidden=hidden)
 
     def projected(self, fuser: Any) -> list[KeyValue] | None:
         """Return entries that the sharer's side has projected with ``fuser`` already; else None."""
@@ -230,7 +276,13 @@ class Handoff:
     # -- files -------------------------------------------------------------------------------------------------------
 
     def save(
-        self, path: str | Path, *, bound_to: str | None = None, expires: float | None = None, key: bytes | None = None
+        self,
+        path: str | Path,
+        *,
+        bound_to: str | None = None,
+        expires: float | None = None,
+        key: bytes | None = None,
+        about: Mapping[str, Any] | None = None,
     ) -> None:
         """Write one safetensors file, with a manifest in its header.
 
@@ -239,21 +291,29 @@ class Handoff:
             bound_to: what it may be used for, such as a conversation's id; :meth:`load` must be given the same.
             expires: seconds since 1970 after which it is refused.
             key: secret that signs manifest and content (HMAC-SHA256); without it a hash finds damage, but no forgery.
+            about: facts that :func:`read_manifest` returns without reading the content, such as a name; JSON values.
         """
         path = Path(path)
         tensors = {"ids": self.ids, "kept": self.kept}
-        for index, pair in enumerate(self.layers):
-            for name, quantized in zip(("key", "value"), pair, strict=True):
-                tensors[f"{index}.{name}"] = quantized.data.cpu()
-                if quantized.scale is not None:
-                    tensors[f"{index}.{name}.scale"] = quantized.scale.cpu()
+        parts = {
+            f"{i}.{name}": part for i, pair in enumerate(self.layers) for name, part in zip(_SIDES, pair, strict=True)
+        }
+        if self.hidden is not None:
+            parts["hidden"] = self.hidden[1]
+        for name, part in parts.items():
+            tensors[name] = part.data.cpu()
+            if part.scale is not None:
+                tensors[f"{name}.scale"] = part.scale.cpu()
         manifest = {
             "format": _FORMAT,
             "sharer": self.sharer.to_dict(),
             "precision": self.precision,
             "layers": len(self.layers),
+            **({} if self.hidden is None else {"hidden_layer": self.hidden[0]}),
             "bound_to": bound_to,
             "expires": expires,
+            **({} if self.realign is None else {"realign": self.realign}),
+            "about": dict(about or {}),
         }
         header = {"manifest": json.dumps(manifest, sort_keys=True)}
         header["digest"] = _digest(header["manifest"], tensors, key)
@@ -274,7 +334,9 @@ class Handoff:
             HandoffError: missing, cut off, damaged, forged, no handoff at all, expired, or made for something else.
         """
         path = Path(path)
-        header, tensors = _read(path)
+        with _opened(path) as (file, header):
+            file.seek(0)
+            tensors = load(file.read())
         manifest = json.loads(header["manifest"])
         if not hmac.compare_digest(header["digest"], _digest(header["manifest"], tensors, key)):
             signed = " or was signed with another key" if key is not None else " (or was signed: pass its key)"
@@ -307,24 +369,66 @@ class Handoff:
         if ids.dim() != 1 or kept.dim() != 1 or not (int(kept.min()) >= 0 and int(kept.max()) < len(ids)):
             raise ValueError(f"{tuple(ids.shape)} token ids, of which columns {kept.tolist()[:8]} are handed over")
         expected = (1, identity.kv["kv_heads"], len(ids), identity.kv["head_dim"])
+        realign, odd = manifest.get("realign"), ids[ids < 0]
+        if bool((odd != SLOT).any()) or (len(odd) > 0) != isinstance(realign, str):
+            raise ValueError(f"{len(odd)} columns without a token, and thoughts realigned by {realign!r}")
         if len(layers) != identity.kv["layers"] or any(part.data.shape != expected for pair in layers for part in pair):
             raise ValueError(f"{len(layers)} layers; expected {identity.kv['layers']}, each of shape {expected}")
-        return cls(identity, ids, kept, layers, manifest["precision"])
+        hidden = (int(manifest["hidden_layer"]), quantized("hidden")) if "hidden_layer" in manifest else None
+        if hidden is not None and hidden[1].data.shape[:2] != (1, len(kept)):
+            raise ValueError(f"hidden states of shape {tuple(hidden[1].data.shape)} for {len(kept)} tokens")
+        return cls(identity, ids, kept, layers, manifest["precision"], hidden, realign=realign)
 
 
-def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+def read_manifest(path: str | Path) -> dict[str, Any]:
+    """Read the manifest of a handoff's file and nothing else; its digest, over the content too, is not checked.
+
+    Raises:
+        HandoffError: missing, cut off, or no handoff at all.
+    """
+    with _opened(Path(path)) as (_, header):
+        manifest: dict[str, Any] = json.loads(header["manifest"])
+        return manifest
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[BinaryIO, dict[str, str]]]:
+    """Open a handoff's file; yields it with its header.
+
+    It is opened once, where ``safe_open`` opens it twice and mixes two files if one is renamed to this path meanwhile.
+    """
     if not path.is_file():
         raise HandoffError(f"no such handoff: {path}.")
     try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    except (SafetensorError, OSError) as error:
+        with path.open("rb") as file:
+            header = _header(file)
+            if not _has_manifest(header):
+                raise HandoffError(f"{path} is no handoff: its header has no manifest of format {_FORMAT}.")
+            yield file, header
+    except (SafetensorError, OSError, EOFError) as error:
         raise HandoffError(f"{path} is cut off or no safetensors file: {error}") from error
+
+
+def _header(file: BinaryIO) -> dict[str, str]:
+    """Read the metadata of a safetensors file; EOFError where it is none, or shorter than its header says."""
+    size = os.fstat(file.fileno()).st_size
+    length = int.from_bytes(file.read(8), "little")
+    try:
+        tensors = json.loads(file.read(length)) if length <= size else {}
+        metadata: dict[str, str] = tensors.pop("__metadata__", {})
+        ends = [tensor["data_offsets"][1] for tensor in tensors.values()]
+        whole = size == 8 + length + max(ends, default=-1)
+    except (AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError) as error:
+        raise EOFError(f"its header can't be read ({type(error).__name__})") from error
+    if not whole:
+        raise EOFError(f"its {size} bytes are not those that its header lists")
+    return metadata
+
+
+def _has_manifest(header: Mapping[str, str]) -> bool:
     with suppress(KeyError, TypeError, ValueError):
-        if json.loads(header["manifest"])["format"] == _FORMAT and "digest" in header:
-            return header, tensors
-    raise HandoffError(f"{path} is no handoff: its header has no manifest of format {_FORMAT}.")
+        return json.loads(header["manifest"])["format"] == _FORMAT and "digest" in header
+    return False
 
 
 def _digest(manifest: str, tensors: dict[str, Tensor], key: bytes | None) -> str:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from c2c.errors import MismatchError
 from c2c.kv_cache import KVGeometry
+from c2c.utils import without_folder
 from c2c.weights_hash import WeightsReader, same_values
 
 _STRUCTURE = ("architecture", "kv", "rope")
@@ -136,7 +137,8 @@ def differences(
             continue
         if field == "weights":
             want, got = (" ".join(filter(None, (one.weights, one.variant))) for one in (expected, given))
-        line = f"{role} {field}: the {what} was made for {want} ({expected.name}), got {got} ({given.name})"
+        names = without_folder(expected.name), without_folder(given.name)
+        line = f"{role} {field}: the {what} was made for {want} ({names[0]}), got {got} ({names[1]})"
         (hard if field in _STRUCTURE else soft).append(line)
     return hard, soft
 

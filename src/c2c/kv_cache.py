@@ -71,8 +71,17 @@ def empty_cache(config: Any = None) -> DynamicCache:
 
 
 def planned_layers(config: Any) -> list[Any]:
-    """Return empty cache layers for the model of ``config``, one per model layer."""
-    layers: list[Any] = DynamicCache(config=config.get_text_config(decoder=True)).layers
+    """Return empty cache layers for the model of ``config``, one per model layer.
+
+    Raises:
+        CacheError: transformers makes no cache for this model.
+    """
+    try:
+        layers: list[Any] = DynamicCache(config=config.get_text_config(decoder=True)).layers
+    except Exception as error:  # of a config without the fields that say how many layers there are
+        raise CacheError(
+            f"{config.model_type}: transformers makes no DynamicCache for it ({error}). {_ADVICE}"
+        ) from error
     for index, entry in enumerate(layers):
         if type(entry) is DynamicSlidingWindowLayer:
             layers[index] = DynamicLayer()
@@ -153,7 +162,9 @@ def left_out(cache: Cache) -> dict[int, str]:
     reasons = {}
     for index in sorted(set(range(len(cache.layers))) - set(kv_layers(cache))):
         entry: Any = cache.layers[index]
-        if not isinstance(entry, DynamicLayer):
+        if isinstance(entry, DynamicLayer) and entry.keys is None:
+            reasons[index] = "reads images only, no text"
+        elif not isinstance(entry, DynamicLayer):
             reasons[index] = "a state, no keys and values per token" if _has_state(entry) else "no cache of its own"
         else:
             held: Any = entry
@@ -306,6 +317,16 @@ def stack(caches: Sequence[Cache], width: int = 0) -> DynamicCache:
 def select_rows(cache: Cache, rows: Tensor) -> DynamicCache:
     """Select rows of a cache, in this order."""
     return _joined([cache], lambda tensors: tensors[0][rows.to(tensors[0].device)])
+
+
+def select_columns(cache: Cache, row: int, columns: Tensor) -> DynamicCache:
+    """Select one row of a cache, and those of its tokens where ``columns``, ``[tokens]``, is True."""
+    found = columns.nonzero().flatten()
+    return _joined(
+        [cache],
+        lambda tensors: tensors[0][row : row + 1].index_select(2, found.to(tensors[0].device)),
+        lambda tensors: tensors[0][row : row + 1].clone(),
+    )
 
 
 def nbytes(cache: Cache) -> int:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache, PreTrainedModel, StopStringCriteria
 
-from c2c import kv_cache, rope
+from c2c import kv_cache, rope, thinking
+from c2c.adapters import with_adapter
 from c2c.decoding import Decoding, prepare
 from c2c.errors import CacheError, ContextLengthError, MismatchError, PromptError
 from c2c.generation import FirstTokenTimer, PrefilledPrompt, unbatch
@@ -22,10 +23,12 @@ from c2c.handoff import Handoff, SharerPrompt, passage_prompt, sharer_prompt
 from c2c.identity import IdentityReader, ModelIdentity, differences
 from c2c.loading import load, unwrap
 from c2c.messages import conversations
-from c2c.prefill import next_logits, prefill
+from c2c.prefill import EvaluationMode, next_logits, prefill
 from c2c.probe import ProbedModel, cache_limit, prefill_rows, reads_rows_apart, rows_alone
 from c2c.prompting import RenderOptions, encode, render, require_tokenizer
+from c2c.recompute import prefill_with_hidden
 from c2c.rope import prompt_length, switch_length
+from c2c.thinking import Realignment
 from c2c.tokens import TokenBatch, as_list, left_pad, require_left_padding
 
 
@@ -72,13 +75,36 @@ class LanguageModel(ProbedModel):
         self.tokenizer = tokenizer
         self.name = name or str(model.config._name_or_path or type(model).__name__)
         self.released = False
+        self._mode = EvaluationMode(self.model)
         self._reader = IdentityReader()
         self.stored: StoredPrefills | None = None  # where prefills are taken from, if they are kept
 
     @classmethod
-    def from_pretrained(cls, source: str | Path | PreTrainedModel, **kwargs: Any) -> Self:
-        """Load by alias, hub id, folder or GGUF file; arguments as in :func:`c2c.loading.load`."""
-        return cls(*load(source, **kwargs))
+    def from_pretrained(
+        cls, source: str | Path | PreTrainedModel | LanguageModel, *, adapter: str | Path | None = None, **kwargs: Any
+    ) -> Self:
+        """Load by alias, hub id, folder or GGUF file.
+
+        Args:
+            source: as in :func:`c2c.loading.load`; of a :class:`LanguageModel` the weights in memory are shared.
+            adapter: folder of a LoRA adapter (PEFT) to use its base with, in place of its own if it has one.
+            **kwargs: as in :func:`c2c.loading.load`.
+        """
+        if isinstance(source, LanguageModel):
+            model, tokenizer, _ = load(source.model, **({"tokenizer": source.tokenizer} | kwargs))
+            name = source.name
+        else:
+            model, tokenizer, name = load(source, **kwargs)
+        return (
+            cls(model, tokenizer, name)
+            if adapter is None
+            else cls(with_adapter(model, adapter), tokenizer, str(adapter))
+        )
+
+    def without_adapter(self) -> Self:
+        """Return the base model in this role, around the same weights."""
+        model = with_adapter(self.model, None)
+        return type(self)(model, self.tokenizer, str(model.config._name_or_path))
 
     @property
     def device(self) -> torch.device:
@@ -128,8 +154,22 @@ class LanguageModel(ProbedModel):
             parameter.data = parameter.data.new_empty(0)
         self.released = True
 
-    def rotary(self, positions: Tensor, length: int | None = None) -> list[rope.Rotary] | None:
-        """Return rotary tables of all KV layers at ``positions``, ``[batch, tokens]``, of a prompt of ``length``."""
+    def rotary(self, positions: Tensor, length: int | Tensor | None = None) -> list[rope.Rotary] | None:
+        """Return rotary tables of all KV layers at ``positions``, ``[batch, tokens]``, of prompts of ``length``.
+
+        A tensor has the length of the prompt of each position, ``[batch or 1, tokens or 1]``.
+        """
+        if isinstance(length, Tensor):
+            lengths = [] if switch_length(self.model) is None else length.unique().tolist()
+            if not lengths:
+                return self.rotary(positions)
+            made = [self.rotary(positions.clamp_max(one - 1), one) for one in lengths]  # those beyond are of other rows
+            chosen = made[0]
+            for one, tables in zip(lengths[1:], made[1:], strict=True):
+                if chosen is not None and tables is not None:
+                    at = (length == one).to(positions.device).expand_as(positions)
+                    chosen = rope.where(at, tables, chosen)
+            return chosen
         with prompt_length(self.model, length):
             return rope.tables(self.model, positions, self.rope_scheme)
 
@@ -194,20 +234,23 @@ class LanguageModel(ProbedModel):
         stop = batch.length if stop is None else stop
         if self.stored is not None and stop > 0 and not kv_cache.length(cache):
             return self.stored.prefill(batch, stop)
+        return self.compute(batch, stop, cache)
+
+    def compute(self, batch: TokenBatch, stop: int, cache: Cache | None = None) -> Cache:
+        """Prefill as :meth:`prefill` does, by the model itself and not from what is stored."""
         if self.released:
             raise CacheError(
                 f"the weights of the {self.role} {self.name} were given back after its prefills were stored, and this "
                 "prompt is not among them. Load the model again."
             )
-        if any(module.training for module in self.model.modules()):  # layers of an adapter that was added later
-            self.model.eval()
+        self._mode.ensure()
         batch = batch.to(self.device)
         if self.separates(batch):
             return prefill_rows(self._prefill, batch, stop, cache)
         return self._prefill(batch, stop, cache)
 
     def _prefill(self, batch: TokenBatch, stop: int, cache: Cache | None) -> Cache:
-        with prompt_length(self.model, None if switch_length(self.model) is None else int(batch.positions.max()) + 1):
+        with prompt_length(self.model, None if switch_length(self.model) is None else int(batch.lengths.max())):
             return prefill(self.model, batch, stop, cache)
 
     @torch.no_grad()
@@ -264,10 +307,11 @@ class LanguageModel(ProbedModel):
             PromptError: right-padded or over the context length; an argument that can't be followed.
         """
         self.check_prompt(batch)
+        self._mode.ensure()
         batch = batch.to(self.device)
         self._check_cache(batch, cache)
         timer = timer or FirstTokenTimer()
-        limits = [self.table_limit, cache_limit(self.model, batch) if fused else None]
+        limits = [self.table_limit, cache_limit(self.model, batch.length) if fused else None]
         limit = min((limit for limit in limits if limit is not None), default=None)
         decoding = prepare(self.model, batch, kwargs, limit)
         if self.separates(batch, decoding.config.max_new_tokens or 0):
@@ -415,8 +459,11 @@ class Sharer(LanguageModel):
         *,
         before: Any = None,
         draft_tokens: int = 0,
+        think: int = 0,
+        realign: Realignment = "soft",
         options: RenderOptions | None = None,
         reuse: Handoff | None = None,
+        keep_hidden: int = 0,
     ) -> Handoff:
         """Prefill messages and return them as a handoff for a receiver that has not read them.
 
@@ -426,15 +473,22 @@ class Sharer(LanguageModel):
                 will begin with, ``""`` for none; ``messages`` is then one document, read at the place where the
                 receiver would read it.
             draft_tokens: first write at most so many tokens of an answer, greedily, and hand them over as well.
+            think: before that, so many steps in which the last hidden state goes back in as the next input; their
+                entries are handed over as well.
+            realign: how a state becomes an input, see :mod:`c2c.thinking`.
             options: how to render the messages.
             reuse: an earlier handoff of this sharer; what both begin with is not read again. So a document can grow.
+            keep_hidden: hand over the hidden states that enter this layer too, for a variant of this model that
+                recomputes layers from there on; 0 for none.
 
         Raises:
-            PromptError: several conversations, or none that can be read; ``draft_tokens`` is no number from 0.
+            PromptError: several conversations, or none that can be read; ``draft_tokens`` or ``think`` is no number
+                from 0. CacheError: the model takes no thinking steps.
             MismatchError: ``reuse`` is another model's.
         """
-        if isinstance(draft_tokens, bool) or not isinstance(draft_tokens, int) or draft_tokens < 0:
-            raise PromptError(f"draft_tokens is {draft_tokens!r}; expected an integer from 0 (no draft).")
+        for name, count in (("draft_tokens", draft_tokens), ("think", think)):
+            if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+                raise PromptError(f"{name} is {count!r}; expected an integer from 0 (none).")
         batch, single = conversations(messages)
         if not single:
             raise PromptError("a handoff holds one conversation: call read once for each.")
@@ -457,7 +511,20 @@ class Sharer(LanguageModel):
                 known = 0  # the entries are rotated for another length
             if known and not self.left_out:  # a handoff has nothing of other layers to go on from
                 cache = kv_cache.crop(reuse.cache(self.dtype, self.device), known)
+        if keep_hidden:
+            if think:
+                raise PromptError("keep_hidden=... is for a document without thinking steps.")
+            return self._read_with_hidden(plan, tokens, keep_hidden, draft_tokens)
+        if think:
+            return self._read_thinking(plan, tokens, cache, think, realign, draft_tokens)
         return self._read_prompt(plan, tokens, cache, draft_tokens)
+
+    def _read_with_hidden(self, plan: SharerPrompt, tokens: TokenBatch, layer: int, draft_tokens: int) -> Handoff:
+        """Prefill a document and return it as a handoff with the hidden states that enter ``layer``."""
+        if draft_tokens or not self.generates:
+            raise PromptError("keep_hidden=... is for a document without a draft, and a sharer whose weights are here.")
+        cache, states = prefill_with_hidden(self, tokens, layer)
+        return Handoff.from_cache(self.identity, *plan.tensors(), kv_cache.layers(cache), (layer, states[:, plan.kept]))
 
     def _read_prompt(self, plan: SharerPrompt, tokens: TokenBatch, cache: Cache, draft_tokens: int) -> Handoff:
         """Prefill what ``cache`` does not hold yet, draft, and return all of it as a handoff."""
@@ -468,9 +535,42 @@ class Sharer(LanguageModel):
             plan = plan.followed_by(ids[len(plan.ids) :])
         return Handoff.from_cache(self.identity, *plan.tensors(), kv_cache.layers(cache))
 
+    def _read_thinking(
+        self, plan: SharerPrompt, tokens: TokenBatch, cache: Cache, steps: int, realign: Realignment, draft_tokens: int
+    ) -> Handoff:
+        """Prefill, think, draft, and return all of it as a handoff."""
+        plan = plan.with_thoughts(steps)
+        self._check_thinking(plan.batch())
+        cache = self.prefill(tokens, tokens.length - 1, cache)
+        with prompt_length(self.model, None if switch_length(self.model) is None else tokens.length + steps):
+            first, cache = thinking.think(self.model, tokens.to(self.device), cache, steps, realign)
+        if draft_tokens:
+            plan = plan.followed_by([first])
+            if draft_tokens > 1 and first not in self.ends:
+                ids, cache = self.draft(plan.batch(), cache, draft_tokens - 1)
+                plan = plan.followed_by(ids[len(plan.ids) :])
+            else:
+                cache = self.prefill(plan.batch(), cache=cache)
+        return Handoff.from_cache(self.identity, *plan.tensors(), kv_cache.layers(cache), realign=realign)
+
+    def _check_thinking(self, whole: TokenBatch) -> None:
+        """Refuse thoughts for which there is no room.
+
+        Raises:
+            ContextLengthError: beyond the context, or beyond a length from which on the model rotates otherwise.
+        """
+        self.check_tokens(whole)
+        switch = switch_length(self.model)
+        if switch is not None and whole.length > switch:
+            raise ContextLengthError(
+                f"{self.name} rotates by the length of a text beyond {switch} tokens, and its prompt with thoughts has "
+                f"{whole.length}: entries of each step would be rotated otherwise. Read less, or pass think=0."
+            )
+
     def draft(self, tokens: TokenBatch, cache: Cache, count: int) -> tuple[list[int], Cache]:
         """Generate at most ``count`` tokens greedily after a prompt of one row; return all ids and their cache."""
         cache = self.prefill(tokens, tokens.length - 1, cache)
-        drafted = self.generate(tokens, cache, max_new_tokens=count, do_sample=False)[0].tolist()
+        fused = tokens.has_slots  # thoughts can not be made anew of tokens
+        drafted = self.generate(tokens, cache, fused=fused, max_new_tokens=count, do_sample=False)[0].tolist()
         ids = [*tokens.ids[0].tolist(), *drafted]
         return ids, self.prefill(left_pad([ids], 0), cache=cache)  # the last drafted token is not in the cache yet

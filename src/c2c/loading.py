@@ -13,8 +13,8 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer, GgufConfig, PreTrainedModel
 from transformers.utils.hub import cached_file
 
+from c2c.adapters import with_adapter
 from c2c.checkpoint import (
-    add_adapter,
     check_file,
     check_files,
     find_adapter,
@@ -89,6 +89,12 @@ def load(
         tokenizer = _load_tokenizer(str(tokenizer))
     _check_tokenizer(tokenizer, model)
     return model, tokenizer, name
+
+
+def base_name(source: str | Path) -> str:
+    """Return the base model that an adapter's folder names; the name itself for any other source."""
+    folder = Path(source).expanduser()
+    return find_adapter(folder, str(source)) or str(source)
 
 
 def unwrap(model: Any) -> PreTrainedModel:
@@ -181,8 +187,7 @@ def _from_source(
     if base is not None:
         inner, inner_gguf = _locate(base)
         model, theirs = _from_source(base, inner, inner_gguf, None, options)
-        add_adapter(model, folder, name)
-        return model, own or theirs
+        return with_adapter(model, folder), own or theirs
     try:
         hub = {key: value for key, value in options.items() if key in _HUB_OPTIONS}
         if gguf is not None:
@@ -306,7 +311,8 @@ def _check_device(device_map: Any) -> None:
     if not isinstance(device_map, str) or device_map in _SPREAD:
         return
     try:
-        torch.empty(0, device=device_map)
+        if torch.empty(0, device=device_map).is_meta:
+            raise RuntimeError("a meta device holds no weights")
     except (RuntimeError, AssertionError) as error:
         found = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
         found += ["mps"] * torch.backends.mps.is_available()

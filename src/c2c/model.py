@@ -37,7 +37,7 @@ from c2c.private_context import (
     project_all,
     read_handoffs,
 )
-from c2c.prompting import RenderOptions, with_passage
+from c2c.prompting import RenderOptions, collect_notes, with_passage
 from c2c.token_ids import TokenIds
 from c2c.tokens import TokenBatch, concatenate
 
@@ -149,12 +149,17 @@ class C2CModel(Pretrained, TokenIds, nn.Module):
         batch, single = conversations(messages)
         options = options or RenderOptions()
         self.check_context(sharer_messages)
-        try:
-            if self.private:
-                return self._prefill_private(batch, single, sharer_messages, options, blend)
-            return self.fuse_prompts(self.align(batch, options), blend=blend)
-        except SharerLost as lost:
-            return self.prefill_receiver(self.receiver.encode(batch, options), lost)
+        with collect_notes() as notes:
+            try:
+                if self.private:
+                    prompt = self._prefill_private(batch, single, sharer_messages, options, blend)
+                else:
+                    prompt = self.fuse_prompts(self.align(batch, options), blend=blend)
+            except SharerLost as lost:
+                prompt = self.prefill_receiver(self.receiver.encode(batch, options), lost)
+        if prompt.report is not None:
+            prompt.report.notes += notes
+        return prompt
 
     def stream(self, messages: Any, *, options: RenderOptions | None = None, **kwargs: Any) -> TextStream:
         """Answer one conversation piece by piece: iterate over the text; ``.result`` is there when it ends.

@@ -3,11 +3,30 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from c2c import kv_cache
+from c2c.rope import prompt_length, reading_steps, switch_length
 from c2c.tokens import TokenBatch
+
+
+class EvaluationMode:
+    """Keep a model in ``eval()`` mode at little cost: its modules are listed anew only where some were replaced."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+        self._modules: list[nn.Module] = []
+        self._children: list[tuple[dict[str, nn.Module | None], list[nn.Module | None]]] = []
+
+    def ensure(self) -> None:
+        """Leave training mode, which a caller may have entered, also in layers of an adapter that was added later."""
+        if not self._modules or any([list(held.values()) != known for held, known in self._children]):  # noqa: C419
+            self._modules = list(self._model.modules())
+            inside = [module._modules for module in self._modules]
+            self._children = [(held, list(held.values())) for held in inside if held]
+        if any([module.training for module in self._modules]):  # noqa: C419  a list is built faster
+            self._model.eval()
 
 
 @torch.no_grad()
@@ -31,6 +50,29 @@ def prefill(model: PreTrainedModel, batch: TokenBatch, stop: int, cache: Cache |
             use_cache=True,
         )
     return cache
+
+
+def last_output(
+    model: PreTrainedModel, cache: Cache, positions: Tensor, *, logits: bool = False, **inputs: Tensor
+) -> Tensor:
+    """Run new tokens or embeddings on a cache, which grows, of rows without padding.
+
+    Args:
+        model: the model.
+        cache: what was read before.
+        positions: of the new columns, ``[batch, new]``.
+        logits: whether the head is run.
+        **inputs: ``input_ids``, ``[batch, new]``, or ``inputs_embeds``, ``[batch, new, hidden]``.
+
+    Returns:
+        Of the last column the state after the final norm, ``[batch, hidden]``, or the logits, ``[batch, vocab]``.
+    """
+    inputs |= {"position_ids": positions}
+    if logits:
+        last: Tensor = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+    else:
+        last = model.get_decoder()(**inputs, past_key_values=cache, use_cache=True).last_hidden_state
+    return last[:, -1]
 
 
 def next_logits(model: PreTrainedModel, batch: TokenBatch, cache: Cache) -> Tensor:
@@ -62,11 +104,17 @@ def continued_logits(model: PreTrainedModel, batch: TokenBatch, ids: Tensor, rea
     new = torch.cat([batch.ids[:, -1:], ids], dim=1)
     mask = torch.cat([batch.mask, real], dim=1)
     positions = batch.positions[:, -1:] + torch.arange(new.shape[1], device=new.device)
-    return logits_after(model, new, mask, positions, cache)
+    return logits_after(model, new, mask, positions, cache, following=ids.shape[1])
 
 
 def logits_after(
-    model: PreTrainedModel, ids: Tensor, mask: Tensor | None, positions: Tensor, cache: Cache | None, keep: int = 0
+    model: PreTrainedModel,
+    ids: Tensor,
+    mask: Tensor | None,
+    positions: Tensor,
+    cache: Cache | None,
+    keep: int = 0,
+    following: int = 0,
 ) -> Tensor:
     """Run new tokens on a cache, which grows, or without one.
 
@@ -78,17 +126,26 @@ def logits_after(
         positions: of the new tokens, ``[batch, new]``.
         cache: what was read before.
         keep: logits of so many last tokens; 0 for all.
+        following: how many of the last columns follow the prompt; they are rotated as decoding rotates them.
 
     Returns:
         Logits after each token kept, ``[batch, keep or new, vocab]``.
     """
-    out = model(
-        input_ids=ids,
-        attention_mask=None if mask is None else mask.long(),
-        position_ids=positions,
-        past_key_values=cache,
-        use_cache=cache is not None,
-        logits_to_keep=keep,
-    )
-    logits: Tensor = out.logits
-    return logits
+    steps, count, logits = reading_steps(model, positions, following), ids.shape[1], list[Tensor]()
+    if cache is None and len(steps) > 1:
+        cache = kv_cache.empty_cache(model.config)
+    wanted = count - (keep or count)
+    for step in steps:
+        length = None if switch_length(model) is None else int(positions[:, step].max()) + 1
+        with prompt_length(model, length):
+            out = model(
+                input_ids=ids[:, step],
+                attention_mask=None if mask is None else mask[:, : mask.shape[1] - count + step.stop].long(),
+                position_ids=positions[:, step],
+                past_key_values=cache,
+                use_cache=cache is not None,
+                logits_to_keep=min(step.stop - wanted, step.stop - step.start) if step.stop > wanted else 1,
+            )
+        if step.stop > wanted:
+            logits.append(out.logits)
+    return logits[0] if len(logits) == 1 else torch.cat(logits, dim=1)

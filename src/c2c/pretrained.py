@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import nn
 
+from c2c.adapters import with_adapter
 from c2c.alignment import Aligner, CharSpanAligner, make_aligner
 from c2c.errors import FuserError, PromptError
 from c2c.fusers import Fuser, family
-from c2c.fusers.base import load_fuser, resolve
+from c2c.fusers.base import load_fuser, resolve, without_file
 from c2c.fusion import FusionMode
 from c2c.identity import ModelIdentity
 from c2c.language_model import LanguageModel, Receiver, Sharer
 from c2c.layer_map import layer_map as make_layer_map
+from c2c.loading import base_name, parse_dtype
 from c2c.published import import_published, published_names, read_names
 from c2c.utils import read_json_object, save_atomically, write_json
 
@@ -62,7 +64,7 @@ class Pretrained:
             **load_kwargs: ``dtype``, ``sharer_dtype`` (by default the same), ``device_map`` and others, see
                 :func:`c2c.loading.load`.
         """
-        ours, theirs = load_models(receiver, sharer, load_kwargs)
+        ours, theirs = load_models(receiver, sharer, load_kwargs, once=family(fuser).keeps_tokens)
         aligner = aligner or CharSpanAligner()
         fusers = []
         for model in theirs:
@@ -88,7 +90,8 @@ class Pretrained:
         """Load a fuser (or several) with the models that it names.
 
         Args:
-            source: folder or hub id of a fuser, of a model saved by :meth:`save_pretrained`, or a list of fusers.
+            source: folder or hub id of a fuser, of a model saved by :meth:`save_pretrained`, or a list of fusers; or
+                ``copy``, which needs no file.
             receiver: in place of the recorded one, as in :meth:`from_models`.
             sharer: in place of the recorded one, as in :meth:`from_models`.
             mode: how several sharers are combined; by default as recorded.
@@ -97,6 +100,11 @@ class Pretrained:
             fuser_dtype: type of the fuser's weights.
             **load_kwargs: as in :meth:`from_models`.
         """
+        if isinstance(source, str) and without_file(source):
+            if receiver is None or sharer is None:
+                raise FuserError(f"{source!r} has no models of its own; pass receiver=... and sharer=....")
+            options: dict[str, Any] = {"fuser": source, "aligner": aligner, "mode": mode or "sequential"}
+            return cls.from_models(receiver, sharer, **options, **load_kwargs)
         folders, manifest = [source] if isinstance(source, str | Path) else list(source), {}
         if isinstance(source, str | Path) and (path := resolve(source) / _MANIFEST).exists():
             manifest = read_json_object(path, FuserError)
@@ -174,8 +182,16 @@ def made_for(fuser: Fuser, receiver: Receiver, sharer: Sharer) -> Fuser:
     return fuser
 
 
-def load_models(receiver: Any, sharer: Any, load_kwargs: dict[str, Any]) -> tuple[Receiver, list[Sharer]]:
+def load_models(
+    receiver: Any, sharer: Any, load_kwargs: dict[str, Any], once: bool = False
+) -> tuple[Receiver, list[Sharer]]:
     """Load the models of a pair as :meth:`Pretrained.from_models` takes them; loaded ones are taken as they are.
+
+    Args:
+        receiver: the model that answers.
+        sharer: the models that share.
+        load_kwargs: how to load them.
+        once: load a sharer that is named like the receiver only once; neither can then be released alone.
 
     Raises:
         PromptError: options for models that are loaded already. ModelLoadError: a model can't be found.
@@ -193,9 +209,29 @@ def load_models(receiver: Any, sharer: Any, load_kwargs: dict[str, Any]) -> tupl
             "Receiver.from_pretrained and Sharer.from_pretrained."
         )
     ours_kwargs = {name: value for name, value in load_kwargs.items() if name != "sharer_dtype"}
+    parse_dtype(load_kwargs.get("sharer_dtype"))  # before the receiver is loaded
     their_kwargs = ours_kwargs | {"dtype": load_kwargs.get("sharer_dtype") or load_kwargs.get("dtype")}
     ours = receiver if isinstance(receiver, Receiver) else Receiver.from_pretrained(receiver, **ours_kwargs)
-    return ours, [one if isinstance(one, Sharer) else _load_sharer(one, their_kwargs) for one in several]
+    if once and isinstance(receiver, str | Path):
+        again = Sharer(ours.model, ours.tokenizer, ours.name)
+        several = [again if str(one) == str(receiver) else one for one in several]
+    shared = receiver if their_kwargs["dtype"] == load_kwargs.get("dtype") else None
+    return ours, [
+        one if isinstance(one, Sharer) else _variant(one, ours, shared) or _load_sharer(one, their_kwargs)
+        for one in several
+    ]
+
+
+def _variant(source: Any, receiver: Receiver, loaded_from: Any) -> Sharer | None:
+    """Return a sharer around the receiver's weights, where the two differ in their LoRA adapters alone; else None."""
+    if not all(isinstance(one, str | Path) for one in (source, loaded_from)) or str(source) == str(loaded_from):
+        return None
+    base = base_name(source)
+    if base != base_name(loaded_from):
+        return None
+    return Sharer(
+        with_adapter(receiver.model, None if base == str(source) else source), receiver.tokenizer, str(source)
+    )
 
 
 def _load_sharer(source: Any, load_kwargs: dict[str, Any]) -> Sharer:

@@ -25,8 +25,9 @@ from c2c.kv_cache import KeyValue
 from c2c.language_model import LanguageModel, Sharer
 from c2c.messages import Conversation, conversations
 from c2c.prompting import RenderOptions, encode, first_user, render
+from c2c.recompute import LayerRange, recompute
 from c2c.rope import switch_length
-from c2c.tokens import TokenBatch
+from c2c.tokens import TokenBatch, common_prefix
 
 if TYPE_CHECKING:
     from c2c.model import C2CModel
@@ -41,17 +42,27 @@ class PrivateEntries:
         sharer_bytes: bytes of the sharer's entries that they were made of.
         handoff: what they are copied from, where they belong to tokens of the receiver's own vocabulary.
         refresh: how many of the first tokens of a copy the receiver computes itself, where it was moved.
+        recompute: layers ``(first, stop)`` of a copy that the receiver computes itself, as for a variant.
     """
 
     layers: list[KeyValue]
     sharer_bytes: int
     handoff: Handoff | None = None
     refresh: int = 0
+    recompute: LayerRange | None = None
 
     @property
     def slots(self) -> int:
         """How many entries each layer gets."""
         return self.layers[0][0].shape[2]
+
+    @property
+    def fresh(self) -> int:
+        """How many of the first entries the receiver computes itself: thoughts have no tokens that it could read."""
+        if self.handoff is None:
+            return 0
+        ids = self.handoff.ids[self.handoff.kept[: self.refresh]]
+        return common_prefix(ids.tolist(), ids[ids >= 0].tolist())
 
     def insert_into(self, tokens: TokenBatch, column: int) -> TokenBatch:
         """Make room for the entries in the receiver's tokens."""
@@ -103,8 +114,13 @@ def project(handoff: Handoff, sharer: Sharer, fuser: Fuser) -> PrivateEntries:
     if not fuser.trained:  # zeros are no entries: each would take its share of the receiver's attention
         entries = [(keys[:, :, :0], values[:, :, :0]) for keys, values in entries]
     per_token = sum(sum(part.nbytes for part in handoff.layers[layer]) // len(handoff.ids) for layer in set(layers))
-    copied = (handoff, getattr(fuser.config, "refresh", 0)) if fuser.keeps_tokens else ()
-    return PrivateEntries(entries, per_token * len(kept), *copied)
+    if not fuser.keeps_tokens:
+        return PrivateEntries(entries, per_token * len(kept))
+    recompute = getattr(fuser.config, "recompute", None)
+    refresh = getattr(fuser.config, "refresh", 0)
+    return PrivateEntries(
+        entries, per_token * len(kept), handoff, refresh, None if recompute is None else (recompute[0], recompute[1])
+    )
 
 
 def project_all(
@@ -180,7 +196,9 @@ def place(
 def _is_exact(prompt: PrivatePrompt, receiver: LanguageModel) -> bool:
     """Whether the first entries and all that stands before them are the beginning of a handoff."""
     handoff = prompt.entries[0].handoff if prompt.entries else None
-    if handoff is None or receiver.left_out or handoff.precision != str(receiver.dtype).removeprefix("torch."):
+    if handoff is None or handoff.sharer.same_weights(receiver.identity) is False:
+        return False  # of a variant; the receiver reads itself what stands before the document
+    if receiver.left_out or handoff.precision != str(receiver.dtype).removeprefix("torch."):
         return False
     switch, stop = switch_length(receiver.model), prompt.column + prompt.entries[0].slots
     if switch is not None and prompt.receiver.length > switch:
@@ -197,9 +215,10 @@ def moved_entries(prompts: Sequence[PrivatePrompt]) -> list[str]:
         return []
     if exact == len(copied):
         return ["copy: all documents lie where they were read, as the receiver itself would have read them"]
-    refresh = copied[0].refresh
+    refresh, layers = copied[0].refresh, copied[0].recompute
     again = f"; the receiver read their first {refresh} tokens itself" if refresh else ""
-    return [f"copy: {len(copied) - exact} of {len(copied)} documents were moved from where they were read{again}"]
+    again += f"; it recomputed layers {layers[0]} to {layers[1] - 1}" if layers else ""
+    return [f"copy: {len(copied) - exact} of {len(copied)} documents were moved, or read by a variant{again}"]
 
 
 def prefill_entries(cache: Cache, receiver: LanguageModel, prompt: PrivatePrompt) -> Cache:
@@ -213,7 +232,7 @@ def prefill_entries(cache: Cache, receiver: LanguageModel, prompt: PrivatePrompt
     elif column > 0:
         cache = receiver.prefill(tokens, column, cache)
     for part in entries:
-        stop, fresh = column + part.slots, min(part.refresh, part.slots)
+        stop, fresh = column + part.slots, part.fresh
         if fresh:
             cache = receiver.prefill(tokens, column + fresh, cache)
         if fresh < part.slots:
@@ -223,9 +242,24 @@ def prefill_entries(cache: Cache, receiver: LanguageModel, prompt: PrivatePrompt
                 (keys if tables is None else tables[index].apply(keys).to(receiver.dtype), values)
                 for index, (keys, values) in enumerate(layers)
             ]
+            if part.recompute is not None and part.handoff is not None:
+                ours = _recomputed(part, receiver, tokens, column, fresh, cache)
+                rotated[part.recompute[0] : part.recompute[1]] = ours
             kv_cache.append(cache, rotated)
         column = stop
     return cache
+
+
+def _recomputed(
+    entries: PrivateEntries, receiver: LanguageModel, tokens: TokenBatch, column: int, fresh: int, cache: Cache
+) -> list[KeyValue]:
+    """Compute the receiver's own entries of some layers for a document at ``column`` but its first ``fresh`` tokens."""
+    handoff, layers, hidden = entries.handoff, entries.recompute, None
+    assert handoff is not None
+    assert layers is not None
+    if layers[0] and handoff.hidden is not None and handoff.hidden[0] == layers[0]:
+        hidden = handoff.hidden[1].dequantize(receiver.dtype)[:, fresh:]
+    return recompute(receiver, tokens, column + fresh, handoff.ids[handoff.kept][fresh:], layers, cache, hidden)
 
 
 def _first_columns(entries: PrivateEntries, receiver: LanguageModel, stop: int) -> list[KeyValue]:
@@ -332,7 +366,8 @@ def read_handoffs(
         before = conversation[: first_user(conversation)] if fuser.keeps_tokens else None
         key = (index, json.dumps([before, document], sort_keys=True))
         if key not in read:
-            read[key] = sharer.for_fuser(fuser).read(document, before=before, options=options)
+            first = (getattr(fuser.config, "recompute", None) or (0,))[0]
+            read[key] = sharer.for_fuser(fuser).read(document, before=before, options=options, keep_hidden=first)
         return read[key]
 
     found = [documents(part, len(batch), single) for part in per_sharer]

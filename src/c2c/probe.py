@@ -7,6 +7,7 @@ by the longest row.
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -17,11 +18,11 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from transformers import Cache, GenerationMixin, PreTrainedModel
+from transformers import Cache, GenerationConfig, GenerationMixin, PreTrainedModel
 
 from c2c import kv_cache, rope
 from c2c.errors import CacheError, PromptError
-from c2c.prefill import next_logits, prefill
+from c2c.prefill import prefill
 from c2c.rope import switch_length
 from c2c.tokens import TokenBatch, left_pad
 
@@ -68,13 +69,20 @@ class ProbedModel:
         positions = self._probe_positions
         ids = torch.ones_like(positions)
         batch = TokenBatch(ids, ids.bool(), positions, padded=False)
+        kind = type(self.model).__name__
         try:
-            return prefill(self.model, batch.to(self.device), stop=1)
+            cache = prefill(self.model, batch.to(self.device), stop=1)
         except Exception as error:  # whatever a model raises that does not take a plain cache
             raise CacheError(
-                f"{self.name}: {type(self.model).__name__} can't be run with a transformers DynamicCache: "
+                f"{self.name}: {kind} can't be run with a transformers DynamicCache: "
                 f"{type(error).__name__}: {error}. Use a decoder-only model that can."
             ) from error
+        if (held := kv_cache.length(cache)) > 1:
+            raise CacheError(
+                f"{self.name}: {kind} keeps {held} entries of a prompt of one token: it puts tokens of its own before "
+                "a prompt, and its cache can't be aligned with the tokens. Use a model that keeps one for each token."
+            )
+        return cache
 
     @property
     def _probe_positions(self) -> Tensor:
@@ -101,6 +109,11 @@ class ProbedModel:
             if is_table and table.dim() > 1 and 0 <= table.shape[0] - (length or 0) <= 4:
                 return (length or 0) + 1  # the last token is written and not read
         return None
+
+    def answer_limit(self, tokens: int) -> int | None:
+        """Return the longest text, answer included, that follows from a fused cache of so many tokens."""
+        limits = [limit for limit in (self.context_length, cache_limit(self.model, tokens)) if limit is not None]
+        return min(limits, default=None)
 
     def check_rotary(self) -> None:
         """Make sure that the rotation can be taken off this model's keys; raises as :attr:`rope_scheme` does."""
@@ -160,10 +173,13 @@ def reads_rows_apart(model: PreTrainedModel, batch: TokenBatch, more: int = 0) -
         batch: the batch.
         more: tokens that will follow it.
     """
-    if not batch.padded:
+    lengths = batch.whole or (batch.length,)
+    if not batch.padded and len(set(lengths)) == 1:
         return False
     switch = switch_length(model) if batch.rows > 1 else None
-    return (switch is not None and batch.length + more > switch) or not takes_padding(model)
+    if switch is not None and max(lengths) + more > switch:
+        return True
+    return batch.padded and not takes_padding(model)
 
 
 def rows_alone(batch: TokenBatch, cache: Cache | None = None) -> Iterator[tuple[TokenBatch, Cache | None]]:
@@ -217,11 +233,16 @@ def prefill_rows(
 
 @torch.no_grad()
 def _probe_padding(model: Any) -> bool:
+    with torch.autocast(model.device.type, enabled=False):  # a training step may be the first to ask
+        return _reads_padding(model)
+
+
+def _reads_padding(model: Any) -> bool:
     words = int(model.get_input_embeddings().num_embeddings)
     rows = [[(3 + 7 * index) % words for index in range(length)] for length in (6, 3)]
-    alone = [_prefilled(model, left_pad([row], 0)) for row in rows]
+    alone = [_started(model, left_pad([row], 0)) for row in rows]
     try:
-        logits, entries = _prefilled(model, left_pad(rows, 0))
+        logits, entries = _started(model, left_pad(rows, 0))
     except (RuntimeError, ValueError, IndexError, TypeError):  # a model that takes no padding at all
         return False
     return all(
@@ -231,27 +252,33 @@ def _probe_padding(model: Any) -> bool:
     )
 
 
-def _prefilled(model: PreTrainedModel, batch: TokenBatch) -> tuple[Tensor, list[Tensor]]:
-    """Read all but the last token, then the last; return the logits after it and all entries before it."""
+def _started(model: Any, batch: TokenBatch) -> tuple[Tensor, list[Tensor]]:
+    """Read all but the last token and start to decode; return the logits after the last, and all entries before it.
+
+    By ``generate``, since that leaves out positions where the head of a model does not name them (Whisper).
+    """
     batch = batch.to(model.device)
     cache = prefill(model, batch, batch.length - 1)
     entries = [entry.clone() for layer in kv_cache.layers(cache) for entry in layer]
-    return next_logits(model, batch, cache), entries
+    shell = copy.copy(model)  # generates without the options of its checkpoint
+    shell.generation_config = GenerationConfig(pad_token_id=0, max_new_tokens=1)
+    shown = {"return_dict_in_generate": True, "output_logits": True, "past_key_values": cache}
+    return shell.generate(batch.ids, attention_mask=batch.mask.long(), **shown).logits[0], entries
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors differ by rounding only; a position that is off changes a tenth of their norm and more."""
-    tolerance = 0.05 if other.dtype in (torch.float32, torch.float64) else 0.1
+    tolerance = 0.005 if other.dtype in (torch.float32, torch.float64) else 0.1
     one, other = one.float().cpu(), other.float().cpu()
     return bool((one - other).norm() <= tolerance * other.norm() + 1e-6)
 
 
-def cache_limit(model: Any, batch: TokenBatch) -> int | None:
-    """Return the longest text that a model makes from the cache that it was given.
+def cache_limit(model: Any, tokens: int) -> int | None:
+    """Return the longest text that a model makes from the cache of a prompt of so many tokens.
 
     Phi-3 and its kin drop the cache when the text grows beyond the length from which on they rotate otherwise, and read
     all of it again, which nobody can do for a fused cache.
     """
     own = type(model).prepare_inputs_for_generation is not GenerationMixin.prepare_inputs_for_generation
     length = getattr(model.config, "original_max_position_embeddings", None) if own else None
-    return int(length) + 1 if length is not None and batch.length <= length + 1 else None
+    return int(length) + 1 if length is not None and tokens <= length + 1 else None

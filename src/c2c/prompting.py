@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any
 
 from c2c.errors import PromptError
 from c2c.messages import Conversation
+from c2c.utils import without_folder
 
 # For base models, which have no chat template of their own.
 PLAIN_TEMPLATE = (
@@ -18,6 +22,7 @@ PLAIN_TEMPLATE = (
 )
 
 Span = tuple[int, int]
+_collected: ContextVar[tuple[list[str], ...]] = ContextVar("collected", default=())
 
 
 @dataclass(frozen=True)
@@ -136,7 +141,7 @@ def render_text(tokenizer: Any, conversation: Conversation, options: RenderOptio
     except Exception as error:  # templates raise what they like
         roles = [message["role"] for message in conversation]
         raise PromptError(
-            f"the chat template of {tokenizer.name_or_path!r} refused messages with the roles {roles}: {error}. "
+            f"{_template_of(tokenizer)} refused messages with the roles {roles}: {error}. "
             "Some templates know no system role, or want user and assistant in turns."
         ) from error
     return str(text) + options.answer_prefix
@@ -147,11 +152,21 @@ def render(tokenizer: Any, conversation: Conversation, options: RenderOptions) -
 
     The template is rendered a second time with a mark in place of each message. What stands between the marks is
     template text, so that messages are found even where their words also occur in the template.
+
+    Raises:
+        PromptError: the template leaves out a message. Of a system message, which some templates have no place for,
+            there is a warning, since the answer is what the model gives anywhere; see :func:`collect_notes` too.
     """
     text = render_text(tokenizer, conversation, options)
     _check_tools(tokenizer, conversation, options)
     contents = tuple(message["content"] for message in conversation)
-    spans = tuple(_find_spans(tokenizer, conversation, options, text))
+    pieces = _pieces(tokenizer, conversation, options)
+    if _lost(conversation, pieces):
+        _remark(
+            f"{_template_of(tokenizer)} leaves out the system message, so this model does not read it: put its text "
+            "into the first user message"
+        )
+    spans = tuple(_find_spans(conversation, text, pieces))
     special = not options.chat_template and not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))
     return Rendered(text, contents, spans, special)
 
@@ -188,26 +203,55 @@ def _check_tools(tokenizer: Any, conversation: Conversation, options: RenderOpti
     lost = [name for index, name in enumerate(names) if f"mark{index}tool" not in text]
     if lost:
         raise PromptError(
-            f"the chat template of {tokenizer.name_or_path!r} leaves out tools or calls of them: {', '.join(lost)}. "
+            f"{_template_of(tokenizer)} leaves out tools or calls of them: {', '.join(lost)}. "
             "Use models whose templates have tools, or write the calls and their answers into the messages' texts."
         )
 
 
-def _find_spans(
-    tokenizer: Any, conversation: Conversation, options: RenderOptions, text: str
-) -> list[tuple[Span, int] | None]:
+@contextmanager
+def collect_notes() -> Iterator[list[str]]:
+    """Collect what there is to remark on the prompts that are rendered in here, for a report."""
+    notes = list[str]()
+    token = _collected.set((*_collected.get(), notes))
+    try:
+        yield notes
+    finally:
+        _collected.reset(token)
+
+
+def _remark(note: str) -> None:
+    for notes in _collected.get():
+        if note not in notes:
+            notes.append(note)
+    warnings.warn(note, stacklevel=3)
+
+
+def _template_of(tokenizer: Any) -> str:
+    return f"the chat template of {without_folder(tokenizer.name_or_path)!r}"
+
+
+def _pieces(tokenizer: Any, conversation: Conversation, options: RenderOptions) -> list[str]:
+    """Return template texts, and between them the indices of the messages that stand there."""
     marks = [f"\ue000{i}\ue001" if message["content"] else "" for i, message in enumerate(conversation)]
     marked = [{**message, "content": mark} for message, mark in zip(conversation, marks, strict=True)]
-    # template texts with the indices of the messages between them
-    before, *pieces = re.split("\ue000([0-9]+)\ue001", render_text(tokenizer, marked, options))
-    found_marks = set(map(int, pieces[::2]))
-    lost = [i for i, mark in enumerate(marks) if mark and i not in found_marks and conversation[i]["role"] != "system"]
-    if lost:  # some templates know no system message; what users and tools say must not be lost
+    pieces = re.split("\ue000([0-9]+)\ue001", render_text(tokenizer, marked, options))
+    lost = [index for index in _lost(conversation, pieces) if conversation[index]["role"] != "system"]
+    if lost:
         roles = [conversation[index]["role"] for index in lost]
         raise PromptError(
-            f"the chat template of {tokenizer.name_or_path!r} leaves out messages {lost}, of the roles {roles}. "
-            "Use roles that it renders, such as user and assistant."
+            f"{_template_of(tokenizer)} leaves out messages {lost}, of the roles {roles}. Use roles that it renders, "
+            "such as user and assistant."
         )
+    return pieces
+
+
+def _lost(conversation: Conversation, pieces: Sequence[str]) -> list[int]:
+    found = set(map(int, pieces[1::2]))
+    return [index for index, message in enumerate(conversation) if message["content"] and index not in found]
+
+
+def _find_spans(conversation: Conversation, text: str, marked: Sequence[str]) -> list[tuple[Span, int] | None]:
+    before, *pieces = marked
     spans: list[tuple[Span, int] | None] = [None] * len(conversation)
     position = 0
     for index, after in zip(map(int, pieces[::2]), pieces[1::2], strict=True):

@@ -12,8 +12,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import product
+from dataclasses import dataclass, replace
+from itertools import pairwise, product
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -77,6 +77,15 @@ class MixedRotary:
     def undo(self, x: Tensor) -> Tensor:
         """See :meth:`Rotary.undo`."""
         return torch.stack([layer.undo(part) for layer, part in zip(self.layers, x, strict=True)])
+
+
+def where(mask: Tensor, ours: list[Rotary], theirs: list[Rotary]) -> list[Rotary]:
+    """Choose between two tables of each layer by token, ``[batch, tokens]``; layers that share one share the choice."""
+    chosen: dict[tuple[int, int], Rotary] = {}
+    for one, other in zip(ours, theirs, strict=True):
+        cos, sin = (torch.where(mask.unsqueeze(-1), *pair) for pair in ((one.cos, other.cos), (one.sin, other.sin)))
+        chosen.setdefault((id(one), id(other)), replace(one, cos=cos, sin=sin))
+    return [chosen[id(one), id(other)] for one, other in zip(ours, theirs, strict=True)]
 
 
 def stack(tables: Sequence[Rotary]) -> Rotary | MixedRotary:
@@ -242,6 +251,23 @@ def switch_length(model: PreTrainedModel) -> int | None:
     """Return the number of tokens from which on the frequencies change; None where they never do."""
     lengths = [length for module in _rotary_modules(model) for length in _lengths(module)]
     return min(lengths) if lengths else None
+
+
+def reading_steps(model: PreTrainedModel, positions: Tensor, following: int) -> list[slice]:
+    """Split columns into those that decoding rotates alike: it reads what follows a prompt token by token.
+
+    Args:
+        model: the model.
+        positions: of all columns, ``[batch, tokens]``; the rows change at the same columns.
+        following: how many of the last columns follow the prompt.
+    """
+    count, switch = positions.shape[1], switch_length(model)
+    if switch is None or int(positions.max()) < switch:
+        return [slice(0, count)]
+    beyond = [column for column in range(count - following, count) if int(positions[:, column].max()) >= switch]
+    grows = any("dynamic" in str(getattr(module, "rope_type", "")) for module in _rotary_modules(model))
+    starts = [0, *(beyond if grows else beyond[:1])]
+    return [slice(start, stop) for start, stop in pairwise([*starts, count]) if start < stop]
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from c2c.errors import PromptError
 
-_SLOT = -(2**31)  # stands in the ids for an entry of the cache that is no token; no vocabulary has it
+SLOT = -(2**31)  # stands in the ids for an entry of the cache that is no token; no vocabulary has it
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class TokenBatch:
         padded: whether any row has padding. Known on the host, so that no device has to be asked.
         natural: whether ``positions`` count the unmasked tokens of each row, as ``generate`` would.
         has_slots: whether some column is an entry of the cache and no token; known on the host as well.
+        whole: tokens of the whole prompt of each row, where these are only its first ones; else empty.
     """
 
     ids: Tensor
@@ -33,6 +34,7 @@ class TokenBatch:
     padded: bool
     natural: bool = True
     has_slots: bool = False
+    whole: tuple[int, ...] = ()
 
     @property
     def length(self) -> int:
@@ -47,7 +49,14 @@ class TokenBatch:
     @property
     def slots(self) -> Tensor:
         """True where a column is an entry of the cache and no token, ``[batch, tokens]``, bool."""
-        return self.ids == _SLOT
+        return self.ids == SLOT
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens of the prompt of each row, ``[batch, 1]``; they choose the frequencies of some rotary embeddings."""
+        if self.whole:
+            return torch.tensor(self.whole, device=self.ids.device).unsqueeze(1)
+        return self.positions.amax(-1, keepdim=True) + 1
 
     def to(self, device: torch.device) -> TokenBatch:
         """Move the batch to a device."""
@@ -56,7 +65,7 @@ class TokenBatch:
     def select(self, rows: Sequence[int]) -> TokenBatch:
         """Select rows."""
         index = torch.tensor(list(rows), device=self.ids.device)
-        return self._each(lambda x: x[index])
+        return replace(self._each(lambda x: x[index]), whole=tuple(self.whole[row] for row in rows if self.whole))
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> TokenBatch:
         return replace(self, ids=change(self.ids), mask=change(self.mask), positions=change(self.positions))
@@ -68,17 +77,23 @@ class TokenBatch:
             column: where they are inserted, the same in all rows.
             slots: how many.
         """
-        filler = self.ids.new_full((self.rows, slots), _SLOT)
+        filler = self.ids.new_full((self.rows, slots), SLOT)
         ids = torch.cat([self.ids[:, :column], filler, self.ids[:, column:]], dim=1)
-        mask = torch.cat([self.mask[:, :column], filler == _SLOT, self.mask[:, column:]], dim=1)
+        mask = torch.cat([self.mask[:, :column], filler == SLOT, self.mask[:, column:]], dim=1)
         return TokenBatch(ids, mask, natural_positions(mask), self.padded, has_slots=self.has_slots or slots > 0)
 
     def insert_tokens(self, column: int, ids: Tensor) -> TokenBatch:
-        """Insert columns of tokens whose entries are put into the cache, ``ids`` ``[tokens]``, the same in all rows."""
+        """Insert columns of tokens whose entries are put into the cache, the same in all rows.
+
+        Args:
+            column: where they are inserted.
+            ids: ``[tokens]``, on the host; thoughts among them are slots.
+        """
         inserted = ids.to(self.ids).expand(self.rows, -1)
         joined = torch.cat([self.ids[:, :column], inserted, self.ids[:, column:]], dim=1)
         mask = torch.cat([self.mask[:, :column], torch.ones_like(inserted, dtype=torch.bool), self.mask[:, column:]], 1)
-        return TokenBatch(joined, mask, natural_positions(mask), self.padded, has_slots=self.has_slots)
+        slots = self.has_slots or bool((ids == SLOT).any())
+        return TokenBatch(joined, mask, natural_positions(mask), self.padded, has_slots=slots)
 
     def mask_until(self, stop: int) -> Tensor | None:
         """Return the attention mask of the first ``stop`` columns, or None where nothing is padded.

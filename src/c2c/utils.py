@@ -258,6 +258,12 @@ def versions(*more: str) -> dict[str, str]:
     return found
 
 
+def without_folder(name: str) -> str:
+    """Return the name of a model, without the folder that it lies in, which is nobody else's business."""
+    path = os.path.expanduser(name)
+    return Path(path).resolve().name if name and (os.path.isabs(path) or os.path.exists(path)) else name
+
+
 def short_path(path: str) -> str:
     """Shorten a path to folder and name: enough to tell data apart, without where it lies on this machine."""
     return "/".join(Path(path).parts[-2:])

@@ -69,7 +69,7 @@ def _rotary(
     model: LanguageModel, tokens: TokenBatch, aligned: AlignedIndex, device: torch.device
 ) -> Sequence[Rotary | None]:
     """Return each layer's rotary table at aligned positions; None for a model without rotary embedding."""
-    return model.rotary(aligned.gather_positions(tokens.positions).to(device)) or [None] * model.geometry.layers
+    return aligned.rotary(model, tokens, device) or [None] * model.geometry.layers
 
 
 def _flatten(keys: Tensor, values: Tensor, rotary: Rotary | None) -> dict[str, Tensor]:

@@ -4,10 +4,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from typing import Literal, get_args
+from dataclasses import dataclass, field
+from typing import Literal
 
-from c2c.config import option
+from c2c.config import ConfigError, check_values, option
 from c2c.errors import C2CError
 
 Method = Literal["pca", "tsne"]
@@ -19,7 +19,7 @@ class AnalysisError(C2CError, ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class ItemsConfig:
-    """Settings of every analysis of items; a number below its minimum raises AnalysisError."""
+    """Settings of every analysis of items; impossible values raise AnalysisError."""
 
     data: str = field(metadata={"help": "JSONL file of items: question, choices, answer (index of the right choice)."})
     limit: int | None = option(200, "At most this many items, drawn with the seed.", min=2)
@@ -30,10 +30,10 @@ class ItemsConfig:
     device_map: str | None = option(None, "Device or device map of the models.")
 
     def __post_init__(self) -> None:
-        for one in fields(self):
-            value, least = getattr(self, one.name), one.metadata.get("min")
-            if value is not None and least is not None and value < least:
-                raise AnalysisError(f"{one.name} is {value}; give at least {least}.")
+        try:
+            check_values(self)
+        except ConfigError as error:
+            raise AnalysisError(str(error)) from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ class AnalysisConfig(ItemsConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class CacheMapConfig(AnalysisConfig):
-    """Settings of the cache map; layers that are no numbers and unknown methods raise AnalysisError."""
+    """Settings of the cache map; layers that are no numbers raise AnalysisError."""
 
     layers: str | None = option(None, "Receiver layers, with commas (14,29); else the middle and the last fused one.")
     method: Method = option("pca", "Projection of the plot.")
@@ -60,8 +60,6 @@ class CacheMapConfig(AnalysisConfig):
         super().__post_init__()
         if self.layers is not None and not all(part.strip().isdecimal() for part in self.layers.split(",")):
             raise AnalysisError(f"layers is {self.layers!r}; expected layer numbers with commas, for instance 14,29.")
-        if self.method not in get_args(Method):
-            raise AnalysisError(f"method is {self.method!r}; expected one of {', '.join(get_args(Method))}.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -29,7 +29,6 @@ from c2c.evaluation.statistics import summarise
 from c2c.language_model import LanguageModel
 from c2c.messages import Conversation
 from c2c.prompting import RenderOptions
-from c2c.rope import Rotary
 from c2c.tokens import TokenBatch
 from c2c.utils import OnProgress
 
@@ -139,7 +138,8 @@ def drop_columns(model: LanguageModel, cache: Cache, start: int, count: int) -> 
     for layer, (keys, values) in enumerate(kv_cache.layers(cache)):
         tail = keys[:, :, stop:]
         if old is not None and new is not None:
-            there, here = (Rotary(x.cos.to(keys.device), x.sin.to(keys.device)) for x in (old[layer], new[layer]))
+            pair, device = (old[layer], new[layer]), keys.device
+            there, here = (replace(x, cos=x.cos.to(device), sin=x.sin.to(device)) for x in pair)
             tail = here.apply(there.undo(tail.float())).to(keys.dtype)
         kept = torch.cat([values[:, :, :start], values[:, :, stop:]], dim=2)
         layers.append((torch.cat([keys[:, :, :start], tail], dim=2), kept))

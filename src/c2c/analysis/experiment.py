@@ -74,6 +74,8 @@ class Experiment:
     def __init__(
         self, config: AnalysisConfig, progress: OnProgress | None = None, *, needs_sharer: bool = False
     ) -> None:
+        if config.store_dir is not None:
+            check_writable(Path(config.store_dir).expanduser(), "store_dir", AnalysisError)
         rows = load_items(config.data, config.form, config.limit, config.seed)
         models = {name: getattr(config, name) for name in ("receiver", "sharer", "dtype", "device_map")}
         self.config, self._progress = config, progress

@@ -17,7 +17,7 @@ from typing import Annotated
 import typer
 import yaml
 
-from c2c.cli import analyze, connect, demo, doctor, evaluate, inspect, pull, report, run, serve, train
+from c2c.cli import analyze, connect, demo, doctor, evaluate, inspect, library, pull, report, run, serve, train
 from c2c.errors import C2CError
 from c2c.version import __version__
 
@@ -50,6 +50,7 @@ _EPILOGS = yaml.safe_load(Path(__file__).with_name("epilogs.yaml").read_text(enc
 for name, command in COMMANDS.items():
     app.command(name, epilog=_EPILOGS[name])(command)
 app.add_typer(analyze.group)
+app.add_typer(library.group)
 
 _NO_RIGHTS = "Choose a place that you may read and write, or change its rights."
 _ADVICE = {

@@ -17,6 +17,7 @@ from c2c.utils import check_writable
 
 if TYPE_CHECKING:
     from c2c.fusers import Fuser
+    from c2c.language_model import Receiver, Sharer
 
 
 def inspect(
@@ -37,6 +38,9 @@ def inspect(
 
     if plot is None and prompt is not None:
         raise typer.BadParameter("--prompt is for plots: add --plot OUT.png or --plot OUT.html.")
+    of_prompt = {"--system": system, "--answer-prefix": answer_prefix, "--receiver": receiver, "--sharer": sharer}
+    if prompt is None and (unused := [name for name, value in of_prompt.items() if value]):
+        raise typer.BadParameter(f"{', '.join(unused)} are for --prompt: add it, or leave them out.")
     if plot is not None:
         from c2c.analysis.experiment import check_drawing
 
@@ -144,6 +148,8 @@ def convert(
             f"{checkpoint} is no published checkpoint (expected projector_*.pt) but a fuser already. To write it with "
             "weights of another type pass --dtype, say bfloat16."
         )
+    if not again:
+        import_published(checkpoint)  # refuses what is none, before models are loaded
     with err.status("converting ..."):
         ours = Receiver.from_pretrained(receiver) if receiver else None
         theirs = Sharer.from_pretrained(sharer) if sharer else None
@@ -153,10 +159,24 @@ def convert(
         else:
             kv = [model.geometry if model else None for model in (ours, theirs)]
             fuser = import_published(checkpoint, receiver=kv[0], sharer=kv[1], dtype=weights)
+        _check_geometries(fuser, ours, theirs)
         fuser.config.receiver = ours.identity.to_dict() if ours else fuser.config.receiver
         fuser.config.sharer = theirs.identity.to_dict() if theirs else fuser.config.sharer
         fuser.save_pretrained(output)
     print_result(describe(fuser) | {"output": str(output)}, json_, _show_converted)
+
+
+def _check_geometries(fuser: Fuser, receiver: Receiver | None, sharer: Sharer | None) -> None:
+    """Refuse models whose caches the fuser does not fit: their identities would be recorded."""
+    for role, model, made_for in (
+        ("sharer", sharer, fuser.config.sharer_kv),
+        ("receiver", receiver, fuser.config.receiver_kv),
+    ):
+        if model is not None and model.geometry.to_dict() != made_for:
+            raise FuserError(
+                f"--{role} {model.name} has a cache of {model.geometry.to_dict()}, and the fuser was made for "
+                f"{made_for}. Give the {role} that it was trained with."
+            )
 
 
 def _show_converted(data: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from c2c.errors import C2CError
-from c2c.utils import command, install_command
+from c2c.utils import argument_text, command, install_command
 
 _File = Path | None
 
@@ -30,6 +30,10 @@ def report(
     """Show results as tables, plots and a page, losses marked; without options, Markdown on stdout."""
     if markdown is None and plots is not None:
         raise typer.BadParameter("--plots go with a Markdown file that shows them: give --markdown too.")
+    title = argument_text(title, "--title", C2CError)
+    given = [path.absolute() for path in (html, markdown, readme) if path is not None]
+    if len(set(given)) < len(given):
+        raise typer.BadParameter("--html, --markdown and --readme name one file: each would overwrite the other.")
     if check and html is None and markdown is None and readme is None:
         raise typer.BadParameter("--check needs the file to check: give --markdown, --html or --readme.")
     try:

@@ -22,6 +22,8 @@ from c2c.utils import argument_text, decode_text, read_text
 
 if TYPE_CHECKING:
     from c2c.connection import Connection, Method
+    from c2c.handoff import Handoff
+    from c2c.library import Library
     from c2c.model import C2CModel
     from c2c.systems import System, SystemOptions
 
@@ -43,8 +45,14 @@ class RunConfig:
     mode: str = option("all", f"Which system answers; all is {', '.join(ALL)}; others are reader, zero, untrained.")
     max_new_tokens: int = option(64, "At most this many tokens per answer.", min=1)
     message_tokens: int = option(64, "At most this many for the text-to-text message.", min=1)
-    context: Path | None = option(None, "Text that only the sharer reads; for a fuser of private context.")
+    context: list[str] | None = option(
+        None,
+        "What only the sharer has read: a text file, a handoff's file, or a name in --library; may be repeated. For a "
+        "fuser of private context.",
+    )
+    library: Path | None = option(None, "Folder of documents that c2c library add has made, which --context names.")
     draft_tokens: int = option(0, "With --context: hand over so many tokens of the sharer's own answer too.", min=0)
+    think: int = option(0, "With --context: hand over so many thinking steps of the sharer too.", min=0)
     system: str | None = option(None, "System message for both models.")
     answer_prefix: str = option("", "Text that the answer continues, such as 'The answer is'.")
     sample: bool = option(False, "Sample instead of greedy decoding.", flag="--sample")
@@ -71,30 +79,32 @@ def run(
         raise PromptError("the prompt is empty; expected some text to read.")
     system_message = None if config.system is None else argument_text(config.system, "--system", PromptError)
     prefix = argument_text(config.answer_prefix, "--answer-prefix", PromptError)
-    what = f"--context {config.context}"
-    context = None if config.context is None else read_text(config.context, what, PromptError)
+    contexts = read_contexts(config.context or [], config.library)
     import torch
 
     from c2c.prompting import RenderOptions
     from c2c.systems import SystemOptions, make_system, systems
 
-    names = ALL if config.mode == "all" else (config.mode,)
+    given = ALL if all(isinstance(one, str) for one in contexts) else ("receiver", "c2c")  # the others are handed text
+    names = given if config.mode == "all" else (config.mode,)
     if not {system_kind(name) for name in names} <= set(systems()):
         known = ", ".join(sorted(systems()))
         raise typer.BadParameter(f"{config.mode!r} is not one of all, {known}.", param_hint="--mode")
     with err.status("loading models ..."):
-        shared = SystemOptions(message_tokens=config.message_tokens, draft_tokens=config.draft_tokens)
+        lengths = {name: getattr(config, name) for name in ("message_tokens", "draft_tokens", "think")}
+        shared = SystemOptions(**lengths)
         loading = {"dtype": config.dtype, "device_map": config.device}
         model, connection = load_pair(config, config.fuser, config.sharer, shared, **loading)
         if connection is not None:
-            model = connection.system("shared" if context is None else "private").model
+            model = connection.system("private" if contexts else "shared").model
         chosen: dict[str, System] = {
             name: connection if connection is not None and name == "c2c" else make_system(name, model, shared)
             for name in names
         }
         if any(system.needs_context for system in chosen.values()):
             _check_context(model, config.context)
-    method = None if connection is None else connection.chosen("shared" if context is None else "private")
+    context: Any = None if not contexts else contexts[0] if len(contexts) == 1 else contexts
+    method = None if connection is None else connection.chosen("private" if contexts else "shared")
     if not json_:
         _show_pair(model, method)
     how: dict[str, Any] = {"options": RenderOptions(answer_prefix=prefix), "do_sample": config.sample}
@@ -120,6 +130,42 @@ def run(
         extra = {"method": method.name, "reason": method.reason}
     data = {"prompt": text, **pair, **extra, "results": results}
     print_result(data, json_, show_costs)
+
+
+def read_contexts(given: list[str], folder: Path | None) -> list[Any]:
+    """Read what ``--context`` names: texts, and handoffs of files or of the library in ``folder``.
+
+    Raises:
+        PromptError: a file that is no text, or a name that is a file and a document of the library.
+        HandoffError: a handoff that can't be used, or a library without any document that is named.
+    """
+    library: Any = None
+    if folder is not None:
+        from c2c.library import Library
+
+        library = Library(folder)
+        if not given:
+            there = ", ".join(library.names()) or "none"
+            raise PromptError(f"--library {folder}: name its documents with --context. It has {there}.")
+    return [_read_context(argument_text(one, "--context", PromptError), library) for one in given]
+
+
+def _read_context(given: str, library: Library | None) -> str | Handoff:
+    path = Path(given)
+    if library is not None and given in library:
+        if path.is_file():
+            raise PromptError(
+                f"--context {given} is a document of {library.folder}, and a file here. Write ./{given} for the file, "
+                "or run the command in another folder."
+            )
+        return library.get(given)
+    if path.suffix == ".safetensors":
+        from c2c.handoff import Handoff
+
+        return Handoff.load(path)
+    if library is not None and not path.exists() and "/" not in given:
+        return library.get(given)  # which says what there is
+    return read_text(path, f"--context {given}", PromptError)
 
 
 def load_pair(
@@ -154,18 +200,18 @@ def make_messages(prompt: str, system: str | None) -> list[dict[str, str]]:
     return [*opening, {"role": "user", "content": prompt}]
 
 
-def _check_context(model: C2CModel, context: Path | None) -> None:
+def _check_context(model: C2CModel, context: list[str] | None) -> None:
     """Refuse a context that does not suit the fuser, in words of the command line."""
     family = model.fusers[0].family
-    if model.private and context is None:
+    if model.private and not context:
         raise PromptError(
             f"a {family} fuser hands over what the sharer alone has read: give a text with --context FILE, or choose "
             "--mode receiver or sharer."
         )
-    if context is not None and not model.private:
+    if context and not model.private:
         raise PromptError(
-            f"--context {context} is for a memory fuser; a {family} fuser merges what both models read. Put the text "
-            "into the prompt, or give a memory fuser with --fuser."
+            f"--context {' '.join(context)} is for a memory fuser; a {family} fuser merges what both models read. Put "
+            "the text into the prompt, or give a memory fuser with --fuser."
         )
 
 

@@ -50,6 +50,10 @@ def serve(
     vllm_options = _vllm_options(config)
     sock = http_server.listen(config.host, config.port)
     with err.status("loading models ..."):
+        from c2c.systems import find_system
+
+        for name in config.systems or ():
+            find_system(name)
         dtypes: dict[str, Any] = {"dtype": config.dtype, "sharer_dtype": config.sharer_dtype}
         model, connection = load_pair(config, fuser, _sharer(config), device_map=config.device, **dtypes)
     if connection is not None:
@@ -129,7 +133,6 @@ def share(
     """Serve a sharer: receivers on other machines send it prompts, and get its KV cache."""
     config = ShareConfig(**options)
     config.keys()  # refuses an open address without keys, before anything is loaded
-    config.layer_list()  # as are layers that can't be read
     _check_packages(("fastapi", "uvicorn", "cachetools"), "remote")
     with err.status("loading model ..."):
         import torch
@@ -141,10 +144,9 @@ def share(
         from c2c.serving.logs import log_to_stderr
 
         sock = http_server.listen(config.host, config.port)
+        fusers = [load_fuser(folder, dtype=torch.float32) for folder in config.fuser or []]  # as C2CModel does
         worker = PrefillWorker(
-            Sharer.from_pretrained(model, dtype=config.dtype, device_map=config.device),
-            config,
-            [load_fuser(folder, dtype=torch.float32) for folder in config.fuser or []],  # as C2CModel does
+            Sharer.from_pretrained(model, dtype=config.dtype, device_map=config.device), config, fusers
         )
         app = build_app(worker, config)
     if config.exposed and config.tls_cert is None:

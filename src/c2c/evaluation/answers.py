@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from c2c.data.formats import Row
 from c2c.data.prompts import choice_tokens, passage_with_question, response_tokens
-from c2c.evaluation.config import EvalConfig, EvaluationError, system_kind
+from c2c.evaluation.config import THINKING_SYSTEMS, EvalConfig, EvaluationError, system_kind
 from c2c.evaluation.metrics import exact, f1, read_letter
 from c2c.evaluation.pair import Pair
 from c2c.generation import GenerationResult, PrefilledPrompt
@@ -25,8 +25,15 @@ from c2c.prefill import continued_logits
 from c2c.prompting import RenderOptions
 from c2c.systems import System, SystemOptions, make_system
 
-# Drafts are handed over as what the sharer has read, so that both systems share them.
-_HANDED_OVER = {"draft": "matched", "draft_deranged": "deranged"}
+# Drafts and thoughts are handed over as what the sharer has read, so that both systems share them.
+_HANDED_OVER = {
+    "draft": "matched",
+    "draft_deranged": "deranged",
+    "think": "matched",
+    "think_deranged": "deranged",
+    "think_filler": "matched",
+    "think_zero": "matched",
+}
 _WITH_TEXT = ("reader", "summary", "draft_text")  # the receiver's own prompt holds the passage, or a text in its place
 
 # seconds (all), first_token (seconds until the answer's first token), seconds of each stage, tokens (generated, by both
@@ -66,7 +73,8 @@ class Answerer:
         """Answer one item without any store, and return its cost, with the peak of memory where it is reported."""
         device = self.pair.receiver.device
         before = _memory(device)
-        cost = self._draft_cost(row) if self.name == "draft" else self._cost(row, self._context([row]))
+        read = self._read_cost if self.name in ("draft", "think") else None
+        cost = read(row) if read else self._cost(row, self._context([row]))
         peak = _memory(device, peak=True)
         return cost if before is None or peak is None else cost | {"memory": max(0, peak - before)}
 
@@ -75,13 +83,13 @@ class Answerer:
         (result,) = self.system.generate([self._messages(row)], context, options=options, **self._decoding)
         return _cost(result, "sharer_prefill" if self.name == "sharer" else "receiver_prefill")
 
-    def _draft_cost(self, row: Row) -> Cost:
-        """Measure the sharer's reading and drafting apart, and add them to the answer from its handoff."""
+    def _read_cost(self, row: Row) -> Cost:
+        """Measure the sharer's reading and its draft or thoughts apart, and add them to the answer from its handoff."""
         sharer, asked = self.pair.sharer, passage_with_question(row)
         began = time.perf_counter()
         read = sharer.read(asked)
         prefilled = time.perf_counter()
-        draft = sharer.read(asked, draft_tokens=self.config.draft_tokens, reuse=read)
+        draft = sharer.read(asked, reuse=read, **self._more())
         drafted = time.perf_counter()
         cost = self._cost(row, [draft])
         cost["tokens"] += len(draft.ids) - len(read.ids)
@@ -106,15 +114,24 @@ class Answerer:
         return [*row.messages[:-1], {"role": "user", "content": f"Question: {question}"}]
 
     def _context(self, rows: Sequence[Row]) -> list[Conversation] | list[Handoff] | None:
-        """Return what only the sharer has read: passages, or handoffs of passage, question and draft."""
+        """Return what only the sharer has read: passages, or handoffs of passage, question and draft or thoughts."""
         if not self.private:
             return None
         if self.name in _HANDED_OVER:
-            sharer, longest = self.pair.sharer, self.config.draft_tokens
+            sharer, more = self.pair.sharer, self._more()
             asked = [passage_with_question(row) for row in rows]
-            sharer.answer(asked, max_new_tokens=longest, do_sample=False)  # all at once; stored for the next line
-            return [sharer.read(conversation, draft_tokens=longest) for conversation in asked]
+            if drafted := more.get("draft_tokens"):  # all at once; stored for the next line
+                sharer.answer(asked, max_new_tokens=drafted, do_sample=False)
+            handoffs = [sharer.read(conversation, **more) for conversation in asked]
+            zeros = self.name == "think_zero"
+            return [handoff.zeros_like(handoff.thoughts) if zeros else handoff for handoff in handoffs]
         return [row.sharer_messages or [] for row in rows]
+
+    def _more(self) -> dict[str, Any]:
+        """Return what the sharer does beyond reading: it drafts or thinks."""
+        if self.name not in THINKING_SYSTEMS:
+            return {"draft_tokens": self.config.draft_tokens}
+        return {"think": self.config.think, "realign": "filler" if self.name == "think_filler" else self.config.realign}
 
 
 def describe(row: Row) -> dict[str, Any]:

@@ -18,7 +18,8 @@ DEFAULT_SYSTEMS = ("receiver", "sharer", "matched", "deranged", "zero")
 ROUTER = "router"  # picks one of two systems' answers, and so is no system of its own
 # Systems of one kind of context only.
 SHARED_SYSTEMS = ("text", "text_published", "adapter", "untrained", ROUTER)
-PRIVATE_SYSTEMS = ("reader", "draft", "draft_deranged", "draft_text", "summary")
+THINKING_SYSTEMS = ("think", "think_deranged", "think_filler", "think_zero")
+PRIVATE_SYSTEMS = ("reader", "draft", "draft_deranged", "draft_text", "summary", *THINKING_SYSTEMS)
 _WITH_LOSS = ("receiver", "matched", "deranged", "zero", "untrained")  # a loss over the receiver's own tokens
 # Differences between two systems, by their letter.
 DIFFERENCES = {
@@ -69,6 +70,8 @@ class EvalConfig:
     max_new_tokens: int = option(32, "Longest generated answer, in tokens.", min=1)
     message_tokens: int = option(256, "Longest text of the sharer in text-to-text, in tokens; 256 as published.", min=1)
     draft_tokens: int = option(64, "Longest draft of the sharer, in tokens.", min=1)
+    think: int = option(20, "Thinking steps of the sharer.", min=1)
+    realign: str = option("soft", "How its states become inputs: none, norm, ridge or soft.")
     receiver: str | None = option(None, "Receiver in place of the recorded one.")
     sharer: str | None = option(None, "Sharer in place of the recorded one.")
     output_dir: str | None = option(None, "Folder of the records and the result; an interrupted run there is resumed.")
@@ -146,6 +149,10 @@ class HarnessConfig:
     sharer: str | None = option(None, "Sharer in place of the recorded one.")
     dtype: str | None = option(None, "Type of the models' weights.")
     device_map: str | None = option(None, "As in from_pretrained of transformers.")
+
+    def __post_init__(self) -> None:
+        """Check the values; raise ConfigError for impossible ones."""
+        check_values(self)
 
 
 def system_kind(name: str) -> str:

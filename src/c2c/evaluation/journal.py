@@ -22,7 +22,7 @@ Record = dict[str, Any]
 TIMED = "timed: "  # prefix of the source in records of costs
 # Paths of a machine, and what may be added later: they do not make it another evaluation.
 _NOT_COMPARED = {"output_dir", "reuse", "store_dir", "store_budget_gb", "data_dir", "device_map"}
-_NOT_COMPARED |= {"fuser", "systems", "fusers", "adapter", "routed", "timed"}
+_NOT_COMPARED |= {"fuser", "systems", "fusers", "adapter", "routed", "timed", "think", "realign"}
 
 
 class Journal:

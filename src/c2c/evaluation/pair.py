@@ -23,7 +23,6 @@ from c2c.generation import FirstTokenTimer
 from c2c.handoff import sharer_prompt
 from c2c.language_model import LanguageModel, Sharer
 from c2c.model import C2CModel
-from c2c.prefill import prefill
 from c2c.private_context import first_user_column
 from c2c.prompting import RenderOptions
 from c2c.tokens import TokenBatch
@@ -128,21 +127,23 @@ class EvaluationPrefills:
         budget = int(config.store_budget_gb * 5e8) if folder is not None else 0  # half for each model
         self.model = model
         self.store = PrefillStore(model, range(model.geometry.layers), folder=folder, budget=budget, batch=4)
-        self._recent: LRUCache[tuple[int, ...], PromptCache] = LRUCache(4 * config.batch_size)
+        self._recent: LRUCache[tuple[tuple[int, ...], int], PromptCache] = LRUCache(4 * config.batch_size)
 
     def prefill(self, batch: TokenBatch, stop: int) -> Cache:
         """Return the cache of the first ``stop`` columns of ``batch``."""
         padding = batch.length - batch.mask.sum(-1)
         padded_within = not torch.equal(batch.mask.long().argmax(-1).to(padding.device), padding)
         if self.model.left_out or padded_within:  # a store has nothing of other layers than KV layers
-            return prefill(self.model.model, batch.to(self.model.device), stop)
+            return self.model.compute(batch, stop)
         starts, end = padding.tolist(), None if self.model.role == "sharer" else stop
-        prompts = [tuple(row[start:end]) for row, start in zip(batch.ids.tolist(), starts, strict=True)]
+        lengths = [length if self.store.depends(length) else 0 for length in batch.lengths.flatten().tolist()]
+        rows = zip(batch.ids.tolist(), starts, lengths, strict=True)
+        prompts = [(tuple(row[start:end]), length) for row, start, length in rows]
         known = {prompt: self._recent[prompt] for prompt in prompts if prompt in self._recent}
-        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in known]
-        made = dict(zip(missing, self.store.get(missing), strict=True))
-        self._recent.update(made)
-        known |= made
+        if missing := [prompt for prompt in dict.fromkeys(prompts) if prompt not in known]:
+            made = dict(zip(missing, self.store.get(*zip(*missing, strict=True)), strict=True))
+            self._recent.update(made)
+            known |= made
         caches = [known[prompt].first(max(0, stop - start)) for prompt, start in zip(prompts, starts, strict=True)]
         return stack(caches, self.model.geometry.layers, self.model.dtype, self.model.device)
 

@@ -15,7 +15,15 @@ from c2c.data.config import DataSource
 from c2c.data.formats import Row
 from c2c.data.sources import load_rows
 from c2c.evaluation.answers import Answerer, compare, describe
-from c2c.evaluation.config import PRIVATE_SYSTEMS, ROUTER, SHARED_SYSTEMS, EvalConfig, EvaluationError, system_kind
+from c2c.evaluation.config import (
+    PRIVATE_SYSTEMS,
+    ROUTER,
+    SHARED_SYSTEMS,
+    THINKING_SYSTEMS,
+    EvalConfig,
+    EvaluationError,
+    system_kind,
+)
 from c2c.evaluation.journal import TIMED, Journal, Record, provenance, read_earlier, source_name
 from c2c.evaluation.metrics import contains
 from c2c.evaluation.pair import Pair
@@ -26,7 +34,8 @@ from c2c.utils import OnProgress, check_writable, file_hash, write_json
 
 # System to the scores of each item, the same items in the same order; the first score is the one that is compared.
 Scores = dict[str, list[dict[str, float]]]
-_CONTROLS = ("deranged", "zero", "untrained", "draft_deranged", ROUTER)  # their cost is that of matched or draft
+# their cost is that of matched, draft or think
+_CONTROLS = ("deranged", "zero", "untrained", "draft_deranged", *THINKING_SYSTEMS[1:], ROUTER)
 _COMPARED = ("f1", "exact")
 # Further fusers, which are distinguished by their hash, can be reused as well.
 _WITHOUT_FUSER = ("receiver", "sharer", "text", "text_published", "adapter", "reader", "draft_text", "summary")
@@ -91,6 +100,7 @@ class _Evaluation:
         self._answerer = cache(partial(Answerer, pair=pair, config=config))
         # weights are part of a name in the journal: others under the same name are another system
         self._labels = {name: f"{name}@{fuser_hash(folder)[:12]}" for name, folder in config.fusers.items()}
+        self._labels |= {name: f"{name}@{config.realign}-{config.think}" for name in THINKING_SYSTEMS}
         if config.adapter is not None:
             path = Path(config.adapter) / "adapter_model.safetensors"
             if not path.is_file():

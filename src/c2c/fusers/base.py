@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -12,7 +14,7 @@ from typing import Any, ClassVar, Self
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.dataclasses import strict
+from huggingface_hub.dataclasses import strict, validated_field
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -28,6 +30,7 @@ from c2c.utils import file_hash, read_json_object, save_atomically
 from c2c.version import __version__
 
 _EXPECTED = "Expected a fuser's folder, as `c2c train` and `c2c convert` write it, or a hub id like 'owner/name'."
+_LARGEST = 2**16  # of a width; what is larger is a slip, and would not fit into memory
 _CONVERT = "run `c2c convert`, or C2CModel.from_published."
 
 
@@ -94,6 +97,30 @@ class AlignedEntries:
         return self.sharer.channels(), self.receiver.channels(), self.weight
 
 
+def number(default: float | None, low: float, high: float = math.inf, whole: bool = False) -> Any:
+    """Declare a field of a fuser's config that is a number in a range; None is for a field without default."""
+    expected = f"{'an integer' if whole else 'a number'} from {low:g}" + f" to {high:g}" * (high < math.inf)
+
+    def check(value: Any) -> None:
+        fits = isinstance(value, int if whole else int | float) and not isinstance(value, bool) and low <= value <= high
+        if not ((fits and value < math.inf) or value is None is default):
+            raise ValueError(f"{value!r} was given; expected {expected}")
+
+    return validated_field(check, default=default)
+
+
+def size(default: int | None, low: int = 1) -> Any:
+    """Declare a field that is a size of weights."""
+    return number(default, low, _LARGEST, whole=True)
+
+
+def _check_kv(kv: dict[str, Any]) -> None:
+    """Refuse a cache without heads or channels."""
+    wrong = {name: value for name, value in kv.items() if type(value) is not int or not 1 <= value <= _LARGEST}
+    if wrong:
+        raise ValueError(f"{wrong} was given; expected integers from 1 to {_LARGEST}")
+
+
 @strict
 class FuserConfig(PreTrainedConfig):
     """Configuration that all fuser families share.
@@ -111,8 +138,8 @@ class FuserConfig(PreTrainedConfig):
 
     model_type = "c2c_fuser"
     layer_map: list[int | None] = field(default_factory=list)
-    sharer_kv: dict[str, int] = field(default_factory=dict)
-    receiver_kv: dict[str, int] = field(default_factory=dict)
+    sharer_kv: dict[str, int] = validated_field(_check_kv, default_factory=dict)
+    receiver_kv: dict[str, int] = validated_field(_check_kv, default_factory=dict)
     sharer: dict[str, Any] | None = None
     receiver: dict[str, Any] | None = None
     alignment: dict[str, Any] | None = None
@@ -294,7 +321,7 @@ def load_fuser(source: str | Path, **kwargs: Any) -> Fuser:
         fuser, info = cls.from_pretrained(str(folder), output_loading_info=True, **kwargs)
     except FuserError:
         raise
-    except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
+    except Exception as error:  # a config with values of other types fails in many ways
         raise FuserError(f"{folder} holds no whole fuser (config.json and model.safetensors): {error}") from error
     # refuse what transformers would only warn about: missing, foreign or misshapen tensors
     wrong = {what: sorted(map(str, info[what])) for what in ("missing_keys", "unexpected_keys", "mismatched_keys")}
@@ -331,8 +358,17 @@ def resolve(source: str | Path) -> Path:
         ) from error
 
 
+def without_file(source: Any) -> bool:
+    """Whether a source names a family that has nothing to load, such as ``copy``."""
+    from c2c.fusers import families
+
+    return isinstance(source, str) and source in families() and families()[source].keeps_tokens
+
+
 def fuser_hash(folder: str) -> str:
-    """Return the sha256 of a fuser's weights."""
+    """Return the sha256 of a fuser's weights; of the family's name where there are none."""
+    if without_file(folder):
+        return hashlib.sha256(folder.encode()).hexdigest()
     return file_hash(resolve(folder) / "model.safetensors")
 
 

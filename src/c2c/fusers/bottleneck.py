@@ -15,7 +15,7 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 
 from c2c.errors import FuserError
-from c2c.fusers.base import AlignedEntries, Entries, Fuser, FuserConfig, split_channels
+from c2c.fusers.base import AlignedEntries, Entries, Fuser, FuserConfig, size, split_channels
 from c2c.fusers.linear import float64
 from c2c.kv_cache import KeyValue
 
@@ -29,7 +29,7 @@ class BottleneckConfig(FuserConfig):
     """
 
     model_type = "c2c_fuser_bottleneck"
-    rank: int = 128
+    rank: int = size(128)
 
 
 class BottleneckFuser(Fuser):

@@ -16,7 +16,7 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 
 from c2c.errors import FuserError
-from c2c.fusers.base import Entries, Fuser, FuserConfig
+from c2c.fusers.base import Entries, Fuser, FuserConfig, number, size
 from c2c.kv_cache import KeyValue
 
 KINDS = ("key", "value")
@@ -41,15 +41,15 @@ class C2CFuserConfig(FuserConfig):
     """
 
     model_type = "c2c_fuser_c2c"
-    hidden_dim: int = 1024
-    intermediate_dim: int = 1024
-    num_layers: int = 3
+    hidden_dim: int = size(1024)
+    intermediate_dim: int = size(1024)
+    num_layers: int = size(3, low=3)
     dropout: float = 0.1
     zero_init: bool = False
-    initial_temperature: float = 1.0
-    final_temperature: float = 0.001
-    anneal_steps: int | None = None
-    gate_temperature: float = 1.0
+    initial_temperature: float = number(1.0, 1e-6)
+    final_temperature: float = number(0.001, 1e-6)
+    anneal_steps: int | None = number(None, 0, whole=True)
+    gate_temperature: float = number(1.0, 1e-6)
 
 
 class ResidualBlock(nn.Module):
@@ -122,8 +122,6 @@ class C2CFuser(Fuser):
 
     def __init__(self, config: C2CFuserConfig) -> None:
         super().__init__(config)
-        if config.num_layers < 3:
-            raise FuserError(f"num_layers must be 3 or more, got {config.num_layers}.")
         if not 0 <= config.dropout < 1:
             raise FuserError(f"dropout is {config.dropout}; expected a share from 0 to below 1.")
         self.temperature = config.gate_temperature

@@ -2,21 +2,25 @@
 
 Nothing is trained and nothing is lost where the document was read behind the receiver's own leading tokens: its entries
 are then those that the receiver would compute itself. Elsewhere each document has attended to other leading tokens than
-it now stands behind; recomputing its first few tokens in place mends most of that (EPIC, arXiv:2410.15332).
+it now stands behind; recomputing its first few tokens in place mends most of that (EPIC, arXiv:2410.15332). From a
+variant (other weights of the same structure) the receiver may take some layers and recompute the others (DroidSpeak,
+arXiv:2411.02820).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor
 
-from c2c.errors import FuserError, MismatchError
+from c2c.errors import CacheError, FuserError, MismatchError
 from c2c.fusers.base import Entries, Fuser, FuserConfig
 from c2c.identity import ModelIdentity, differences
 from c2c.kv_cache import KeyValue
+from c2c.recompute import check_range
 
 
 @strict
@@ -27,11 +31,14 @@ class CopyConfig(FuserConfig):
         refresh: tokens at the beginning of each document that the receiver computes itself, in place, where the
             document was read behind other tokens than it stands behind.
         variant: accept a sharer with other weights of the same structure and tokenizer, such as a fine-tune.
+        recompute: layers ``(first, stop)`` of a document that the receiver computes itself, from the tokens for layer
+            0, else from the sharer's hidden states; None for none.
     """
 
     model_type = "c2c_fuser_copy"
     refresh: int = 0
     variant: bool = False
+    recompute: Sequence[int] | None = None
 
 
 class CopyFuser(Fuser):
@@ -57,6 +64,11 @@ class CopyFuser(Fuser):
             )
         if config.refresh < 0:
             raise FuserError(f"refresh is {config.refresh}; expected a number of tokens from 0.")
+        if config.recompute is not None:
+            try:
+                config.recompute = list(check_range(config.recompute, receiver.layers))
+            except CacheError as error:
+                raise FuserError(str(error)) from None
         self.register_buffer("place", torch.zeros(1))  # a file without any tensor would not be loaded
         self.post_init()
 

@@ -18,7 +18,7 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 
 from c2c.errors import FuserError
-from c2c.fusers.base import AlignedEntries, Entries, Fuser, FuserConfig, split_channels
+from c2c.fusers.base import AlignedEntries, Entries, Fuser, FuserConfig, number, split_channels
 from c2c.kv_cache import KeyValue
 
 Pairs = tuple[Tensor, Tensor, Tensor | None]  # inputs, outputs and weights
@@ -35,8 +35,8 @@ class LinearConfig(FuserConfig):
     """
 
     model_type = "c2c_fuser_linear"
-    ridge: float | int = 1e-2
-    blend: float | int = 0.5
+    ridge: float | int = number(1e-2, 0)
+    blend: float | int = number(0.5, 0, 1)
 
 
 class LinearFuser(Fuser):

@@ -18,7 +18,7 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 
 from c2c.errors import FuserError
-from c2c.fusers.base import AlignedEntries, Entries, Fuser, FuserConfig, split_channels
+from c2c.fusers.base import AlignedEntries, Entries, Fuser, FuserConfig, size, split_channels
 from c2c.fusers.linear import ridge_regression
 from c2c.kv_cache import KeyValue
 
@@ -33,8 +33,8 @@ class MemoryConfig(FuserConfig):
     """
 
     model_type = "c2c_fuser_memory"
-    rank: int = 64
-    slots: int | None = None
+    rank: int = size(64)
+    slots: int | None = size(None, low=0)
 
 
 _RIDGE = 1e-2  # penalty of the initial map
@@ -72,8 +72,6 @@ class MemoryFuser(Fuser):
                 f"a memory fuser needs a sharer layer for each of the receiver's {receiver.layers} layers, since every "
                 f"layer's cache grows; the layer map leaves out {missing}."
             )
-        if config.slots is not None and config.slots < 0:
-            raise FuserError(f"slots is {config.slots}; expected None (one per position), or a number from 0.")
         layers, inputs, outputs = receiver.layers, 2 * sharer.width, 2 * receiver.width
         self.register_buffer("mean", torch.zeros(layers, 1, inputs))
         self.register_buffer("scale", torch.ones(layers, 1, inputs))

@@ -269,7 +269,14 @@ class RemoteSharer(Sharer):
             made = project(Handoff.from_cache(self.identity, ids, kept, placed), self, fuser).layers
             entries = [(QuantizedTensor(keys), QuantizedTensor(values)) for keys, values in made]
         precision = cast(Precision, request.precision)
-        return ProjectedHandoff(self.identity, ids, kept, entries, precision, name, size)
+        return ProjectedHandoff(self.identity, ids, kept, entries, precision, fuser=name, wire_bytes=size)
+
+    def _read_thinking(self, *args: Any) -> Never:
+        """Refuse: a request has no place for thinking steps."""
+        raise RemoteError(
+            f"{self.name} takes no thinking steps from here: pass think=0, or load the model on this machine.",
+            "weights",
+        )
 
     # -- requests ----------------------------------------------------------------------------------------------------
 

@@ -46,6 +46,11 @@ class ShareConfig(HTTPConfig):
         """Bytes of a request at most."""
         return self.max_body_kb << 10
 
+    def __post_init__(self) -> None:
+        """Check the options; raise ServerError, or ConfigError for a value out of its range."""
+        super().__post_init__()
+        self.layer_list()
+
     def layer_list(self) -> list[int] | None:
         """Read ``0-3,7`` as 0, 1, 2, 3, 7; None for all layers.
 
@@ -54,7 +59,8 @@ class ShareConfig(HTTPConfig):
         """
         if self.layers is None:
             return None
-        parts = [re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part) for part in self.layers.split(",")]
-        if None in parts:
-            raise ServerError(f"--layers {self.layers!r} can't be read; expected such as 0-11,20.")
-        return sorted({n for found in parts if found for n in range(int(found[1]), int(found[2] or found[1]) + 1)})
+        parts = [re.fullmatch(r"\s*([0-9]{1,4})(?:-([0-9]{1,4}))?\s*", part) for part in self.layers.split(",")]
+        ranges = [range(int(found[1]), int(found[2] or found[1]) + 1) for found in parts if found]
+        if None in parts or not all(ranges):
+            raise ServerError(f"--layers {self.layers!r:.80} can't be read; expected such as 0-11,20.")
+        return sorted({layer for one in ranges for layer in one})

@@ -18,6 +18,7 @@ from c2c.handoff import PRECISIONS, Precision
 from c2c.identity import ModelIdentity
 from c2c.kv_cache import KVGeometry
 from c2c.language_model import Sharer
+from c2c.utils import without_folder
 from c2c.version import __version__
 
 _LEFT_OUT = ("auto_map", "quantization_config", "transformers_version", "_name_or_path", "dtype", "torch_dtype")
@@ -49,8 +50,7 @@ class Handshake(BaseModel, frozen=True):
     def describe(cls, sharer: Sharer, layers: list[int], finest: str, fusers: Sequence[str], tokens: int) -> Self:
         """Describe a model and what is given of it; its name without the folder that it was loaded from."""
         facts, scheme, rotary_error = sharer.identity.to_dict(), cast(rope.Scheme, []), None
-        if Path(sharer.identity.name).is_absolute():
-            facts["name"] = Path(sharer.identity.name).name
+        facts["name"] = without_folder(sharer.identity.name)
         try:
             scheme = sharer.rope_scheme
         except C2CError as error:

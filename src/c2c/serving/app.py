@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -13,9 +14,9 @@ from fastapi.middleware.cors import CORSMiddleware
 
 from c2c.serving import endpoints, http_server
 from c2c.serving.config import ServeConfig
-from c2c.serving.endpoints.handoffs import HandoffStore
 from c2c.serving.engine import Engine, Request, RequestHandle
 from c2c.serving.errors import ApiError, shutting_down
+from c2c.serving.handoffs import HandoffStore, StoredHandoff
 from c2c.serving.http_server import ServerState
 
 
@@ -23,16 +24,21 @@ def create_app(engine: Engine, config: ServeConfig) -> FastAPI:
     """Make the application; it starts and closes the engine.
 
     Raises:
-        ServerError: no keys, and an address that others can reach.
+        ServerError: no keys, and an address that others can reach; another server uses the folder of handoffs.
     """
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         engine.start()
+        for stored in restored:
+            service.expire_later(stored)
         yield
         await asyncio.to_thread(engine.close)
+        if service.handoffs.folder is not None:
+            service.handoffs.folder.close()
 
     service = Service(engine, config)
+    restored = service.handoffs.restore(engine)
     app = http_server.create_app(config, endpoints.routers(service), service.state, lifespan)
     if config.cors_origin:  # outermost: browsers ask for leave without a key
         app.add_middleware(
@@ -85,6 +91,17 @@ class Service:
         handle = await self.engine.submit(request)
         self._handles.add(handle)
         return handle
+
+    def expire_later(self, stored: StoredHandoff) -> None:
+        """Free a handoff when its time is over, though nobody sends a request then."""
+
+        def expire() -> None:
+            self.handoffs.expire()
+            if self.handoffs.folder is not None:
+                loop.run_in_executor(None, self.handoffs.folder.prune)
+
+        loop = asyncio.get_running_loop()
+        loop.call_later(max(stored.expires - time.time(), 0) + 1, expire)
 
     def _health(self) -> dict[str, Any]:
         """Return facts without names and addresses, since everybody may read them."""

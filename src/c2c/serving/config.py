@@ -9,13 +9,15 @@ import hmac
 import ipaddress
 import os
 import re
+import ssl
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from c2c.config import option
+from c2c.config import check_values, option
 from c2c.serving.errors import ApiError, ServerError
+from c2c.utils import argument_text
 
 EngineName = Literal["transformers", "vllm"]
 OnFailure = Literal["raise", "receiver_only"]
@@ -51,13 +53,40 @@ class HTTPConfig:
         """Whether others than this machine can reach the server."""
         return not is_loopback(self.host)
 
+    def __post_init__(self) -> None:
+        """Check what any server needs right.
+
+        Raises:
+            ConfigError: a value out of its range. ServerError: one that can't be used.
+        """
+        check_values(self)
+        for name in ("host", "name"):
+            if getattr(self, name, None) is not None:
+                object.__setattr__(self, name, argument_text(getattr(self, name), f"--{name}", ServerError))
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ServerError("TLS needs both --tls-cert and --tls-key.")
+        if self.tls_client_ca is not None and self.tls_cert is None:
+            raise ServerError("--tls-client-ca needs --tls-cert and --tls-key: without TLS there are no certificates.")
+        if self.tls_cert is not None:
+            self._check_tls()
+
+    def _check_tls(self) -> None:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        try:
+            context.load_cert_chain(str(self.tls_cert), self.tls_key)
+            context.load_verify_locations(self.tls_client_ca or self.tls_cert)
+        except OSError as error:
+            files = ", ".join(str(file) for file in (self.tls_cert, self.tls_key, self.tls_client_ca) if file)
+            raise ServerError(f"the TLS files {files} can't be used: {error}") from error
+
     def keys(self) -> KeyRing:
         """Collect the keys of the option, else of the environment, and those of the key file.
 
         Raises:
             ServerError: an empty key, an unreadable key file, or no key and an address that others can reach.
         """
-        given = list(self.api_key or os.environ.get(self.key_variable, "").replace(",", " ").split())
+        keys = self.api_key or os.environ.get(self.key_variable, "").replace(",", " ").split()
+        given = [argument_text(key, "an API key", ServerError) for key in keys]
         if any(not key.strip() for key in given):
             raise ServerError("an empty API key was given: give some characters, or leave the option out.")
         ring = KeyRing(given + (read_keys(self.key_file) if self.key_file is not None else []))
@@ -115,6 +144,10 @@ class ServeConfig(HTTPConfig):
     handoffs: int = option(64, "Handoffs kept at a time.", min=0)
     handoff_mb: float = option(1000.0, "Megabytes of all handoffs together.", min=0)
     handoff_seconds: float = option(3600.0, "How long a handoff is kept.", min=1)
+    handoffs_per_request: int = option(16, "Handoffs that a request may name.", min=1)
+    handoff_folder: Path | None = option(
+        None, "Folder in which handoffs survive a restart, readable by its owner alone; in memory only by default."
+    )
     dtype: str | None = option(None, "float32, bfloat16, float16 or auto.")
     sharer_dtype: str | None = option(None, "The same for the sharer; --dtype by default.")
     device: str | None = option(None, "Device map: cpu, cuda, auto.")
@@ -123,6 +156,8 @@ class ServeConfig(HTTPConfig):
     default_systems = ("c2c", "receiver", "sharer", "text")  # as far as the models have them
 
     def __post_init__(self) -> None:
+        """Check the options; raise ServerError, or ConfigError for a value out of its range."""
+        super().__post_init__()
         for origin in self.cors_origin or ():
             if origin != "*" and not _ORIGIN.fullmatch(origin):
                 raise ServerError(

@@ -56,7 +56,8 @@ class GenerateRequest:
     render: RenderOptions = field(default_factory=RenderOptions)
     sampling: SamplingParams = field(default_factory=SamplingParams)
     n: int = 1  # answers
-    private: tuple[Any, ...] | None = None  # what the sharers alone have read: a conversation or handoff for each
+    # what the sharers alone have read, for each: a conversation, a handoff, or a list of handoffs
+    private: tuple[Any, ...] | None = None
     stream: bool = False  # send text as soon as it is there, else each answer at once
 
 
@@ -68,6 +69,7 @@ class HandoffRequest:
     sharer: int | None = None  # its index; None for the first that hands over private context
     draft_tokens: int = 0  # tokens of an answer that it generates first
     precision: str | None = None  # how the entries are kept, such as bfloat16 or int8; None for the model's own
+    before: Conversation | None = None  # what prompts about it begin with; None for what its fuser needs by default
 
 
 Request = GenerateRequest | HandoffRequest
@@ -97,6 +99,7 @@ class Prefilled:
     """The prompt is prefilled; decoding begins."""
 
     fallback: str | None = None  # why the receiver answers alone although a sharer should have been read
+    notes: Sequence[str] = ()  # on the prompt, such as messages that a template leaves out
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,7 @@ class Finished:
     report: dict[str, Any] | None = None  # the fusion report; None where nothing was fused
     message: str | None = None  # the sharer's text, in text-to-text
     fallback: str | None = None  # as in :class:`Prefilled`
+    notes: Sequence[str] = ()  # the same
 
 
 @dataclass(frozen=True)
@@ -133,6 +137,7 @@ class HandoffCreated:
     sharer: str  # its name
     index: int  # its index
     precision: str
+    notes: Sequence[str] = ()  # as in :class:`Prefilled`
 
 
 @dataclass(frozen=True)
@@ -255,6 +260,13 @@ class Engine(Protocol):
 
         Raises:
             ApiError: too many requests wait, or the engine can't do what is requested.
+        """
+
+    def restore_handoff(self, handoff: Any, index: int) -> HandoffCreated:
+        """Take up a handoff that was made before a restart, by the sharer of this index.
+
+        Raises:
+            C2CError: it is another model's than that sharer.
         """
 
     def close(self) -> None:

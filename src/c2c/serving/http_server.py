@@ -267,6 +267,9 @@ def listen(host: str, port: int) -> socket.socket:
         bound.close()
         reason = error.strerror or error
         raise ServerError(f"can't listen at {host}:{port}: {reason}. Choose another --host or --port.") from error
+    except UnicodeError as error:
+        bound.close()
+        raise ServerError(f"{host!r:.80} is no address: {error}. Choose another --host.") from error
     return bound
 
 
@@ -284,9 +287,6 @@ class Server(uvicorn.Server):
 
     Attributes:
         forced: whether requests were given up.
-
-    Raises:
-        ServerError: TLS files that can't be used.
     """
 
     def __init__(self, app: FastAPI, config: HTTPConfig) -> None:
@@ -303,10 +303,6 @@ class Server(uvicorn.Server):
             **_tls_options(config),
         )
         super().__init__(options)
-        try:
-            self.config.load()
-        except OSError as error:
-            raise ServerError(f"the TLS files {config.tls_cert} and {config.tls_key} can't be used: {error}") from error
         self._http, self._state = config, app.state.server
         self._draining: asyncio.Task[None] | None = None
         self.forced = False
@@ -361,10 +357,6 @@ def serve(app: FastAPI, sock: socket.socket, config: HTTPConfig) -> bool:
 
 
 def _tls_options(config: HTTPConfig) -> dict[str, Any]:
-    if (config.tls_cert is None) != (config.tls_key is None):
-        raise ServerError("TLS needs both --tls-cert and --tls-key.")
-    if config.tls_client_ca is not None and config.tls_cert is None:
-        raise ServerError("--tls-client-ca needs --tls-cert and --tls-key: without TLS there are no certificates.")
     required = ssl.CERT_REQUIRED if config.tls_client_ca is not None else ssl.CERT_NONE
     return {
         "ssl_certfile": config.tls_cert,

@@ -9,34 +9,46 @@ from typing import Any
 
 import torch
 
+from c2c import identity
 from c2c.errors import C2CError, ContextLengthError, RemoteError, SharerChanged, SystemUnavailableError
 from c2c.generation import PrefilledPrompt
 from c2c.handoff import Handoff
 from c2c.language_model import Sharer
 from c2c.model import C2CModel
+from c2c.prompting import collect_notes
 from c2c.serving.config import ServeConfig
 from c2c.serving.engine import GenerateRequest, HandoffCreated, HandoffRequest, Request, RequestHandle
-from c2c.serving.errors import internal, invalid, to_api_error
+from c2c.serving.errors import ServerError, internal, invalid, to_api_error
 from c2c.serving.logs import log_failure, warn
 from c2c.serving.outputs import new_tokens
 from c2c.serving.scheduler import Job
 from c2c.systems import System, SystemOptions, make_system
+from c2c.utils import without_folder
 
 
 class ModelEngine:
     """Base of engines that answer with a :class:`~c2c.model.C2CModel`.
 
     Args:
-        model: receiver, sharers and fusers, all with tokenizers.
+        model: receiver, sharers and fusers, all with tokenizers; models lose the folder in their names.
         config: limits, and the systems that answer.
         connection: takes the place of the system ``c2c``: the best method that the models have.
 
     Raises:
         SystemUnavailableError: a system of ``config.systems`` that these models don't have.
+        ServerError: a folder of handoffs for a sharer on another machine.
     """
 
     def __init__(self, model: C2CModel, config: ServeConfig, connection: System | None = None) -> None:
         self.model, self.config = model, config
+        for part in (model.receiver, *model.sharers):
+            part.name = without_folder(part.name)  # as clients see it
+        pairs = [(model.sharers[index], model.fusers[index]) for index in model.private]
+        if config.handoff_folder is not None and not all(one.generates or fuser.keeps_tokens for one, fuser in pairs):
+            raise ServerError(
+                "--handoff-folder is for a sharer in this process: of one on another machine no whole cache is kept. "
+                "Leave it out."
+            )
         self.systems: dict[str, System] = {}
         self.on_batch: Callable[[str, int], object] = lambda system, rows: None
         for name in config.systems or config.default_systems:
@@ -85,7 +97,8 @@ class ModelEngine:
             return Job(request, handle, key=object())
         system = self.systems[request.system]
         self._check_private(system, request.private)
-        prompt = system.check(request.prompt, _context([request]), options=request.render)
+        with collect_notes() as notes:
+            prompt = system.check(request.prompt, _context([request]), options=request.render)
         new = new_tokens(system.language_model, prompt, request.sampling.max_tokens, self.config.max_tokens)
         entries, most = request.n * (prompt + new), self.config.kv_tokens
         if entries > most:
@@ -93,8 +106,9 @@ class ModelEngine:
                 f"{request.n} answers of {prompt} tokens of prompt and {new} new ones need {entries} entries of the KV "
                 f"cache, and this server has {most} (--kv-tokens). Shorten the prompt, or lower max_tokens or n."
             )
-        private = tuple(isinstance(part, Handoff) for part in request.private or ())
-        return Job(request, handle, (request.system, request.render, private), request.n, prompt, new)
+        private = tuple(_is_read(part) for part in request.private or ())
+        key = (request.system, request.render, private, *notes)
+        return Job(request, handle, key, request.n, prompt, new, tuple(notes))
 
     def _check_private(self, system: System, private: tuple[Any, ...] | None) -> None:
         expected = len(self.model.private) if system.needs_context else 1
@@ -109,7 +123,8 @@ class ModelEngine:
         elif not self.model.private or not system.reads_context:
             raise invalid(
                 "private context was given, and nothing here takes it: the receiver alone reads none, nor do fusers of "
-                "prompts that both models read. Leave sharer_messages and handoff out, or serve a 'memory' fuser.",
+                "prompts that both models read. Leave sharer_messages and handoff out, or serve a 'memory' or 'copy' "
+                "fuser.",
                 "c2c",
             )
         elif len(private) != expected:
@@ -142,7 +157,7 @@ class ModelEngine:
             if len(jobs) > 1 and _concerns_one(error):
                 return [batch for job in jobs for batch in self.prefill([job])]
             for job in jobs:
-                _fail(job, error)
+                fail(job, error)
             return []
         lost = prompt.report.lost if prompt.report else None
         if lost is not None:
@@ -173,6 +188,12 @@ class ModelEngine:
         sharer = self.model.sharers[self._index(request)]
         if request.precision is not None and not sharer.generates:
             raise invalid("the sharer is on another machine, and its entries are kept as they come.", "precision")
+        if request.before is not None and not self._keeps_tokens(request):
+            raise invalid(
+                "before is for a 'copy' fuser, which lays documents where the receiver would read them; with this one "
+                "they are read by themselves. Leave it out.",
+                "before",
+            )
         return sharer
 
     @torch.no_grad()
@@ -184,11 +205,25 @@ class ModelEngine:
         with failing(job):
             index = self._index(request)
             sharer = self.model.sharers[index].for_fuser(self.model.fusers[index])
-            handoff: Any = sharer.read(request.messages, draft_tokens=request.draft_tokens)
+            before = request.before
+            if before is None and self._keeps_tokens(request) and not request.draft_tokens:
+                before = []  # read where a prompt without a system message has it
+            with collect_notes() as notes:
+                handoff: Any = sharer.read(request.messages, before=before, draft_tokens=request.draft_tokens)
             if request.precision is not None:
                 handoff = handoff.to(request.precision)
-            size = getattr(handoff, "held_bytes", handoff.nbytes)
-            job.handle.push(HandoffCreated(handoff, size, len(handoff.ids), sharer.name, index, handoff.precision))
+            job.handle.push(_created(handoff, sharer.name, index, notes))
+
+    def restore_handoff(self, handoff: Any, index: int) -> HandoffCreated:
+        """Take up a handoff that was made before a restart; see :class:`~c2c.serving.engine.Engine`."""
+        if index not in self.model.private:
+            raise SystemUnavailableError(f"sharer {index} hands nothing over here; {self.model.private} do.")
+        sharer = self.model.sharers[index]
+        identity.check([("sharer", handoff.sharer, sharer.identity)], allow_mismatch=False, what="handoff")
+        return _created(handoff, sharer.name, index)
+
+    def _keeps_tokens(self, request: HandoffRequest) -> bool:
+        return bool(self.model.fusers[self._index(request)].keeps_tokens)
 
     def _index(self, request: HandoffRequest) -> int:
         return self.model.private[0] if request.sharer is None else request.sharer
@@ -200,13 +235,24 @@ def failing(job: Job) -> Iterator[None]:
     try:
         yield
     except C2CError as error:
-        _fail(job, error)
+        fail(job, error)
     except Exception as error:
         log_failure("request_failed", error)
         job.handle.fail(internal())
 
 
-def _fail(job: Job, error: C2CError) -> None:
+def _created(handoff: Any, sharer: str, index: int, notes: Sequence[str] = ()) -> HandoffCreated:
+    size = getattr(handoff, "held_bytes", handoff.nbytes)
+    return HandoffCreated(handoff, size, len(handoff.ids), sharer, index, handoff.precision, tuple(notes))
+
+
+def _is_read(part: Any) -> bool:
+    """Return whether private context is one handoff or several, and no text."""
+    return isinstance(part, Handoff) or (isinstance(part, list) and isinstance(part[0], Handoff))
+
+
+def fail(job: Job, error: C2CError) -> None:
+    """End a request with an error of the library, which its client is shown."""
     _log_lost(error)
     job.handle.fail(error, _prompt_param(job.request))
 

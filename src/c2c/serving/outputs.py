@@ -262,11 +262,12 @@ class RequestOutput:
             sharer_bytes=report.sharer_bytes if report else len((message or "").encode()),
             message=message,
             fallback=fallback,
+            notes=job.notes,
         )
         columns = int(prompt.tokens.positions[row, -1]) + 1
         limit = new_tokens(model, columns, request.sampling.max_tokens, default_tokens)
         self.answers = [AnswerOutput(self, model, request.sampling, limit, index) for index in range(request.n)]
-        self.handle.push(Prefilled(fallback))
+        self.handle.push(Prefilled(fallback, job.notes))
 
     def check_finished(self) -> None:
         """Report that all answers are there, once they are."""
@@ -286,11 +287,13 @@ def new_tokens(model: LanguageModel, prompt_tokens: int, requested: int | None, 
     Raises:
         ContextLengthError: not so many fit.
     """
-    limit = model.context_length
+    limit = model.answer_limit(prompt_tokens)
     if limit is not None and prompt_tokens + (requested or 1) > limit:
+        whole = limit == model.context_length
+        reason = f"was made for {limit}" if whole else f"can go on from this cache up to {limit} only"
         raise ContextLengthError(
             f"the prompt has {prompt_tokens} tokens for the {model.role} {model.name} and {requested or 1} new ones "
-            f"were requested, {prompt_tokens + (requested or 1)} together, but it was made for {limit}. Shorten the "
-            "prompt, or lower max_tokens."
+            f"were requested, {prompt_tokens + (requested or 1)} together, but it "
+            f"{reason}. Shorten the prompt, or lower max_tokens."
         )
     return requested or (default if limit is None else min(default, limit - prompt_tokens))

@@ -41,6 +41,15 @@ def _context(value: Any) -> Any:
     return [_messages(value)]
 
 
+def _before(value: Any) -> Any:
+    """Return messages; a text is a system message, and an empty one is none."""
+    return ([{"role": "system", "content": value}] if value else []) if isinstance(value, str) else value
+
+
+def _ids(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
 def _with_text(messages: list[Message]) -> list[Message]:
     if not any(one.normalised["content"] or "tool_calls" in one.normalised for one in messages):
         raise ValueError("no message has any text")
@@ -145,6 +154,9 @@ Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 Stops = Annotated[list[Stop], Field(max_length=MAX_STOPS, fail_fast=True), BeforeValidator(_one_or_many)]
 SomeMessages = Annotated[list[Message], Field(min_length=1, fail_fast=True), AfterValidator(_with_text)]
 Messages = Annotated[SomeMessages, BeforeValidator(_messages)]  # or a text
+Before = Annotated[list[Message], Field(fail_fast=True), BeforeValidator(_before)]  # or a text
+Id = Annotated[str, Field(min_length=1)]
+Ids = Annotated[list[Id], Field(min_length=1, fail_fast=True), BeforeValidator(_ids)]
 
 
 class StreamOptions(Body):
@@ -159,7 +171,8 @@ class C2COptions(Body):
 
     # what the sharers alone read, one conversation for each of them; a text or the messages of one
     sharer_messages: Annotated[list[Messages], BeforeValidator(_context)] | None = None
-    handoff: Texts | None = None  # ids of what the sharers have read already, in place of it
+    # ids of what the sharers have read already, in place of it; of several documents of one sharer a list in the list
+    handoff: Annotated[list[Ids], Field(min_length=1, fail_fast=True), BeforeValidator(_ids)] | None = None
     report: bool = False  # whether the answer has the fusion report
     answer_prefix: str = ""  # that the answer continues
 
@@ -167,7 +180,14 @@ class C2COptions(Body):
     def _check(self) -> C2COptions:
         if self.sharer_messages is not None and self.handoff is not None:
             raise invalid("c2c has both sharer_messages and handoff: give one of them.", "c2c.handoff")
+        if len(set(self.handoffs)) < len(self.handoffs):
+            raise invalid("c2c.handoff has an id twice: name each document once.", "c2c.handoff")
         return self
+
+    @property
+    def handoffs(self) -> list[str]:
+        """All ids of handoffs, in their order."""
+        return [one for ids in self.handoff or () for one in ids]
 
 
 class GenerateBody(Body, ABC):
@@ -268,7 +288,8 @@ class ChatCompletionBody(GenerateBody):
         if self.top_logprobs is not None and not self.logprobs:
             raise invalid("top_logprobs needs logprobs: true.", "top_logprobs")
         if self.tool_choice not in ("none", "auto"):
-            raise invalid("tool_choice must be 'none' or 'auto': no call can be forced.", "tool_choice")
+            message = "tool_choice must be 'none' or 'auto': answers are plain text, so that no call can be forced."
+            raise invalid(message, "tool_choice")
         limits = {self.max_tokens, self.max_completion_tokens} - {None}
         if len(limits) > 1:
             raise invalid("max_tokens and max_completion_tokens differ: give one of them.", "max_tokens")

@@ -21,6 +21,7 @@ class Job:
     rows: int = 1  # of the batch, one for each answer
     prompt_tokens: int = 0  # KV-cache entries of the prompt, at most
     new_tokens: int = 0  # to generate, at most
+    notes: tuple[str, ...] = ()  # on the prompt, for the client
 
 
 class Scheduler:

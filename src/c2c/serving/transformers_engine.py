@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from c2c import kv_cache
+from c2c.errors import C2CError
 from c2c.generation import PrefilledPrompt
 from c2c.model import C2CModel
 from c2c.probe import rows_alone
@@ -21,7 +22,7 @@ from c2c.serving.config import ServeConfig
 from c2c.serving.engine import HandoffRequest, Request, RequestHandle, SamplingParams
 from c2c.serving.errors import internal
 from c2c.serving.logs import log_failure
-from c2c.serving.model_engine import ModelEngine, failing
+from c2c.serving.model_engine import ModelEngine, fail, failing
 from c2c.serving.outputs import AnswerOutput, RequestOutput, Scored
 from c2c.serving.scheduler import Job, Scheduler
 from c2c.systems import System
@@ -87,6 +88,9 @@ class TransformersEngine(ModelEngine):
         try:
             if jobs:
                 self._run(jobs)
+        except C2CError as error:
+            for job in jobs:
+                fail(job, error)
         except Exception as error:
             log_failure("batch_failed", error)
             for job in jobs:

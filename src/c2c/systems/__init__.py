@@ -39,14 +39,26 @@ def make_system(name: str, model: C2CModel, options: SystemOptions | None = None
         SystemUnavailableError: no such system, or these models can't answer in this way.
     """
     options = options or SystemOptions()
-    if match := re.fullmatch(r"(\w+?)_(\d+)", name):
-        name, options = match[1], replace(options, message_tokens=int(match[2]))
+    found, tokens = find_system(name)
+    if tokens is not None:
+        options = replace(options, message_tokens=tokens)
+    reason = found.unavailable(model, options)
+    if reason is not None:
+        raise SystemUnavailableError(f"system {name!r} can't answer here: {reason}")
+    return found(model, options)
+
+
+def find_system(name: str) -> tuple[type[System], int | None]:
+    """Return the class of a system, and the tokens that its name gives for a message (``summary_64``).
+
+    Raises:
+        SystemUnavailableError: no such system.
+    """
     known = systems()
-    if name not in known:
+    match = re.fullmatch(r"(\w+?)_([1-9][0-9]{0,5})", name)
+    kind = match[1] if match else name
+    if kind not in known:
         raise SystemUnavailableError(
             f"unknown system {name!r}.{did_you_mean(name, known)} Known: {', '.join(sorted(known))}."
         )
-    reason = known[name].unavailable(model, options)
-    if reason is not None:
-        raise SystemUnavailableError(f"system {name!r} can't answer here: {reason}")
-    return known[name](model, options)
+    return known[kind], int(match[2]) if match else None

@@ -11,6 +11,7 @@ from c2c.handoff import Handoff
 from c2c.messages import Conversation, conversations
 from c2c.private_context import Document, documents
 from c2c.prompting import RenderOptions, with_passage
+from c2c.thinking import Realignment
 
 if TYPE_CHECKING:
     from c2c.language_model import LanguageModel
@@ -24,6 +25,8 @@ class SystemOptions:
     Attributes:
         message_tokens: longest text that a sharer writes for the receiver to read.
         draft_tokens: longest draft of an answer that a sharer writes and hands over with what it has read.
+        think: thinking steps that a sharer takes and hands over with what it has read.
+        realign: how the state of one step becomes the input of the next, see :mod:`c2c.thinking`.
         blend: how much of what the fusers add is taken, from 0 to 1.
         adapter: folder of a LoRA adapter of the receiver.
         other: what the sharers read in place of their own part, for ``deranged`` with a single conversation.
@@ -32,6 +35,8 @@ class SystemOptions:
 
     message_tokens: int = 128
     draft_tokens: int = 0
+    think: int = 0
+    realign: Realignment = "soft"
     blend: float = 1.0
     adapter: str | None = None
     other: Any = None

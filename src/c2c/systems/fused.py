@@ -30,7 +30,7 @@ class CacheToCache(System):
     name: ClassVar[str] = "c2c"
     title: ClassVar[str] = "cache-to-cache"
     needs_context: ClassVar[bool] = True
-    drafts: ClassVar[bool] = True  # whether ``options.draft_tokens`` is heeded
+    drafts: ClassVar[bool] = True  # whether ``options.draft_tokens`` and ``options.think`` are heeded
 
     def prefill(
         self, messages: Any, sharer_messages: Any = None, *, options: RenderOptions | None = None
@@ -51,13 +51,13 @@ class CacheToCache(System):
         return self.model.prefill(batch, options=options, blend=self.options.blend)
 
     def handoffs(self, batch: list[Conversation], single: bool, given: Any, options: RenderOptions) -> Any:
-        """Return what is handed over: what is given, or else what the sharer reads, with the question, and drafts."""
-        tokens = self.options.draft_tokens
-        if not (self.drafts and tokens):
+        """Return what is handed over: what is given, or what the sharer reads, with the question, thinks and drafts."""
+        more: dict[str, Any] = {"draft_tokens": self.options.draft_tokens, "think": self.options.think}
+        if not (self.drafts and any(more.values())):
             return given
         sharer, texts = self.model.sharers[self.model.private[0]], context_texts(given, len(batch), single)
         asked = (with_passage(one, *passages, options=options) for one, passages in zip(batch, texts, strict=True))
-        return [sharer.read(conversation, draft_tokens=tokens) for conversation in asked]
+        return [sharer.read(conversation, realign=self.options.realign, **more) for conversation in asked]
 
     def check(self, messages: Any, sharer_messages: Any = None, *, options: RenderOptions | None = None) -> int:
         """Check the prompt for all models that read it, and private context; see :meth:`System.check`."""

@@ -24,7 +24,7 @@ class Example:
         row: the row.
         receiver_ids: the receiver's prompt.
         prefix: how many of these tokens are prefilled and stored: all but the last, or those before the memory entries.
-        sharer_ids: the part of the sharer's prompt that is prefilled.
+        sharer_ids: the sharer's prompt.
         response_ids: the receiver's tokens to learn.
         weights: loss weight of each of them; they add up to 1, or to 2 for multiple choice, where the token that names
             the choice has 1 and the others share 1.
@@ -104,7 +104,7 @@ def _shared_prompts(pair: Any, row: Row) -> dict[str, Any]:
     return {
         "receiver_ids": prompt.receiver.ids[0].tolist(),
         "prefix": prompt.receiver.length - 1,
-        "sharer_ids": prompt.sharers[0].ids[0, : int(alignment.sharer.max()) + 1].tolist(),
+        "sharer_ids": prompt.sharers[0].ids[0].tolist(),
         "alignment": alignment,
     }
 

@@ -19,6 +19,7 @@ from transformers import set_seed
 
 from c2c.alignment import SpanAligner
 from c2c.config import ConfigError
+from c2c.errors import CacheError
 from c2c.fusers import family
 from c2c.language_model import LanguageModel, Receiver, Sharer
 from c2c.layer_map import layer_map
@@ -88,11 +89,16 @@ def load_adapter_pair(config: TrainConfig) -> SimpleNamespace:
     What is returned has the attributes that :func:`~c2c.training.examples.build_examples` takes.
     """
     receiver = Receiver.from_pretrained(config.receiver, dtype=config.dtype, device_map=config.device_map)
-    if config.sharer.endswith(".gguf"):
+    sharer = None
+    if not config.sharer.endswith(".gguf"):
+        sharer = Sharer.from_pretrained(config.sharer, device_map="meta")
+        try:
+            _ = sharer.geometry
+        except CacheError:  # it reads its own values while it runs, of which there are none without memory
+            sharer = None
+    if sharer is None:
         sharer = Sharer.from_pretrained(config.sharer)
         sharer.release()
-    else:
-        sharer = Sharer.from_pretrained(config.sharer, device_map="meta")
     aligner = SpanAligner(cue=config.sharer_cue)
     return SimpleNamespace(receiver=receiver, sharers=[sharer], aligner=aligner, private=())
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from c2c import kv_cache
 from c2c.fusers import Fuser
 from c2c.fusers.base import AlignedEntries, load_fuser
 from c2c.language_model import LanguageModel
@@ -121,7 +122,17 @@ class Objective(nn.Module, ABC):
         ids = torch.cat([batch.question.ids, read.clamp_min(0)], dim=1)
         new = torch.cat([batch.question.mask, read != -100], dim=1)
         whole = torch.cat([mask, new], dim=1)
-        return logits_after(self.receiver.model, ids, whole, positions_after(mask, new), cache, keep=responses.shape[1])
+        model, keep, following = self.receiver.model, responses.shape[1], read.shape[1]
+        if not self.receiver.separates(TokenBatch(whole.long(), whole, whole.long(), padded=True)):
+            return logits_after(model, ids, whole, positions_after(mask, new), cache, keep, following)
+        rows = []
+        for row, (held, real) in enumerate(zip(mask, new, strict=True)):  # without any padding
+            own = None if cache is None else kv_cache.select_columns(cache, row, held)
+            count = int(real[-following:].sum()) if following else 0
+            at = positions_after(held[held].unsqueeze(0), real[real].unsqueeze(0))
+            logits = logits_after(model, ids[row : row + 1, real], None, at, own, count + 1, count)
+            rows.append(nn.functional.pad(logits, (0, 0, 0, keep - count - 1)))
+        return torch.cat(rows)
 
     def losses(self, batch: Any, message: Message) -> Tensor:
         """Compute the weighted loss of each example's response, with soft targets; ``[batch]``."""
@@ -179,17 +190,21 @@ class FuserObjective(Objective):
         return {
             **targets(examples, device, [example.prefix for example in examples]),
             "prefix": left_pad(ours, 0).to(device),
-            "receiver_cache": self._receiver_cache(ours),
+            "receiver_cache": self.receiver_cache(ours, [len(example.receiver_ids) for example in examples]),
             "sharer": left_pad(theirs, 0).to(device),
             "sharer_cache": stack(self.sharer_store.get(theirs), sharer.geometry.layers, dtype, device),
         }
 
-    def _receiver_cache(self, prompts: Sequence[list[int]]) -> DynamicCache:
-        """Fetch stored prefills; a receiver that has not only KV layers runs: stores hold no more than these."""
+    def receiver_cache(self, prompts: Sequence[list[int]], lengths: Sequence[int]) -> DynamicCache:
+        """Fetch stored prefills of the beginnings of prompts that have so many tokens.
+
+        A receiver that has not only KV layers runs: stores hold no more than these.
+        """
         if self.receiver.left_out:
-            return cast(DynamicCache, self.receiver.prefill(left_pad(prompts, 0)))
+            tokens = replace(left_pad(prompts, 0), whole=tuple(lengths))
+            return cast(DynamicCache, self.receiver.prefill(tokens))
         layers = self.receiver.geometry.layers
-        return stack(self.receiver_store.get(prompts), layers, self.receiver.dtype, self.device)
+        return stack(self.receiver_store.get(prompts, lengths), layers, self.receiver.dtype, self.device)
 
     def forward(self, examples: Sequence[Example], share: float = 1.0) -> dict[str, Tensor]:
         """Compute the loss of examples; in the first steps that of reconstructing their messages."""

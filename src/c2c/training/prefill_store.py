@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from transformers import Cache, DynamicCache
 from c2c import kv_cache
 from c2c.errors import CacheError
 from c2c.language_model import LanguageModel
-from c2c.prefill import prefill
+from c2c.rope import switch_length
 from c2c.tokens import left_pad
 from c2c.utils import save_atomically
 
@@ -93,20 +93,32 @@ class PrefillStore:
         self.budget = self.used + max(0, budget - self.used) // writers
         self.computed = 0
 
-    def key(self, ids: Sequence[int]) -> str:
-        """Hash model and tokens."""
-        return _digest(self._identity + json.dumps(list(ids)))
+    def key(self, ids: Sequence[int], length: int | None = None) -> str:
+        """Hash model and tokens, and the length of the whole prompt where their keys are rotated by it."""
+        rotated = f" of {length}" if length not in (None, len(ids)) and self.depends(length) else ""
+        return _digest(self._identity + json.dumps(list(ids)) + rotated)
+
+    def depends(self, length: int | None) -> bool:
+        """Whether the keys of a prompt of so many tokens are rotated otherwise than those of shorter ones."""
+        switch = switch_length(self.model.model)
+        return switch is not None and length is not None and length > switch
 
     def __contains__(self, ids: Sequence[int]) -> bool:
-        key = self.key(ids)
+        return self._has(self.key(ids))
+
+    def _has(self, key: str) -> bool:
         path = self._path(key)
         if path is None or not path.exists():
             return key in self._memory
         with safe_open(path, framework="pt") as file:
             return self._complete(file.keys())
 
-    def get(self, prompts: Sequence[Sequence[int]]) -> list[PromptCache]:
+    def get(self, prompts: Sequence[Sequence[int]], lengths: Sequence[int] | None = None) -> list[PromptCache]:
         """Return the caches of these prompts; missing ones are computed, equal ones once.
+
+        Args:
+            prompts: token ids.
+            lengths: tokens of the whole prompts, where these are only their beginnings.
 
         Raises:
             CacheError: the model is not what it was when the store was made.
@@ -116,12 +128,14 @@ class PrefillStore:
                 f"the {self.model.role} {self.model.name} was changed since its prefills were stored: other weights or "
                 "another adapter. Make a new store for it."
             )
-        keys = [self.key(ids) for ids in prompts]
+        wholes = list(map(len, prompts)) if lengths is None else list(lengths)
+        keys = [self.key(ids, length) for ids, length in zip(prompts, wholes, strict=True)]
         found: dict[str, PromptCache | None] = {key: self._read(key) for key in dict.fromkeys(keys)}
-        missing = list({key: ids for key, ids in zip(keys, prompts, strict=True) if found[key] is None}.items())
+        asked = zip(keys, prompts, wholes, strict=True)
+        missing = list({key: (ids, length) for key, ids, length in asked if found[key] is None}.items())
         for start in range(0, len(missing), self.batch):
             part = dict(missing[start : start + self.batch])
-            found |= zip(part, self._compute(list(part.values())), strict=True)
+            found |= zip(part, self._compute(*map(list, zip(*part.values(), strict=True))), strict=True)
         return [entry for entry in map(found.get, keys) if entry is not None]
 
     def fill(self, prompts: Sequence[Sequence[int]], progress: Callable[[int, int], None] | None = None) -> None:
@@ -141,28 +155,36 @@ class PrefillStore:
             if part[-1] not in self:  # nor would the longer ones that follow fit
                 return
 
-    def put(self, prompts: Sequence[Sequence[int]], cache: Cache, first: Sequence[int]) -> list[PromptCache]:
+    def put(
+        self,
+        prompts: Sequence[Sequence[int]],
+        cache: Cache,
+        first: Sequence[int],
+        lengths: Sequence[int | None] | None = None,
+    ) -> list[PromptCache]:
         """Store one row of ``cache`` for each prompt, as far as they fit, and return them.
 
-        ``first`` are the columns of the prompts' first tokens; the cache covers each prompt to its end.
+        ``first`` are the columns of the prompts' first tokens; the cache covers each prompt to its end. ``lengths`` are
+        those of :meth:`get`.
         """
         entries = []
-        for row, (ids, start) in enumerate(zip(prompts, first, strict=True)):
+        rows = zip(prompts, first, lengths or [None] * len(prompts), strict=True)
+        for row, (ids, start, length) in enumerate(rows):
             entries.append(self._extract(cache, row, start, start + len(ids)))
-            if ids not in self:
-                self._write(self.key(ids), entries[-1])
+            if not self._has(key := self.key(ids, length)):
+                self._write(key, entries[-1])
         return entries
 
-    def _compute(self, prompts: Sequence[Sequence[int]]) -> list[PromptCache]:
+    def _compute(self, prompts: Sequence[Sequence[int]], lengths: Sequence[int]) -> list[PromptCache]:
         if self.model.released:
             raise CacheError(
                 f"the weights of the {self.model.role} {self.model.name} were released after its prefills were stored, "
                 "and this prompt is not among them. Load the model again."
             )
         self.computed += len(prompts)
-        tokens = left_pad(prompts, 0)
-        cache = prefill(self.model.model, tokens.to(self.model.device), tokens.length)
-        return self.put(prompts, cache, [tokens.length - len(ids) for ids in prompts])
+        tokens = replace(left_pad(prompts, 0), whole=tuple(lengths) if self.depends(max(lengths)) else ())
+        cache = self.model.compute(tokens, tokens.length)
+        return self.put(prompts, cache, [tokens.length - len(ids) for ids in prompts], lengths)
 
     def _extract(self, cache: Cache, row: int, start: int, stop: int) -> PromptCache:
         """Copy the stored layers of one row's columns to the host, in bfloat16."""

@@ -53,7 +53,11 @@ class PrivateContextObjective(FuserObjective):
         if message == "none" or self.fuser.output_length(batch.kept.length) == 0:
             return cache, batch.prefix.mask
         entries, mask = self._memory(batch, message)
-        tables = self.receiver.rotary(positions_after(batch.prefix.mask, mask))
+        lengths = torch.cat([batch.prefix.mask, mask, batch.question.mask], dim=1).sum(-1, keepdim=True)
+        if self.receiver_store.depends(int(lengths.max())):  # with the entries the prompt is longer
+            prompts = [example.receiver_prefix for example in batch.examples]
+            cache = self.receiver_cache(prompts, lengths.flatten().tolist())
+        tables = self.receiver.rotary(positions_after(batch.prefix.mask, mask), lengths)
         if tables is not None:
             entries = [(tables[i].apply(keys), values) for i, (keys, values) in enumerate(entries)]
         kv_cache.append(cache, entries)
@@ -88,7 +92,7 @@ class PrivateContextObjective(FuserObjective):
             return x.gather(2, kept[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
 
         pairs = [kv_cache.layer(batch.sharer_cache, layer) for layer in layers]
-        tables = self.model.sharers[0].rotary(batch.sharer.positions.gather(1, kept))
+        tables = self.model.sharers[0].rotary(batch.sharer.positions.gather(1, kept), batch.sharer.lengths)
         rotary = None if tables is None else [tables[layer] for layer in layers]
         theirs = Entries([take(keys) for keys, _ in pairs], [take(values) for _, values in pairs], rotary)
         entries = self.fuser(theirs, mask=mask)

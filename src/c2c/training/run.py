@@ -153,7 +153,10 @@ def fill(run: Run, progress: OnProgress | None = None) -> None:
     examples = [*run.train, *run.dev]
     if processes.num_processes == 1 or config.store_dir is not None:
         stores = {
-            "receiver prefill": (objective.receiver_store, [example.receiver_prefix for example in examples]),
+            "receiver prefill": (
+                objective.receiver_store,
+                [e.receiver_prefix for e in examples if not objective.receiver_store.depends(len(e.receiver_ids))],
+            ),
             "sharer prefill": (store, [example.sharer_ids for example in examples]),
         }
         if objective.receiver.left_out:  # runs in each step, see FuserObjective

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Coroutine, Sequence
-from typing import Any, TypeVar
+from typing import Any, Never, TypeVar
 
 import torch
 from torch import Tensor
@@ -61,6 +61,10 @@ class VLLMModel(LanguageModel):
         """Positions that both the model and the engine have room for."""
         own = super().context_length
         return self.client.context_length if own is None else min(own, self.client.context_length)
+
+    def answer_limit(self, tokens: int) -> int | None:
+        """Return the length of the context: the engine keeps its cache to the end."""
+        return self.context_length
 
     def separates(self, batch: TokenBatch, more: int = 0) -> bool:
         """Return False: the engine has no padded batches."""
@@ -154,6 +158,12 @@ class VLLMSharer(VLLMModel, Sharer):
         raise PromptError(
             f"draft_tokens is {count}, and a sharer in a vLLM engine drafts nothing: pass 0, or let it run with "
             "transformers."
+        )
+
+    def _read_thinking(self, *args: Any) -> Never:
+        """Refuse: an engine takes tokens alone."""
+        raise PromptError(
+            "a sharer in a vLLM engine takes no thinking steps: pass think=0, or let it run with transformers."
         )
 
 

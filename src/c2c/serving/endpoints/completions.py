@@ -124,6 +124,11 @@ def router(service: Service) -> APIRouter:
     ) -> Response:
         return await respond(request, body, COMPLETION)
 
+    @made.post("/responses")
+    async def responses() -> None:  # which some clients use unless they are set otherwise, without a word
+        message = "the Responses API is not served: set the client to chat completions (/v1/chat/completions)."
+        raise ApiError(404, message, code="not_found")
+
     return made
 
 
@@ -145,7 +150,7 @@ async def _submit(service: Service, body: GenerateBody, record: RequestRecord) -
     if body.c2c.sharer_messages is not None:
         private = tuple(conversation(messages) for messages in body.c2c.sharer_messages)
     elif body.c2c.handoff is not None:
-        private = tuple(service.handoffs.get(name, record.owner).handoff.handoff for name in body.c2c.handoff)
+        private = _handed_over(service, body.c2c.handoffs, record.owner)
     render = body.render()
     handles: list[RequestHandle] = []
     try:
@@ -157,6 +162,25 @@ async def _submit(service: Service, body: GenerateBody, record: RequestRecord) -
             handle.cancel()
         raise
     return handles
+
+
+def _handed_over(service: Service, ids: list[str], owner: str) -> tuple[Any, ...]:
+    """Return what each sharer hands over: a handoff, or a list of several documents in the order of their ids.
+
+    Which sharer has made a handoff is known, so that a list of ids for one sharer means what it says.
+    """
+    if len(ids) > service.config.handoffs_per_request:
+        raise invalid(
+            f"{len(ids)} handoffs: a request may name {service.config.handoffs_per_request} "
+            "(--handoffs-per-request). Name those that the question is about.",
+            "c2c.handoff",
+            "too_many_handoffs",
+        )
+    by_sharer: dict[int, list[Any]] = {}
+    for one in ids:
+        made = service.handoffs.get(one, owner).handoff
+        by_sharer.setdefault(made.index, []).append(made.handoff)
+    return tuple(found[0] if len(found) == 1 else found for _, found in sorted(by_sharer.items()))
 
 
 @dataclass
@@ -234,11 +258,11 @@ class Completion:
     def _parts(self, first: int, event: Event) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
         """Return the choices of an event's chunks, each with further fields of its chunk."""
         form = self.form
-        if isinstance(event, Prefilled) and (event.fallback or form is CHAT):
-            # a lost sharer is reported before the first token
-            lost = {"c2c": {"system": self.record.facts["system"], "fallback": event.fallback}}
+        if isinstance(event, Prefilled) and (event.fallback or event.notes or form is CHAT):
+            # a lost sharer, or message, is reported before the first token
+            further = {"c2c": self._remarks(event)} if event.fallback or event.notes else {}
             for index in range(first, first + self.body.n):
-                yield self._choice(index, form.opening), lost if event.fallback else {}
+                yield self._choice(index, form.opening), further
         elif isinstance(event, Delta):
             index = first + event.index
             if event.text or event.logprobs:
@@ -269,16 +293,21 @@ class Completion:
     def _c2c(self) -> dict[str, Any]:
         """Return the field ``c2c``, of the one prompt or of each.
 
-        It is there where a report is requested, and where a sharer was lost: no answer is silently not fused.
+        It is there where a report is requested, and where a sharer was lost or a message left out: no answer is
+        silently another than the one requested.
         """
         report = self.body.c2c.report
-        if not report and not any(one.fallback for one in self.finished):
+        if not report and not any(one.fallback or one.notes for one in self.finished):
             return {}
         facts: list[dict[str, Any]] = []
         for one in self.finished:
             shown = {"report": one.report, "message": one.message, "batch": one.rows} if report else {}
-            facts.append({"system": self.record.facts["system"], "fallback": one.fallback, **shown})
+            facts.append(self._remarks(one) | shown)
         return {"c2c": facts[0] if len(facts) == 1 else {"prompts": facts}}
+
+    def _remarks(self, event: Prefilled | Finished) -> dict[str, Any]:
+        notes = {"notes": list(event.notes)} if event.notes else {}
+        return {"system": self.record.facts["system"], "fallback": event.fallback, **notes}
 
     def _record_usage(self) -> None:
         finished, accepted = self.finished, min(handle.created for handle in self.handles)
