@@ -250,7 +250,7 @@ class Journal:
         lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []  # a cut line is dropped
         if lines and json.loads(lines[0]) != settings:
             raise PeerError(
-                f"{path} is of a run with {lines[0]}, and this one has {json.dumps(settings)}: give another."
+                f"{path} is of a run with {lines[0]}, and this one has {json.dumps(settings)}: give another --journal."
             )
         self.records = [json.loads(line) for line in lines[1:]]
         write_text(path, "".join(line + "\n" for line in (lines or [json.dumps(settings)])))
