@@ -17,11 +17,17 @@ Record = dict[str, Any]
 
 
 def summarise(records: Sequence[Record]) -> list[dict[str, Any]]:
-    """Return for each pair, kind and number of documents the systems' results, and where c2c is behind avp."""
-    blocks: dict[tuple[str, str, int], dict[str, dict[int, Record]]] = {}
-    for record in sorted(records, key=lambda record: record["row"]):
-        place = (record["pair"], record["kind"], record["documents"])
-        blocks.setdefault(place, {}).setdefault(record["system"], {})[record["row"]] = record
+    """Return for each pair, kind and number of documents the systems' results, and where c2c is behind avp.
+
+    The kind ``all`` has the rows of all kinds together.
+    """
+    blocks: dict[tuple[str, str, int], dict[str, dict[Any, Record]]] = {}
+    for kind in (None, "all"):
+        for record in sorted(records, key=lambda record: record["row"]):
+            place = (record["pair"], kind or record["kind"], record["documents"])
+            row = (record["kind"], record["row"])
+            blocks.setdefault(place, {}).setdefault(record["system"], {})[row] = record
+    pairs = list(dict.fromkeys(record["pair"] for record in records))
     return [
         {
             "pair": pair,
@@ -30,7 +36,7 @@ def summarise(records: Sequence[Record]) -> list[dict[str, Any]]:
             "systems": {name: _system(list(part.values())) for name, part in systems.items()},
             "behind": behind(systems),
         }
-        for (pair, kind, count), systems in blocks.items()
+        for (pair, kind, count), systems in sorted(blocks.items(), key=lambda block: pairs.index(block[0][0]))
     ]
 
 
@@ -61,7 +67,7 @@ def interval(values: Sequence[float]) -> list[float] | None:
     return [round(float(draw.confidence_interval.low), 4), round(float(draw.confidence_interval.high), 4)]
 
 
-def behind(systems: dict[str, dict[int, Record]]) -> list[str]:
+def behind(systems: dict[str, dict[Any, Record]]) -> list[str]:
     """Return in which columns c2c is behind a setting of avp's, over the rows that both have answered."""
     found, mine = [], systems.get(OURS, {})
     for name in AVP:

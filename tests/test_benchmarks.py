@@ -63,7 +63,8 @@ def test_peers_makes_tables_of_a_journal_and_says_where_c2c_is_behind():
     records += [record("avp, 0 steps", row, row < 9, first=2.0) for row in range(10)]
     records += [record("avp, 20 steps", row, 1, first=0.01) for row in range(3)]
     records.append({**record("avp, 20 steps", 3, 0), "error": "IndexError", "text": ""})
-    (block,) = peers_table.summarise(records)
+    block, together = peers_table.summarise(records)
+    assert together == block | {"kind": "all"}
     ours, thinks = block["systems"]["c2c"], block["systems"]["avp, 20 steps"]
     assert (ours["right"], ours["n"], ours["method"]) == (50.0, 10, "copy")
     assert ours["right_ci95"] == [23.7, 76.3], "Wilson"
@@ -108,7 +109,7 @@ def test_peers_measures_c2c_alone_where_avp_can_not_be_installed(tmp_path, monke
     assert "can't be installed" in result["avp"]["missing"]
     assert "**avp was not measured**" in (tmp_path / "table").read_text()
     assert {(block["kind"], block["documents"]) for block in result["blocks"]} == {
-        (kind, count) for kind in ("facts", "relay", "halves") for count in (1, 4)
+        (kind, count) for kind in ("facts", "relay", "halves", "all") for count in (1, 4)
     }
     assert all(block["systems"]["c2c"]["method"] == "copy" for block in result["blocks"])
     lines = (tmp_path / "journal").read_text()
