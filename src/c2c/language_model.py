@@ -570,7 +570,7 @@ class Sharer(LanguageModel):
     def draft(self, tokens: TokenBatch, cache: Cache, count: int) -> tuple[list[int], Cache]:
         """Generate at most ``count`` tokens greedily after a prompt of one row; return all ids and their cache."""
         cache = self.prefill(tokens, tokens.length - 1, cache)
-        how = {"fused": True} if tokens.has_slots else {}  # thoughts can not be made anew of tokens
+        how: dict[str, Any] = {"fused": True} if tokens.has_slots else {}  # thoughts can not be made anew of tokens
         drafted = self.generate(tokens, cache, max_new_tokens=count, do_sample=False, **how)[0].tolist()
         ids = [*tokens.ids[0].tolist(), *drafted]
         return ids, self.prefill(left_pad([ids], 0), cache=cache)  # the last drafted token is not in the cache yet

@@ -29,9 +29,7 @@ _SHARER_SECONDS = 60.0  # a sharer that is waited for holds up the whole server
 def serve(
     fuser_argument: Annotated[
         str | None,
-        typer.Argument(
-            metavar="[FUSER]", help="Folder or hub id of a fuser; if not given, the best method that the models have."
-        ),
+        typer.Argument(metavar="[FUSER]", help="Folder or hub id of a fuser; else the best method there is."),
     ] = None,
     *,
     fuser: Annotated[
