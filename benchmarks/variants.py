@@ -217,7 +217,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--split", choices=list(FILES), default="test", help="choose on dev, report on test")
     parser.add_argument("--n", type=int, default=60)
     parser.add_argument("--ranges", nargs="*", type=_range, default=[(0, 6), (0, 12)], metavar="FIRST-STOP")
-    parser.add_argument("--out", default=str(ROOT / "results" / "variants"))
+    parser.add_argument("--out", default=str(ROOT / "benchmarks" / "results" / "variants"))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--table", action="store_true")
     return parser.parse_args()
