@@ -75,7 +75,7 @@ def extract_rows(data: Path, seed: int) -> Iterator[Pair]:
 
 
 def summary_rows(data: Path, seed: int) -> Iterator[Pair]:
-    """Yield summaries: of dialogues and news by people, and of SQuAD passages their first sentence."""
+    """Yield answers as summaries: of dialogues and news by people, and of SQuAD passages their first sentence."""
     kinds = ("samsum_Su", "samsum_To", "samsum_Gen", "xsum_", "gigaword_generate", "gigaword_in_a", "gigaword_TLDR")
     people = (row for row in _read(data / "t0_mixture" / "train.jsonl", seed) if row["task"].startswith(kinds))
     passages = _read(data / "squad" / "grouped_train.jsonl", seed)
@@ -191,7 +191,8 @@ license: apache-2.0
 
 # LoRA adapter `{name}`
 
-{JOBS[name].__doc__} Rank {arguments.rank} on the projections of attention, {rows} rows, seed {arguments.seed},
+{JOBS[name].__doc__.replace("Yield a", "A")}
+Rank {arguments.rank} on the projections of attention, {rows} rows, seed {arguments.seed},
 {done.metrics["train_runtime"] / 60:.0f} minutes on a busy CPU; cache2cache {__version__}. Train splits only: SQuAD
 (CC BY-SA 4.0), made-up facts, and for summaries `t0_mixture`. Made to measure what crosses between variants of one
 model, not to be good at its job.

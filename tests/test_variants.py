@@ -4,12 +4,14 @@ import copy
 import dataclasses
 import json
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 
 from c2c import C2CModel, kv_cache
 from c2c.adapters import share_weights
+from c2c.connection import connect
 from c2c.errors import CacheError, FuserError, HandoffError, MismatchError, ModelLoadError, PromptError
 from c2c.handoff import Handoff, QuantizedTensor, passage_prompt
 from c2c.language_model import Receiver, Sharer
@@ -26,15 +28,15 @@ IDS = [5, 6, 7, 8, 9, 10, 11, 12]
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """A base model and two adapters of it."""
+    """A base model and adapters of it: two strong ones, and one that hardly changes it."""
     folder = tmp_path_factory.mktemp("variants")
     build("qwen2").save_pretrained(folder / "base")
     tokenizer("chatml").save_pretrained(folder / "base")
-    for seed, name in enumerate(("one", "two")):
+    for seed, (name, size) in enumerate({"one": 0.2, "two": 0.2, "near": 0.002}.items()):
         made = new_adapter(Receiver(build("qwen2")), 2)
         torch.manual_seed(seed)
         for parameter in trainable(made):
-            torch.nn.init.normal_(parameter, std=0.2)
+            torch.nn.init.normal_(parameter, std=size)
         made.peft_config["default"].base_model_name_or_path = str(folder / "base")
         made.save_pretrained(folder / name)
     return folder
@@ -307,3 +309,27 @@ def test_the_layers_to_recompute_are_recorded_and_checked(base, one):
     assert list(again.recompute) == [0, 2]
     with pytest.raises(FuserError, match="recompute"):
         copies(base, one, recompute=(2, 1))
+
+
+def test_connect_copies_from_a_near_variant_and_says_why_not_from_a_far_one(folders):
+    near = connect(str(folders / "base"), str(folders / "near"))
+    result = near.generate(QUESTION, DOCUMENT, max_new_tokens=2)
+    assert result.report.method == "copy"
+    assert near.chosen("private").fuser.config.variant
+    assert "nats" in near.chosen("private").reason
+    far = connect(str(folders / "base"), str(folders / "one"))
+    assert far.chosen("private").name == "text"
+    assert "nats" in next(method.reason for method in far.methods if method.name == "copy")
+
+
+def test_the_benchmark_answers_all_rows_in_every_way(base, folders, monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+    import variants
+
+    rows = [{"question": QUESTION, "context": f"{DOCUMENT} {word}", "answer": word} for word in ("One.", "Two.")]
+    result = variants.measure(base, "one*2", "base", rows, [(0, 2), (1, 3)], folders)
+    assert list(result["ways"]) == ["alone", "text", "copy", "recompute 0-2", "recompute 1-3", "deranged"]
+    assert result["ways"]["text"]["as_text"] == 100
+    assert all(len(found) == len(rows) for found in result["answers"].values())
+    (tmp_path / "dev_pair.json").write_text(json.dumps(result))
+    assert len(variants.table(tmp_path, "dev").splitlines()) == 2 + len(result["ways"])
