@@ -11,7 +11,6 @@ reads the text, and the receiver alone. Every row is answered by all, greedily; 
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -102,7 +101,7 @@ def _handoffs(sharer: Sharer, rows: list[Row], steps: list[int]) -> tuple[dict[s
         add(f"{place}, no steps", read)
         for way in ways:
             most = add(f"{place}, {way} {steps[-1]}", _thinking(read, steps[-1], way), f"{place}, no steps")
-            for count in steps[:-1]:
+            for count in steps[:-1] if way == "soft" else ():
                 made[f"{place}, {way} {count}"] = [first_thoughts(one, count) for one in most]
         soft = made[f"{place}, soft {steps[-1]}"]
         others = [*soft[1:], soft[0]]
@@ -163,7 +162,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--rows", type=int, default=20, help="of each task")
     parser.add_argument("--steps", type=int, nargs="+", default=[5, 20])
-    parser.add_argument("--new-tokens", type=int, default=20)
+    parser.add_argument("--new-tokens", type=int, default=16)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--data-dir", default="data")
     parser.add_argument("--output", default="results/thinking")

@@ -132,18 +132,23 @@ def test_convert_makes_a_trained_fuser_smaller_and_keeps_what_must_stay_exact(tm
 def test_run_json_has_every_mode(models):
     data = c2c_json("run", "hello", *models, "--max-new-tokens", "4")
     assert set(data["results"]) == {"receiver", "sharer", "text", "c2c"}
-    assert data["results"]["c2c"]["text"] == data["results"]["receiver"]["text"]
-    assert data["trained"] is False
-    assert "untrained" in data["note"]
+    assert data["results"]["c2c"]["text"] == data["results"]["text"]["text"]
+    assert data["method"] == data["results"]["c2c"]["report"]["method"] == "text"
     for answer in data["results"].values():
         assert 0 < answer["seconds_to_first_token"] <= answer["seconds_total"]
         assert answer["new_tokens"] >= 1
 
 
-def test_run_side_by_side_says_that_the_fuser_is_untrained(models):
+def test_run_side_by_side_says_by_which_method(models):
     output = c2c("run", "hello", *models, "--max-new-tokens", "2")
-    for title in ("receiver alone", "sharer alone", "text-to-text", "cache-to-cache"):
-        assert title in output
+    for title in ("receiver alone", "sharer alone", "text-to-text", "best method", "method text"):
+        assert title in " ".join(output.split())
+
+
+def test_run_side_by_side_says_that_the_fuser_is_untrained(models, tmp_path):
+    C2CModel.from_models(models[1], models[3]).save_pretrained(tmp_path / "untrained")
+    output = c2c("run", "hello", "--fuser", tmp_path / "untrained", "--max-new-tokens", "2")
+    assert "cache-to-cache" in output
     assert "equals the receiver's" in " ".join(output.split())
 
 

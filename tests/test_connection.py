@@ -12,7 +12,10 @@ from c2c import C2CModel
 from c2c.cli.app import app
 from c2c.errors import MismatchError, PromptError, SystemUnavailableError
 from c2c.language_model import Receiver, Sharer
+from c2c.serving.config import ServeConfig
+from c2c.serving.transformers_engine import TransformersEngine
 from c2c.systems import make_system
+from serving_harness import NAME, running, text_of
 from tiny import build, memory_pair, open_fusers, pair, pair_folders, token_ids, tokenizer
 
 DOCUMENT = "The fox sleeps in a red house by the sea."
@@ -138,6 +141,17 @@ def test_a_document_is_read_once_for_many_questions(place):
         c2c.connect(*models()).read(DOCUMENT)
     with pytest.raises(PromptError, match="handoff"):
         c2c.connect(*models()).generate(QUESTION, page, **GREEDY)
+
+
+def test_a_server_answers_with_and_without_context(place):
+    connection = c2c.connect(*twins())
+    config = ServeConfig(name=NAME, batch_window_ms=10)
+    with running(None, engine=TransformersEngine(connection.model, config, connection)) as server:
+        for context in (DOCUMENT, None):
+            given = {"sharer_messages": context} if context else {}
+            answer = server.chat(QUESTION, max_tokens=4, c2c={"report": True, **given})
+            assert text_of(answer) == connection.generate(QUESTION, context, **GREEDY).text
+            assert answer.json()["c2c"]["report"]["method"] == ("copy" if context else "receiver")
 
 
 def test_the_command_shows_what_connect_chooses(tmp_path):

@@ -101,7 +101,7 @@ def test_a_folder_that_is_no_fuser_is_refused(tmp_path, files, words):
 
 def test_without_any_fuser_the_error_says_what_to_give(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("c2c.demo.fusers.__file__", str(tmp_path / "a" / "b" / "c" / "d.py"))
+    monkeypatch.setattr("c2c.demo.fusers.fuser_folders", list)
     with pytest.raises(FuserError, match="--fuser"):
         find_fusers([])
     with pytest.raises(C2CError, match=r"no such folder|not"):

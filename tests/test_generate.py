@@ -255,14 +255,14 @@ class HeadCopies(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
-@pytest.mark.parametrize("keep", [1, 3])
-def test_the_head_is_never_copied_once_for_each_row(family, keep):
+@pytest.mark.parametrize(("rows", "keep"), [(2, 1), (2, 3), (1, 1)])
+def test_the_head_is_never_copied_once_for_each_row(family, rows, keep):
     """transformers cuts the last states out of a batch; torch makes one product per row of such a view."""
     plain = build(family).requires_grad_(False)
     model = build(family)
     receiver = Receiver(model, tokenizer("chatml"))
     Receiver(model, tokenizer("chatml"))  # a model in two roles
-    tokens = receiver.encode(PROMPTS)
+    tokens = receiver.encode(PROMPTS[:rows])
     logits, copies = [], []
     for one in (model, plain):
         with torch.no_grad(), HeadCopies(plain.config.vocab_size) as mode:

@@ -16,14 +16,14 @@ from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, Tool
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.tools import tool
 
-from c2c import Handoff
+from c2c import Handoff, Receiver, Sharer, connect
 from c2c.errors import HandoffError, PromptError
 from c2c.integrations import IntegrationError
 from c2c.integrations.langchain import ChatC2C, to_messages
 from c2c.integrations.tool_calls import read_calls
 from c2c.prompting import RenderOptions
 from c2c.systems import SystemOptions, make_system
-from tiny import memory_pair, open_fusers, pair
+from tiny import build, memory_pair, open_fusers, pair, tokenizer
 
 PAGE, OTHER = "The fox sleeps in a red house.", "Seven bears eat the honey of the town."
 SAID = [("system", "Be brief."), ("human", "hello there")]
@@ -198,6 +198,25 @@ def test_a_handoff_between_two_chats(private):
         writer.invoke(SAID)
     with pytest.raises(PromptError, match="context"):
         writer.invoke(SAID, context=7)
+
+
+def test_connected_models(monkeypatch):
+    """One model on both sides copies, exactly; where two have only text, the same program reads the document anew."""
+    monkeypatch.setattr("c2c.connection.fuser_folders", list)
+    same = Receiver(build("llama", 1), tokenizer("chatml"), "llama")
+    theirs = Sharer(build("qwen2", 2), tokenizer("llama3"), "qwen2")
+    twins = connect(same, Sharer(same.model, same.tokenizer, "llama"))
+    answer = chat(twins).invoke(SAID, context=[chat(twins).read(PAGE, before="Be brief.")])
+    assert answer.content == text(make_system("reader", twins.model), context=PAGE)  # token for token
+    assert answer.response_metadata["report"]["method"] == "copy"
+    two = [chat(twins).read(page) for page in (PAGE, OTHER)]
+    assert chat(twins).invoke("hello there", context=two).content == text(twins, "hello there", two)
+    assert chat(twins).invoke(SAID).content == same.answer(SENT, max_new_tokens=6, do_sample=False).text
+    others = connect(same, theirs, options=SystemOptions(message_tokens=4))
+    answer = chat(others).invoke(SAID, context=chat(others).read(PAGE))
+    assert answer.content == text(others, context=PAGE)
+    assert answer.response_metadata["report"]["method"] == "text"
+    assert "fuser" in answer.response_metadata["report"]["alternatives"]
 
 
 def test_a_cache_of_answers_tells_context_apart():

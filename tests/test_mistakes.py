@@ -11,6 +11,7 @@ import os
 import re
 import resource
 import shlex
+import shutil
 import socket
 import sys
 from pathlib import Path
@@ -193,6 +194,66 @@ MISTAKES = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_mistakes(refused, mistake):
     refused(*MISTAKES[mistake])
+
+
+HARNESS = "lm-eval --fuser fuser --tasks toy"
+ANALYSIS = "analyze gates --fuser fuser --data questions.jsonl"
+BEFORE_LOADING = {
+    "an endless store": ("serve fuser --handoff-mb inf", "handoff_mb is inf", "expected a number"),
+    "an endless request": ("serve fuser --timeout 1e308", "timeout is 1e+308", "expected a number"),
+    "a huge batch": (f"serve fuser --max-batch {10**22}", "max_batch is 1000", "expected a whole number"),
+    "a misspelt system": ("serve fuser --system mached", "unknown system 'mached'", "Did you mean 'matched'?"),
+    "a message of no tokens": ("serve fuser --system summary_0", "unknown system 'summary_0'"),
+    "a type of the sharer's": ("serve fuser --sharer-dtype float31", "Did you mean 'float32'?"),
+    "a device without weights": ("serve fuser --device meta", "'meta'", "holds no weights"),
+    "a certificate alone": ("serve fuser --tls-cert file", "--tls-cert and --tls-key"),
+    "no certificate": ("serve fuser --tls-cert file --tls-key file", "the TLS files file, file can't be used"),
+    "a key that is no text": ("serve fuser --api-key \udcff", "an API key", "UTF-8"),
+    "a name that is no text": ("serve fuser --name \udcff", "--name", "UTF-8"),
+    "no address": (f"serve fuser --insecure --host {'é' * 70}", "is no address"),
+    "layers from the end": ("share sharer --layers 3-0", "--layers '3-0' can't be read"),
+    "too many layers": ("share sharer --layers 0-99999999", "can't be read", "such as 0-11,20"),
+    "another fuser": ("share sharer --fuser empty", "empty holds no fuser"),
+    "no weights to share": ("share sharer --device meta", "holds no weights"),
+    "nothing to ask": (f"{HARNESS} --limit 0", "limit is 0"),
+    "a part of a document": (f"{HARNESS} --limit 1.5", "limit is 1.5", "a whole number"),
+    "settings without values": (f"{HARNESS} --gen-kwargs x", "gen_kwargs is 'x'", "max_gen_toks=64"),
+    "a folder for the output": (f"{HARNESS} --output empty", "output is 'empty', a folder"),
+    "an endless prefill store": (f"{ANALYSIS} --store-budget-gb inf", "store_budget_gb is inf"),
+    "a prefill store in a file": (f"{ANALYSIS} --store-dir file", "store_dir is file", "is a file"),
+    "a fuser of nothing": ("convert empty out --receiver receiver", "empty", "projector_"),
+}
+
+
+@pytest.mark.parametrize("mistake", BEFORE_LOADING)
+def test_mistakes_are_found_before_models_are_loaded(refused, mistake, monkeypatch):
+    monkeypatch.setattr("c2c.loading.load_causal", lambda *_: pytest.fail("a model was loaded"))
+    refused(*BEFORE_LOADING[mistake])
+
+
+USAGE = {
+    "what no prompt is there for": ("inspect fuser --receiver receiver", "--receiver", "--prompt"),
+    "two pages in one file": ("report empty --html a --markdown a", "overwrite"),
+}
+
+
+@pytest.mark.parametrize("mistake", USAGE)
+def test_options_that_do_not_go_together(refused, mistake):
+    refused(*USAGE[mistake], code=2)
+
+
+def test_convert_refuses_models_that_the_fuser_does_not_fit(refused):
+    refused("convert fuser out --dtype bfloat16 --receiver sharer", "--receiver sharer", "was made for")
+
+
+@pytest.mark.parametrize("value", [[], "x", 3])
+def test_a_fuser_whose_config_is_damaged(refused, workspace, value):
+    folder = workspace / "damaged"
+    if not folder.exists():
+        shutil.copytree(workspace / "fuser", folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"dtype": value}))
+    refused("inspect damaged", "damaged holds no whole fuser")
 
 
 CONFIG_MISTAKES = {

@@ -83,7 +83,7 @@ def test_the_receivers_own_entries_before_the_memory_are_untouched(model):
     assert_equal_caches(kv_cache.crop(fused.cache, column), model.receiver.prefill(tokens, column))
     slots = fused.report.memory_slots
     assert slots == len(model.sharers[0].read(DOCUMENT).kept)
-    assert kv_cache.length(fused.cache) == tokens.length - 1 + slots
+    assert kv_cache.length(fused.cache) == column + slots
     assert fused.report.prompt_tokens == tokens.length
 
 
@@ -225,5 +225,5 @@ def test_impossible_requests_are_refused(model):
         model.generate(QUESTION, sharer_messages=DOCUMENT, blend=0.5)
     with pytest.raises(FuserError, match="leaves out"):
         MemoryFuser.from_geometry(model.sharers[0].geometry, model.receiver.geometry, [None, 0, 1, 1, 2], rank=4)
-    with pytest.raises(FuserError, match="slots is -1"):
+    with pytest.raises(FuserError, match="slots"):
         memory_pair(slots=-1)

@@ -134,6 +134,8 @@ class FusionReport(RowCounts):
 
     def row(self, index: int) -> FusionReport:
         """Return the report of one conversation; times and gates are those of the batch."""
+        if not self.rows:  # nothing was fused, and so nothing counted
+            return self
         return replace(self, rows=[self.rows[index]], **vars(self.rows[index]))
 
     @property

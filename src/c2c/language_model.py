@@ -33,7 +33,8 @@ from c2c.tokens import TokenBatch, as_list, left_pad, require_left_padding
 
 
 def _contiguous(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return (inputs[0].contiguous(), *inputs[1:])
+    states = inputs[0]
+    return (states.reshape(-1).view(states.shape), *inputs[1:])  # a single row counts as contiguous with any stride
 
 
 def _keep_head_whole(model: PreTrainedModel) -> None:
@@ -569,7 +570,7 @@ class Sharer(LanguageModel):
     def draft(self, tokens: TokenBatch, cache: Cache, count: int) -> tuple[list[int], Cache]:
         """Generate at most ``count`` tokens greedily after a prompt of one row; return all ids and their cache."""
         cache = self.prefill(tokens, tokens.length - 1, cache)
-        fused = tokens.has_slots  # thoughts can not be made anew of tokens
-        drafted = self.generate(tokens, cache, fused=fused, max_new_tokens=count, do_sample=False)[0].tolist()
+        how: dict[str, Any] = {"fused": True} if tokens.has_slots else {}  # thoughts can not be made anew of tokens
+        drafted = self.generate(tokens, cache, max_new_tokens=count, do_sample=False, **how)[0].tolist()
         ids = [*tokens.ids[0].tolist(), *drafted]
         return ids, self.prefill(left_pad([ids], 0), cache=cache)  # the last drafted token is not in the cache yet

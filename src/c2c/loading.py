@@ -311,8 +311,7 @@ def _check_device(device_map: Any) -> None:
     if not isinstance(device_map, str) or device_map in _SPREAD:
         return
     try:
-        if torch.empty(0, device=device_map).is_meta:
-            raise RuntimeError("a meta device holds no weights")
+        torch.empty(0, device=device_map)
     except (RuntimeError, AssertionError) as error:
         found = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
         found += ["mps"] * torch.backends.mps.is_available()

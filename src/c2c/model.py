@@ -234,6 +234,9 @@ class C2CModel(Pretrained, TokenIds, nn.Module):
                 cache = self.receiver.prefill(tokens, chunk.stop, cache)
             with timer.stage("fuse"):
                 fuse(cache, self.receiver, tokens, sources, chunk, self.mode, blend)
+        if isinstance(prompt, PrivatePrompt) and not prompt.slots:  # read as the receiver alone reads it, bit for bit
+            with timer.stage("receiver_prefill"):
+                cache = self.receiver.prefill(tokens, tokens.length - 1, cache)
         return tokens, cache
 
     def _prefill_sharer(self, index: int, prompt: Prompt, edit: CacheEdit | None) -> Source | None:

@@ -11,7 +11,7 @@ from torch import nn
 
 from c2c.adapters import with_adapter
 from c2c.alignment import Aligner, CharSpanAligner, make_aligner
-from c2c.errors import FuserError, PromptError
+from c2c.errors import FuserError, ModelLoadError, PromptError
 from c2c.fusers import Fuser, family
 from c2c.fusers.base import load_fuser, resolve, without_file
 from c2c.fusion import FusionMode
@@ -210,6 +210,8 @@ def load_models(
         )
     ours_kwargs = {name: value for name, value in load_kwargs.items() if name != "sharer_dtype"}
     parse_dtype(load_kwargs.get("sharer_dtype"))  # before the receiver is loaded
+    if str(load_kwargs.get("device_map")) == "meta":
+        raise ModelLoadError("device_map is 'meta', which holds no weights. Expected such as cpu, cuda or auto.")
     their_kwargs = ours_kwargs | {"dtype": load_kwargs.get("sharer_dtype") or load_kwargs.get("dtype")}
     ours = receiver if isinstance(receiver, Receiver) else Receiver.from_pretrained(receiver, **ours_kwargs)
     if once and isinstance(receiver, str | Path):

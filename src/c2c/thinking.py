@@ -93,6 +93,7 @@ def think(
     return int(logits.argmax(-1)), cache
 
 
+@torch.no_grad()
 def realigned(model: PreTrainedModel, last: Tensor, realign: Realignment) -> Tensor:
     """Map states after the final norm to the space of input embeddings.
 
@@ -142,6 +143,7 @@ def ridge(outputs: Tensor, inputs: Tensor, scale: float = 1.0) -> Tensor:
     return solved.float()
 
 
+@torch.no_grad()
 def check_embeddings(model: PreTrainedModel) -> _Embeddings:
     """Find out how a model embeds tokens, once for its weights.
 
@@ -186,13 +188,19 @@ def _scale(model: PreTrainedModel, table: Tensor) -> float:
 
 
 def _check_forward(model: PreTrainedModel) -> None:
-    """Compare a prompt of embeddings with the same prompt of tokens."""
-    table: Any = model.get_input_embeddings()
-    ids = torch.tensor([_PROBE], device=table.weight.device)
+    """Compare a prompt of embeddings with the same prompt of tokens; then read one that belongs to no token."""
+    if getattr(model.config.get_text_config(decoder=True), "hidden_size_per_layer_input", None):
+        raise CacheError(
+            f"{type(model).__name__} takes no thinking steps: it looks up an embedding for every layer by the token's "
+            "id, and a thought has none. Leave think out."
+        )
+    layer: Any = model.get_input_embeddings()
+    ids = torch.tensor([_PROBE], device=layer.weight.device)
     positions = torch.arange(len(_PROBE), device=ids.device).unsqueeze(0)
-    inputs = ({"input_ids": ids}, {"inputs_embeds": model.get_input_embeddings()(ids)})
+    mixed = layer(ids).mean(1, keepdim=True).expand(-1, len(_PROBE), -1)
+    inputs = ({"input_ids": ids}, {"inputs_embeds": layer(ids)}, {"inputs_embeds": mixed})
     try:
-        read, given = (
+        read, given, _ = (
             last_output(model, kv_cache.empty_cache(model.config), positions, **one).float() for one in inputs
         )
     except Exception as error:  # whatever a model raises that takes no embeddings
@@ -203,8 +211,7 @@ def _check_forward(model: PreTrainedModel) -> None:
     if not bool(torch.dist(read, given) <= 0.01 * read.norm()):
         raise CacheError(
             f"{type(model).__name__} takes no thinking steps: it computes something else from embeddings than from the "
-            "tokens that they belong to, since it reads the ids in other places too (an embedding for every layer). "
-            "Leave think out."
+            "tokens that they belong to. Leave think out."
         )
 
 

@@ -11,10 +11,11 @@ import typer
 
 from c2c.cli.options import Json, from_config, parse_pairs
 from c2c.cli.output import err, out, print_result, print_table, progress_bars
+from c2c.config import ConfigError
 from c2c.data.config import DataSource
 from c2c.evaluation.config import DIFFERENCES, EvalConfig, HarnessConfig, load_eval_config
 from c2c.evaluation.tasks import tasks
-from c2c.utils import command, file_hash, versions, write_json
+from c2c.utils import argument_text, command, file_hash, versions, write_json
 
 _COSTS = {"seconds": ".2f", "first_token": ".2f", "tokens": ".1f", "bytes": ",.0f"}
 _SHOWN = ("G", "P", "S", "T", "A")  # differences of matched to the other systems
@@ -112,6 +113,9 @@ def _score(system: dict[str, Any]) -> str:
 @from_config(HarnessConfig)
 def lm_eval(*, json_: Json = False, **options: Any) -> None:
     """Run tasks of the lm-evaluation-harness on a pair."""
+    if options["system_instruction"] is not None:
+        given = options["system_instruction"]
+        options["system_instruction"] = argument_text(given, "--system-instruction", ConfigError)
     config = HarnessConfig(**options)
     systems, tasks = _split(config.system), _split(config.tasks)
     with err.status("loading tasks ..."):

@@ -38,7 +38,7 @@ _SOURCE = "Alias, hub id, folder or GGUF. [default: the fuser's, else {}]"
 class RunConfig:
     """Options of ``c2c run``."""
 
-    fuser: str | None = option(None, "Folder or hub id of a fuser; untrained if not given.")
+    fuser: str | None = option(None, "Folder or hub id of a fuser; if not given, the best method that the models have.")
     receiver: str | None = option(None, _SOURCE.format(DEFAULT_RECEIVER))
     sharer: str | None = option(None, _SOURCE.format(DEFAULT_SHARER))
     mode: str = option("all", f"Which system answers; all is {', '.join(ALL)}; others are reader, zero, untrained.")

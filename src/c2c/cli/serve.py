@@ -28,7 +28,8 @@ _SHARER_SECONDS = 60.0  # a sharer that is waited for holds up the whole server
 @from_config(ServeConfig)
 def serve(
     fuser_argument: Annotated[
-        str | None, typer.Argument(metavar="[FUSER]", help="Folder or hub id of a fuser; untrained if not given.")
+        str | None,
+        typer.Argument(metavar="[FUSER]", help="Folder or hub id of a fuser; else the best method there is."),
     ] = None,
     *,
     fuser: Annotated[

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from c2c.config import as_list, build, check_values, option, read_yaml
+from c2c.config import ConfigError, as_list, build, check_values, option, read_yaml
 from c2c.data.config import DataSource
 from c2c.errors import C2CError, did_you_mean
 from c2c.evaluation.tasks import source
+from c2c.utils import check_writable
 
 Mode = Literal["logits", "generate", "answers", "nll"]
 DEFAULT_SYSTEMS = ("receiver", "sharer", "matched", "deranged", "zero")
@@ -153,6 +154,17 @@ class HarnessConfig:
     def __post_init__(self) -> None:
         """Check the values; raise ConfigError for impossible ones."""
         check_values(self)
+        if self.limit is not None and (self.limit == 0 or (self.limit > 1 and self.limit % 1)):
+            raise ConfigError(f"limit is {self.limit:g}; expected a whole number from 1 on, or a share below 1.")
+        if self.gen_kwargs and not all("=" in part for part in self.gen_kwargs.split(",")):
+            raise ConfigError(
+                f"gen_kwargs is {self.gen_kwargs!r:.80}; expected such as max_gen_toks=64,do_sample=True."
+            )
+        if self.output is not None:
+            place = Path(self.output).absolute()
+            if place.is_dir():
+                raise ConfigError(f"output is {self.output!r}, a folder; expected a file for the result.")
+            check_writable(place.parent, "the folder of output", ConfigError)
 
 
 def system_kind(name: str) -> str:

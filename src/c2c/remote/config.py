@@ -50,6 +50,8 @@ class ShareConfig(HTTPConfig):
         """Check the options; raise ServerError, or ConfigError for a value out of its range."""
         super().__post_init__()
         self.layer_list()
+        if self.device == "meta":
+            raise ServerError("--device is 'meta', which holds no weights; expected such as cpu, cuda or auto.")
 
     def layer_list(self) -> list[int] | None:
         """Read ``0-3,7`` as 0, 1, 2, 3, 7; None for all layers.
