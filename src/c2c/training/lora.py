@@ -91,7 +91,7 @@ def load_adapter_pair(config: TrainConfig) -> SimpleNamespace:
     receiver = Receiver.from_pretrained(config.receiver, dtype=config.dtype, device_map=config.device_map)
     sharer = None
     if not config.sharer.endswith(".gguf"):
-        sharer = Sharer.from_pretrained(config.sharer, device_map=torch.device("meta"))  # as a name it is refused
+        sharer = Sharer.from_pretrained(config.sharer, device_map="meta")
         try:
             _ = sharer.geometry
         except CacheError:  # it reads its own values while it runs, of which there are none without memory
