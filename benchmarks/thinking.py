@@ -5,7 +5,7 @@ thinking steps behind them, by every realignment. Beside it: no steps, a filler 
 place of their entries, the thoughts of another row, another row's passage and thoughts, a draft, the receiver that
 reads the text, and the receiver alone. Every row is answered by all, greedily; fewer steps are the first of more.
 
-    python benchmarks/thinking.py qwen2.5-coder-0.5b --rows 20 --data-dir DATA --output results/thinking
+    python benchmarks/thinking.py qwen2.5-coder-0.5b --rows 20 --data-dir DATA --output benchmarks/results/thinking
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--new-tokens", type=int, default=16)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--data-dir", default="data")
-    parser.add_argument("--output", default="results/thinking")
+    parser.add_argument("--output", default="benchmarks/results/thinking")
     return parser.parse_args()
 
 
