@@ -267,7 +267,7 @@ def listen(host: str, port: int) -> socket.socket:
         bound.close()
         reason = error.strerror or error
         raise ServerError(f"can't listen at {host}:{port}: {reason}. Choose another --host or --port.") from error
-    except UnicodeError as error:
+    except (UnicodeError, TypeError) as error:  # a name that can not be encoded, by version of Python
         bound.close()
         raise ServerError(f"{host!r:.80} is no address: {error}. Choose another --host.") from error
     return bound
