@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import track
+from tqdm import tqdm
 
 from c2c import C2CModel
 from c2c.evaluation.metrics import contains, f1
@@ -37,8 +37,8 @@ ROOT = Path(__file__).parent.parent
 FILES = {"dev": "grouped_valid.jsonl", "test": "grouped_test.jsonl"}
 PAIRS = ("json:base", "base:json", "json:extract", "extract:summarise", "summarise:base", "summarise:extract")
 _TOKENS = 16
-_BATCH = 30
-_TIMED = 5  # rows of each batch that are answered alone, for the time to the first token
+_BATCH = 20
+_TIMED = 4  # rows of each batch that are answered alone, for the time to the first token
 
 
 def main() -> None:
@@ -80,7 +80,7 @@ def measure(
     ways = _ways(ours, theirs, ranges)
     answers: dict[str, list[dict[str, Any]]] = {name: [] for name in ways}
     seconds: dict[str, list[float]] = {name: [] for name in ways}
-    progress = track(range(0, len(rows), _BATCH), f"{sharer} to {receiver}", console=Console(stderr=True))
+    progress = tqdm(range(0, len(rows), _BATCH), f"{sharer} to {receiver}")
     for start in progress:
         part = rows[start : start + _BATCH]
         others = [rows[_other(rows, index)] for index in range(start, start + len(part))]
