@@ -1,7 +1,8 @@
 """The Coder reads the skeleton of a page, the Writer puts a text into the right element, having never seen the page.
 
-The same through text: the Coder describes the page in words, and the Writer reads that. By default one model plays both
-parts, and its cache is handed over as it is; with `--fuser` a trained memory fuser stands between two models.
+The same through text: the Coder describes the page in words, and the Writer reads that; beside it a Writer that reads the
+page itself. By default one model plays both parts, and its cache is handed over as it is; with `--fuser` a trained
+memory fuser stands between two models.
 
     c2c pull qwen2.5-coder-1.5b
     python examples/coder_to_writer.py
@@ -43,7 +44,7 @@ class PageInWords(TextToText):
 
 
 def main() -> None:
-    """Write into pages: from the Coder's cache, from its description, and without either."""
+    """Write into pages: from the Coder's cache, from its description, from the page itself, and from nothing."""
     arguments = _arguments()
     systems = _systems(arguments)
     right: Counter[str] = Counter()
@@ -76,7 +77,7 @@ def _systems(arguments: argparse.Namespace) -> dict[str, System]:
         first = connect(receiver, arguments.sharer or receiver, method="copy", dtype=arguments.dtype or "bfloat16")
         model = first.model
     text = PageInWords(model, SystemOptions(message_tokens=128))
-    return {"cache": first, "text": text, "alone": make_system("receiver", model)}
+    return {"cache": first, "text": text, "page": make_system("reader", model), "alone": make_system("receiver", model)}
 
 
 def _request(question: str) -> dict[str, Any]:
@@ -92,7 +93,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--receiver", help=f"the Writer; by default the fuser's, or {MODEL}")
     parser.add_argument("--sharer", help="the Coder; by default the fuser's, or the Writer's model")
     parser.add_argument("--dtype", help="by default bfloat16, with a fuser that of the models' files")
-    parser.add_argument("--rows", type=int, default=20)
+    parser.add_argument("--rows", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 

@@ -34,7 +34,7 @@ PRINTED = [
             "coder_to_writer.py",
             models,
             ("--rows", "1"),
-            [rf"^{name} +\d+ % exact of 1, \d+\.\d s each$" for name in ("cache", "text", "alone")]
+            [rf"^{name} +\d+ % exact of 1, \d+\.\d s each$" for name in ("cache", "text", "page", "alone")]
             + [r"^<!-- .+ --> <\w+ id="],  # the page's topic comes first
         )
         for models in (FUSER, SAME)
@@ -137,4 +137,5 @@ def test_with_one_real_model(run, monkeypatch, name, expected):
 def test_the_coder_and_the_writer_are_one_model(run, monkeypatch):
     use_real_models(monkeypatch, "qwen2.5-coder-1.5b")
     right = dict(re.findall(r"^(\w+) +(\d+) % exact of 4", run("coder_to_writer.py", "--rows", "4"), re.MULTILINE))
-    assert int(right["cache"]) >= max(75, int(right["text"]))
+    assert int(right["cache"]) == int(right["page"]) >= 75 > int(right["alone"])
+    assert int(right["cache"]) >= int(right["text"])
