@@ -205,6 +205,7 @@ BEFORE_LOADING = {
     "a misspelt system": ("serve fuser --system mached", "unknown system 'mached'", "Did you mean 'matched'?"),
     "a message of no tokens": ("serve fuser --system summary_0", "unknown system 'summary_0'"),
     "a type of the sharer's": ("serve fuser --sharer-dtype float31", "Did you mean 'float32'?"),
+    "a sharer that is a fuser": ("serve fuser --sharer fuser", "fuser is a fuser, expected a model"),
     "a device without weights": ("serve fuser --device meta", "'meta'", "holds no weights"),
     "a certificate alone": ("serve fuser --tls-cert file", "--tls-cert and --tls-key"),
     "no certificate": ("serve fuser --tls-cert file --tls-key file", "the TLS files file, file can't be used"),
@@ -233,6 +234,7 @@ def test_mistakes_are_found_before_models_are_loaded(refused, mistake, monkeypat
 
 USAGE = {
     "what no prompt is there for": ("inspect fuser --receiver receiver", "--receiver", "--prompt"),
+    "a seed of no generator": ("analyze gates --fuser fuser --data questions.jsonl --seed -1", "--seed"),
     "two pages in one file": ("report empty --html a --markdown a", "overwrite"),
 }
 

@@ -121,10 +121,19 @@ def _fits(value: Any, hint: Any) -> bool:
     if kind is not Any and not isinstance(value, _ACCEPTED.get(kind, kind)):
         return False
     if kind is str:
-        return "\0" not in str(value)  # which no path can hold
+        return "\0" not in str(value) and _encodable(str(value))  # neither can be part of a path
     if kind is dict and parts:
         return all(_fits(key, parts[0]) and _fits(item, parts[1]) for key, item in value.items())
     return kind not in (list, tuple) or not parts or all(_fits(item, parts[0]) for item in value)
+
+
+def _encodable(value: str) -> bool:
+    """Whether the system could have given this text as an argument: halves of surrogate pairs stand for bytes only."""
+    try:
+        value.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _expected(hint: Any) -> str:

@@ -77,7 +77,7 @@ def load(
     else:
         name = str(source)
         _check_device(device_map)
-        folder, gguf = _locate(name)
+        folder, gguf = locate(name)
         if dtype is None:
             on_cpu = device_map in (None, "cpu") or (device_map == "auto" and not torch.cuda.is_available())
             dtype = torch.float32 if on_cpu else "auto"
@@ -185,7 +185,7 @@ def _from_source(
     local = Path(folder).is_dir()
     own = folder if gguf or not local or any((Path(folder) / file).exists() for file in _TOKENIZER_FILES) else None
     if base is not None:
-        inner, inner_gguf = _locate(base)
+        inner, inner_gguf = locate(base)
         model, theirs = _from_source(base, inner, inner_gguf, None, options)
         return with_adapter(model, folder), own or theirs
     try:
@@ -246,7 +246,7 @@ def gguf_to_safetensors(gguf: Path, folder: Path) -> None:
     save_atomically(folder, lambda temporary: (model.save_pretrained(temporary), tokenizer.save_pretrained(temporary)))
 
 
-def _locate(name: str) -> tuple[str, str | None]:
+def locate(name: str) -> tuple[str, str | None]:
     """Return the folder or hub id, and the GGUF file inside it if one is named."""
     path = Path(name).expanduser()
     if name in ALIASES and not path.exists():

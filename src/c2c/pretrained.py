@@ -18,11 +18,12 @@ from c2c.fusion import FusionMode
 from c2c.identity import ModelIdentity
 from c2c.language_model import LanguageModel, Receiver, Sharer
 from c2c.layer_map import layer_map as make_layer_map
-from c2c.loading import base_name, parse_dtype
+from c2c.loading import base_name, locate, parse_dtype
 from c2c.published import import_published, published_names, read_names
 from c2c.utils import read_json_object, save_atomically, write_json
 
 _MANIFEST = "c2c.json"
+_URL = ("http://", "https://")
 
 
 class Pretrained:
@@ -209,9 +210,12 @@ def load_models(
             "Receiver.from_pretrained and Sharer.from_pretrained."
         )
     ours_kwargs = {name: value for name, value in load_kwargs.items() if name != "sharer_dtype"}
-    parse_dtype(load_kwargs.get("sharer_dtype"))  # before the receiver is loaded
+    parse_dtype(load_kwargs.get("sharer_dtype"))  # what is wrong with the sharer, before the receiver is loaded
     if str(load_kwargs.get("device_map")) == "meta":
         raise ModelLoadError("device_map is 'meta', which holds no weights. Expected such as cpu, cuda or auto.")
+    for one in (receiver, *several):
+        if isinstance(one, str | Path) and not str(one).startswith(_URL):
+            locate(str(one))
     their_kwargs = ours_kwargs | {"dtype": load_kwargs.get("sharer_dtype") or load_kwargs.get("dtype")}
     ours = receiver if isinstance(receiver, Receiver) else Receiver.from_pretrained(receiver, **ours_kwargs)
     if once and isinstance(receiver, str | Path):
@@ -237,7 +241,7 @@ def _variant(source: Any, receiver: Receiver, loaded_from: Any) -> Sharer | None
 
 
 def _load_sharer(source: Any, load_kwargs: dict[str, Any]) -> Sharer:
-    if isinstance(source, str) and source.startswith(("http://", "https://")):
+    if isinstance(source, str) and source.startswith(_URL):
         from c2c.remote import RemoteSharer  # brings an HTTP client along
 
         return RemoteSharer(source)

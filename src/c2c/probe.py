@@ -94,8 +94,10 @@ class ProbedModel:
         """How every KV layer rotates its keys, found out by a probe.
 
         Raises:
-            CacheError: a layer rotates in none of the known ways.
+            CacheError: a layer rotates in none of the known ways; the model holds no weights.
         """
+        if self.device.type == "meta":
+            raise CacheError(f"{self.name} is on the device 'meta', which holds no weights. Load it on cpu or cuda.")
         keys = [keys for keys, _ in kv_cache.layers(self._probe)]
         return rope.find_scheme(self.model, keys, self._probe_positions.to(self.device), self.name)
 

@@ -23,7 +23,7 @@ class ItemsConfig:
 
     data: str = field(metadata={"help": "JSONL file of items: question, choices, answer (index of the right choice)."})
     limit: int | None = option(200, "At most this many items, drawn with the seed.", min=2)
-    seed: int = option(0, "Seed of the draw and of the bootstrap.")
+    seed: int = option(0, "Seed of the draw and of the bootstrap.", min=0)
     form: str = option("letter", "Prompt form of the items: letter, published or sentence.")
     output_dir: str | None = option(None, "Folder for the numbers (JSON) and the plot (SVG).")
     dtype: str | None = option(None, "Dtype of the models' weights.")

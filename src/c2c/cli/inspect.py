@@ -105,11 +105,11 @@ def _show(data: dict[str, Any]) -> None:
     facts.add_row("size", f"{data['parameters']:,} parameters, {human_bytes(data['bytes'])} as {data['dtype']}")
     for role in ("receiver", "sharer"):
         kv, identity = data[role]["kv"], data[role]["identity"]
-        name = identity["name"] if identity else "not recorded"
+        name = (identity or {}).get("name", "not recorded")
         facts.add_row(role, f"{name}: {kv['layers']} layers, {kv['kv_heads']} KV heads x {kv['head_dim']}")
         if identity:
-            hashes = f"weights {identity['weights']}, tokenizer {identity['tokenizer']}"
-            facts.add_row("", f"{identity['architecture']}, {hashes}")
+            known = {part: identity.get(part) for part in ("architecture", "weights", "tokenizer")}
+            facts.add_row("", "{architecture}, weights {weights}, tokenizer {tokenizer}".format(**known))
     facts.add_row("alignment", str(data["alignment"]))
     out.print(facts)
     rows: list[list[object]] = []

@@ -55,7 +55,7 @@ class RunConfig:
     system: str | None = option(None, "System message for both models.")
     answer_prefix: str = option("", "Text that the answer continues, such as 'The answer is'.")
     sample: bool = option(False, "Sample instead of greedy decoding.", flag="--sample")
-    seed: int = option(0, "Seed for sampling.")
+    seed: int = option(0, "Seed for sampling.", min=0, max=2**63 - 1)
     dtype: str | None = option(None, "float32, bfloat16, float16 or auto.")
     device: str | None = option(None, "Device map: cpu, cuda, auto.")
     allow_mismatch: bool = option(False, "Accept models with other weights than the fuser's.")
