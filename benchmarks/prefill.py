@@ -26,7 +26,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 from c2c import C2CModel, kv_cache
 from c2c.alignment.base import Alignment, Chunk, Prompt
 from c2c.fusers import Entries
-from c2c.language_model import Receiver, Sharer
+from c2c.language_model import Receiver
+from c2c.sharer import Sharer
 from c2c.tokens import TokenBatch, natural_positions
 
 RECEIVER = LlamaConfig(

@@ -22,12 +22,12 @@ import httpx
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from c2c.language_model import Sharer
 from c2c.remote import RemoteSharer
 from c2c.remote import server as server_module
 from c2c.remote.config import ShareConfig
 from c2c.remote.server import PrefillJob, PrefillWorker, build_app
 from c2c.serving.http_server import Server, listen, url_of
+from c2c.sharer import Sharer
 from c2c.tokens import left_pad
 
 SHARER = Qwen2Config(

@@ -26,8 +26,9 @@ from c2c.data.prompts import passage_with_question
 from c2c.data.sources import load_rows
 from c2c.evaluation.metrics import contains
 from c2c.handoff import Handoff, QuantizedTensor
-from c2c.language_model import Receiver, Sharer
+from c2c.language_model import Receiver
 from c2c.prompting import with_passage
+from c2c.sharer import Sharer
 from c2c.utils import versions, write_json
 
 TASKS = {

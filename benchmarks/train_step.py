@@ -35,7 +35,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 from c2c import C2CModel
 from c2c.alignment import Alignment
 from c2c.data.formats import Row
-from c2c.language_model import Receiver, Sharer
+from c2c.language_model import Receiver
+from c2c.sharer import Sharer
 from c2c.training.config import Precision
 from c2c.training.examples import Example
 from c2c.training.prefill_store import PrefillStore

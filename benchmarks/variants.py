@@ -27,8 +27,9 @@ from tqdm import tqdm
 from c2c import C2CModel
 from c2c.evaluation.metrics import contains, f1
 from c2c.handoff import Handoff
-from c2c.language_model import Receiver, Sharer
+from c2c.language_model import Receiver
 from c2c.recompute import LayerRange
+from c2c.sharer import Sharer
 from c2c.systems.alone import Reader, ReceiverAlone
 from c2c.utils import versions, write_json
 from c2c.variants import compare

@@ -1,7 +1,7 @@
 """The Coder reads the skeleton of a page, the Writer puts a text into the right element, having never seen the page.
 
-The same through text: the Coder describes the page in words, and the Writer reads that; beside it a Writer that reads the
-page itself. By default one model plays both parts, and its cache is handed over as it is; with `--fuser` a trained
+The same through text: the Coder describes the page in words, and the Writer reads that; beside it a Writer that reads
+the page itself. By default one model plays both parts, and its cache is handed over as it is; with `--fuser` a trained
 memory fuser stands between two models.
 
     c2c pull qwen2.5-coder-1.5b

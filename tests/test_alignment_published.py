@@ -13,8 +13,9 @@ from c2c import C2CModel
 from c2c.alignment import CharSpanAligner, PublishedAligner
 from c2c.alignment.slots import align_rendered, translate
 from c2c.errors import AlignmentError
-from c2c.language_model import Receiver, Sharer
+from c2c.language_model import Receiver
 from c2c.prompting import Rendered, RenderOptions, pad_id, render, render_text
+from c2c.sharer import Sharer
 from tiny import FIXTURES, build, open_fusers, pair, token_ids, tokenizer
 
 CASES = json.loads((FIXTURES / "align" / "cases.json").read_text())

@@ -8,8 +8,8 @@ import pytest
 
 from c2c import C2CModel
 from c2c.errors import C2CError
-from c2c.language_model import Sharer
 from c2c.library import Library
+from c2c.sharer import Sharer
 from test_cli import c2c, c2c_json, runner
 from tiny import build, pair_folders
 

@@ -11,9 +11,10 @@ import c2c
 from c2c import C2CModel
 from c2c.cli.app import app
 from c2c.errors import MismatchError, PromptError, SystemUnavailableError
-from c2c.language_model import Receiver, Sharer
+from c2c.language_model import Receiver
 from c2c.serving.config import ServeConfig
 from c2c.serving.transformers_engine import TransformersEngine
+from c2c.sharer import Sharer
 from c2c.systems import make_system
 from serving_harness import NAME, running, text_of
 from tiny import build, memory_pair, open_fusers, pair, pair_folders, token_ids, tokenizer

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from c2c import C2CModel, Handoff, kv_cache
 from c2c.errors import FuserError, MismatchError, PromptError
 from c2c.fusers.base import load_fuser
-from c2c.language_model import Receiver, Sharer
+from c2c.language_model import Receiver
 from c2c.prompting import RenderOptions, with_passage
+from c2c.sharer import Sharer
 from c2c.systems import SystemOptions, make_system
 from c2c.systems.fused import Untrained
 from tiny import assert_equal_caches, build, pair, token_ids, tokenizer

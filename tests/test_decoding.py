@@ -28,7 +28,8 @@ from transformers import (
 
 from c2c import C2CModel
 from c2c.errors import C2CError, CacheError, ContextLengthError, PromptError
-from c2c.language_model import Receiver, Sharer
+from c2c.language_model import Receiver
+from c2c.sharer import Sharer
 from c2c.systems import SystemOptions, make_system
 from tiny import NO_SPECIALS, Scores, build, memory_pair, open_fusers, pair, token_ids, tokenizer
 

@@ -8,9 +8,10 @@ import torch
 from c2c import C2CModel, kv_cache
 from c2c.errors import AlignmentError, C2CError, CacheError, FuserError, MismatchError, ModelLoadError, PromptError
 from c2c.fusers.base import load_fuser
-from c2c.language_model import Receiver, Sharer
+from c2c.language_model import Receiver
 from c2c.loading import load
 from c2c.published import import_published
+from c2c.sharer import Sharer
 from c2c.tokens import left_pad
 from tiny import FIXTURES, build, pair, tokenizer
 

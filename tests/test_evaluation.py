@@ -23,8 +23,9 @@ from c2c.evaluation.journal import Journal
 from c2c.evaluation.metrics import read_letter
 from c2c.evaluation.router import embed, route
 from c2c.evaluation.statistics import mcnemar, speed, summarise
-from c2c.language_model import LanguageModel, Sharer
+from c2c.language_model import LanguageModel
 from c2c.prompting import RenderOptions
+from c2c.sharer import Sharer
 from c2c.systems import SystemOptions, make_system
 from c2c.training.lora import new_adapter, save_adapter
 from tiny import build, open_fusers, pair_folders, saved_fuser

@@ -11,8 +11,9 @@ from transformers import AutoTokenizer
 from c2c import C2CModel, kv_cache
 from c2c.errors import CacheError
 from c2c.families import TEXTS, build_tiny, byte_tokenizer, causal_families, check_family, composite_families, markdown
-from c2c.language_model import Receiver, Sharer
+from c2c.language_model import Receiver
 from c2c.prompting import RenderOptions
+from c2c.sharer import Sharer
 from c2c.training import train
 from c2c.training.objective import cross_entropy
 from c2c.training.run import prepare

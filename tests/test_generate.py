@@ -9,9 +9,10 @@ from transformers import GenerationConfig
 
 from c2c import C2CModel, GenerationResult, kv_cache
 from c2c.errors import PromptError
-from c2c.language_model import Receiver, Sharer
+from c2c.language_model import Receiver
 from c2c.prefill import logits_after
 from c2c.prompting import RenderOptions
+from c2c.sharer import Sharer
 from tiny import Scores, build, open_fusers, pair, token_ids, tokenizer
 
 PROMPTS = ["Hello world!", "What is the capital of France? Explain step by step, slowly.", "A 你好 🙂"]

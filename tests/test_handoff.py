@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from c2c.errors import HandoffError
 from c2c.handoff import Handoff
-from c2c.language_model import Sharer
+from c2c.sharer import Sharer
 from tiny import assert_equal_caches, build, entries, tokenizer
 
 DOCUMENT = "The fox sleeps in a red house by the sea, and the dog does not know where."

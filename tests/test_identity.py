@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 from c2c import C2CModel
 from c2c.errors import CacheError, MismatchError
 from c2c.identity import ModelIdentity
-from c2c.language_model import Receiver, Sharer
+from c2c.language_model import Receiver
+from c2c.sharer import Sharer
 from c2c.training.prefill_store import PrefillStore
 from tiny import FIXTURES, build, memory_pair, pair, token_ids, tokenizer
 

@@ -7,8 +7,9 @@ import torch
 
 from c2c import C2CModel, kv_cache
 from c2c.alignment.base import merge
-from c2c.language_model import Receiver, Sharer
+from c2c.language_model import Receiver
 from c2c.prompting import RenderOptions
+from c2c.sharer import Sharer
 from tiny import (
     WINDOW,
     Scores,

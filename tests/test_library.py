@@ -16,8 +16,8 @@ from filelock import FileLock
 from c2c import library as library_module
 from c2c.errors import HandoffError
 from c2c.handoff import Handoff
-from c2c.language_model import Sharer
 from c2c.library import Library
+from c2c.sharer import Sharer
 from test_handoff import DOCUMENT, assert_same
 from tiny import build, tokenizer
 

@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM
 
 from c2c import C2CModel
 from c2c.errors import ModelLoadError, PromptError
-from c2c.language_model import Receiver, Sharer
+from c2c.language_model import Receiver
 from c2c.loading import load
+from c2c.sharer import Sharer
 from tiny import SIZES, build, token_ids, tokenizer
 
 # peft asks transformers 5 for it by its old name

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 
 from c2c import C2CModel
 from c2c.errors import C2CError, PromptError
-from c2c.language_model import Receiver, Sharer
+from c2c.language_model import Receiver
 from c2c.messages import conversations
 from c2c.prompting import RenderOptions, render
+from c2c.sharer import Sharer
 from tiny import build, pair, tokenizer
 
 ASK = "Weather in Paris?"

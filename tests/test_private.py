@@ -8,10 +8,10 @@ import torch
 from c2c import C2CModel, kv_cache
 from c2c.errors import FuserError, MismatchError, PromptError
 from c2c.fusers import Entries, MemoryFuser
-from c2c.language_model import Sharer
 from c2c.layer_map import layer_map
 from c2c.private_context import PrivateEntries, align_shared, first_user_column, place, prefill_entries
 from c2c.prompting import RenderOptions
+from c2c.sharer import Sharer
 from tiny import assert_equal_caches, build, entries, memory_pair, open_fusers, pair, token_ids, tokenizer
 
 DOCUMENT = "The fox sleeps in a red house by the sea."

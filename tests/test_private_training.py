@@ -17,7 +17,8 @@ from c2c.data.prompts import passage_with_question
 from c2c.data.synthetic import relay
 from c2c.fusers import MemoryFuser
 from c2c.fusers.base import load_fuser
-from c2c.language_model import Receiver, Sharer
+from c2c.language_model import Receiver
+from c2c.sharer import Sharer
 from c2c.training import train
 from c2c.training.examples import build_examples
 from c2c.training.prefill_store import PrefillStore

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from c2c import C2CModel, hub_aliases, kv_cache
-from c2c.language_model import Receiver, Sharer
+from c2c.language_model import Receiver
 from c2c.prompting import RenderOptions
+from c2c.sharer import Sharer
 from c2c.systems import SystemOptions, make_system
 from tiny import assert_equal_caches, entries
 

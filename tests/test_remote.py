@@ -12,9 +12,9 @@ from c2c.alignment import PublishedAligner
 from c2c.errors import C2CError, CacheError, HandoffError, MismatchError, ModelLoadError, PromptError
 from c2c.families import build_tiny
 from c2c.handoff import Handoff
-from c2c.language_model import EntrySelection, Sharer
 from c2c.remote import RemoteError, RemoteSharer
 from c2c.remote.protocol import fuser_hash, packed_bytes
+from c2c.sharer import EntrySelection, Sharer
 from c2c.tokens import left_pad
 from remote_rig import KEY, make_server, serving
 from test_private import DOCUMENT, LONGER, QUESTION, logits

@@ -16,12 +16,12 @@ import torch
 import c2c.remote.server as server_module
 from c2c import C2CModel
 from c2c.errors import C2CError, MismatchError, PromptError
-from c2c.language_model import Sharer
 from c2c.remote import RemoteError, RemoteSharer, SharerLost
 from c2c.remote.config import ShareConfig
 from c2c.remote.protocol import HANDSHAKE_PATH, PREFILL_PATH, PrefillRequest, Record, WireError, read_records
 from c2c.remote.server import PrefillWorker
 from c2c.serving.errors import ApiError
+from c2c.sharer import Sharer
 from c2c.tokens import left_pad
 from remote_rig import KEY, Proxy, serving, until
 from test_private import DOCUMENT, QUESTION

@@ -24,11 +24,11 @@ from typer.testing import CliRunner
 from c2c import C2CModel
 from c2c.cli import app
 from c2c.errors import C2CError
-from c2c.language_model import Sharer
 from c2c.remote import RemoteError, RemoteSharer
 from c2c.remote.config import ShareConfig
 from c2c.remote.protocol import PREFILL_PATH
 from c2c.remote.server import PrefillJob
+from c2c.sharer import Sharer
 from remote_rig import KEY, make_server, serving, until
 from test_remote_faults import GREEDY, TEXT, generated, request_of, through
 from tiny import build, open_fusers, pair, pair_folders, tokenizer

@@ -14,8 +14,9 @@ from c2c import C2CModel, kv_cache, rope
 from c2c.errors import CacheError
 from c2c.families import build_tiny
 from c2c.fusers import BottleneckFuser, Entries
-from c2c.language_model import Receiver, Sharer
+from c2c.language_model import Receiver
 from c2c.prefill import prefill
+from c2c.sharer import Sharer
 from c2c.tokens import TokenBatch
 from tiny import SIZES, build, tokenizer
 

@@ -15,8 +15,9 @@ from c2c import C2CModel
 from c2c.alignment import CharSpanAligner, PublishedAligner
 from c2c.errors import C2CError, FuserError, MismatchError
 from c2c.fusers.base import load_fuser
-from c2c.language_model import Receiver, Sharer
+from c2c.language_model import Receiver
 from c2c.published import import_published
+from c2c.sharer import Sharer
 from tiny import FIXTURES, assert_equal_caches, build, open_fusers, pair, token_ids, tokenizer
 
 A = FIXTURES / "pair_a"

@@ -15,7 +15,8 @@ import torch
 from transformers import Phi3Config, Phi3ForCausalLM
 
 from c2c import C2CModel
-from c2c.language_model import Receiver, Sharer
+from c2c.language_model import Receiver
+from c2c.sharer import Sharer
 from serving_harness import NAME, PATIENCE, error_of, events, held, model, running, stop, text_of, user
 from tiny import NO_SPECIALS, build, pair_folders, tokenizer
 

@@ -10,9 +10,9 @@ import httpx
 import pytest
 
 from c2c import C2CModel
-from c2c.language_model import Sharer
 from c2c.library import Library
 from c2c.serving.errors import ServerError
+from c2c.sharer import Sharer
 from serving_harness import NAME, PATIENCE, error_of, running, text_of, user
 from test_private import DOCUMENT, LONGER
 from test_serving_private import HANDOFFS, QUESTION, create, library

@@ -13,8 +13,8 @@ import openai
 import pytest
 
 from c2c import C2CModel
-from c2c.language_model import Sharer
 from c2c.remote import RemoteSharer
+from c2c.sharer import Sharer
 from remote_rig import Proxy
 from remote_rig import serving as sharing
 from serving_harness import NAME, PATIENCE, error_of, events, model, running, text_of, user

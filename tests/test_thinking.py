@@ -10,8 +10,9 @@ import torch
 from c2c import C2CModel, Handoff, kv_cache
 from c2c.errors import CacheError, ContextLengthError, HandoffError, PromptError
 from c2c.families import build_tiny, byte_tokenizer
-from c2c.language_model import Receiver, Sharer
+from c2c.language_model import Receiver
 from c2c.prompting import with_passage
+from c2c.sharer import Sharer
 from c2c.systems import SystemOptions, make_system
 from c2c.thinking import REALIGNMENTS, check_embeddings, realigned, ridge
 from c2c.tokens import SLOT

@@ -14,9 +14,10 @@ from c2c.adapters import share_weights
 from c2c.connection import connect
 from c2c.errors import CacheError, FuserError, HandoffError, MismatchError, ModelLoadError, PromptError
 from c2c.handoff import Handoff, QuantizedTensor, passage_prompt
-from c2c.language_model import Receiver, Sharer
+from c2c.language_model import Receiver
 from c2c.prompting import RenderOptions, with_passage
 from c2c.recompute import prefill_with_hidden, recompute
+from c2c.sharer import Sharer
 from c2c.systems.lora import new_adapter, trainable
 from c2c.tokens import left_pad
 from c2c.variants import Divergence, VariantReport, compare

@@ -21,8 +21,9 @@ from c2c import C2CModel, kv_cache
 from c2c.integrations.vllm.errors import LoadError
 from c2c.integrations.vllm.scheduler import TransferParams
 from c2c.integrations.vllm.snapshot import Snapshot, new_name
-from c2c.language_model import Receiver, Sharer
+from c2c.language_model import Receiver
 from c2c.serving.config import ServeConfig
+from c2c.sharer import Sharer
 from c2c.systems import SystemOptions, make_system
 from c2c.tokens import left_pad
 from serving_harness import NAME, events, running, streamed, text_of, until, user

@@ -36,9 +36,10 @@ from c2c.integrations.vllm.models import (
 from c2c.integrations.vllm.scheduler import FIELD, Transfer, TransferParams, TransferScheduler
 from c2c.integrations.vllm.snapshot import Snapshot, SnapshotStore, check_name, new_name
 from c2c.integrations.vllm.worker import TransferWorker
-from c2c.language_model import Receiver, Sharer
+from c2c.language_model import Receiver
 from c2c.serving.engine import SamplingParams
 from c2c.serving.errors import ApiError
+from c2c.sharer import Sharer
 from c2c.tokens import left_pad
 from tiny import build
 

@@ -19,7 +19,8 @@ from transformers import (
 )
 
 from c2c import C2CModel, kv_cache
-from c2c.language_model import Receiver, Sharer
+from c2c.language_model import Receiver
+from c2c.sharer import Sharer
 
 FIXTURES = Path(__file__).parent / "fixtures"
 WINDOW = 16

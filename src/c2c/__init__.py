@@ -19,9 +19,10 @@ if TYPE_CHECKING:
     from c2c.fusers import Fuser
     from c2c.generation import Chat, FusionReport, GenerationResult
     from c2c.handoff import Handoff
-    from c2c.language_model import Receiver, Sharer
+    from c2c.language_model import Receiver
     from c2c.model import C2CModel
     from c2c.prompting import RenderOptions
+    from c2c.sharer import Sharer
 
 _HOMES = {
     "C2CError": "c2c.errors",
@@ -34,7 +35,7 @@ _HOMES = {
     "Handoff": "c2c.handoff",
     "Receiver": "c2c.language_model",
     "RenderOptions": "c2c.prompting",
-    "Sharer": "c2c.language_model",
+    "Sharer": "c2c.sharer",
     "connect": "c2c.connection",  # a module of that name would hide the function
 }
 

@@ -15,11 +15,12 @@ from c2c.fusers import CopyFuser, Fuser
 from c2c.fusers.base import load_fuser
 from c2c.generation import FusionReport, GenerationResult, PrefilledPrompt
 from c2c.identity import ModelIdentity, differences
-from c2c.language_model import LanguageModel, Receiver, Sharer
+from c2c.language_model import LanguageModel, Receiver
 from c2c.layer_map import LayerMap
 from c2c.model import C2CModel
 from c2c.pretrained import load_models, made_for
 from c2c.prompting import RenderOptions
+from c2c.sharer import Sharer
 from c2c.systems import System, SystemOptions, make_system
 from c2c.utils import read_json_object
 from c2c.variants import compare

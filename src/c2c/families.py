@@ -30,9 +30,10 @@ from transformers import (
 from c2c.checkpoint import text_config
 from c2c.errors import C2CError
 from c2c.fusers import families as family_names
-from c2c.language_model import Receiver, Sharer
+from c2c.language_model import Receiver
 from c2c.model import C2CModel
 from c2c.prompting import PLAIN_TEMPLATE
+from c2c.sharer import Sharer
 
 TEXTS = ("Name three rivers.", "Hi", "Who built the boat house?")
 _NEW = 4  # tokens decoded in each check

@@ -25,7 +25,7 @@ from c2c.generation import (
     TextStream,
     unbatch,
 )
-from c2c.language_model import EntrySelection, Receiver, Sharer
+from c2c.language_model import Receiver
 from c2c.messages import Conversation, conversations
 from c2c.pretrained import Pretrained
 from c2c.private_context import (
@@ -38,6 +38,7 @@ from c2c.private_context import (
     read_handoffs,
 )
 from c2c.prompting import RenderOptions, collect_notes, with_passage
+from c2c.sharer import EntrySelection, Sharer
 from c2c.token_ids import TokenIds
 from c2c.tokens import TokenBatch, concatenate
 

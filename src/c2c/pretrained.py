@@ -16,10 +16,11 @@ from c2c.fusers import Fuser, family
 from c2c.fusers.base import load_fuser, resolve, without_file
 from c2c.fusion import FusionMode
 from c2c.identity import ModelIdentity
-from c2c.language_model import LanguageModel, Receiver, Sharer
+from c2c.language_model import LanguageModel, Receiver
 from c2c.layer_map import layer_map as make_layer_map
 from c2c.loading import base_name, locate, parse_dtype
 from c2c.published import import_published, published_names, read_names
+from c2c.sharer import Sharer
 from c2c.utils import read_json_object, save_atomically, write_json
 
 _MANIFEST = "c2c.json"

@@ -22,11 +22,12 @@ from c2c.fusers import Fuser
 from c2c.fusers.base import Entries
 from c2c.handoff import Handoff
 from c2c.kv_cache import KeyValue
-from c2c.language_model import LanguageModel, Sharer
+from c2c.language_model import LanguageModel
 from c2c.messages import Conversation, conversations
 from c2c.prompting import RenderOptions, encode, first_user, render
 from c2c.recompute import LayerRange, recompute
 from c2c.rope import switch_length
+from c2c.sharer import Sharer
 from c2c.tokens import TokenBatch, common_prefix
 
 if TYPE_CHECKING:

@@ -18,7 +18,8 @@ from c2c.generation import FusionReport, PrefilledPrompt
 from c2c.tokens import TokenBatch
 
 if TYPE_CHECKING:
-    from c2c.language_model import Receiver, Sharer
+    from c2c.language_model import Receiver
+    from c2c.sharer import Sharer
 
 
 @dataclass

@@ -17,7 +17,8 @@ from c2c.utils import check_writable
 
 if TYPE_CHECKING:
     from c2c.fusers import Fuser
-    from c2c.language_model import Receiver, Sharer
+    from c2c.language_model import Receiver
+    from c2c.sharer import Sharer
 
 
 def inspect(
@@ -135,9 +136,10 @@ def convert(
     A fuser of this package is written again with weights of another --dtype, say bfloat16 to publish it.
     """
     from c2c.fusers.base import load_fuser
-    from c2c.language_model import Receiver, Sharer
+    from c2c.language_model import Receiver
     from c2c.loading import parse_dtype
     from c2c.published import import_published
+    from c2c.sharer import Sharer
 
     if (output / "config.json").exists() and not force:
         raise FuserError(f"{output} already holds a fuser; choose another folder or pass --force.")

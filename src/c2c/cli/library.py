@@ -20,8 +20,8 @@ from c2c.utils import argument_text, read_text
 
 if TYPE_CHECKING:
     from c2c.handoff import Handoff
-    from c2c.language_model import Sharer
     from c2c.library import Library
+    from c2c.sharer import Sharer
 
 group = typer.Typer(
     name="library",
@@ -75,8 +75,8 @@ def add(
     system = None if config.system is None else argument_text(config.system, "--system", PromptError)
     texts = {path: read_text(path, str(path), PromptError) for path in files}
     with err.status("loading model ..."):
-        from c2c.language_model import Sharer
         from c2c.library import Library
+        from c2c.sharer import Sharer
 
         library = Library(folder)
         names = _names(library, files, config.name)

@@ -139,10 +139,10 @@ def share(
         import torch
 
         from c2c.fusers.base import load_fuser
-        from c2c.language_model import Sharer
         from c2c.remote.server import PrefillWorker, build_app
         from c2c.serving import http_server
         from c2c.serving.logs import log_to_stderr
+        from c2c.sharer import Sharer
 
         sock = http_server.listen(config.host, config.port)
         fusers = [load_fuser(folder, dtype=torch.float32) for folder in config.fuser or []]  # as C2CModel does

@@ -52,8 +52,9 @@ class ModelCache:
         return self._pairs[choice.source][1] if choice.source in self._pairs else None
 
     def _load(self, choice: FuserChoice) -> C2CModel:
-        from c2c.language_model import Receiver, Sharer
+        from c2c.language_model import Receiver
         from c2c.model import C2CModel
+        from c2c.sharer import Sharer
 
         kinds = {("receiver", choice.receiver): Receiver, ("sharer", choice.sharer): Sharer}
         if self._models.keys() - kinds:  # two pairs may not fit into memory

@@ -21,10 +21,11 @@ from c2c.evaluation.config import EvalConfig, EvaluationError
 from c2c.fusers.base import Fuser, load_fuser
 from c2c.generation import FirstTokenTimer
 from c2c.handoff import sharer_prompt
-from c2c.language_model import LanguageModel, Sharer
+from c2c.language_model import LanguageModel
 from c2c.model import C2CModel
 from c2c.private_context import first_user_column
 from c2c.prompting import RenderOptions
+from c2c.sharer import Sharer
 from c2c.tokens import TokenBatch
 from c2c.training.prefill_store import PrefillStore, PromptCache, PromptRecords, stack
 

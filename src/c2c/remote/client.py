@@ -23,7 +23,6 @@ from c2c.fusers import Fuser
 from c2c.handoff import PRECISIONS, Handoff, Precision, QuantizedTensor, SharerPrompt
 from c2c.identity import differences, identify
 from c2c.kv_cache import KeyValue, KVGeometry
-from c2c.language_model import EntrySelection, Sharer
 from c2c.loading import load
 from c2c.private_context import project
 from c2c.remote import protocol
@@ -31,6 +30,7 @@ from c2c.remote.connection import Connection, Loss, check_unchanged, read_all, s
 from c2c.remote.handshake import Handshake
 from c2c.remote.protocol import Number, PrefillRequest, Record, Rows, WireError, fuser_hash, packed_bytes, spread
 from c2c.serving.config import is_loopback, read_keys
+from c2c.sharer import EntrySelection, Sharer
 from c2c.tokens import TokenBatch, natural_positions
 
 _NUMBERS = TypeAdapter(list[Number])
@@ -86,7 +86,7 @@ class ProjectedHandoff(Handoff):
 
 
 class RemoteSharer(Sharer):
-    """Use the model behind ``c2c share`` like a local :class:`~c2c.language_model.Sharer`.
+    """Use the model behind ``c2c share`` like a local :class:`~c2c.sharer.Sharer`.
 
     It connects at once: identity, tokenizer and config of the model cross, no weights. A prefill then brings the
     entries that a fuser reads, and nothing else. The server keeps nothing: ``read`` with ``reuse=`` lets it read

@@ -17,7 +17,7 @@ from c2c.errors import C2CError, RemoteError
 from c2c.handoff import PRECISIONS, Precision
 from c2c.identity import ModelIdentity
 from c2c.kv_cache import KVGeometry
-from c2c.language_model import Sharer
+from c2c.sharer import Sharer
 from c2c.utils import without_folder
 from c2c.version import __version__
 

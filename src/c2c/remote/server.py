@@ -24,7 +24,6 @@ from c2c.errors import C2CError
 from c2c.fusers import Fuser
 from c2c.handoff import Handoff, Precision
 from c2c.kv_cache import KeyValue
-from c2c.language_model import Sharer
 from c2c.private_context import project
 from c2c.remote.config import ShareConfig
 from c2c.remote.handshake import Handshake
@@ -32,6 +31,7 @@ from c2c.remote.protocol import HANDSHAKE_PATH, MEDIA_TYPE, PREFILL_PATH, Prefil
 from c2c.serving.config import HTTPConfig
 from c2c.serving.errors import ApiError
 from c2c.serving.http_server import RequestRecord, ServerState, create_app
+from c2c.sharer import Sharer
 from c2c.tokens import TokenBatch
 from c2c.version import __version__
 

@@ -13,7 +13,6 @@ from c2c import identity
 from c2c.errors import C2CError, ContextLengthError, RemoteError, SharerChanged, SystemUnavailableError
 from c2c.generation import PrefilledPrompt
 from c2c.handoff import Handoff
-from c2c.language_model import Sharer
 from c2c.model import C2CModel
 from c2c.prompting import collect_notes
 from c2c.serving.config import ServeConfig
@@ -22,6 +21,7 @@ from c2c.serving.errors import ServerError, internal, invalid, to_api_error
 from c2c.serving.logs import log_failure, warn
 from c2c.serving.outputs import new_tokens
 from c2c.serving.scheduler import Job
+from c2c.sharer import Sharer
 from c2c.systems import System, SystemOptions, make_system
 from c2c.utils import without_folder
 

@@ -21,8 +21,9 @@ from c2c.alignment import SpanAligner
 from c2c.config import ConfigError
 from c2c.errors import CacheError
 from c2c.fusers import family
-from c2c.language_model import LanguageModel, Receiver, Sharer
+from c2c.language_model import LanguageModel, Receiver
 from c2c.layer_map import layer_map
+from c2c.sharer import Sharer
 from c2c.systems.lora import nearest_rank, new_adapter, restore_adapter, save_adapter, trainable
 from c2c.training.config import TrainConfig
 from c2c.training.examples import Example

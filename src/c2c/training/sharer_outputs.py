@@ -22,8 +22,8 @@ from transformers import Cache
 from c2c.config import ConfigError
 from c2c.data.prompts import choice_tokens
 from c2c.handoff import SharerPrompt
-from c2c.language_model import Sharer
 from c2c.prompting import RenderOptions
+from c2c.sharer import Sharer
 from c2c.tokens import TokenBatch, left_pad, natural_positions
 from c2c.training.examples import Example
 from c2c.training.prefill_store import PrefillStore, PromptRecords, stack

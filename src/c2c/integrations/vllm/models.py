@@ -19,9 +19,10 @@ from c2c.identity import ModelIdentity
 from c2c.integrations.vllm.client import EngineClient
 from c2c.integrations.vllm.errors import EngineError, LoadError, SnapshotError, UnsupportedError, as_api_error
 from c2c.integrations.vllm.snapshot import Snapshot
-from c2c.language_model import EntrySelection, LanguageModel, Receiver, Sharer
+from c2c.language_model import LanguageModel, Receiver
 from c2c.serving.engine import SamplingParams
 from c2c.serving.logs import log_failure
+from c2c.sharer import EntrySelection, Sharer
 from c2c.tokens import TokenBatch
 
 T = TypeVar("T")
