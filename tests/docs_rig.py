@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -235,6 +236,7 @@ def make_workspace(home: Path) -> Path:
         shipped = json.loads(config.read_text(encoding="utf-8"))
         names, family = [shipped[role]["name"] for role in ("receiver", "sharer")], shipped["model_type"]
         _write_fuser(clone / "zoo" / config.parent.name, models, *names, family.removeprefix("c2c_fuser_"))
+    _write_adapters(clone / "zoo" / "adapters", models)
     _write_fuser(clone / "runs" / "private" / "best", models, "smollm2-135m", "qwen2.5-coder-0.5b", "memory")
     shipped = "smollm2-135m_from_qwen2.5-coder-1.5b"
     links = {"DATA": "data", "zoo/NAME": f"zoo/{shipped}", "FUSER": f"zoo/{shipped}"}
@@ -244,6 +246,20 @@ def make_workspace(home: Path) -> Path:
     for name, target in links.items():  # inside the folder, so that a copy of the folder keeps them
         (clone / name).symlink_to(os.path.relpath(target, Path(name).parent))
     return clone
+
+
+def _write_adapters(folder: Path, models: Path) -> None:
+    """Write LoRA adapters of a tiny model under the names of those that ship."""
+    import peft
+
+    for config in sorted((ROOT / "zoo" / "adapters").glob("*/adapter_config.json")):
+        shipped = json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"]
+        model = AutoModelForCausalLM.from_pretrained(models / shipped)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers 5 for something by its old name
+            lora = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["k_proj", "v_proj"]))
+        lora.peft_config["default"].base_model_name_or_path = shipped
+        lora.save_pretrained(folder / config.parent.name)
 
 
 def _write_models(folder: Path) -> None:

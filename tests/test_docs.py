@@ -277,6 +277,7 @@ def servers(page: str):
             "http://127.0.0.1:8650": ("share", "qwen2.5-coder-1.5b", "--rate", "0"),
             "http://127.0.0.1:8651": ("share", "qwen2.5-coder-0.5b", "--rate", "0"),
         },
+        "docs/agents.md": {"http://127.0.0.1:8000": ("serve", "MEMORY_FUSER", "--name", "NAME")},
         "docs/serving.md": {"http://127.0.0.1:8000": ("serve", "zoo/NAME", "--name", "pair")},
     }
     with contextlib.ExitStack() as stack:

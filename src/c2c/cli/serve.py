@@ -51,14 +51,15 @@ def serve(
     vllm_options = _vllm_options(config)
     sock = http_server.listen(config.host, config.port)
     with err.status("loading models ..."):
-        from c2c.systems import find_system
+        from c2c.systems import SystemOptions, find_system
 
         for name in config.systems or ():
             find_system(name)
         dtypes: dict[str, Any] = {"dtype": config.dtype, "sharer_dtype": config.sharer_dtype}
-        model, connection = load_pair(config, fuser, _sharer(config), device_map=config.device, **dtypes)
+        shared = SystemOptions(message_tokens=config.message_tokens)
+        model, connection = load_pair(config, fuser, _sharer(config), shared, device_map=config.device, **dtypes)
     if connection is not None:
-        err.print(f"method: {connection}", highlight=False)
+        err.print(f"method: {connection}", highlight=False, soft_wrap=True)
     elif not model.trained:
         err.print("The fuser is untrained: cache-to-cache answers equal the receiver's.", style="yellow")
     from c2c.serving.app import create_app
