@@ -3,9 +3,8 @@
 Nothing is trained and nothing is lost where the document was read behind the receiver's own leading tokens: its entries
 are then those that the receiver would compute itself. Elsewhere each document has attended to other leading tokens than
 it now stands behind, which costs right answers; its first few tokens can be computed anew in place (EPIC,
-arXiv:2410.15332). From a
-variant (other weights of the same structure) the receiver may take some layers and recompute the others (DroidSpeak,
-arXiv:2411.02820).
+arXiv:2410.15332). From a variant (other weights of the same structure) the receiver may take some layers and recompute
+the others (DroidSpeak, arXiv:2411.02820).
 """
 
 from __future__ import annotations
