@@ -334,7 +334,7 @@ def test_timed_items_have_costs(fuser, data, tmp_path):
     for name in ("receiver", "sharer", "matched", "text"):
         assert costs[name]["timed"] == 4
         stages = sum(costs[name].get(stage, 0) for stage in STAGES)
-        assert 0 < stages <= costs[name]["seconds"] * 1.001
+        assert 0 < stages <= costs[name]["seconds"] + 1e-4 * len(STAGES)  # each is rounded by itself
         assert costs[name]["first_token"] <= costs[name]["seconds"]
     assert costs["receiver"]["bytes"] == costs["sharer"]["bytes"] == 0
     assert costs["matched"]["bytes"] > costs["text"]["bytes"] > 0

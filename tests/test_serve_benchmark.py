@@ -76,7 +76,7 @@ def test_a_cell_whose_requests_are_all_answered(serve):
 @pytest.mark.parametrize("cell", [CLOSED, {"loop": "open", "arrivals_per_second": 100.0}])
 def test_a_cell_ends_in_time_and_counts_what_was_cut(serve, cell):
     level = measure(serve, Slow(serve, stuck=range(2, 100)), cell)
-    assert 0.3 < level["elapsed_seconds"] < 3
+    assert 0.3 < level["elapsed_seconds"] < 30
     assert level["requests"] - level["cut"] == 2
     assert level["cut"] > 1
     assert level["first_token_seconds"]["p50"] is None, "most took longer than is known"
