@@ -1,6 +1,7 @@
 # make demo       install, fetch a pair of models, answer one question with every system
 # make test       install, run the tests (about 5 minutes on two cores)
 # make test-slow  the long ones: processes, soak, notebooks, browser
+# make fuzz       property tests with one seed after the other, for 10 minutes (SECONDS=600 SEED=1)
 # make lint       formatting, lint, strict types
 
 PYTHON ?= python3
@@ -14,7 +15,7 @@ export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow test-real test-vllm lint format results bench docs docs-serve notebooks pictures install clean
+.PHONY: demo test test-slow fuzz test-real test-vllm lint format results bench docs docs-serve notebooks pictures install clean
 
 install: $(STAMP)
 
@@ -51,6 +52,16 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+# messages, rows, request bodies and configurations drawn anew for each seed; stops at what fails
+SECONDS ?= 600
+SEED ?= 1
+
+fuzz: $(STAMP)
+	@seed=$(SEED); end=$$(($$(date +%s) + $(SECONDS))); while [ $$(date +%s) -lt $$end ]; do \
+		echo "seed $$seed"; OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m fuzz -p no:cacheprovider \
+			--hypothesis-seed=$$seed --hypothesis-show-statistics $(PYTEST_ARGS) > .fuzz.log || { cat .fuzz.log; exit 1; }; \
+		grep -o '[0-9]* passing examples' .fuzz.log; seed=$$((seed + 1)); done; rm .fuzz.log
 
 # the tests on real models, fetched first
 test-real: $(STAMP)

@@ -14,8 +14,10 @@ from c2c.errors import FuserError, MismatchError, PromptError
 from c2c.fusers.base import load_fuser
 from c2c.language_model import Receiver
 from c2c.prompting import RenderOptions, with_passage
+from c2c.recompute import recompute_tokens
 from c2c.sharer import Sharer
 from c2c.systems import SystemOptions, make_system
+from c2c.tokens import left_pad
 from c2c.systems.fused import Untrained
 from tiny import assert_equal_caches, build, pair, token_ids, tokenizer
 
@@ -95,6 +97,41 @@ def test_a_document_that_is_refreshed_whole_is_read_by_the_receiver(family):
     tokens = model.receiver.encode(with_passage(asked(QUESTION, False), DOCUMENT, OTHER))
     own = model.receiver.prefill(tokens, kv_cache.length(found.cache))
     assert_equal_caches(found.cache, own, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("refresh", [0, 3])
+def test_moved_documents_are_refreshed_in_one_pass(refresh):
+    model = twins(refresh=refresh)
+    handoffs = [model.sharers[0].read(text, before="") for text in (DOCUMENT, OTHER, QUESTION, SYSTEM["content"])]
+    read: list[int] = []
+    decoder = model.receiver.model.get_decoder()
+    hook = decoder.register_forward_pre_hook(
+        lambda module, args, kwargs: read.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    model.prefill(QUESTION, sharer_messages=handoffs)  # once for what is probed
+    read.clear()
+    model.prefill(QUESTION, sharer_messages=handoffs)
+    hook.remove()
+    assert read == ([3 * refresh] if refresh else [])
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_refreshing_in_one_pass_is_refreshing_one_after_the_other(attention):
+    receiver = Receiver(build("llama", 1), tokenizer("chatml"), "llama")
+    receiver.model.set_attn_implementation(attention)
+    tokens = receiver.encode(DOCUMENT + OTHER)
+    cache = receiver.prefill(left_pad([list(range(3, 3 + tokens.length))], 0))  # of other tokens
+    one, other = kv_cache.copy(cache), kv_cache.copy(cache)
+    spans = [(2, 5), (7, 8), (10, tokens.length)]
+    recompute_tokens(receiver, tokens, spans, one)
+    for span in spans:
+        recompute_tokens(receiver, tokens, [span], other)
+    assert_equal_caches(one, other, rtol=1e-4, atol=1e-5)
+    kept = [0, 1, 5, 6, 8, 9]
+    for (keys, values), (own_keys, own_values) in zip(kv_cache.layers(one), kv_cache.layers(cache), strict=True):
+        assert torch.equal(keys[:, :, kept], own_keys[:, :, kept])
+        assert torch.equal(values[:, :, kept], own_values[:, :, kept])
+        assert not torch.equal(values[:, :, 2:5], own_values[:, :, 2:5])
 
 
 def test_a_subset_of_documents_in_any_order_and_batches_are_their_single_runs():

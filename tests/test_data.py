@@ -319,6 +319,7 @@ columns = st.sampled_from(
 )
 
 
+@pytest.mark.fuzz
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.dictionaries(columns, json_values, max_size=6), st.sampled_from(sorted(KINDS)))
 def test_any_row_is_read_as_texts_or_is_an_error_that_names_it(tmp_path, data, kind):

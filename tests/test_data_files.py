@@ -88,6 +88,7 @@ SOURCE = [{"path": "x.jsonl"}]
 TRAIN = {"receiver": "a", "sharer": "b", "output_dir": "c", "train": SOURCE, "dev": SOURCE}
 
 
+@pytest.mark.fuzz
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(configurations(TrainConfig, TRAIN), configurations(EvalConfig, {"data": SOURCE, "output_dir": "c"}))
 def test_any_configuration_is_taken_or_refused_by_name(tmp_path, train, evaluate):

@@ -140,6 +140,7 @@ likely = st.fixed_dictionaries({"role": roles, "content": st.text(st.characters(
 anything = st.dictionaries(fields, json_values, max_size=5)
 
 
+@pytest.mark.fuzz
 @settings(max_examples=300, deadline=None)
 @given(st.lists(likely | anything, max_size=4) | json_values)
 def test_whatever_comes_is_read_or_refused(messages):

@@ -245,6 +245,7 @@ def test_only_the_owner_uses_and_deletes_a_handoff():
     assert len(store) == 0
 
 
+@pytest.mark.fuzz
 @settings(max_examples=50, deadline=None)
 @given(
     st.recursive(

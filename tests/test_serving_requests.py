@@ -455,6 +455,7 @@ def check_answer(response: httpx.Response) -> int:
     return response.status_code
 
 
+@pytest.mark.fuzz
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(request=requests)
 def test_no_request_breaks_the_server(tool_server, request):
@@ -462,6 +463,7 @@ def test_no_request_breaks_the_server(tool_server, request):
     check_answer(tool_server.post(path, content=json.dumps(body).encode(), headers=JSON))
 
 
+@pytest.mark.fuzz
 @settings(max_examples=150, deadline=None)
 @given(st.binary(max_size=40) | st.text(max_size=40).map(str.encode) | anything.map(lambda x: json.dumps(x).encode()))
 def test_bytes_are_parsed_as_json_does_or_refused(raw):

@@ -16,7 +16,7 @@ from c2c.errors import CacheError, FuserError, HandoffError, MismatchError, Mode
 from c2c.handoff import Handoff, QuantizedTensor, passage_prompt
 from c2c.language_model import Receiver
 from c2c.prompting import RenderOptions, with_passage
-from c2c.recompute import prefill_with_hidden, recompute
+from c2c.recompute import prefill_with_hidden, recompute_layers
 from c2c.sharer import Sharer
 from c2c.systems.lora import new_adapter, trainable
 from c2c.tokens import left_pad
@@ -125,7 +125,7 @@ def test_recomputing_all_layers_is_reading_bit_for_bit(family, column):
     receiver = Receiver(build(family, 1))
     tokens, document = left_pad([list(range(3, 33))], 0), range(column + 3, 28)
     cache = receiver.prefill(tokens, column) if column else receiver.empty_cache()
-    made = recompute(receiver, tokens, column, torch.tensor(document), (0, receiver.geometry.layers), cache)
+    made = recompute_layers(receiver, tokens, column, torch.tensor(document), (0, receiver.geometry.layers), cache)
     assert kv_cache.length(cache) == column, "the cache is left as it was"
     read = receiver.prefill(tokens, 25, kv_cache.view(cache) if column else None)
     for (keys, values), (own_keys, own_values) in zip(made, kv_cache.layers(read), strict=True):
@@ -140,7 +140,7 @@ def test_layers_from_a_hidden_state_are_those_of_one_pass(family):
     cache, hidden = prefill_with_hidden(model, tokens, 2)
     assert same(entries(cache), entries(model.prefill(tokens)))
     before = kv_cache.crop(cache, 4)
-    made = recompute(model, tokens, 4, tokens.ids[0, 4:], (2, count), before, hidden[:, 4:])
+    made = recompute_layers(model, tokens, 4, tokens.ids[0, 4:], (2, count), before, hidden[:, 4:])
     for (keys, values), (own_keys, own_values) in zip(made, kv_cache.layers(cache)[2:], strict=True):
         torch.testing.assert_close(keys, own_keys[:, :, 4:])
         torch.testing.assert_close(values, own_values[:, :, 4:])
@@ -150,13 +150,13 @@ def test_layers_from_a_hidden_state_are_those_of_one_pass(family):
 def test_ranges_of_layers_that_can_not_be(layers):
     model = Receiver(build("llama"))
     with pytest.raises(CacheError, match="expected the first layer"):
-        recompute(model, left_pad([IDS], 0), 0, torch.tensor(IDS), layers, model.empty_cache())
+        recompute_layers(model, left_pad([IDS], 0), 0, torch.tensor(IDS), layers, model.empty_cache())
 
 
 def test_upper_layers_need_hidden_states():
     model = Receiver(build("llama"))
     with pytest.raises(CacheError, match="hidden states"):
-        recompute(model, left_pad([IDS], 0), 0, torch.tensor(IDS), (1, 3), model.empty_cache())
+        recompute_layers(model, left_pad([IDS], 0), 0, torch.tensor(IDS), (1, 3), model.empty_cache())
 
 
 def test_a_decoder_without_plain_layers_is_refused():
@@ -164,7 +164,7 @@ def test_a_decoder_without_plain_layers_is_refused():
 
     model = Receiver(GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=64)))
     with pytest.raises(CacheError, match="recomputed"):
-        recompute(model, left_pad([IDS], 0), 0, torch.tensor(IDS), (0, 1), model.empty_cache())
+        recompute_layers(model, left_pad([IDS], 0), 0, torch.tensor(IDS), (0, 1), model.empty_cache())
 
 
 # -- distances --------------------------------------------------------------------------------------------------------

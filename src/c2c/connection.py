@@ -180,7 +180,7 @@ def connect(
     *,
     method: str | None = None,
     show_documents: bool = False,
-    refresh: int = 8,
+    refresh: int = CopyFuser.config_class.refresh,
     options: SystemOptions | None = None,
     **load_kwargs: Any,
 ) -> Connection:

@@ -11,8 +11,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers import Cache
 
 from c2c import identity, kv_cache
@@ -25,7 +27,7 @@ from c2c.kv_cache import KeyValue
 from c2c.language_model import LanguageModel
 from c2c.messages import Conversation, conversations
 from c2c.prompting import RenderOptions, encode, first_user, render
-from c2c.recompute import LayerRange, recompute
+from c2c.recompute import LayerRange, recompute_layers, recompute_tokens
 from c2c.rope import switch_length
 from c2c.sharer import Sharer
 from c2c.tokens import TokenBatch, common_prefix
@@ -232,35 +234,44 @@ def prefill_entries(cache: Cache, receiver: LanguageModel, prompt: PrivatePrompt
         cache = kv_cache.append(cache, _first_columns(entries.pop(0), receiver, column))
     elif column > 0:
         cache = receiver.prefill(tokens, column, cache)
-    for part in entries:
-        stop, fresh = column + part.slots, part.fresh
-        if fresh:
-            cache = receiver.prefill(tokens, column + fresh, cache)
-        if fresh < part.slots:
-            tables = receiver.rotary(tokens.positions[:, column + fresh : stop], tokens.length)
-            layers = [(keys[:, :, fresh:], values[:, :, fresh:]) for keys, values in part.layers]
-            rotated = [
-                (keys if tables is None else tables[index].apply(keys).to(receiver.dtype), values)
-                for index, (keys, values) in enumerate(layers)
-            ]
-            if part.recompute is not None and part.handoff is not None:
-                ours = _recomputed(part, receiver, tokens, column, fresh, cache)
-                rotated[part.recompute[0] : part.recompute[1]] = ours
-            kv_cache.append(cache, rotated)
-        column = stop
+    starts = list(accumulate((part.slots for part in entries), initial=column))
+    if any(part.recompute for part in entries):
+        for part, start in zip(entries, starts, strict=False):
+            _append([part], receiver, tokens, start, cache)
+    elif entries:
+        _append(entries, receiver, tokens, column, cache)
+    fresh = [(start, start + part.fresh) for part, start in zip(entries, starts, strict=False) if part.fresh]
+    recompute_tokens(receiver, tokens, fresh, cache)
     return cache
 
 
+def _append(
+    entries: Sequence[PrivateEntries], receiver: LanguageModel, tokens: TokenBatch, column: int, cache: Cache
+) -> None:
+    """Add entries that begin at ``column`` to the cache, one after the other; several at once copy it only once."""
+    stop = column + sum(part.slots for part in entries)
+    tables = receiver.rotary(tokens.positions[:, column:stop], tokens.length)
+    rotated: list[KeyValue] = []
+    for index, parts in enumerate(zip(*(part.layers for part in entries), strict=True)):
+        keys, values = (torch.cat([part[side].to(receiver.device) for part in parts], 2) for side in (0, 1))
+        keys = keys if tables is None else tables[index].apply(keys)
+        rotated.append((keys.to(receiver.dtype), values.to(receiver.dtype)))
+    for part in entries:
+        if part.recompute is not None and part.handoff is not None:
+            rotated[slice(*part.recompute)] = _recomputed(part, receiver, tokens, column, cache)
+    kv_cache.append(cache, rotated)
+
+
 def _recomputed(
-    entries: PrivateEntries, receiver: LanguageModel, tokens: TokenBatch, column: int, fresh: int, cache: Cache
+    entries: PrivateEntries, receiver: LanguageModel, tokens: TokenBatch, column: int, cache: Cache
 ) -> list[KeyValue]:
-    """Compute the receiver's own entries of some layers for a document at ``column`` but its first ``fresh`` tokens."""
+    """Compute the receiver's own entries of some layers for a document at ``column``."""
     handoff, layers, hidden = entries.handoff, entries.recompute, None
     assert handoff is not None
     assert layers is not None
     if layers[0] and handoff.hidden is not None and handoff.hidden[0] == layers[0]:
-        hidden = handoff.hidden[1].dequantize(receiver.dtype)[:, fresh:]
-    return recompute(receiver, tokens, column + fresh, handoff.ids[handoff.kept][fresh:], layers, cache, hidden)
+        hidden = handoff.hidden[1].dequantize(receiver.dtype)
+    return recompute_layers(receiver, tokens, column, handoff.ids[handoff.kept], layers, cache, hidden)
 
 
 def _first_columns(entries: PrivateEntries, receiver: LanguageModel, stop: int) -> list[KeyValue]:

@@ -1,15 +1,19 @@
-"""Recompute some of a receiver's layers for entries that are copied from a variant of it.
+"""Recompute part of a receiver's entries that were copied: some layers of a document, or some of its tokens.
 
 A variant (a fine-tune, another LoRA adapter) reads as the receiver does, but for some layers. The receiver runs these
 over the document's tokens on its own cache, and takes the entries of the others as they are (DroidSpeak, Liu et al.
 2024, arXiv:2411.02820). Layers from 0 on start at the token ids; layers from ``first`` on at the variant's hidden state
 there, ``[1, tokens, hidden]``, which its prefill keeps.
+
+A document that now stands behind other tokens than it was read behind differs most in its first tokens. All of these,
+of several documents, are computed anew in one pass (EPIC, Hu et al. 2024, arXiv:2410.15332).
 """
 
 from __future__ import annotations
 
 import copy
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -28,6 +32,7 @@ if TYPE_CHECKING:
 
 LayerRange = tuple[int, int]
 _known: WeakKeyDictionary[PreTrainedModel, str | None] = WeakKeyDictionary()
+_masked: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
 
 
 def check_range(layers: Any, count: int) -> LayerRange:
@@ -47,7 +52,7 @@ def check_range(layers: Any, count: int) -> LayerRange:
 
 
 @torch.no_grad()
-def recompute(
+def recompute_layers(
     model: LanguageModel,
     tokens: TokenBatch,
     column: int,
@@ -112,6 +117,55 @@ def _run(
     found = kv_cache.layers(grown)
     found = found[first:stop] if column else found  # without anything before, only these layers hold entries
     return [(keys[:, :, column:], values[:, :, column:]) for keys, values in found]
+
+
+@torch.no_grad()
+def recompute_tokens(model: LanguageModel, tokens: TokenBatch, spans: Sequence[LayerRange], cache: Cache) -> None:
+    """Compute the entries of some columns anew and put them in the place of those that the cache holds.
+
+    Each attends to all that stands before it, and to those of ``spans`` as they are computed here.
+
+    Args:
+        model: the receiver.
+        tokens: its whole prompt, one row.
+        spans: ``(first, stop)`` of columns with tokens, in ascending order.
+        cache: of the prompt up to the last of them at least; its tensors are replaced, not written to.
+    """
+    if not spans:
+        return
+    tokens = tokens.to(model.device)
+    if len(spans) > 1 and _takes_masks(model, kv_cache.length(cache)):
+        columns = torch.cat([torch.arange(*span, device=model.device) for span in spans])
+        with prompt_length(model.model, tokens.length):
+            _put(cache, columns, _in_one_pass(model.model, tokens, columns, cache))
+        return
+    for start, stop in spans:
+        grown = model.prefill(tokens, stop, kv_cache.crop(cache, start))
+        columns = torch.arange(start, stop, device=model.device)
+        _put(cache, columns, [(keys[:, :, start:], values[:, :, start:]) for keys, values in kv_cache.layers(grown)])
+
+
+def _in_one_pass(model: PreTrainedModel, tokens: TokenBatch, columns: Tensor, cache: Cache) -> list[KeyValue]:
+    """Run the tokens of ``columns`` behind the whole cache; a mask hides what comes later, and their old entries."""
+    held = kv_cache.length(cache)
+    old = torch.arange(held, device=columns.device)
+    seen = torch.cat([(old < columns[:, None]) & ~torch.isin(old, columns), columns <= columns[:, None]], 1)
+    mask = torch.zeros(seen.shape, dtype=model.dtype, device=columns.device)
+    grown = kv_cache.view(cache)
+    model.get_decoder()(
+        input_ids=tokens.ids[:, columns],
+        attention_mask=mask.masked_fill_(~seen, torch.finfo(model.dtype).min)[None, None],
+        position_ids=tokens.positions[:, columns],
+        past_key_values=grown,
+        use_cache=True,
+    )
+    return [(keys[:, :, held:], values[:, :, held:]) for keys, values in kv_cache.layers(grown)]
+
+
+def _put(cache: Cache, columns: Tensor, entries: Sequence[KeyValue]) -> None:
+    for index, (new_keys, new_values) in enumerate(entries):
+        keys, values = kv_cache.layer(cache, index)
+        kv_cache.set_layer(cache, index, keys.index_copy(2, columns, new_keys), values.index_copy(2, columns, new_values))
 
 
 @torch.no_grad()
@@ -191,6 +245,37 @@ def _tapped(layer: nn.Module, seen: list[Tensor]) -> nn.Module:
 # -- which models can -------------------------------------------------------------------------------------------------
 
 
+def _takes_masks(model: LanguageModel, length: int) -> bool:
+    """Whether a model attends by a mask of any form: within its attention window, and found out by a tiny prompt."""
+    config = model.model.config.get_text_config(decoder=True)
+    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    if any(window is not None and window < length for window in windows):
+        return False
+    if model.model not in _masked:
+        _masked[model.model] = _probe_masks(model)
+    return _masked[model.model]
+
+
+@torch.no_grad()
+def _probe_masks(model: LanguageModel) -> bool:
+    tokens = left_pad([[1, 2, 3, 4, 5, 6]], 0).to(model.device)
+    whole, columns = model.compute(tokens, tokens.length), torch.tensor([2, 4], device=model.device)
+    spoiled = kv_cache.copy(whole)
+    _put(spoiled, columns, [(keys[:, :, :2], values[:, :, :2]) for keys, values in kv_cache.layers(whole)])
+    try:
+        found = _in_one_pass(model.model, tokens, columns, spoiled)
+    except Exception:  # noqa: BLE001  whatever an attention kernel raises that knows causal masks only
+        return False
+    own = [(keys[:, :, columns], values[:, :, columns]) for keys, values in kv_cache.layers(whole)]
+    return _near(model, found, own)
+
+
+def _near(model: LanguageModel, found: Sequence[KeyValue], expected: Sequence[KeyValue]) -> bool:
+    tolerance = 1e-3 if model.dtype == torch.float32 else 0.1
+    pairs = [pair for one, own in zip(found, expected, strict=True) for pair in zip(one, own, strict=True)]
+    return all(torch.dist(one, own) <= tolerance * own.norm() for one, own in pairs)
+
+
 def check_layerwise(model: LanguageModel) -> None:
     """Make sure that a model's layers can be run one by one; found out by a tiny prompt, once for each model.
 
@@ -223,9 +308,7 @@ def _probe(model: LanguageModel) -> str | None:
         plain = model.prefill(tokens)
     except Exception as error:  # whatever a decoder raises whose layers are called in another way
         return f"its decoder can't be run without some of its layers ({type(error).__name__}: {error})"
-    tolerance = 1e-3 if model.dtype == torch.float32 else 0.1
-    for (keys, values), (own_keys, own_values) in zip([*low, *high], kv_cache.layers(plain), strict=True):
-        for one, own in ((keys, own_keys), (values, own_values)):
-            if torch.dist(one, own[:, :, column:]) > tolerance * own.norm():
-                return f"layers of {kind} that are run in parts give other entries than in one pass"
+    own = [(keys[:, :, column:], values[:, :, column:]) for keys, values in kv_cache.layers(plain)]
+    if not _near(model, [*low, *high], own):
+        return f"layers of {kind} that are run in parts give other entries than in one pass"
     return None

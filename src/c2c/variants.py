@@ -23,7 +23,7 @@ from c2c.kv_cache import KeyValue
 from c2c.language_model import LanguageModel
 from c2c.prefill import logits_after
 from c2c.prompting import RenderOptions, with_passage
-from c2c.recompute import LayerRange, check_layerwise, prefill_with_hidden, recompute
+from c2c.recompute import LayerRange, check_layerwise, prefill_with_hidden, recompute_layers
 from c2c.tokens import TokenBatch, left_pad
 
 PASSAGE = (
@@ -253,7 +253,7 @@ class _Probe:
         made, (first, stop), column, hidden = list(self.theirs), layers, self.column, None
         if first:
             hidden = prefill_with_hidden(self.sharer, self.read, first)[1][:, column:]
-        made[first:stop] = recompute(
+        made[first:stop] = recompute_layers(
             self.receiver, self.read, column, self.read.ids[0, column:], layers, self.before, hidden
         )
         return made

@@ -36,7 +36,7 @@ class CopyConfig(FuserConfig):
     """
 
     model_type = "c2c_fuser_copy"
-    refresh: int = 0
+    refresh: int = 32
     variant: bool = False
     recompute: Sequence[int] | None = None
 
