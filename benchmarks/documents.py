@@ -2,8 +2,8 @@
 
 The same model stands on both sides. Each question has its own passage among passages of other questions, in a drawn
 order. ``text`` reads all of them for each question; ``copy R`` puts their handoffs one after the other, and reads the
-first R tokens of each moved document itself. ``deranged`` is the last copy with the true passage left out, ``alone``
-the question without any. A run that was stopped goes on from its journal. SQuAD's grouped_valid is for choosing,
+first R tokens of each moved document itself. These were read behind another passage (``among=True``), or, ``apart R``,
+by themselves. ``deranged`` is the last copy with the true passage left out. A run that was stopped goes on from its journal. SQuAD's grouped_valid is for choosing,
 grouped_test for reporting.
 
     c2c pull qwen2.5-coder-0.5b
@@ -43,34 +43,37 @@ class Documents:
     Args:
         model: alias or folder of the model on both sides.
         refresh: tokens that the receiver reads itself of each moved document; one copy for each number.
+        apart: the same, for documents that were read by themselves.
         dtype: of the weights.
         new_tokens: longest answer.
     """
 
-    def __init__(self, model: str, refresh: list[int], dtype: str, new_tokens: int) -> None:
+    def __init__(self, model: str, refresh: list[int], apart: list[int], dtype: str, new_tokens: int) -> None:
         first = C2CModel.from_models(model, model, fuser="copy", dtype=dtype)
         pair = (first.receiver, first.sharers[0])
         self.copies = {
-            number: C2CModel.from_models(*pair, fuser="copy", fuser_options={"refresh": number}) for number in refresh
+            (among, number): C2CModel.from_models(*pair, fuser="copy", fuser_options={"refresh": number})
+            for among, numbers in ((False, apart), (True, refresh))
+            for number in numbers
         }
         self.reader, self.sharer = make_system("reader", first), first.sharers[0]
         self.kwargs = {"max_new_tokens": new_tokens, "do_sample": False}
-        self.handoffs: dict[str, Handoff] = {}
+        self.handoffs: dict[tuple[bool, str], Handoff] = {}
 
-    def read(self, passage: str) -> Handoff:
-        """Read a passage, once."""
-        if passage not in self.handoffs:
-            self.handoffs[passage] = self.sharer.read(passage, before="")
-        return self.handoffs[passage]
+    def read(self, passage: str, among: bool) -> Handoff:
+        """Read a passage, once for each way."""
+        if (among, passage) not in self.handoffs:
+            self.handoffs[among, passage] = self.sharer.read(passage, before="", among=among)
+        return self.handoffs[among, passage]
 
     def answer(self, question: str, passages: list[str], own: int) -> Iterator[tuple[str, GenerationResult, int]]:
         """Yield the name of a system, its answer, and the bytes that it is handed."""
         text = self.reader.generate(question, passages, **self.kwargs)
         yield "text", text, sum(len(passage.encode()) for passage in passages)
-        handoffs = [self.read(passage) for passage in passages]
-        for number, model in self.copies.items():
+        for (among, number), model in self.copies.items():
+            handoffs = [self.read(passage, among) for passage in passages]
             result = model.generate(question, sharer_messages=handoffs, **self.kwargs)
-            yield f"copy {number}", result, sum(handoff.nbytes for handoff in handoffs)
+            yield f"{'copy' if among else 'apart'} {number}", result, sum(handoff.nbytes for handoff in handoffs)
         if len(passages) > 1:
             others = [handoff for index, handoff in enumerate(handoffs) if index != own]
             yield "deranged", model.generate(question, sharer_messages=others, **self.kwargs), 0
@@ -88,11 +91,11 @@ def main() -> None:
     journal = folder / "answers.jsonl"
     done = [json.loads(line) for line in journal.read_text().splitlines()] if journal.exists() else []
     known = {(one["id"], one["documents"]) for one in done}
-    system = Documents(arguments.model, arguments.refresh, arguments.dtype, arguments.new_tokens)
+    system = Documents(arguments.model, arguments.refresh, arguments.apart, arguments.dtype, arguments.new_tokens)
     jobs = [(row, count) for row in rows for count in arguments.counts if (row.id, count) not in known]
     with journal.open("a") as file:
         for row, count in track(jobs, "answering", console=Console(stderr=True)):
-            for record in _records(system, row, rows, count, arguments.seed):
+            for record in _records(system, row, rows, (count, arguments.passages), arguments.seed):
                 done.append(record)
                 file.write(json.dumps(record) + "\n")
             file.flush()
@@ -100,6 +103,7 @@ def main() -> None:
         "model": arguments.model,
         "data": Path(arguments.data).name,
         "n": len(rows),
+        "passages_per_document": arguments.passages,
         "seed": arguments.seed,
         "dtype": arguments.dtype,
         "threads": arguments.threads,
@@ -111,14 +115,18 @@ def main() -> None:
         print(json.dumps(result))
 
 
-def _records(system: Documents, row: Row, rows: list[Row], count: int, seed: int) -> Iterator[dict[str, Any]]:
-    """Answer one question with so many documents; the order and the others are drawn by its id."""
+def _records(
+    system: Documents, row: Row, rows: list[Row], sizes: tuple[int, int], seed: int
+) -> Iterator[dict[str, Any]]:
+    """Answer one question with so many documents of so many passages; order and other passages are drawn by its id."""
+    count, each = sizes
     draw, own = random.Random(f"{seed} {row.id} {count}"), _passage(row)
     others = sorted({_passage(other) for other in rows} - {own})
-    passages = [own, *draw.sample(others, count - 1)]
+    passages = [own, *draw.sample(others, count * each - 1)]
     draw.shuffle(passages)
-    place = passages.index(own)
-    for name, result, crossed in system.answer(row.question, passages, place):
+    place = passages.index(own) // each
+    documents = ["\n".join(passages[first : first + each]) for first in range(0, len(passages), each)]
+    for name, result, crossed in system.answer(row.question, documents, place):
         yield {
             "id": row.id,
             "documents": count,
@@ -192,7 +200,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--limit", type=int, default=60, help="questions, drawn with the seed")
     parser.add_argument("--counts", type=int, nargs="+", default=[1, 2, 4, 8], help="numbers of documents")
-    parser.add_argument("--refresh", type=int, nargs="+", default=[8])
+    parser.add_argument("--passages", type=int, default=1, help="in each document: 4 of SQuAD have some 600 tokens")
+    parser.add_argument("--refresh", type=int, nargs="+", default=[32])
+    parser.add_argument("--apart", type=int, nargs="*", default=[0])
     parser.add_argument("--new-tokens", type=int, default=24)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)

@@ -109,19 +109,21 @@ Answer = Callable[[Row, list[str]], Record]
 def ours(receiver: str, sharer: str, options: argparse.Namespace) -> dict[str, Answer]:
     """Return c2c's systems: the best method that ``c2c.connect`` finds, and the receiver by itself.
 
-    A document is read once in a run, and its handoff taken again wherever it stands; the seconds of that one reading
-    count for each question.
+    A document is read once in a run (among others in another way than alone), and its handoff taken again wherever it
+    stands; the seconds of that one reading count for each question.
     """
     connection = connect(receiver, sharer, dtype=options.dtype)
     method = connection.chosen("private")
-    copies, handoffs = method is not None and method.fuser is not None, dict[str, tuple[Any, float]]()
+    copies, handoffs = method is not None and method.fuser is not None, dict[Any, tuple[Any, float]]()
+    keeps_tokens = method is not None and method.fuser is not None and method.fuser.keeps_tokens
 
-    def read(text: str) -> tuple[Any, float]:
-        if text not in handoffs:
+    def read(text: str, several: bool) -> tuple[Any, float]:
+        how = {"among": True} if several and keeps_tokens else {}
+        if (text, several) not in handoffs:
             began = time.perf_counter()
-            handoff = connection.read(text)
-            handoffs[text] = handoff, time.perf_counter() - began
-        return handoffs[text]
+            handoff = connection.read(text, **how)
+            handoffs[text, several] = handoff, time.perf_counter() - began
+        return handoffs[text, several]
 
     def generate(system: System, row: Row, given: Any = None) -> Record:
         result = system.generate(row.messages, given, max_new_tokens=options.new_tokens, do_sample=False)
@@ -135,7 +137,7 @@ def ours(receiver: str, sharer: str, options: argparse.Namespace) -> dict[str, A
     def hand_over(row: Row, texts: list[str]) -> Record:
         if not copies:
             return generate(connection, row, texts)
-        given, seconds = zip(*map(read, texts), strict=True)
+        given, seconds = zip(*(read(text, len(texts) > 1) for text in texts), strict=True)
         found = generate(connection, row, list(given))
         return found | {"read": sum(seconds), "total": found["total"] + sum(seconds)}
 

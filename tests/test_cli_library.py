@@ -31,7 +31,7 @@ def model(tmp_path_factory):
 def fuser(model, tmp_path_factory):
     """Folder of a copy fuser for that model on both sides, as connect makes it."""
     folder = tmp_path_factory.mktemp("copy")
-    C2CModel.from_models(model, model, fuser="copy", fuser_options={"refresh": 8}).save_pretrained(folder)
+    C2CModel.from_models(model, model, fuser="copy").save_pretrained(folder)
     return folder
 
 
@@ -77,6 +77,19 @@ def test_broken_documents_are_listed(files, model):
     assert "damaged" in found.stdout
     assert add("dog.txt", "--model", model) == {"dog": True}
     c2c("library", "list", "lib", "--check")
+
+
+def test_documents_that_will_stand_among_others(files, model, monkeypatch):
+    monkeypatch.setattr("c2c.handoff.OTHER_PASSAGE", "Wheat is a grain.")
+    add(*files, "--model", model)
+    alone = Library("lib").get("fox")
+    assert add(*files, "--model", model, "--among") == dict.fromkeys(TEXTS, True)
+    among = Library("lib").get("fox")
+    assert among.kept[0] > alone.kept[0]
+    assert among.ids[among.kept].tolist() == alone.ids[alone.kept].tolist()
+    assert add(*files, "--model", model, "--among") == dict.fromkeys(TEXTS, False)
+    found = runner.invoke(*_command("library", "add", "lib", "fox.txt", "--model", model, "--among", "--family", "memory"))
+    assert found.exit_code == 2
 
 
 def _command(*words: str):

@@ -24,6 +24,7 @@ from tiny import assert_equal_caches, build, pair, token_ids, tokenizer
 FAMILIES = ["llama", "qwen3", "gemma3"]
 DOCUMENT = "The fox sleeps in a red house by the sea."
 OTHER = "A dog and a cat went to the market, and came back late."
+SHORT = "Wheat is a grain."
 QUESTION = "Where does the fox sleep?"
 SYSTEM = {"role": "system", "content": "Be brief."}
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
@@ -134,6 +135,30 @@ def test_refreshing_in_one_pass_is_refreshing_one_after_the_other(attention):
         assert not torch.equal(values[:, :, 2:5], own_values[:, :, 2:5])
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("other", [True, "Bread is made of flour."])
+def test_a_document_read_among_others_is_the_second_of_two(family, other, monkeypatch):
+    monkeypatch.setattr("c2c.handoff.OTHER_PASSAGE", SHORT)  # there are 512 tokens, of a letter each
+    model = MODELS[family]
+    handoff = model.sharers[0].read(DOCUMENT, before="", among=other)
+    text = SHORT if other is True else other
+    tokens = model.receiver.encode(with_passage(asked(QUESTION, False), text, DOCUMENT))
+    assert handoff.ids.tolist() == tokens.ids[0, : len(handoff.ids)].tolist()
+    alone = model.sharers[0].read(DOCUMENT, before="")
+    assert handoff.ids[handoff.kept].tolist() == alone.ids[alone.kept].tolist()
+    own = model.receiver.prefill(tokens, len(handoff.ids))
+    assert_equal_caches(handoff.cache(torch.float32, torch.device("cpu")), own)
+    found = model.prefill(QUESTION, sharer_messages=handoff)
+    assert found.tokens.ids.tolist() == model.receiver.encode(with_passage(asked(QUESTION, False), DOCUMENT)).ids.tolist()
+    assert "1 of 1 documents were moved" in found.report.notes[0]
+
+
+@pytest.mark.parametrize("wrong", [{"among": True}, {"among": "", "before": ""}, {"among": 3, "before": ""}], ids=str)
+def test_among_is_for_a_document_behind_a_text(wrong):
+    with pytest.raises(PromptError, match="among"):
+        MODELS["llama"].sharers[0].read(DOCUMENT, **wrong)
+
+
 def test_a_subset_of_documents_in_any_order_and_batches_are_their_single_runs():
     model = MODELS["llama"]
     one, two, three = (model.sharers[0].read(text, before="") for text in (DOCUMENT, OTHER, QUESTION))
@@ -149,9 +174,14 @@ def test_a_subset_of_documents_in_any_order_and_batches_are_their_single_runs():
     )
 
 
-def test_texts_for_one_conversation_are_documents_each_read_apart():
+@pytest.mark.parametrize("room", [True, False])
+def test_texts_for_one_conversation_are_documents_each_read_apart(room, monkeypatch):
+    if room:
+        monkeypatch.setattr("c2c.handoff.OTHER_PASSAGE", SHORT)
     model = MODELS["llama"]
-    apart = [model.sharers[0].read(text, before="") for text in (DOCUMENT, OTHER)]
+    apart = [
+        model.sharers[0].read(text, before="", among=among) for text, among in ((DOCUMENT, False), (OTHER, room))
+    ]
     expected = token_ids(model.generate(QUESTION, sharer_messages=apart, **GREEDY))
     assert token_ids(model.generate(QUESTION, sharer_messages=[DOCUMENT, OTHER], **GREEDY)) == expected
 

@@ -188,10 +188,24 @@ def test_a_copy_is_exact_under_the_prompt_that_it_was_read_for(folder):
         assert (error["status"], "user message" in error["message"]) == (400, True)
 
 
-def test_what_stands_before_is_for_a_copy_fuser(pair):
+def test_a_document_among_others_is_read_behind_another():
+    model = copy_pair()
+    with running(model) as server:
+        alone, among = create(server), create(server, among="Wheat is a grain.")
+        expected = model.sharers[0].read(DOCUMENT, before="", among="Wheat is a grain.")
+        assert (alone["tokens"], among["tokens"]) != (among["tokens"], alone["tokens"])
+        assert among["tokens"] == len(expected.ids)
+        own = model.generate(QUESTION, sharer_messages=expected, max_new_tokens=8, do_sample=False).text
+        assert text_of(server.chat(QUESTION, c2c={"handoff": among["id"]}, max_tokens=8)) == own
+        error = error_of(server.post(HANDOFFS, json={"messages": DOCUMENT, "among": True, "draft_tokens": 2}))
+        assert (error["status"], error["param"]) == (400, "among")
+
+
+@pytest.mark.parametrize("name", ["before", "among"])
+def test_what_stands_before_is_for_a_copy_fuser(pair, name):
     with running(pair) as server:
-        error = error_of(server.post(HANDOFFS, json={"messages": DOCUMENT, "before": "Be brief."}))
-        assert (error["status"], error["param"]) == (400, "before")
+        error = error_of(server.post(HANDOFFS, json={"messages": DOCUMENT, name: "Be brief."}))
+        assert (error["status"], error["param"]) == (400, name)
 
 
 def test_a_request_names_so_many_handoffs(pair):

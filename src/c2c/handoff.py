@@ -123,7 +123,20 @@ def sharer_prompt(tokenizer: Any, conversation: Conversation, options: RenderOpt
     return SharerPrompt(encoded.ids, [*texts, *range(texts[-1] + 1, len(encoded.ids))])
 
 
-def passage_prompt(tokenizer: Any, document: str, before: Any, options: RenderOptions) -> SharerPrompt:
+# read before a document that will stand among others: a first passage is read otherwise than one that follows another
+OTHER_PASSAGE = (
+    "Bread is made of flour, water, salt and a raising agent. The dough is kneaded until it is smooth, left in a warm "
+    "place until it has doubled in size, shaped into loaves and baked in a hot oven. Wheat is the most common grain, "
+    "followed by rye and spelt. In many towns bakers begin their work long before sunrise, so that fresh loaves are on "
+    "the shelves when the first customers arrive. A loaf that has cooled keeps for several days when it is wrapped in "
+    "cloth or paper. Older bread is toasted, fried, or soaked in milk and baked again with fruit. Recipes differ from "
+    "region to region: some add seeds or nuts, others olives, herbs or cheese."
+)
+
+
+def passage_prompt(
+    tokenizer: Any, document: str, before: Any, options: RenderOptions, among: bool | str = False
+) -> SharerPrompt:
     """Tokenise a document as a passage in the prompt of a receiver that is the same model.
 
     Handed over are the tokens of the passage alone. They stand behind the same tokens as where the receiver reads the
@@ -134,6 +147,7 @@ def passage_prompt(tokenizer: Any, document: str, before: Any, options: RenderOp
         document: the text.
         before: messages that the receiver's prompt begins with, or the text of its system message; empty for none.
         options: with the instruction and the form of passages.
+        among: read it behind another passage, which is not handed over: this text, or one that is kept for that.
 
     Raises:
         PromptError: ``before`` holds a user message, or the template loses the passage.
@@ -141,12 +155,14 @@ def passage_prompt(tokenizer: Any, document: str, before: Any, options: RenderOp
     opening = [{"role": "system", "content": before}] if isinstance(before, str) and before else list(before)
     if any(message["role"] == "user" for message in opening):
         raise PromptError("before=... holds a user message; documents stand in the first one, behind system messages.")
-    asked = with_passage([*opening, {"role": "user", "content": "Q"}], document, options=options)
+    others = [] if among is False else [OTHER_PASSAGE if among is True else among]
+    asked = with_passage([*opening, {"role": "user", "content": "Q"}], *others, document, options=options)
     encoded = encode(require_tokenizer(tokenizer, "sharer"), render(tokenizer, asked, options))
     found = encoded.rendered.spans[-1]
     if found is None or encoded.rendered.contents[-1][found[1] :] != asked[-1]["content"]:
         raise PromptError("the chat template changes the text of user messages, so that a passage has no place in it.")
-    start = found[0][0] + len(options.instruction)
+    skipped = [options.instruction, *(options.passage.replace("{passage}", other) for other in others)]
+    start = found[0][0] + len("".join(skipped))
     stop = found[0][1] - 1  # before the question
     kept = [column for column, (first, last) in enumerate(encoded.offsets) if first >= start and first < last <= stop]
     if not kept:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from transformers import Cache
 
 from c2c import identity, kv_cache
 from c2c.alignment import Alignment, Chunk, Prompt
-from c2c.errors import PromptError
+from c2c.errors import ContextLengthError, PromptError
 from c2c.fusers import Fuser
 from c2c.fusers.base import Entries
 from c2c.handoff import Handoff
@@ -371,19 +372,29 @@ def read_handoffs(
         )
     options, read = replace(options, tools=()), dict[tuple[int, str], Handoff]()
 
-    def handoff(index: int, document: Document, conversation: Conversation) -> Handoff:
+    def handoff(index: int, document: Document, conversation: Conversation, among: bool) -> Handoff:
         if isinstance(document, Handoff):
             return document
         sharer, fuser = pairs[index]
         before = conversation[: first_user(conversation)] if fuser.keeps_tokens else None
-        key = (index, json.dumps([before, document], sort_keys=True))
+        key = (index, json.dumps([before, document, among], sort_keys=True))
         if key not in read:
             first = (getattr(fuser.config, "recompute", None) or (0,))[0]
-            read[key] = sharer.for_fuser(fuser).read(document, before=before, options=options, keep_hidden=first)
+            how: dict[str, Any] = {"before": before, "options": options, "keep_hidden": first}
+            reader = sharer.for_fuser(fuser)
+            if among and fuser.keeps_tokens:
+                with suppress(ContextLengthError):  # where there is no room for another passage
+                    read[key] = reader.read(document, among=True, **how)
+            if key not in read:
+                read[key] = reader.read(document, **how)
         return read[key]
+
+    def read_row(index: int, row: Sequence[Document], conversation: Conversation) -> list[Handoff]:
+        """Read each document for its place: the first follows no other."""
+        return [handoff(index, one, conversation, place > 0) for place, one in enumerate(row)]
 
     found = [documents(part, len(batch), single) for part in per_sharer]
     return [
-        [[handoff(index, one, conversation) for one in rows[place]] for index, rows in enumerate(found)]
+        [read_row(index, rows[place], conversation) for index, rows in enumerate(found)]
         for place, conversation in enumerate(batch)
     ]

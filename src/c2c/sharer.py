@@ -63,6 +63,7 @@ class Sharer(LanguageModel):
         messages: Any,
         *,
         before: Any = None,
+        among: bool | str = False,
         draft_tokens: int = 0,
         think: int = 0,
         realign: Realignment = "soft",
@@ -77,6 +78,8 @@ class Sharer(LanguageModel):
             before: for a receiver that is the same model (``copy``): the system message (or messages) that its prompt
                 will begin with, ``""`` for none; ``messages`` is then one document, read at the place where the
                 receiver would read it.
+            among: with ``before``, for a document that will stand among others: read it behind another passage (this
+                text, or True for one that the package has), which is not handed over.
             draft_tokens: first write at most so many tokens of an answer, greedily, and hand them over as well.
             think: before that, so many steps in which the last hidden state goes back in as the next input; their
                 entries are handed over as well.
@@ -98,11 +101,15 @@ class Sharer(LanguageModel):
         if not single:
             raise PromptError("a handoff holds one conversation: call read once for each.")
         if before is None:
+            if among is not False:
+                raise PromptError(f"among is {among!r:.80}, which is for a document with before=... (\"\" for none).")
             plan = sharer_prompt(self.tokenizer, batch[0], options or RenderOptions())
         else:
             if len(batch[0]) != 1 or draft_tokens:
                 raise PromptError("before=... is for one document (a text) without a draft; pass each document alone.")
-            plan = passage_prompt(self.tokenizer, batch[0][0]["content"], before, options or RenderOptions())
+            if not isinstance(among, bool) and not (isinstance(among, str) and among.strip()):
+                raise PromptError(f"among is {among!r:.80}; expected True, False or the text of another passage.")
+            plan = passage_prompt(self.tokenizer, batch[0][0]["content"], before, options or RenderOptions(), among)
         tokens = left_pad([plan.ids], 0)
         self.check_prompt(tokens)
         cache = self.empty_cache()

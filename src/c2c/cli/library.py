@@ -42,6 +42,9 @@ class AddConfig:
         None, "How keys and values are kept; the model's own by default."
     )
     system: str | None = option(None, "System message under which questions will be asked.")
+    among: bool = option(
+        False, "They will stand among others: read each behind another passage, which is not handed over."
+    )
     family: Literal["copy", "memory"] = option(
         "copy", "Fuser family that will use them; for memory a document is read by itself."
     )
@@ -71,6 +74,8 @@ def add(
         raise typer.BadParameter("a name is for one file: leave it out, or add one at a time.", param_hint="--name")
     if config.system is not None and config.family == "memory":
         raise typer.BadParameter("for memory a document is read by itself: leave it out.", param_hint="--system")
+    if config.among and config.family == "memory":
+        raise typer.BadParameter("for memory a document is read by itself: leave it out.", param_hint="--among")
     expires = None if config.expires is None else time.time() + _seconds(config.expires)
     system = None if config.system is None else argument_text(config.system, "--system", PromptError)
     texts = {path: read_text(path, str(path), PromptError) for path in files}
@@ -86,12 +91,12 @@ def add(
     with progress_bars() as report:
         for done, (name, path) in enumerate(names.items()):
             report("documents", done, len(names))
-            about = _about(texts[path], config.family, system)
+            about = _about(texts[path], config.family, system, config.among)
             handoff = _kept(library, name, sharer, precision, about)
             if handoff is None:
                 read.append(name)
                 before = None if config.family == "memory" else system or ""
-                handoff = sharer.read(texts[path], before=before).to(precision)
+                handoff = sharer.read(texts[path], before=before, among=config.among).to(precision)
             elif expires is None and library.entry(name).expires is None:
                 continue  # as it is
             source = str(path.resolve())
@@ -204,9 +209,10 @@ def _names(library: Library, files: list[Path], name: str | None) -> dict[str, P
     return found
 
 
-def _about(text: str, family: str, system: str | None) -> dict[str, Any]:
+def _about(text: str, family: str, system: str | None, among: bool) -> dict[str, Any]:
     """Return what tells whether a document has been read so already, besides the model."""
-    return {"text": hashlib.sha256(text.encode()).hexdigest(), "family": family, "system": system}
+    text = hashlib.sha256(text.encode()).hexdigest()
+    return {"text": text, "family": family, "system": system, "among": among}
 
 
 def _kept(library: Library, name: str, sharer: Sharer, precision: str, about: dict[str, Any]) -> Handoff | None:

@@ -70,6 +70,7 @@ class HandoffRequest:
     draft_tokens: int = 0  # tokens of an answer that it generates first
     precision: str | None = None  # how the entries are kept, such as bfloat16 or int8; None for the model's own
     before: Conversation | None = None  # what prompts about it begin with; None for what its fuser needs by default
+    among: bool | str = False  # it will stand among others, and is read behind another passage
 
 
 Request = GenerateRequest | HandoffRequest

@@ -188,12 +188,15 @@ class ModelEngine:
         sharer = self.model.sharers[self._index(request)]
         if request.precision is not None and not sharer.generates:
             raise invalid("the sharer is on another machine, and its entries are kept as they come.", "precision")
-        if request.before is not None and not self._keeps_tokens(request):
-            raise invalid(
-                "before is for a 'copy' fuser, which lays documents where the receiver would read them; with this one "
-                "they are read by themselves. Leave it out.",
-                "before",
-            )
+        for name, given in (("before", request.before is not None), ("among", request.among is not False)):
+            if given and not self._keeps_tokens(request):
+                raise invalid(
+                    f"{name} is for a 'copy' fuser, which lays documents where the receiver would read them; with this "
+                    "one they are read by themselves. Leave it out.",
+                    name,
+                )
+        if request.among is not False and request.draft_tokens:
+            raise invalid("among is for a document without a draft; leave draft_tokens out.", "among")
         return sharer
 
     @torch.no_grad()
@@ -209,7 +212,9 @@ class ModelEngine:
             if before is None and self._keeps_tokens(request) and not request.draft_tokens:
                 before = []  # read where a prompt without a system message has it
             with collect_notes() as notes:
-                handoff: Any = sharer.read(request.messages, before=before, draft_tokens=request.draft_tokens)
+                handoff: Any = sharer.read(
+                    request.messages, before=before, among=request.among, draft_tokens=request.draft_tokens
+                )
             if request.precision is not None:
                 handoff = handoff.to(request.precision)
             job.handle.push(_created(handoff, sharer.name, index, notes))

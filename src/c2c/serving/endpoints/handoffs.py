@@ -23,6 +23,7 @@ class HandoffBody(Body):
 
     messages: Messages  # what the sharer reads: a text, or messages
     before: Before | None = None  # what prompts about it begin with: a system message, or messages
+    among: bool | str = False  # it will stand among others: read behind another passage, this text or the server's own
     sharer: int | None = Field(None, ge=0)  # its index, where several hand over private context
     draft_tokens: int = Field(0, ge=0, le=1024)  # tokens of an answer that it generates, handed over as well
     precision: Literal["float32", "bfloat16", "float16", "int8", "float8"] | None = None  # how the entries are kept
@@ -38,7 +39,9 @@ def router(service: Service) -> APIRouter:
         store.check_room()
         messages = conversation(body.messages)
         before = None if body.before is None else conversation(body.before)
-        handle = await service.submit(HandoffRequest(messages, body.sharer, body.draft_tokens, body.precision, before))
+        handle = await service.submit(
+            HandoffRequest(messages, body.sharer, body.draft_tokens, body.precision, before, body.among)
+        )
         async with on_disconnect(request, handle.cancel):
             created = [event async for event in handle.events(service.config.timeout)][-1]
         assert isinstance(created, HandoffCreated)
