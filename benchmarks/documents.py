@@ -3,8 +3,8 @@
 The same model stands on both sides. Each question has its own passage among passages of other questions, in a drawn
 order. ``text`` reads all of them for each question; ``copy R`` puts their handoffs one after the other, and reads the
 first R tokens of each moved document itself. These were read behind another passage (``among=True``), or, ``apart R``,
-by themselves. ``deranged`` is the last copy with the true passage left out. A run that was stopped goes on from its journal. SQuAD's grouped_valid is for choosing,
-grouped_test for reporting.
+by themselves. ``deranged`` is the last copy with the true passage left out. A run that was stopped goes on from its
+journal. SQuAD's grouped_valid is for choosing, grouped_test for reporting.
 
     c2c pull qwen2.5-coder-0.5b
     python benchmarks/documents.py --data DATA/squad/grouped_test.jsonl --limit 60 --output runs/documents

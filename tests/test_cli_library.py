@@ -88,7 +88,8 @@ def test_documents_that_will_stand_among_others(files, model, monkeypatch):
     assert among.kept[0] > alone.kept[0]
     assert among.ids[among.kept].tolist() == alone.ids[alone.kept].tolist()
     assert add(*files, "--model", model, "--among") == dict.fromkeys(TEXTS, False)
-    found = runner.invoke(*_command("library", "add", "lib", "fox.txt", "--model", model, "--among", "--family", "memory"))
+    command = ("library", "add", "lib", "fox.txt", "--model", model, "--among", "--family", "memory")
+    found = runner.invoke(*_command(*command))
     assert found.exit_code == 2
 
 

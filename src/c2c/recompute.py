@@ -165,7 +165,8 @@ def _in_one_pass(model: PreTrainedModel, tokens: TokenBatch, columns: Tensor, ca
 def _put(cache: Cache, columns: Tensor, entries: Sequence[KeyValue]) -> None:
     for index, (new_keys, new_values) in enumerate(entries):
         keys, values = kv_cache.layer(cache, index)
-        kv_cache.set_layer(cache, index, keys.index_copy(2, columns, new_keys), values.index_copy(2, columns, new_values))
+        keys, values = keys.index_copy(2, columns, new_keys), values.index_copy(2, columns, new_values)
+        kv_cache.set_layer(cache, index, keys, values)
 
 
 @torch.no_grad()
@@ -264,7 +265,7 @@ def _probe_masks(model: LanguageModel) -> bool:
     _put(spoiled, columns, [(keys[:, :, :2], values[:, :, :2]) for keys, values in kv_cache.layers(whole)])
     try:
         found = _in_one_pass(model.model, tokens, columns, spoiled)
-    except Exception:  # noqa: BLE001  whatever an attention kernel raises that knows causal masks only
+    except Exception:  # whatever an attention kernel raises that knows causal masks only
         return False
     own = [(keys[:, :, columns], values[:, :, columns]) for keys, values in kv_cache.layers(whole)]
     return _near(model, found, own)

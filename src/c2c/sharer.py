@@ -102,7 +102,7 @@ class Sharer(LanguageModel):
             raise PromptError("a handoff holds one conversation: call read once for each.")
         if before is None:
             if among is not False:
-                raise PromptError(f"among is {among!r:.80}, which is for a document with before=... (\"\" for none).")
+                raise PromptError(f'among is {among!r:.80}, which is for a document with before=... ("" for none).')
             plan = sharer_prompt(self.tokenizer, batch[0], options or RenderOptions())
         else:
             if len(batch[0]) != 1 or draft_tokens:
