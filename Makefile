@@ -61,7 +61,7 @@ fuzz: $(STAMP)
 	@seed=$(SEED); end=$$(($$(date +%s) + $(SECONDS))); while [ $$(date +%s) -lt $$end ]; do \
 		echo "seed $$seed"; OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m fuzz -p no:cacheprovider \
 			--hypothesis-seed=$$seed --hypothesis-show-statistics $(PYTEST_ARGS) > .fuzz.log || { cat .fuzz.log; exit 1; }; \
-		grep -o '[0-9]* passing examples' .fuzz.log; seed=$$((seed + 1)); done; rm .fuzz.log
+		awk '/ passing, /{n += $$2} END {print n " inputs"}' .fuzz.log; seed=$$((seed + 1)); done; rm .fuzz.log
 
 # the tests on real models, fetched first
 test-real: $(STAMP)

@@ -73,6 +73,20 @@ def test_a_pair_whose_models_are_pulled_is_shown_first(monkeypatch):
     assert default_fuser(shipped, private=False).receiver == "gemma3-270m"
 
 
+def test_one_model_on_both_sides_needs_no_fuser(choices, tmp_path):
+    model, folder = ModelCache(), choices["merging"].receiver
+    offered = find_fusers([choices["merging"].source], [folder])
+    choice = default_fuser(offered, private=True)
+    assert (choice.family, choice.receiver, choice.sharer, choice.given) == ("copy", folder, folder, True)
+    session, asked = Session(), Question("Where is it?", max_new_tokens=4, message_tokens=6, document="It is here.")
+    assert done(session.ask(model, choice, asked)) == list(RUN_ORDER)
+    with model.use(choice) as both:
+        assert both.receiver.model is both.sharers[0].model
+        reader = make_system("reader", both).generate(asked.messages, asked.document, max_new_tokens=4, do_sample=False)
+    assert session.panes["c2c"].text == reader.text
+    assert "on both sides" in choice.pair
+
+
 def test_two_folders_of_one_name_have_different_labels(folders, tmp_path):
     shutil.copytree(folders["merging"], tmp_path / "copy" / "merging")
     (tmp_path / "link").symlink_to(folders["merging"])  # the same fuser once more

@@ -17,6 +17,9 @@ class DemoConfig:
     """Options of ``c2c demo``."""
 
     fuser: list[str] | None = option(None, "Folder or hub id of a fuser; may be repeated. The first is shown first.")
+    model: list[str] | None = option(
+        None, "Alias, hub id or folder of one model on both sides, which needs no fuser; may be repeated."
+    )
     host: str = option("127.0.0.1", "Address to listen at; 0.0.0.0 for all.")
     port: int = option(7860, "Port to listen at; 0 takes a free one.", min=0, max=65535)
     open_browser: bool = option(False, "Open the page in a browser.", flag="--open")

@@ -18,7 +18,7 @@ class FuserChoice:
     """One fuser and the pair of models that it names.
 
     Attributes:
-        source: its folder.
+        source: its folder; for a copy, which has none, the model's name.
         name: the folder's name.
         score: on the dev set of its training; None where there is none.
         answer_prefix: that it was trained with, if any.
@@ -38,7 +38,7 @@ class FuserChoice:
     @property
     def private(self) -> bool:
         """Whether the sharer hands over what it alone has read."""
-        return self.family == "memory"
+        return self.family in ("memory", "copy")
 
     @property
     def pulled(self) -> bool:
@@ -54,7 +54,7 @@ class FuserChoice:
     def pair(self) -> str:
         """The models and what they do."""
         receiver, sharer = self.model_names
-        return f"{receiver} (receiver) and {sharer} (sharer)"
+        return f"{receiver} (on both sides)" if self.family == "copy" else f"{receiver} (receiver) and {sharer} (sharer)"
 
     @property
     def label(self) -> str:
@@ -62,23 +62,38 @@ class FuserChoice:
         return f"{self.name} ({self.family}{'' if self.trained else ', untrained: it adds nothing'})"
 
 
-def find_fusers(given: Sequence[str]) -> list[FuserChoice]:
-    """Return the fusers that the user named, then those of the zoo, each once; raise FuserError where there is none."""
+def find_fusers(given: Sequence[str], models: Sequence[str] = ()) -> list[FuserChoice]:
+    """Return the fusers that the user named, then those of the zoo, each once, then copies between two equal models.
+
+    Args:
+        given: folders or hub ids.
+        models: what copies are offered for, besides pulled models.
+
+    Raises:
+        FuserError: there is none, or a folder is none.
+    """
     shipped = fuser_folders()
     named, found = [_folder(source) for source in given], dict[Path, FuserChoice]()
     for folder in [*named, *shipped]:
         if folder.resolve() not in found:
             found[folder.resolve()] = read_choice(folder, given=folder in named)
-    if not found:
+    if not found and not models:
         raise FuserError(
             "no fuser to show: there is no zoo/ here, and none was given. Pass --fuser FOLDER (a folder of `c2c train`,"
-            " or a hub id), or start the demo in a clone of the repository, which has one in zoo/."
+            " or a hub id) or --model NAME (on both sides, without a fuser), or start the demo in a clone of the "
+            "repository, which has fusers in zoo/."
         )
     counts = Counter(choice.name for choice in found.values())
-    return [  # with the parent's name where several folders have one name, such as "best"
+    fusers = [  # with the parent's name where several folders have one name, such as "best"
         replace(choice, name="/".join(folder.parts[-2:])) if counts[choice.name] > 1 else choice
         for folder, choice in found.items()
     ]
+    pulled = [name for name in ALIASES if is_pulled(name)]
+    return [*fusers, *(_copy(name, name in models) for name in dict.fromkeys([*models, *pulled]))]
+
+
+def _copy(model: str, given: bool) -> FuserChoice:
+    return FuserChoice(model, Path(model).name, "copy", model, model, True, None, "", given)
 
 
 def default_fuser(choices: Sequence[FuserChoice], private: bool) -> FuserChoice | None:

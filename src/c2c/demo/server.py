@@ -25,7 +25,7 @@ def launch(config: DemoConfig, models: ModelCache | None = None, on_start: Calla
         FuserError: no fuser, or a folder that is none.
         ServerError: the port is taken.
     """
-    choices = find_fusers(config.fuser or [])
+    choices = find_fusers(config.fuser or [], config.model or [])
     from c2c.demo.page import build, style
     from c2c.serving.http_server import listen
 

@@ -60,10 +60,14 @@ class ModelCache:
         if self._models.keys() - kinds:  # two pairs may not fit into memory
             self._models = {key: model for key, model in self._models.items() if key in kinds}
             self._pairs.clear()
-        for key, kind in kinds.items():
-            if key not in self._models:
-                self._models[key] = kind.from_pretrained(key[1], **self._load_options)
+        for (role, name), kind in kinds.items():
+            if (role, name) not in self._models:
+                same = self._models.get(("receiver" if role == "sharer" else "sharer", name))  # in memory only once
+                options = self._load_options if same is None else {}
+                self._models[role, name] = kind.from_pretrained(name if same is None else same, **options)
         models = {role: self._models[role, name] for role, name in kinds}
+        if choice.source == choice.receiver:  # no folder of a fuser
+            return C2CModel.from_models(models["receiver"], models["sharer"], fuser="copy")
         return C2CModel.from_pretrained(choice.source, **models, allow_mismatch=self._allow_mismatch)
 
 
