@@ -9,6 +9,7 @@ journal. SQuAD's grouped_valid is for choosing, grouped_test for reporting.
     c2c pull qwen2.5-coder-0.5b
     python benchmarks/documents.py --data DATA/squad/grouped_test.jsonl --limit 60 --output runs/documents
     python benchmarks/documents.py --data DATA/squad/grouped_valid.jsonl --refresh 0 4 8 16 32 --counts 4
+    python benchmarks/documents.py --data DATA/squad/grouped_test.jsonl --passages 4 --counts 1   # one long document
 """
 
 from __future__ import annotations
@@ -201,7 +202,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--limit", type=int, default=60, help="questions, drawn with the seed")
     parser.add_argument("--counts", type=int, nargs="+", default=[1, 2, 4, 8], help="numbers of documents")
     parser.add_argument("--passages", type=int, default=1, help="in each document: 4 of SQuAD have some 600 tokens")
-    parser.add_argument("--refresh", type=int, nargs="+", default=[32])
+    parser.add_argument("--refresh", type=int, nargs="+", default=[16])
     parser.add_argument("--apart", type=int, nargs="*", default=[0])
     parser.add_argument("--new-tokens", type=int, default=24)
     parser.add_argument("--seed", type=int, default=0)

@@ -36,7 +36,7 @@ class CopyConfig(FuserConfig):
     """
 
     model_type = "c2c_fuser_copy"
-    refresh: int = 32
+    refresh: int = 16
     variant: bool = False
     recompute: Sequence[int] | None = None
 
