@@ -102,6 +102,19 @@ def test_fusers_that_fit_are_found_for_each_context(place):
     assert token_ids(found) == token_ids(shared.generate(QUESTION, **GREEDY))
 
 
+def test_a_fuser_that_learned_to_choose_options_alone_is_not_taken_unless_it_is_given(place):
+    model = open_fusers(pair())
+    model.fusers[0].config.training = {"config": {"train": [{"kind": "multiple_choice"}]}}
+    model.save_pretrained(place / "letters")
+    sides = (model.receiver, model.sharers[0])
+    assert c2c.connect(*sides).chosen("shared").name == "text"
+    assert "choose options" in str(c2c.connect(*sides))
+    assert c2c.connect(*sides, place / "letters").chosen("shared").name == "fuser"
+    model.fusers[0].config.training["config"]["train"].append({"kind": "instruction"})
+    model.save_pretrained(place / "letters")
+    assert c2c.connect(*sides).chosen("shared").name == "fuser"
+
+
 def test_a_given_fuser_is_used_or_refused(place):
     private = memory_pair()
     private.save_pretrained(place.parent / "mine")

@@ -24,7 +24,7 @@ from c2c.sharer import Sharer
 from c2c.systems import System, SystemOptions, make_system
 from c2c.utils import read_json_object
 from c2c.variants import compare
-from c2c.zoo import fuser_folders
+from c2c.zoo import fuser_folders, trained_kinds
 
 Context = Literal["private", "shared"]
 METHODS = ("copy", "fuser", "text", "receiver")
@@ -289,10 +289,15 @@ def _short(layers: Any) -> str:
 
 def _fused(context: Context, fusers: Sequence[tuple[str, Fuser]], given: Any) -> Method:
     """Return the method of a trained fuser for a context."""
+    chooses = list[str]()
     for name, fuser in fusers:
-        if fuser.context == context:
+        if fuser.context == context and given is None and trained_kinds(fuser.config.to_dict()) == {"multiple_choice"}:
+            chooses.append(name)
+        elif fuser.context == context:
             return Method(context, "fuser", True, f"{fuser.family} fuser {name}", fuser=fuser)
     missing = "no trained fuser for these two in $C2C_FUSERS or zoo/; c2c train makes one"
+    if chooses:
+        missing = f"{', '.join(chooses)} learned to choose options of a question alone; name it where that is asked"
     return Method(context, "fuser", False, missing if given is None else "the given fuser is for the other context")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 
 def fuser_folders() -> list[Path]:
@@ -16,3 +17,10 @@ def fuser_folders() -> list[Path]:
     places = [*named, Path("zoo"), Path(__file__).resolve().parents[2] / "zoo"]
     found = {path.parent.resolve(): path.parent for place in places for path in sorted(place.glob("*/config.json"))}
     return list(found.values())
+
+
+def trained_kinds(config: dict[str, Any]) -> set[str]:
+    """Return the kinds of rows that a fuser was trained on, such as ``multiple_choice``, by its config."""
+    settings = (config.get("training") or {}).get("config")
+    rows = (settings.get("train") if isinstance(settings, dict) else None) or []
+    return {str(row.get("kind")) for row in rows if isinstance(row, dict)}

@@ -54,7 +54,9 @@ class FuserChoice:
     def pair(self) -> str:
         """The models and what they do."""
         receiver, sharer = self.model_names
-        return f"{receiver} (on both sides)" if self.family == "copy" else f"{receiver} (receiver) and {sharer} (sharer)"
+        return (
+            f"{receiver} (on both sides)" if self.family == "copy" else f"{receiver} (receiver) and {sharer} (sharer)"
+        )
 
     @property
     def label(self) -> str:
