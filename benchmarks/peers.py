@@ -43,7 +43,7 @@ from c2c.hub_aliases import cache_dir, local_path
 from c2c.prompting import RenderOptions
 from c2c.systems import System, make_system
 from c2c.utils import json_line, versions, write_json, write_text
-from peers_table import ALONE, AVP, OURS, TEXT, Record, page, summarise
+from peers_table import ALONE, AVP, OURS, TEXT, TOGETHER, Record, page, summarise
 
 HERE = Path(__file__).parent
 WORKER = HERE / "peers_avp.py"
@@ -146,6 +146,7 @@ def ours(receiver: str, sharer: str, options: argparse.Namespace) -> dict[str, A
         ALONE: lambda row, texts: generate(systems[ALONE], row),
         TEXT: lambda row, texts: generate(systems[TEXT], row, texts),
         OURS: hand_over,
+        TOGETHER: lambda row, texts: hand_over(row, ["\n\n".join(texts)]),
     }
 
 
@@ -281,14 +282,14 @@ def plan(pairs: Sequence[str], kinds: Sequence[str], limit: int) -> Iterator[tup
 def systems_for(case: Case, names: Sequence[str], thinking_rows: int) -> list[str]:
     """Return which systems answer a case, each first in its turn.
 
-    The receiver alone has the same prompt however many documents there are, and one by one takes several. What thinks
+    The receiver alone has the same prompt however many documents there are, and some take several only. What thinks
     is slow, and answers the first rows only.
     """
     _, _, count, row = case
 
     def answers(name: str) -> bool:
-        steps, chained = AVP.get(name, (0, False))
-        return (row < thinking_rows or not steps) and not (chained and count == 1) and not (name == ALONE and count > 1)
+        steps, several = AVP.get(name, (0, name == TOGETHER))
+        return (row < thinking_rows or not steps) and not (several and count == 1) and not (name == ALONE and count > 1)
 
     used = [name for name in names if answers(name)]
     return [*used[row % len(used) :], *used[: row % len(used)]]
@@ -297,7 +298,7 @@ def systems_for(case: Case, names: Sequence[str], thinking_rows: int) -> list[st
 def run(arguments: argparse.Namespace, journal: Journal, python: Path | None, console: Console) -> None:
     """Answer all rows that the journal does not hold."""
     rows = load_kinds(arguments.limit, arguments.data_dir, arguments.seed)
-    names = [ALONE, TEXT, OURS, *(AVP if python else ())]
+    names = [ALONE, TEXT, OURS, TOGETHER, *(AVP if python else ())]
     steps = [
         (pair, [(case, name) for case in cases for name in systems_for(case, names, arguments.thinking_rows)])
         for pair, cases in plan(arguments.models, list(rows), arguments.limit)

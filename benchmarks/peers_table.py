@@ -12,6 +12,7 @@ from scipy.stats import binomtest, bootstrap
 from c2c.evaluation.statistics import mcnemar
 
 OURS, TEXT, ALONE = "c2c", "text", "receiver"
+TOGETHER = "c2c, in one"  # all documents read as one text, as avp reads them
 AVP = {"avp, 20 steps": (20, False), "avp, 0 steps": (0, False), "avp, one by one": (20, True)}  # steps, chained
 Record = dict[str, Any]
 
@@ -107,6 +108,8 @@ REMARKS = """
   receiver, as its README has it; 20 steps are its default and documented setting. Documents are worded as for *text*.
 - Nothing of avp was patched. Its `generate` writes question and answer into the context that it is given, so that a
   second question on the same context would see both; each context is used once here.
+- *in one*: the sharer reads all documents as one text, so that another choice of them is read anew; *c2c* reads each
+  apart.
 - *one by one*: avp can't put contexts together that were read apart. `think(..., context=...)` reads a document behind
   those before it; another order or another choice of documents is read anew. c2c reads each document once.
 - Across models avp hands over one hidden state. Its projection of the pair is made before, and not counted.
@@ -123,7 +126,7 @@ def page(result: dict[str, Any]) -> str:
     if result["avp"].get("missing"):
         lines.append(f"**avp was not measured**: {result['avp']['missing']}\n")
     blocks = result["blocks"]
-    names = [n for n in (ALONE, TEXT, OURS, *AVP) if any(n in block["systems"] for block in blocks)]
+    names = [n for n in (ALONE, TEXT, OURS, TOGETHER, *AVP) if any(n in block["systems"] for block in blocks)]
     lines.append("## Right answers\n\nIn percent: the reference stands in the answer; 95 % intervals (Wilson).\n")
     lines += _table(blocks, names, _share)
     lines.append(
