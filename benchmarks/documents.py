@@ -45,15 +45,20 @@ class Documents:
         model: alias or folder of the model on both sides.
         refresh: tokens that the receiver reads itself of each moved document; one copy for each number.
         apart: the same, for documents that were read by themselves.
+        reread: of four documents or more, so many are computed whole.
         dtype: of the weights.
         new_tokens: longest answer.
     """
 
-    def __init__(self, model: str, refresh: list[int], apart: list[int], dtype: str, new_tokens: int) -> None:
+    def __init__(
+        self, model: str, refresh: list[int], apart: list[int], reread: int, dtype: str, new_tokens: int
+    ) -> None:
         first = C2CModel.from_models(model, model, fuser="copy", dtype=dtype)
         pair = (first.receiver, first.sharers[0])
         self.copies = {
-            (among, number): C2CModel.from_models(*pair, fuser="copy", fuser_options={"refresh": number})
+            (among, number): C2CModel.from_models(
+                *pair, fuser="copy", fuser_options={"refresh": number, "reread": reread}
+            )
             for among, numbers in ((False, apart), (True, refresh))
             for number in numbers
         }
@@ -92,7 +97,9 @@ def main() -> None:
     journal = folder / "answers.jsonl"
     done = [json.loads(line) for line in journal.read_text().splitlines()] if journal.exists() else []
     known = {(one["id"], one["documents"]) for one in done}
-    system = Documents(arguments.model, arguments.refresh, arguments.apart, arguments.dtype, arguments.new_tokens)
+    system = Documents(
+        arguments.model, arguments.refresh, arguments.apart, arguments.reread, arguments.dtype, arguments.new_tokens
+    )
     jobs = [(row, count) for row in rows for count in arguments.counts if (row.id, count) not in known]
     with journal.open("a") as file:
         for row, count in track(jobs, "answering", console=Console(stderr=True)):
@@ -104,6 +111,7 @@ def main() -> None:
         "model": arguments.model,
         "data": Path(arguments.data).name,
         "n": len(rows),
+        "reread": arguments.reread,
         "passages_per_document": arguments.passages,
         "seed": arguments.seed,
         "dtype": arguments.dtype,
@@ -203,6 +211,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--counts", type=int, nargs="+", default=[1, 2, 4, 8], help="numbers of documents")
     parser.add_argument("--passages", type=int, default=1, help="in each document: 4 of SQuAD have some 600 tokens")
     parser.add_argument("--refresh", type=int, nargs="+", default=[16])
+    parser.add_argument("--reread", type=int, default=1, help="documents that are computed whole, of 4 or more")
     parser.add_argument("--apart", type=int, nargs="*", default=[0])
     parser.add_argument("--new-tokens", type=int, default=24)
     parser.add_argument("--seed", type=int, default=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import chain
 
 import pytest
 import torch
@@ -101,19 +102,36 @@ def test_a_document_that_is_refreshed_whole_is_read_by_the_receiver(family):
 
 
 @pytest.mark.parametrize("refresh", [0, 3])
-def test_moved_documents_are_refreshed_in_one_pass(refresh):
-    model = twins(refresh=refresh)
-    handoffs = [model.sharers[0].read(text, before="") for text in (DOCUMENT, OTHER, QUESTION, SYSTEM["content"])]
-    read: list[int] = []
+@pytest.mark.parametrize("reread", [0, 1, 9])
+def test_moved_documents_are_refreshed_in_one_pass(refresh, reread):
+    model = twins(refresh=refresh, reread=reread)
+    texts = (DOCUMENT, OTHER, QUESTION, SYSTEM["content"])
+    handoffs = [model.sharers[0].read(text, before="") for text in texts]
+    read: list[list[int]] = []
     decoder = model.receiver.model.get_decoder()
     hook = decoder.register_forward_pre_hook(
-        lambda module, args, kwargs: read.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+        lambda module, args, kwargs: read.append(kwargs["input_ids"][0].tolist()), with_kwargs=True
     )
-    model.prefill(QUESTION, sharer_messages=handoffs)  # once for what is probed
+    model.prefill(OTHER, sharer_messages=handoffs)  # once for what is probed
     read.clear()
-    model.prefill(QUESTION, sharer_messages=handoffs)
+    found = model.prefill(OTHER, sharer_messages=handoffs)
     hook.remove()
-    assert read == ([3 * refresh] if refresh else [])
+    moved = [one.ids[one.kept].tolist() for one in handoffs[1:]]
+    anew = [[*(ids if reread == 9 or (reread and place == 0) else ids[:refresh])] for place, ids in enumerate(moved)]
+    columns = kv_cache.length(found.cache)
+    question = found.tokens.ids[0, columns : min(columns + 64, found.tokens.length - 1)].tolist()
+    assert read == [*([question] if reread else []), *([list(chain.from_iterable(anew))] if any(anew) else [])]
+
+
+def test_the_nearest_document_equals_what_is_read_behind_the_others():
+    model, texts = twins(refresh=0, reread=1), (DOCUMENT, OTHER, QUESTION, SYSTEM["content"])
+    handoffs = [model.sharers[0].read(text, before="") for text in texts]
+    found = model.prefill(OTHER, sharer_messages=handoffs)
+    start, stop = len(handoffs[0].ids), len(handoffs[0].ids) + len(handoffs[1].kept)
+    own = model.receiver.prefill(found.tokens, stop)  # the first is exact, so the second is read behind the very same
+    for one, other in zip(kv_cache.layers(found.cache), kv_cache.layers(own), strict=True):
+        for held, expected in zip(one, other, strict=True):
+            torch.testing.assert_close(held[:, :, start:stop], expected[:, :, start:], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -290,5 +308,6 @@ def test_a_wrong_number_of_documents_is_refused():
     for given_documents in ([DOCUMENT], [DOCUMENT, OTHER, DOCUMENT], [], [[], [DOCUMENT]]):
         with pytest.raises(PromptError):
             model.generate(["one", "two"], sharer_messages=given_documents, **GREEDY)
-    with pytest.raises(FuserError, match="refresh"):
-        twins(refresh=-1)
+    for name in ("refresh", "reread"):
+        with pytest.raises(FuserError, match=name):
+            twins(**{name: -1})

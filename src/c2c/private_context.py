@@ -37,6 +37,10 @@ if TYPE_CHECKING:
     from c2c.model import C2CModel
 
 
+_MANY_DOCUMENTS = 4  # from so many on those that the question is about are computed whole
+_QUESTION_TOKENS = 64  # of what follows the documents, by which these are found
+
+
 @dataclass(frozen=True)
 class PrivateEntries:
     """Hold entries for a receiver's cache, not yet at a position.
@@ -46,6 +50,7 @@ class PrivateEntries:
         sharer_bytes: bytes of the sharer's entries that they were made of.
         handoff: what they are copied from, where they belong to tokens of the receiver's own vocabulary.
         refresh: how many of the first tokens of a copy the receiver computes itself, where it was moved.
+        reread: how many of several documents the receiver computes whole: those that are nearest to the question.
         recompute: layers ``(first, stop)`` of a copy that the receiver computes itself, as for a variant.
     """
 
@@ -53,6 +58,7 @@ class PrivateEntries:
     sharer_bytes: int
     handoff: Handoff | None = None
     refresh: int = 0
+    reread: int = 0
     recompute: LayerRange | None = None
 
     @property
@@ -60,12 +66,11 @@ class PrivateEntries:
         """How many entries each layer gets."""
         return self.layers[0][0].shape[2]
 
-    @property
-    def fresh(self) -> int:
-        """How many of the first entries the receiver computes itself: thoughts have no tokens that it could read."""
+    def leading_tokens(self, most: int) -> int:
+        """Count the first entries that the receiver can compute itself: thoughts have no tokens that it could read."""
         if self.handoff is None:
             return 0
-        ids = self.handoff.ids[self.handoff.kept[: self.refresh]]
+        ids = self.handoff.ids[self.handoff.kept[:most]]
         return common_prefix(ids.tolist(), ids[ids >= 0].tolist())
 
     def insert_into(self, tokens: TokenBatch, column: int) -> TokenBatch:
@@ -120,11 +125,11 @@ def project(handoff: Handoff, sharer: Sharer, fuser: Fuser) -> PrivateEntries:
     per_token = sum(sum(part.nbytes for part in handoff.layers[layer]) // len(handoff.ids) for layer in set(layers))
     if not fuser.keeps_tokens:
         return PrivateEntries(entries, per_token * len(kept))
-    recompute = getattr(fuser.config, "recompute", None)
-    refresh = getattr(fuser.config, "refresh", 0)
-    return PrivateEntries(
-        entries, per_token * len(kept), handoff, refresh, None if recompute is None else (recompute[0], recompute[1])
-    )
+    config: Any = fuser.config
+    layers = None if config.recompute is None else (config.recompute[0], config.recompute[1])
+    if layers == (0, len(entries)):  # all of them are the receiver's own
+        return PrivateEntries(entries, per_token * len(kept), handoff, recompute=layers)
+    return PrivateEntries(entries, per_token * len(kept), handoff, config.refresh, config.reread, layers)
 
 
 def project_all(
@@ -230,20 +235,47 @@ def prefill_entries(cache: Cache, receiver: LanguageModel, prompt: PrivatePrompt
     if prompt.slots == 0:
         return cache
     tokens, column, entries = prompt.receiver.to(receiver.device), prompt.column, list(prompt.entries)
+    starts = list(accumulate((part.slots for part in entries), initial=column))
     if prompt.exact:
-        column += entries[0].slots
-        cache = kv_cache.append(cache, _first_columns(entries.pop(0), receiver, column))
+        cache = kv_cache.append(cache, _first_columns(entries[0], receiver, starts[1]))
     elif column > 0:
         cache = receiver.prefill(tokens, column, cache)
-    starts = list(accumulate((part.slots for part in entries), initial=column))
+    moved = range(1 if prompt.exact else 0, len(entries))
     if any(part.recompute for part in entries):
-        for part, start in zip(entries, starts, strict=False):
-            _append([part], receiver, tokens, start, cache)
-    elif entries:
-        _append(entries, receiver, tokens, column, cache)
-    fresh = [(start, start + part.fresh) for part, start in zip(entries, starts, strict=False) if part.fresh]
-    recompute_tokens(receiver, tokens, fresh, cache)
+        for index in moved:
+            _append([entries[index]], receiver, tokens, starts[index], cache)
+    elif moved:
+        _append(entries[moved.start :], receiver, tokens, starts[moved.start], cache)
+    whole = _nearest(receiver, tokens, entries, starts, cache)
+    fresh = [(index, entries[index].leading_tokens(whole.get(index, entries[index].refresh))) for index in moved]
+    recompute_tokens(
+        receiver, tokens, [(starts[index], starts[index] + count) for index, count in fresh if count], cache
+    )
     return cache
+
+
+def _nearest(
+    receiver: LanguageModel, tokens: TokenBatch, entries: Sequence[PrivateEntries], starts: Sequence[int], cache: Cache
+) -> dict[int, int]:
+    """Find those of many documents that are nearest to the question; return their indices, with their tokens.
+
+    Late interaction as in ColBERT (Khattab and Zaharia 2020, arXiv:2004.12832): each token of the question takes the
+    most similar one of a document, here by the cosine of their values, centred, over all layers. The host waits for
+    the device once.
+    """
+    count, first, last = max(part.reread for part in entries), starts[0], starts[-1]
+    stop = min(last + _QUESTION_TOKENS, tokens.length - 1)
+    if not count or len(entries) < _MANY_DOCUMENTS or stop <= last:
+        return {}
+    asked = receiver.prefill(tokens, stop, kv_cache.view(cache))
+    scores = torch.zeros(len(entries), device=receiver.device)
+    for _, values in kv_cache.layers(asked):
+        states = values[0, :, first:].float()
+        states = torch.nn.functional.normalize(states - states.mean(1, keepdim=True), dim=-1)
+        near = states[:, last - first :] @ states[:, : last - first].transpose(1, 2)
+        parts = near.split([part.slots for part in entries], dim=2)
+        scores += torch.stack([part.amax(2).mean() if part.shape[2] else part.sum() - 1 for part in parts])
+    return {index: entries[index].slots for index in scores.topk(min(count, len(entries))).indices.tolist()}
 
 
 def _append(

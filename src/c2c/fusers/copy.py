@@ -30,6 +30,7 @@ class CopyConfig(FuserConfig):
     Attributes:
         refresh: tokens at the beginning of each document that the receiver computes itself, in place, where the
             document was read behind other tokens than it stands behind.
+        reread: of four documents or more, how many the receiver computes whole: those nearest to the question.
         variant: accept a sharer with other weights of the same structure and tokenizer, such as a fine-tune.
         recompute: layers ``(first, stop)`` of a document that the receiver computes itself, from the tokens for layer
             0, else from the sharer's hidden states; None for none.
@@ -37,6 +38,7 @@ class CopyConfig(FuserConfig):
 
     model_type = "c2c_fuser_copy"
     refresh: int = 16
+    reread: int = 1
     variant: bool = False
     recompute: Sequence[int] | None = None
 
@@ -62,8 +64,9 @@ class CopyFuser(Fuser):
                 f"{receiver}, with the layer map {config.layer_map}. Use the same model on both sides, or a trained "
                 "'memory' fuser."
             )
-        if config.refresh < 0:
-            raise FuserError(f"refresh is {config.refresh}; expected a number of tokens from 0.")
+        for name, what in (("refresh", "tokens"), ("reread", "documents")):
+            if getattr(config, name) < 0:
+                raise FuserError(f"{name} is {getattr(config, name)}; expected a number of {what} from 0.")
         if config.recompute is not None:
             try:
                 config.recompute = list(check_range(config.recompute, receiver.layers))
