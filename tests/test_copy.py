@@ -117,7 +117,10 @@ def test_moved_documents_are_refreshed_in_one_pass(refresh, reread):
     found = model.prefill(OTHER, sharer_messages=handoffs)
     hook.remove()
     moved = [one.ids[one.kept].tolist() for one in handoffs[1:]]
-    anew = [[*(ids if reread == 9 or (reread and place == 0) else ids[:refresh])] for place, ids in enumerate(moved)]
+    anew = [
+        [*(ids if reread == 9 or (reread and place == 0) else [] if reread else ids[:refresh])]
+        for place, ids in enumerate(moved)
+    ]
     columns = kv_cache.length(found.cache)
     question = found.tokens.ids[0, columns : min(columns + 64, found.tokens.length - 1)].tolist()
     assert read == [*([question] if reread else []), *([list(chain.from_iterable(anew))] if any(anew) else [])]

@@ -50,7 +50,8 @@ class PrivateEntries:
         sharer_bytes: bytes of the sharer's entries that they were made of.
         handoff: what they are copied from, where they belong to tokens of the receiver's own vocabulary.
         refresh: how many of the first tokens of a copy the receiver computes itself, where it was moved.
-        reread: how many of several documents the receiver computes whole: those that are nearest to the question.
+        reread: how many of many documents the receiver computes whole, those that are nearest to the question; the
+            others then stay as they are.
         recompute: layers ``(first, stop)`` of a copy that the receiver computes itself, as for a variant.
     """
 
@@ -247,7 +248,8 @@ def prefill_entries(cache: Cache, receiver: LanguageModel, prompt: PrivatePrompt
     elif moved:
         _append(entries[moved.start :], receiver, tokens, starts[moved.start], cache)
     whole = _nearest(receiver, tokens, entries, starts, cache)
-    fresh = [(index, entries[index].leading_tokens(whole.get(index, entries[index].refresh))) for index in moved]
+    counts = [(index, whole.get(index, 0) if whole else entries[index].refresh) for index in moved]
+    fresh = [(index, entries[index].leading_tokens(count)) for index, count in counts]
     recompute_tokens(
         receiver, tokens, [(starts[index], starts[index] + count) for index, count in fresh if count], cache
     )

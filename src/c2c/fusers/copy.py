@@ -3,8 +3,8 @@
 Nothing is trained and nothing is lost where the document was read behind the receiver's own leading tokens: its entries
 are then those that the receiver would compute itself. Elsewhere each document has attended to other leading tokens than
 it now stands behind, which costs right answers; its first few tokens can be computed anew in place (EPIC,
-arXiv:2410.15332). From a variant (other weights of the same structure) the receiver may take some layers and recompute
-the others (DroidSpeak, arXiv:2411.02820).
+arXiv:2410.15332), or all of the one that the question is about. From a variant (other weights of the same structure)
+the receiver may take some layers and recompute the others (DroidSpeak, arXiv:2411.02820).
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ class CopyConfig(FuserConfig):
     Attributes:
         refresh: tokens at the beginning of each document that the receiver computes itself, in place, where the
             document was read behind other tokens than it stands behind.
-        reread: of four documents or more, how many the receiver computes whole: those nearest to the question.
+        reread: of four documents or more, how many the receiver computes whole: those nearest to the question. Nothing
+            of the others is then refreshed.
         variant: accept a sharer with other weights of the same structure and tokenizer, such as a fine-tune.
         recompute: layers ``(first, stop)`` of a document that the receiver computes itself, from the tokens for layer
             0, else from the sharer's hidden states; None for none.
