@@ -97,6 +97,8 @@ def test_peers_gives_a_question_distractors_that_do_not_answer_it():
 def test_peers_measures_c2c_alone_where_avp_can_not_be_installed(tmp_path, monkeypatch, capsys):
     import peers
 
+    monkeypatch.setattr("c2c.handoff.OTHER_PASSAGE", "Wheat is a grain.")  # there are 512 tokens, of a letter each
+
     folder = tmp_path / "model"
     build("llama").save_pretrained(folder)
     tokenizer("chatml").save_pretrained(folder)
