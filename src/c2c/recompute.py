@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 LayerRange = tuple[int, int]
 _known: WeakKeyDictionary[PreTrainedModel, str | None] = WeakKeyDictionary()
-_masked: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
+_masked: WeakKeyDictionary[PreTrainedModel, dict[str, bool]] = WeakKeyDictionary()  # by attention implementation
 
 
 def check_range(layers: Any, count: int) -> LayerRange:
@@ -250,11 +250,13 @@ def _takes_masks(model: LanguageModel, length: int) -> bool:
     """Whether a model attends by a mask of any form: within its attention window, and found out by a tiny prompt."""
     config = model.model.config.get_text_config(decoder=True)
     windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
-    if any(window is not None and window < length for window in windows):
+    partial = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+    if any(window is not None and window < length for window in windows) or (partial and not any(windows)):
         return False
-    if model.model not in _masked:
-        _masked[model.model] = _probe_masks(model)
-    return _masked[model.model]
+    known, implementation = _masked.setdefault(model.model, {}), str(config._attn_implementation)
+    if implementation not in known:  # it may be switched
+        known[implementation] = _probe_masks(model)
+    return known[implementation]
 
 
 @torch.no_grad()
